@@ -1,0 +1,80 @@
+# Each target is one line over the console command `mixmask`; `make help` lists them.
+# PYTHON= chooses the interpreter that makes the environment, VENV= an environment that you already have.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.mixmask-installed
+MIXMASK := $(BIN)/mixmask
+
+# What the targets work on; override on the command line: make pretrain CONFIG=… ARGS="data.root=/data/cifar10 epochs=200"
+CONFIG ?= configs/pretrain/cifar10_mocov2_mixmask.yaml
+BACKBONE ?= backbone.safetensors
+SOURCE ?= $(BACKBONE)
+OUT ?= backbone.pkl
+TO ?= detectron2
+LABELS ?= 1
+RUNS ?= runs
+FORMAT ?= md
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint pretrain convert knn linear semisup detect-voc detect-coco suite status tables report bench doctor
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## Make the environment and install the project into it
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY) ## Pretrain, convert, transfer, tabulate on synthetic pictures (about ten minutes on two cores)
+	$(MIXMASK) demo $(ARGS)
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Formatting, lint, types, and the three floors
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+pretrain: $(READY) ## Pretrain a backbone: CONFIG=… ARGS="data.root=… key=value"
+	$(MIXMASK) pretrain $(CONFIG) --runs $(RUNS) $(ARGS)
+
+convert: $(READY) ## Convert a checkpoint: SOURCE=… OUT=… TO=detectron2|torchvision|timm
+	$(MIXMASK) convert $(SOURCE) $(OUT) --to $(TO) $(ARGS)
+
+knn: $(READY) ## kNN accuracy: BACKBONE=… ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/knn.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+
+linear: $(READY) ## Linear probe: BACKBONE=… ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/linear.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+
+semisup: $(READY) ## Finetune on a share of the labels: LABELS=1|10|100 BACKBONE=… ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/semisup_$(LABELS).yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+
+detect-voc: $(READY) ## Faster R-CNN on VOC: BACKBONE=… ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/detect_voc.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+
+detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/detect_coco.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+
+suite: ## (not built yet) Submit a grid of runs to SLURM
+	@echo "make suite: not built yet; run the stages one by one with make pretrain, knn, linear, …" >&2; exit 2
+
+status: ## (not built yet) Show how far a suite is
+	@echo "make status: not built yet; each run's log.jsonl and record.json lie in $(RUNS)/" >&2; exit 2
+
+tables: $(READY) ## Methods × protocols from finished runs: RUNS=… FORMAT=md|csv
+	$(MIXMASK) tables $(RUNS) --format $(FORMAT) $(ARGS)
+
+report: ## (not built yet) One HTML page of all results
+	@echo "make report: not built yet; make tables prints the results" >&2; exit 2
+
+bench: $(READY) ## Measure the pretraining step and the data path; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.pretraining $(ARGS)
+
+doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
+	$(MIXMASK) doctor

@@ -1,0 +1,4 @@
+"""Ground floor: what every stage needs and no stage owns.
+
+Configs, data sets, loaders, augmentation, backbones, schedules, the training loop, run directories, records.
+"""

@@ -1,0 +1,290 @@
+"""From YAML and ``key=value`` overrides to a frozen, typed recipe; and the fingerprint of a recipe.
+
+A config file may name a ``base:`` file (relative to itself), whose mappings it extends key by key. A mapping with a
+``kind`` key describes one of several things: when an extension changes the kind, it replaces the whole mapping, because
+the old kind's keys mean nothing to the new one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import ConfigError
+
+R = TypeVar("R", bound="Recipe")
+
+
+class Recipe(BaseModel):
+    """Base of every typed recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+def operational(default: Any, **kwargs: Any) -> Any:
+    """A field that says where or how conveniently a run happens, and cannot change its numbers.
+
+    Such fields (a data folder's place, the number of workers, how often to log) are left out of the fingerprint.
+    """
+    return Field(default, json_schema_extra={"identity": False}, **kwargs)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (PyYAML reads ``1e-4`` as a string) and no duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        yield name
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+
+
+def _merge(base: Mapping[str, Any], extension: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` extended by ``extension``; a mapping whose ``kind`` changes is replaced."""
+    merged = dict(base)
+    for key, value in extension.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            other_kind = "kind" in value and value["kind"] != old.get("kind")
+            merged[key] = dict(value) if other_kind else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a config file and its bases.
+
+    Returns:
+        The merged mapping, and for every dotted key the file that set it last.
+
+    Raises:
+        ConfigError: If a file is missing, is not YAML, is not a mapping, or the bases form a circle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f" Configs in that folder: {', '.join(near)}." if near else ""
+        raise ConfigError(f"{path}: no such config file.{hint}")
+    resolved = path.resolve()
+    if resolved in _chain:
+        raise ConfigError(f"{path}: its 'base:' leads back to itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree, {key: str(path) for key in _leaves(tree)}
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: 'base' names one file, got {base!r}")
+    merged, sources = read_config(path.parent / base, (*_chain, resolved))
+    sources.update({key: str(path) for key in _leaves(tree)})
+    return _merge(merged, tree), sources
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> tuple[dict[str, Any], str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key or any(not part for part in key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key=value, for example epochs=10 or mix.grid=4")
+    value = _parse_yaml(text, f"override {override!r}") if text else None
+    extension: Any = value
+    for part in reversed(key.split(".")):
+        extension = {part: extension}
+    return _merge(tree, extension), key
+
+
+def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ()) -> R:
+    """Read a config and validate it into a recipe.
+
+    Args:
+        model: The recipe's class.
+        path: A YAML file.
+        overrides: ``key=value`` strings; keys are dotted, values are YAML.
+
+    Raises:
+        ConfigError: With one line per problem: the file, the key, what was given and what would be valid.
+    """
+    tree, sources = read_config(Path(path))
+    for override in overrides:
+        tree, key = _apply_override(tree, override)
+        sources[key] = "command line"
+        for leaf in list(sources):
+            if leaf.startswith(f"{key}."):
+                sources[leaf] = "command line"
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem, model, sources, str(path)) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+def read_protocol(path: Path | str, overrides: Sequence[str], valid: Sequence[str]) -> str:
+    """The ``protocol`` that a config names, before the rest of it is validated.
+
+    Raises:
+        ConfigError: If it is missing or not one of ``valid``.
+    """
+    tree, _ = read_config(Path(path))
+    for override in overrides:
+        tree, _ = _apply_override(tree, override)
+    protocol = tree.get("protocol")
+    if protocol not in valid:
+        given = "is missing" if protocol is None else f"is {protocol!r}"
+        raise ConfigError(f"{path}: the key 'protocol' {given}; valid: {', '.join(valid)}")
+    return str(protocol)
+
+
+# --- explaining ------------------------------------------------------------------------------------------------------
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType) or hasattr(annotation, "__metadata__"):
+        return [m for arg in get_args(annotation) for m in _models_in(arg)]
+    return []
+
+
+def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
+    """The recipe class that ``location`` leads into, and the location without pydantic's union tags."""
+    keys: list[str] = []
+    candidates = [model]
+    for part in location:
+        name = str(part)
+        field = next((m.model_fields[name] for m in candidates if name in m.model_fields), None)
+        if field is not None:
+            keys.append(name)
+            inner = _models_in(field.annotation)
+            if inner:
+                candidates = inner
+            continue
+        tagged = [m for m in candidates if _kind_of(m) == name or m.__name__ == name]
+        if tagged:
+            candidates = tagged
+        else:
+            keys.append(name)
+    return candidates[0], keys
+
+
+def _kind_of(model: type[BaseModel]) -> str | None:
+    for name in ("kind", "protocol"):
+        field = model.model_fields.get(name)
+        if field is not None:
+            values = get_args(field.annotation)
+            return str(values[0]) if len(values) == 1 else None
+    return None
+
+
+def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str) -> str:
+    location, kind = problem["loc"], problem["type"]
+    given = problem.get("input")
+    owner, keys = _model_at(model, location[:-1] if kind in ("extra_forbidden", "missing") else location)
+    if kind in ("extra_forbidden", "missing"):
+        keys = [*keys, str(location[-1])]
+    dotted = ".".join(keys)
+    source = path
+    for depth in range(len(keys), 0, -1):
+        if ".".join(keys[:depth]) in sources:
+            source = sources[".".join(keys[:depth])]
+            break
+    where = f"{source}: {dotted}" if dotted else source
+    if kind == "extra_forbidden":
+        valid = list(owner.model_fields)
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"{source}: unknown key '{dotted}' (given: {given!r}).{hint} Valid keys here: {', '.join(valid)}"
+    if kind == "missing":
+        return f"{path}: the key '{dotted}' is required and missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tag = str(problem["ctx"]["discriminator"]).strip("'")
+        value = given.get(tag) if isinstance(given, Mapping) else given
+        expected = problem["ctx"].get("expected_tags", "one of the kinds")
+        return f"{where}.{tag}: given {value!r}; valid: {expected}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and isinstance(given, Mapping):
+        return f"{where}: {message}" if dotted else f"{path}: {message}"
+    return f"{where}: {message} (given: {given!r})"
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+
+def identity(recipe: BaseModel) -> dict[str, Any]:
+    """Everything in a recipe that can change its numbers, as plain JSON values, without `operational` fields."""
+    result: dict[str, Any] = {}
+    plain = recipe.model_dump(mode="json")
+    for name, field in type(recipe).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        value = getattr(recipe, name)
+        result[name] = identity(value) if isinstance(value, BaseModel) else plain[name]
+    return result
+
+
+def fingerprint_of(what: Mapping[str, Any], parent: str | None = None) -> str:
+    """Twelve hexadecimal digits that name ``what`` (JSON values) and the run it builds on."""
+    text = json.dumps({"parent": parent, "recipe": what}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Readable differences between two identities, such as ``mix.grid: 2 -> 4``."""
+    lines: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML that `load_recipe` accepts again."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

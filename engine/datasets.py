@@ -1,0 +1,205 @@
+"""Labelled image folders on disk: ImageFolder trees and Tiny-ImageNet's own validation layout."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from engine.config import Recipe, operational
+from engine.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+
+class DataRecipe(Recipe):
+    """Which images.
+
+    ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it lies on this machine.
+    ``storage: stream`` decodes in worker processes at every epoch; ``storage: resident`` decodes a small data set once
+    and keeps it on the device (all images must have one size).
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    root: str = operational(..., min_length=1)
+    train: str = "train"
+    test: str | None = "val"
+    storage: Literal["stream", "resident"] = "stream"
+    num_workers: int = operational(4, ge=0)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Image files and their labels.
+
+    Attributes:
+        paths: One file per image.
+        labels: (N,) int64, indices into ``classes``.
+        classes: Class names, sorted.
+        root: The folder that was read, for messages.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+    root: Path
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
+        """The images at ``indices``, in that order, with the same classes."""
+        chosen = [int(i) for i in indices]
+        return ImageSet(tuple(self.paths[i] for i in chosen), self.labels[chosen], self.classes, self.root)
+
+    def summary(self) -> dict[str, str | int]:
+        """Counts, and a digest of the class and file names that tells two data sets of one name apart."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            digest.update(f"{self.classes[label]}/{path.name}\n".encode())
+        return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
+
+
+def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
+    """List one split of a data set.
+
+    Raises:
+        DataError: If the folder is missing or empty, a class folder has no images, or Tiny-ImageNet's annotation file
+            does not fit its images.
+    """
+    folder = data.train if split == "train" else data.test
+    if folder is None:
+        raise DataError(f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}")
+    root = Path(data.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
+    path = root / folder
+    if not path.is_dir():
+        present = sorted(p.name for p in root.iterdir() if p.is_dir())
+        raise DataError(
+            f"{path}: no such folder (data.{split} of '{data.name}'). Folders there: {', '.join(present) or 'none'}"
+        )
+    if (path / "val_annotations.txt").is_file():
+        return _tiny_imagenet_val(path, _class_folders(root / data.train))
+    return _image_folder(path)
+
+
+def _class_folders(path: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def _images_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+
+
+def _image_folder(path: Path) -> ImageSet:
+    classes = _class_folders(path)
+    if not classes:
+        raise DataError(
+            f"{path}: no class folders. Expected one folder per class with images ({', '.join(EXTENSIONS)})"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        folder = path / name
+        if (folder / "images").is_dir():  # Tiny-ImageNet keeps n01443537/images/*.JPEG beside a list of boxes
+            folder = folder / "images"
+        files = _images_in(folder)
+        if not files:
+            raise DataError(f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)})")
+        paths.extend(folder / file for file in files)
+        labels.extend([label] * len(files))
+    return ImageSet(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)
+
+
+def _tiny_imagenet_val(path: Path, classes: tuple[str, ...]) -> ImageSet:
+    """``val/images/*.JPEG`` with ``val_annotations.txt``: file, wnid and a box per line, separated by tabs."""
+    index = {name: label for label, name in enumerate(classes)}
+    paths: list[Path] = []
+    labels: list[int] = []
+    annotations = path / "val_annotations.txt"
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        fields = line.split("\t")
+        if len(fields) < 2 or fields[1] not in index:
+            raise DataError(
+                f"{annotations}, line {number}: expected 'file<TAB>class' with a training class, got {line!r}"
+            )
+        image = path / "images" / fields[0]
+        if not image.is_file():
+            raise DataError(f"{annotations}, line {number}: {image} does not exist")
+        paths.append(image)
+        labels.append(index[fields[1]])
+    if not paths:
+        raise DataError(f"{annotations}: empty")
+    return ImageSet(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)
+
+
+def require_same_classes(train: ImageSet, test: ImageSet) -> None:
+    """Refuse a test split whose class folders differ from the training split's.
+
+    Raises:
+        DataError: With the classes that only one of them has.
+    """
+    if train.classes != test.classes:
+        only_train = sorted(set(train.classes) - set(test.classes))[:5]
+        only_test = sorted(set(test.classes) - set(train.classes))[:5]
+        raise DataError(
+            f"{train.root} and {test.root} have different classes: only in the first {only_train}, "
+            f"only in the second {only_test}"
+        )
+
+
+def decode(path: Path) -> Tensor:
+    """Read one image as (3, H, W) uint8 RGB; grey, palette and CMYK images are converted.
+
+    Raises:
+        DataError: If the file is missing, truncated or not an image. The message names it.
+    """
+    try:
+        image: Tensor = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        raise DataError(f"{path}: not a readable image ({reason})") from None
+    return image
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Find damaged images before long work starts, at the price of two small reads per file.
+
+    A JPEG that begins and ends with its markers is taken as whole; every other file is decoded to make sure.
+
+    Raises:
+        DataError: Naming the damaged files (the first ten).
+    """
+
+    def problem(path: Path) -> str | None:
+        try:
+            with path.open("rb") as file:
+                start = file.read(2)
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 2))
+                end = file.read(2)
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        if start == b"\xff\xd8" and end == b"\xff\xd9":
+            return None
+        try:
+            decode(path)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        problems = [found for found in pool.map(problem, paths) if found is not None]
+    if problems:
+        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError("\n".join(problems[:10]) + more)

@@ -1,0 +1,31 @@
+"""The errors that a user meets, and what exit code each one means.
+
+Everything a user can put right (a path, a key, a value, a damaged file) is a `UserError`: the command line prints its
+message without a traceback and exits with 2. A run that fails for another reason is a `RunFailure`: exit 1.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was given and what would be valid."""
+
+
+class ConfigError(UserError):
+    """A config file or a ``key=value`` override is not valid."""
+
+
+class DataError(UserError):
+    """A data folder, an image or an annotation file is missing or damaged."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not hold the network that was asked for."""
+
+
+class RunDirectoryError(UserError):
+    """A run directory belongs to another recipe or other data."""
+
+
+class RunFailure(Exception):
+    """A run that started well and cannot go on, for example because its loss is no longer finite."""

@@ -1,0 +1,90 @@
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al., arXiv:1805.01978, section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.augment import normalize
+from engine.loader import ImageSource
+from engine.precision import Precision, autocast
+
+
+@torch.no_grad()
+def extract_features(
+    trunk: nn.Module,
+    source: ImageSource,
+    *,
+    batch_size: int,
+    resize: int | None,
+    crop: int,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    """Features of every image's central crop, the trunk in eval mode (its mode is restored).
+
+    Returns:
+        (N, D) float32 features as the trunk gives them, and (N,) labels, on the trunk's device.
+    """
+    was_training = trunk.training
+    trunk.eval()
+    device = next(trunk.parameters()).device
+    features, labels = [], []
+    for images, target in source.evaluation(batch_size, resize, crop):
+        with autocast(device, precision):
+            output = trunk(normalize(images).contiguous(memory_format=torch.channels_last))
+        features.append(output.float())
+        labels.append(target)
+    trunk.train(was_training)
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    num_classes: int,
+    k: int,
+    temperature: float,
+    chunk: int = 512,
+) -> Tensor:
+    """Vote of the k nearest neighbours by cosine similarity, each weighted with exp(similarity / temperature).
+
+    Args:
+        bank: (N, D) features with known labels.
+        bank_labels: (N,) int64 in [0, num_classes).
+        queries: (M, D) features to classify.
+        num_classes: Number of classes.
+        k: Number of neighbours; with fewer than k bank features, all of them vote.
+        temperature: Softness of the weights, above 0.
+        chunk: Queries handled at a time, which bounds memory to chunk × N similarities.
+
+    Returns:
+        (M,) int64 predicted labels.
+    """
+    bank = F.normalize(bank, dim=1)
+    queries = F.normalize(queries, dim=1)
+    predictions = []
+    for part in torch.split(queries, chunk):
+        similarity, neighbour = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # (m, k)
+        weights = (similarity / temperature).exp()
+        votes = torch.zeros(len(part), num_classes, device=part.device, dtype=weights.dtype)
+        votes.scatter_add_(1, bank_labels[neighbour], weights)
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    num_classes: int,
+    k: int,
+    temperature: float,
+) -> float:
+    """Top-1 accuracy of `knn_predict` in percent."""
+    predicted = knn_predict(bank, bank_labels, queries, num_classes=num_classes, k=k, temperature=temperature)
+    return 100.0 * float((predicted == query_labels).double().mean())

@@ -1,0 +1,274 @@
+"""Batches of images: streamed from disk by worker processes, or resident on the device.
+
+Both kinds answer the same two calls. The order of the images is a permutation per epoch and every crop is drawn from
+the seed and what it is for, so that a batch depends on its step alone: not on the steps before it, on a restart, or on
+the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from engine.augment import CropRecipe, crop_and_flip, draw_crops
+from engine.datasets import DataRecipe, ImageSet, decode
+from engine.errors import ConfigError, DataError
+from engine.randomness import generator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch, on the device.
+
+    Attributes:
+        views: For each view (B, 3, crop, crop) float in [0, 1], cropped and flipped, not yet photometrically augmented.
+        labels: (B,) int64.
+        step: The step it belongs to, from 0.
+    """
+
+    views: list[Tensor]
+    labels: Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which images each step takes.
+
+    Attributes:
+        num_images: Size of the data set.
+        batch_size: Images per step.
+        drop_last: Leave out an epoch's last, smaller batch. If kept, a last batch of a single image is still left out:
+            batch normalisation has no statistics of one image.
+        seed: The recipe's seed.
+    """
+
+    num_images: int
+    batch_size: int
+    drop_last: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.drop_last and self.batch_size > self.num_images:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is larger than the data set of {self.num_images} images: "
+                f"choose at most {self.num_images}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in an epoch."""
+        full, rest = divmod(self.num_images, self.batch_size)
+        if self.drop_last:
+            return full
+        return full + (1 if rest > 1 or full == 0 else 0)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch a step falls in, from 0."""
+        return step // self.steps_per_epoch
+
+    def indices(self, epoch: int) -> list[list[int]]:
+        """The batches of one epoch."""
+        order = torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch)).tolist()
+        size = self.batch_size
+        return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
+
+    def from_step(self, first: int, num_steps: int) -> Iterator[tuple[int, int, list[int]]]:
+        """(step, epoch, indices) for the steps ``first`` … ``num_steps - 1``."""
+        step = first
+        while step < num_steps:
+            epoch = self.epoch_of(step)
+            for batch in self.indices(epoch)[step - epoch * self.steps_per_epoch :]:
+                if step >= num_steps:
+                    return
+                yield step, epoch, batch
+                step += 1
+
+
+class ImageSource(Protocol):
+    """Where batches come from."""
+
+    images: ImageSet
+
+    def training(
+        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+    ) -> Iterator[Batch]:
+        """Random views for the steps ``first_step`` … ``num_steps - 1``."""
+        ...
+
+    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image once, in order: central crops in [0, 1] on the device, and their labels."""
+        ...
+
+
+def open_source(images: ImageSet, data: DataRecipe, device: torch.device) -> ImageSource:
+    """The source that ``data.storage`` asks for."""
+    if data.storage == "resident":
+        return ResidentSource(images, device)
+    return StreamSource(images, data.num_workers, device)
+
+
+def _draw_view(size: Tensor, recipe: CropRecipe, seed: int, epoch: int, index: int, view: int) -> tuple[Tensor, bool]:
+    draws = generator(seed, "crop", epoch, index, view)
+    crop = draw_crops(size[None], recipe.scale, recipe.aspect, draws)[0]
+    return crop, bool(torch.rand((), generator=draws) < recipe.flip)
+
+
+# --- streamed --------------------------------------------------------------------------------------------------------
+
+
+def from_workers(batches: Iterable[T]) -> Iterator[T]:
+    """Pass batches on; a damaged file found by a worker process is reported as it would be without workers.
+
+    Raises:
+        DataError: With the worker's message alone (torch puts the worker's traceback before it).
+    """
+    try:
+        yield from batches
+    except DataError as error:
+        raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
+
+
+class _Views(Dataset[tuple[Tensor, int]]):
+    """Item (epoch, index) is one decoded image as (views, 3, crop, crop) uint8."""
+
+    def __init__(self, images: ImageSet, recipe: CropRecipe, num_views: int, seed: int) -> None:
+        self.images, self.recipe, self.num_views, self.seed = images, recipe, num_views, seed
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        epoch, index = key
+        image = decode(self.images.paths[index])
+        size = torch.tensor(image.shape[1:])
+        views = []
+        for view in range(self.num_views):
+            crop, flip = _draw_view(size, self.recipe, self.seed, epoch, index, view)
+            top, left, height, width = crop.tolist()
+            side = self.recipe.crop
+            cut = TF.resized_crop(image, top, left, height, width, [side, side], antialias=True)
+            views.append(TF.horizontal_flip(cut) if flip else cut)
+        return torch.stack(views), int(self.images.labels[index])
+
+
+class _Central(Dataset[tuple[Tensor, int]]):
+    """Item i is image i, resized on its short side and cut at the centre, uint8."""
+
+    def __init__(self, images: ImageSet, resize: int | None, crop: int) -> None:
+        self.images, self.resize, self.crop = images, resize, crop
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return _central(decode(self.images.paths[index]), self.resize, self.crop), int(self.images.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _central(image: Tensor, resize: int | None, crop: int) -> Tensor:
+    if resize is not None:
+        image = TF.resize(image, [resize], antialias=True)
+    return image if tuple(image.shape[-2:]) == (crop, crop) else TF.center_crop(image, [crop, crop])
+
+
+def _collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*items)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class StreamSource:
+    """Images decoded by worker processes at every epoch."""
+
+    def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
+        self.images, self.num_workers, self.device = images, num_workers, device
+
+    def _load(self, dataset: Dataset[tuple[Tensor, int]], batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in from_workers(loader):
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def training(
+        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+    ) -> Iterator[Batch]:
+        """See `ImageSource.training`."""
+        keys = ([(epoch, i) for i in batch] for _, epoch, batch in plan.from_step(first_step, num_steps))
+        dataset = _Views(self.images, recipe, num_views, plan.seed)
+        for step, (images, labels) in enumerate(self._load(dataset, keys), start=first_step):
+            views = [view.float() / 255 for view in images.unbind(1)]
+            yield Batch(views, labels, step)
+
+    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `ImageSource.evaluation`."""
+        order = list(range(len(self.images)))
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        for images, labels in self._load(_Central(self.images, resize, crop), batches):
+            yield images.float() / 255, labels
+
+
+# --- resident --------------------------------------------------------------------------------------------------------
+
+
+class ResidentSource:
+    """A small data set, decoded once and kept on the device as uint8."""
+
+    def __init__(self, images: ImageSet, device: torch.device) -> None:
+        self.images, self.device = images, device
+        first = decode(images.paths[0])
+        pixels = torch.empty((len(images), *first.shape), dtype=torch.uint8)
+        for row, path in enumerate(images.paths):
+            image = decode(path)
+            if image.shape != first.shape:
+                raise DataError(
+                    f"{path}: is {image.shape[2]}×{image.shape[1]} pixels where {images.paths[0].name} is "
+                    f"{first.shape[2]}×{first.shape[1]}. data.storage: resident needs images of one size; "
+                    f"use data.storage: stream"
+                )
+            pixels[row] = image
+        self.pixels = pixels.to(device)
+        self.labels = images.labels.to(device)
+
+    def training(
+        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+    ) -> Iterator[Batch]:
+        """See `ImageSource.training`."""
+        height, width = self.pixels.shape[-2:]
+        if max(height, width) > recipe.crop:
+            raise ConfigError(
+                f"augment.crop is {recipe.crop} but the images of {self.images.root} are {width}×{height}: "
+                f"data.storage: resident enlarges crops and never shrinks them; use a crop of at least "
+                f"{max(height, width)} or data.storage: stream"
+            )
+        for step, _, batch in plan.from_step(first_step, num_steps):
+            where = torch.tensor(batch, device=self.device)
+            pixels = self.pixels[where]
+            size = torch.tensor([height, width]).expand(len(batch), 2)
+            views = []
+            for view in range(num_views):
+                draws = generator(plan.seed, "crops", step, view)
+                crops = draw_crops(size, recipe.scale, recipe.aspect, draws)
+                flips = torch.rand(len(batch), generator=draws) < recipe.flip
+                views.append(crop_and_flip(pixels, crops, flips, recipe.crop))
+            yield Batch(views, self.labels[where], step)
+
+    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `ImageSource.evaluation`."""
+        for start in range(0, len(self.images), batch_size):
+            pixels = self.pixels[start : start + batch_size]
+            yield _central(pixels, resize, crop).float() / 255, self.labels[start : start + batch_size]
+
+
+def num_batches(num_images: int, batch_size: int) -> int:
+    """Batches of one pass over a data set, the last one possibly smaller."""
+    return math.ceil(num_images / batch_size)

@@ -1,0 +1,44 @@
+"""Devices and number formats."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from engine.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+def resolve_device(name: DeviceName) -> torch.device:
+    """The device a recipe's ``device`` means on this machine; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        ConfigError: If a GPU was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no GPU; use device=cpu or device=auto")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: Precision) -> Any:
+    """Context in which matrix products and convolutions run in ``precision``; parameters stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed by the hardware and therefore worth choosing."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    flags = ""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "AVX512" in capabilities and ("amx_bf16" in flags or "avx512_bf16" in flags)

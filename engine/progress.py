@@ -1,0 +1,79 @@
+"""How far a run is: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY_SECONDS = 15.0
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """Print one line for the user on standard error (standard output is for results)."""
+    _stderr.print(message, soft_wrap=True, markup=False)
+
+
+class StepProgress:
+    """Progress of a run in steps, with images per second and the time left.
+
+    Args:
+        title: What is running.
+        total: Number of steps.
+        first: Step the run starts from.
+        images_per_step: Images in one step.
+    """
+
+    def __init__(self, title: str, total: int, first: int, images_per_step: int) -> None:
+        self.title, self.total, self.first, self.images_per_step = title, total, first, images_per_step
+        self.done = first
+        self.started = self.last_line = time.monotonic()
+        self.bar: Progress | None = None
+        if sys.stderr.isatty():
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=_stderr,
+            )
+            self.task = self.bar.add_task(title, total=total, completed=first, rate="", status="")
+
+    def __enter__(self) -> StepProgress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    @property
+    def images_per_second(self) -> float:
+        """Mean since the start of this process."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        return (self.done - self.first) * self.images_per_step / seconds
+
+    def advance(self, status: str = "") -> None:
+        """One more step is done."""
+        self.done += 1
+        rate = f"{self.images_per_second:,.0f} images/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, rate=rate, status=status)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= PLAIN_EVERY_SECONDS or self.done == self.total:
+            left = (self.total - self.done) * (now - self.started) / max(self.done - self.first, 1)
+            say(f"{self.title}: step {self.done}/{self.total}, {status}, {rate}, {left:,.0f} s left")
+            self.last_line = now

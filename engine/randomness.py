@@ -1,0 +1,31 @@
+"""Random draws without hidden state.
+
+Every generator is derived from the recipe's seed and from *what* is drawn and *when* (purpose, epoch, step, image). An
+interrupted run therefore needs no saved generator states: the generator of step 1,234 is the same whether or not the
+process that asks for it also ran step 1,233, and however many workers share the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derived_seed(seed: int, *what: int | str) -> int:
+    """A 63-bit seed for one purpose.
+
+    Args:
+        seed: The recipe's seed.
+        what: What is drawn and when, for example ``"crop", epoch, index``.
+
+    Returns:
+        An integer in [0, 2**63): equal arguments give equal seeds, others are independent for all practical purposes.
+    """
+    digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, *what: int | str) -> torch.Generator:
+    """A CPU generator for one purpose; see `derived_seed`."""
+    return torch.Generator().manual_seed(derived_seed(seed, *what))

@@ -1,0 +1,103 @@
+"""``record.json``: what a finished run says about itself, and the only thing that `evaluate` reads."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from engine.storage import write_text
+
+SCHEMA = 1
+
+Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random", "unknown"]
+
+
+class Record(BaseModel):
+    """A finished run.
+
+    ``metrics`` is flat; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    stage: Literal["pretrain", "transfer"]
+    protocol: str
+    name: str
+    dataset: str
+    framework: str
+    method: Method
+    arch: str
+    seed: int
+    fingerprint: str
+    parent: str | None = None
+    pretrain_dataset: str | None = None
+    pretrain_epochs: int | None = None
+    pretrain_seed: int | None = None
+    settings: dict[str, Any] = {}
+    metrics: dict[str, float]
+    expected: dict[str, Any] | None = None
+    data: dict[str, Any] = {}
+    environment: dict[str, Any]
+    seconds: float
+
+    @field_validator("metrics")
+    @classmethod
+    def _finite(cls, metrics: dict[str, float]) -> dict[str, float]:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"metrics that are not finite numbers: {', '.join(bad)}")
+        return metrics
+
+    def write(self, path: Path) -> None:
+        """Write the record whole or not at all."""
+        write_text(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            ValueError: If the file is truncated or is not a record.
+        """
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, device, world size and code version of this process."""
+    import torch
+    import torchvision
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_threads": torch.get_num_threads(),
+        "world_size": 1,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with ``+changes`` when it has uncommitted ones; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed somewhere inside another checkout
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit

@@ -1,0 +1,141 @@
+"""Files that are written whole or not at all, and the run directory built from them.
+
+The new file is written beside the old one, flushed to the disk, and then takes its name in one step (`os.replace`). A
+process killed at any moment leaves either the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+from pydantic import BaseModel
+
+from engine.config import differing_keys, identity, to_yaml
+from engine.errors import RunDirectoryError, UserError
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: The file; its folder is made if needed.
+        write: Called with a binary file open for writing.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written. The old file, if any, is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def require_output_file(path: Path) -> None:
+    """Refuse an output path that cannot become a file, before any work is done for it.
+
+    Raises:
+        UserError: If the path is a folder, or a parent of it is a file.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{path}: cannot be written, because {parent} is a file and not a folder")
+
+
+class RunDirectory:
+    """One run's folder: ``recipe.yaml``, ``log.jsonl``, ``checkpoint.pt``, products, and ``record.json`` at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.log_file = path / "log.jsonl"
+        self.checkpoint_file = path / "checkpoint.pt"
+        self.record_file = path / "record.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's record has been written."""
+        return self.record_file.is_file()
+
+    def check(self, recipe: BaseModel) -> None:
+        """Refuse a folder that holds something else.
+
+        Raises:
+            RunDirectoryError: If the path is a file, a folder with other content, or the run of a recipe that differs
+                in anything that can change numbers (the keys are listed).
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path}: is a file, a run directory was expected")
+        if not self.recipe_file.is_file():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise RunDirectoryError(
+                    f"{self.path}: holds files but no recipe.yaml, so it is not a run directory; name an empty one"
+                )
+            return
+        try:
+            found = type(recipe).model_validate(yaml.safe_load(self.recipe_file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise RunDirectoryError(
+                f"{self.recipe_file}: does not describe a run of this kind ({first}); name another run directory"
+            ) from None
+        except yaml.YAMLError:
+            raise RunDirectoryError(f"{self.recipe_file}: damaged; name another run directory") from None
+        differences = differing_keys(identity(found), identity(recipe))
+        if differences:
+            raise RunDirectoryError(
+                f"{self.path}: holds the run of a different recipe; nothing was touched. It differs in "
+                + "; ".join(differences)
+            )
+
+    def create(self, recipe: BaseModel) -> None:
+        """Make the folder and write the resolved recipe, after `check`."""
+        self.check(recipe)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.recipe_file.exists():
+            write_text(self.recipe_file, to_yaml(recipe))
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to ``log.jsonl``."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines after ``step``: a resumed run writes them again. A half-written last line goes too."""
+        if not self.log_file.is_file():
+            return
+        kept = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line).get("step", 0) <= step:
+                    kept.append(line + "\n")
+        write_text(self.log_file, "".join(kept))
+
+
+def locate_run(runs: Path, stage: str, name: str, fingerprint: str, explicit: Path | None = None) -> RunDirectory:
+    """``runs/<stage>/<name>-<fingerprint>``, unless the user named a folder."""
+    return RunDirectory(explicit if explicit is not None else runs / stage / f"{name}-{fingerprint}")

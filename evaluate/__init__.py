@@ -1,0 +1,1 @@
+"""Evaluation: from the records of finished runs to tables."""

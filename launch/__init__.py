@@ -1,0 +1,1 @@
+"""Top floor: the command line, the demo, and what runs the stages one after another."""

@@ -1,0 +1,202 @@
+"""The console command ``mixmask``.
+
+Commands import what they need when they run: ``mixmask --help`` answers without loading torch. A user's mistake ends with
+one message and exit code 2, a failed run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from engine.errors import RunFailure, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Pretrain ConvNets with MixMask, convert any backbone, and measure how well it transfers.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the config, e.g. epochs=10 mix.grid=4."),
+]
+Config = Annotated[Path, typer.Argument(help="A YAML file, for example from configs/.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
+RunDir = Annotated[Path | None, typer.Option(help="Run directory; by default named by the recipe's fingerprint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
+
+
+@app.command()
+def pretrain(
+    config: Config,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Pretrain a backbone without labels; the product is backbone.safetensors in the run directory.
+
+    Killed at any moment, the same command goes on from the last checkpoint. epochs=0 gives the trunk at random
+    initialisation, mix.kind=none the framework without mixing.
+
+    \b
+    Example:
+      mixmask pretrain configs/pretrain/cifar10_mocov2_mixmask.yaml data.root=/data/cifar10 epochs=200
+    """
+    from engine.config import load_recipe, to_yaml
+    from pretrain import stage
+    from pretrain.recipe import PretrainRecipe
+
+    plan = stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir)
+    if dry_run:
+        typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+        return
+    typer.echo(plan.describe(), err=True)
+    typer.echo(stage.run(plan))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Our backbone.safetensors, or a checkpoint of a known layout.")],
+    out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
+    to: Annotated[Literal["detectron2", "torchvision", "timm"], typer.Option(help="Whose names and format to write.")],
+    dry_run: DryRun = False,
+) -> None:
+    """Write a trunk for another library, with an account of every tensor, and read it back to be sure.
+
+    \b
+    Examples:
+      mixmask convert runs/pretrain/x/backbone.safetensors backbone.pkl --to detectron2
+      mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
+    """
+    from transfer.checkpoints.export import export
+    from transfer.checkpoints.layouts import read_source
+
+    found = read_source(source)
+    typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}")
+    if dry_run:
+        typer.echo(f"would write {out} for {to}")
+        return
+    typer.echo(f"written   {export(found, out, to)}")
+
+
+@app.command()
+def transfer(
+    config: Config,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    run_dir: RunDir = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure a backbone: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
+
+    backbone=PATH is our backbone.safetensors or a checkpoint of a known layout; for a foreign one, framework=… and
+    method=… label the result. The run directory gets record.json with the metrics.
+
+    \b
+    Examples:
+      mixmask transfer configs/transfer/knn.yaml backbone=backbone.safetensors data.root=/data/cifar10
+      mixmask transfer configs/transfer/detect_voc.yaml backbone=backbone.safetensors data.root=/data/VOCdevkit
+    """
+    from engine.config import to_yaml
+    from transfer import stage
+    from transfer.recipe import load_transfer_recipe
+
+    plan = stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir)
+    if dry_run:
+        typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+        return
+    typer.echo(plan.describe(), err=True)
+    record = stage.run(plan)
+    for name, value in record.metrics.items():
+        typer.echo(f"{name} {value:.2f}")
+    typer.echo(plan.run.record_file)
+
+
+@app.command()
+def tables(
+    runs: Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")],
+    form: Annotated[Literal["md", "csv"], typer.Option("--format", help="Markdown or CSV.")] = "md",
+    out: Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Print methods × protocols from the records of finished runs.
+
+    \b
+    Example:
+      mixmask tables runs --format csv --out results.csv
+    """
+    from engine.storage import require_output_file, write_text
+    from evaluate.collect import collect
+    from evaluate.tables import methods_by_protocols, render
+
+    if out is not None:
+        require_output_file(out)
+    collection = collect(runs)
+    for path, reason in collection.damaged:
+        typer.echo(f"left out {path}: {reason}", err=True)
+    for path in collection.unfinished:
+        typer.echo(f"unfinished: {path}", err=True)
+    if dry_run:
+        typer.echo(f"{len(collection.records)} records would be tabulated")
+        return
+    text = render(methods_by_protocols(collection.records), form)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)
+        typer.echo(out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's data and runs.")] = Path("demo"),
+    dry_run: DryRun = False,
+) -> None:
+    """Do everything once, small, on synthetic pictures: pretrain, convert, transfer, tabulate.
+
+    \b
+    Example:
+      mixmask demo --out /tmp/demo
+    """
+    from launch.demo import run_demo
+
+    run_demo(out, dry_run)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: versions, devices, detection engines, data folders, and how to get what is missing.
+
+    \b
+    Example:
+      mixmask doctor
+    """
+    from launch.doctor import examine
+
+    typer.echo(examine())
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except RunFailure as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What this machine has and lacks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from engine.config import read_config
+from launch.builtin import configs_folder
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pandas",
+    "pydantic",
+    "safetensors",
+    "pycocotools",
+    "submitit",
+)
+DETECTRON2_LINE = (
+    'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
+)
+
+
+def examine() -> str:
+    """A report in plain lines: one fact each, and for what is missing the line that gets it."""
+    return "\n".join([*_versions(), *_devices(), *_engines(), *_data()])
+
+
+def _versions() -> list[str]:
+    lines = [f"python        {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name:<13} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f'{name:<13} missing: pip install "{name}"')
+    return lines
+
+
+def _devices() -> list[str]:
+    import torch
+
+    from engine.precision import fast_bf16
+
+    def speed(device: torch.device) -> str:
+        return "fast, use precision=bf16" if fast_bf16(device) else "not computed by the hardware, use precision=fp32"
+
+    lines = [
+        f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads; bf16: {speed(torch.device('cpu'))}"
+    ]
+    for number in range(torch.cuda.device_count()):
+        gigabytes = torch.cuda.get_device_properties(number).total_memory / 2**30
+        name = torch.cuda.get_device_name(number)
+        lines.append(f"gpu {number}         {name}, {gigabytes:.0f} GiB; bf16: {speed(torch.device('cuda', number))}")
+    if not torch.cuda.is_available():
+        lines.append("gpu           none that torch sees")
+    return lines
+
+
+def _engines() -> list[str]:
+    lines = ["detection     engine torchvision: ready"]
+    try:
+        importlib.import_module("detectron2")
+        lines.append(
+            "detectron2    imports: converted backbones can be loaded with it (engine: detectron2 is not built yet)"
+        )
+    except Exception as error:  # whatever its import raises is the answer to the question
+        lines.append(f"detectron2    does not import ({error}). To install it: {DETECTRON2_LINE}")
+    return lines
+
+
+def _data() -> list[str]:
+    roots: dict[str, str] = {}
+    for path in sorted(
+        [*(configs_folder() / "pretrain").glob("*.yaml"), *(configs_folder() / "transfer").glob("*.yaml")]
+    ):
+        tree, _ = read_config(path)
+        roots[str(tree["data"]["root"])] = str(tree["data"]["name"])
+    lines = []
+    for root, name in sorted(roots.items()):
+        state = "found" if Path(root).is_dir() else "not there: give its place with data.root=PATH"
+        lines.append(f"data          {name}: {root} {state}")
+    return lines

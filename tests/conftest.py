@@ -1,0 +1,76 @@
+"""Data that the tests make for themselves, with the demo's generator and real on-disk formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
+from launch import demo_data
+
+
+def pytest_report_header() -> str:
+    """Say whether Detectron2 is there: its tests are skipped, with the reason, when it is not."""
+    try:
+        import detectron2
+    except ImportError as error:
+        return f"detectron2: not importable ({error}), its tests are skipped"
+    return f"detectron2: {detectron2.__file__}"
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder tree with 10 classes of 32-pixel pictures: 12 for training and 4 for testing in each."""
+    root = tmp_path_factory.mktemp("shapes")
+    demo_data.write_classification(root, size=32, train_per_class=12, val_per_class=4, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("voc")
+    demo_data.write_voc(root, size=(96, 72), train=12, test=4, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("coco")
+    demo_data.write_coco(root, size=(96, 72), train=12, val=4, seed=1)
+    return root
+
+
+def make_backbone(path: Path, arch: str = "resnet18", stem: str = "standard", seed: int = 0) -> Path:
+    """A backbone file with random weights and batch statistics that are not the initial ones."""
+    torch.manual_seed(seed)
+    recipe = BackboneRecipe.model_validate({"arch": arch, "stem": stem})
+    state = build_trunk(recipe).state_dict()
+    for name, tensor in state.items():
+        if name.endswith("running_mean"):
+            tensor.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    info = BackboneInfo(
+        arch=recipe.arch,
+        stem=recipe.stem,
+        framework="mocov2",
+        method="mixmask",
+        fingerprint=f"test{arch}{seed}",
+        dataset="shapes",
+        epochs=1,
+        seed=seed,
+    )
+    save_backbone(path, state, info)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_backbone(tmp_path_factory.mktemp("resnet18") / "backbone.safetensors")
+
+
+@pytest.fixture(scope="session")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_backbone(tmp_path_factory.mktemp("resnet50") / "backbone.safetensors", "resnet50")

@@ -1,0 +1,1 @@
+"""Transfer: checkpoints in and out, classification and detection protocols on a given backbone."""

@@ -1,0 +1,228 @@
+"""Classification transfer: kNN, a linear probe, and finetuning on a share of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.augment import normalize
+from engine.backbones import build_trunk
+from engine.datasets import ImageSet
+from engine.errors import RunFailure
+from engine.knn import extract_features, knn_accuracy
+from engine.loader import Batch, BatchPlan, ImageSource, open_source
+from engine.precision import autocast
+from engine.progress import say
+from engine.randomness import derived_seed
+from engine.schedule import cosine_factor, step_factor
+from engine.storage import RunDirectory
+from engine.training import Job, train
+from transfer.checkpoints.layouts import Source
+from transfer.recipe import EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a classification run is given besides its recipe. ``train_images`` is already the labelled subset."""
+
+    run: RunDirectory
+    fingerprint: str
+    data: dict[str, Any]
+    device: torch.device
+    source: Source
+    train_images: ImageSet
+    test_images: ImageSet
+
+
+def _trunk(setting: Setting) -> nn.Module:
+    trunk = build_trunk(setting.source.info.recipe)
+    trunk.load_state_dict(setting.source.state, strict=True)
+    return trunk.to(setting.device).to(memory_format=torch.channels_last)
+
+
+def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
+    """kNN top-1 of the test split against the training split, in percent."""
+    trunk = _trunk(setting).eval()
+    (bank, bank_labels), (queries, labels) = (
+        extract_features(
+            trunk,
+            open_source(images, recipe.data, setting.device),
+            batch_size=recipe.evaluation.batch_size,
+            resize=recipe.evaluation.resize,
+            crop=recipe.evaluation.crop,
+            precision=recipe.precision,
+        )
+        for images in (setting.train_images, setting.test_images)
+    )
+    accuracy = knn_accuracy(
+        bank,
+        bank_labels,
+        queries,
+        labels,
+        num_classes=len(setting.train_images.classes),
+        k=recipe.k,
+        temperature=recipe.temperature,
+    )
+    say(
+        f"{recipe.name}: kNN top-1 {accuracy:.2f} % "
+        f"(k {recipe.k}, temperature {recipe.temperature}, L2-normalised trunk output)"
+    )
+    return {"knn/top1": accuracy}
+
+
+class Classifier(nn.Module):
+    """A trunk and a linear classifier; with ``frozen`` the trunk is in eval mode always and gets no gradient."""
+
+    def __init__(self, trunk: nn.Module, num_classes: int, frozen: bool) -> None:
+        super().__init__()
+        self.trunk, self.frozen = trunk, frozen
+        self.head = nn.Linear(int(trunk.num_features), num_classes)  # type: ignore[arg-type]
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        trunk.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As `nn.Module.train`, but a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised images to (N, classes) logits."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.trunk(images)
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def run_linear(recipe: LinearRecipe, setting: Setting) -> dict[str, float]:
+    """Linear probe: top-1 and top-5 of the last epoch on the test split, in percent.
+
+    Raises:
+        RunFailure: If a weight of the frozen trunk changed.
+    """
+    model = _classifier(recipe, setting, frozen=True)
+    optimizer = torch.optim.SGD(
+        model.head.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+    def schedule(step: int, per_epoch: int, total: int) -> float:
+        return step_factor(step // per_epoch, recipe.milestones, recipe.gamma)
+
+    result = _finetune(recipe, setting, model, optimizer, schedule)
+    require_unchanged(model.trunk, setting.source.state)
+    return {f"linear/{name}" if name.startswith("top") else name: value for name, value in result.items()}
+
+
+def require_unchanged(trunk: nn.Module, source: dict[str, Tensor]) -> None:
+    """Compare every tensor of a frozen trunk with its source.
+
+    Raises:
+        RunFailure: With the names of those that differ.
+    """
+    changed = [name for name, value in trunk.state_dict().items() if not torch.equal(value.cpu(), source[name])]
+    if changed:
+        raise RunFailure(f"the frozen trunk changed during the linear probe: {', '.join(changed[:5])}")
+
+
+def run_semisup(recipe: SemisupRecipe, setting: Setting) -> dict[str, float]:
+    """Finetuning of trunk and classifier: top-1 and top-5 of the last epoch on the test split, in percent."""
+    model = _classifier(recipe, setting, frozen=False)
+    lr_trunk, lr_head = recipe.rates
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [*model.trunk.parameters()], "lr": lr_trunk},
+            {"params": [*model.head.parameters()], "lr": lr_head},
+        ],
+        lr=lr_head,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    say(f"{recipe.name}: {len(setting.train_images)} labelled images, lr {lr_trunk:g} trunk, {lr_head:g} classifier")
+
+    def schedule(step: int, per_epoch: int, total: int) -> float:
+        if recipe.schedule == "cosine":
+            return cosine_factor(step, total)
+        return step_factor(step // per_epoch, recipe.milestones, recipe.gamma)
+
+    result = _finetune(recipe, setting, model, optimizer, schedule)
+    return {f"semisup/{name}" if name.startswith("top") else name: value for name, value in result.items()}
+
+
+def _classifier(recipe: LinearRecipe | SemisupRecipe, setting: Setting, frozen: bool) -> Classifier:
+    torch.manual_seed(derived_seed(recipe.seed, "head"))
+    model = Classifier(_trunk(setting), len(setting.train_images.classes), frozen)
+    return model.to(setting.device)
+
+
+def _finetune(
+    recipe: LinearRecipe | SemisupRecipe,
+    setting: Setting,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+) -> dict[str, float]:
+    plan = batch_plan(recipe, setting.train_images)
+    source = open_source(setting.train_images, recipe.data, setting.device)
+    test_source = open_source(setting.test_images, recipe.data, setting.device)
+    per_epoch = plan.steps_per_epoch
+    total = recipe.epochs * per_epoch
+    job = Job(
+        title=recipe.name,
+        run=setting.run,
+        fingerprint=setting.fingerprint,
+        data=setting.data,
+        model=model,
+        optimizer=optimizer,
+        schedule=lambda step: schedule(step, per_epoch, total),
+        num_steps=total,
+        images_per_step=recipe.batch_size,
+        device=setting.device,
+        precision=recipe.precision,
+        log_every=recipe.log_every,
+        checkpoint_every=recipe.checkpoint_every,
+    )
+
+    def batches(first: int) -> Iterator[Batch]:
+        return source.training(plan, recipe.augment, 1, first, total)
+
+    def losses(batch: Batch, step: int) -> dict[str, Tensor]:
+        images = normalize(batch.views[0]).contiguous(memory_format=torch.channels_last)
+        return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+
+    result = train(job, batches, losses)
+    return {**accuracy(model, test_source, recipe.evaluation, recipe), **result}
+
+
+def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchPlan:
+    """The order of the labelled images; an epoch's last, smaller batch is used too."""
+    return BatchPlan(len(images), recipe.batch_size, drop_last=False, seed=recipe.seed)
+
+
+@torch.no_grad()
+def accuracy(
+    model: Classifier, source: ImageSource, evaluation: EvaluationRecipe, recipe: LinearRecipe | SemisupRecipe
+) -> dict[str, float]:
+    """``top1`` and, with more than five classes, ``top5`` in percent."""
+    model.eval()
+    device = next(model.parameters()).device
+    hits = {1: 0, 5: 0}
+    count = 0
+    num_classes = model.head.out_features
+    for images, labels in source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop):
+        with autocast(device, recipe.precision):
+            logits = model(normalize(images).contiguous(memory_format=torch.channels_last)).float()
+        ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+        hits[1] += int(ranked[:, :1].sum())
+        hits[5] += int(ranked.sum())
+        count += len(labels)
+    result = {"top1": 100.0 * hits[1] / count}
+    if num_classes > 5:
+        result["top5"] = 100.0 * hits[5] / count
+    return result

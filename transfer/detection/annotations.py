@@ -1,0 +1,238 @@
+"""Reading VOC devkits and COCO json into one form, and finding what is wrong with them before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from engine.datasets import check_files
+from engine.errors import DataError
+from transfer.detection.recipe import DetectRecipe
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One annotated object.
+
+    Attributes:
+        box: Left, top, right, bottom in continuous pixels (VOC's 1-based corners are shifted by one).
+        label: Index into the classes.
+        polygons: Outlines as flat x, y lists; empty where there are none.
+        difficult: VOC's flag: neither counted nor punished in evaluation.
+        crowd: COCO's flag: not trained on.
+    """
+
+    box: tuple[float, float, float, float]
+    label: int
+    polygons: tuple[tuple[float, ...], ...] = ()
+    difficult: bool = False
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file with its objects. ``key`` is VOC's name or COCO's image id."""
+
+    key: str
+    path: Path
+    width: int
+    height: int
+    instances: tuple[Instance, ...]
+
+
+@dataclass(frozen=True)
+class DetectionSet:
+    """Pictures of one split and what their labels mean.
+
+    ``source`` holds the COCO json files (none for VOC); ``category_ids`` COCO's id of each class.
+    """
+
+    pictures: tuple[Picture, ...]
+    classes: tuple[str, ...]
+    source: tuple[Path, ...] = ()
+    category_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def summary(self) -> dict[str, str | int]:
+        """Counts, and a digest of pictures and boxes."""
+        digest = hashlib.sha256()
+        for picture in self.pictures:
+            digest.update(repr((picture.key, [(i.box, i.label) for i in picture.instances])).encode())
+        objects = sum(len(picture.instances) for picture in self.pictures)
+        return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
+
+    def for_training(self) -> DetectionSet:
+        """Without crowds, and without pictures that then have no object (Detectron2's FILTER_EMPTY_ANNOTATIONS)."""
+        kept = []
+        for picture in self.pictures:
+            instances = tuple(i for i in picture.instances if not i.crowd)
+            if instances:
+                kept.append(Picture(picture.key, picture.path, picture.width, picture.height, instances))
+        if not kept:
+            raise DataError(f"none of the {len(self)} training pictures has an annotated object")
+        return DetectionSet(tuple(kept), self.classes, self.source, self.category_ids)
+
+
+def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
+    """Read the training and the test pictures of a recipe, and check every annotation and image file.
+
+    Raises:
+        DataError: If a folder, list, annotation or image is missing or damaged, or a class is unknown.
+    """
+    root = Path(recipe.data.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder (data.root of '{recipe.data.name}')")
+    read = _read_coco if recipe.protocol == "detect_coco" else _read_voc
+    train = read(root, recipe.data.train, recipe.data.classes)
+    test = read(root, recipe.data.test, recipe.data.classes or train.classes)
+    if train.classes != test.classes:
+        raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
+    check_files([picture.path for split in (train, test) for picture in split.pictures])
+    return train.for_training(), test
+
+
+# --- VOC -------------------------------------------------------------------------------------------------------------
+
+
+def _read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] | None) -> DetectionSet:
+    found: list[tuple[Path, str, str]] = []
+    for split in splits:
+        year, _, name = split.partition("/")
+        folder = root / f"VOC{year}"
+        listing = folder / "ImageSets" / "Main" / f"{name}.txt"
+        if not name or not listing.is_file():
+            there = sorted(f"{p.parts[-4][3:]}/{p.stem}" for p in root.glob("VOC*/ImageSets/Main/*.txt"))
+            raise DataError(
+                f"{listing}: no such image list (split '{split}'). Lists there: {', '.join(there) or 'none'}"
+            )
+        names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+        if not names:
+            raise DataError(f"{listing}: empty")
+        found += [(folder, f"{year}/{image}", image) for image in names]
+    parsed = [(_parse_xml(folder / "Annotations" / f"{image}.xml"), folder, key, image) for folder, key, image in found]
+    if classes is None:
+        classes = sorted({name for (_, objects), *_ in parsed for name, *_ in objects})
+    index = {name: label for label, name in enumerate(classes)}
+    pictures = []
+    for ((width, height), objects), folder, key, image in parsed:
+        xml = folder / "Annotations" / f"{image}.xml"
+        path = folder / "JPEGImages" / f"{image}.jpg"
+        if not path.is_file():
+            raise DataError(f"{path}: no such image, though {xml} describes it")
+        instances = []
+        for name, box, difficult in objects:
+            if name not in index:
+                raise DataError(f"{xml}: unknown class '{name}'; valid: {', '.join(classes)}")
+            left, top, right, bottom = box
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                raise DataError(
+                    f"{xml}: the box {left + 1:g} {top + 1:g} {right:g} {bottom:g} of '{name}' lies outside the image of "
+                    f"{width}×{height} or is empty"
+                )
+            instances.append(Instance(box, index[name], difficult=difficult))
+        pictures.append(Picture(key, path, width, height, tuple(instances)))
+    return DetectionSet(tuple(pictures), tuple(classes))
+
+
+def _parse_xml(
+    path: Path,
+) -> tuple[tuple[int, int], list[tuple[str, tuple[float, float, float, float], bool]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file")
+    try:
+        root = ElementTree.parse(path).getroot()
+        size = (int(_text(root, "size/width")), int(_text(root, "size/height")))
+        objects = []
+        for node in root.iter("object"):
+            left, top, right, bottom = (float(_text(node, f"bndbox/{tag}")) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            difficult = node.findtext("difficult", "0").strip() == "1"
+            objects.append((_text(node, "name"), (left - 1, top - 1, right, bottom), difficult))
+        return size, objects
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: damaged annotation ({error})") from None
+
+
+def _text(node: ElementTree.Element, tag: str) -> str:
+    text = node.findtext(tag)
+    if text is None or not text.strip():
+        raise ValueError(f"no <{tag}>")
+    return text.strip()
+
+
+# --- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None) -> DetectionSet:
+    pictures: list[Picture] = []
+    names: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    files = tuple(root / "annotations" / f"instances_{split}.json" for split in splits)
+    for split, file in zip(splits, files, strict=True):
+        document = _load_json(file)
+        try:
+            categories = sorted(document["categories"], key=lambda c: int(c["id"]))
+            found = tuple(str(c["name"]) for c in categories)
+            if names and found != names:
+                raise DataError(f"{file}: its categories differ from those of {files[0]}")
+            names, ids = found, tuple(int(c["id"]) for c in categories)
+            pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{file}: not a COCO annotation file ({type(error).__name__}: {error})") from None
+    if classes is not None and tuple(classes) != names:
+        raise DataError(f"{files[0]}: its {len(names)} categories are not the {len(classes)} classes of the recipe")
+    return DetectionSet(tuple(pictures), names, files, ids)
+
+
+def _load_json(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: truncated or not JSON ({error})") from None
+
+
+def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Path) -> list[Picture]:
+    objects: dict[int, list[Instance]] = {int(image["id"]): [] for image in document["images"]}
+    for item in document["annotations"]:
+        if int(item["image_id"]) not in objects:
+            raise DataError(f"{file}: annotation {item['id']} belongs to image {item['image_id']}, which is not listed")
+        if int(item["category_id"]) not in index:
+            raise DataError(f"{file}: annotation {item['id']} has the unknown category {item['category_id']}")
+        left, top, width, height = (float(v) for v in item["bbox"])
+        crowd = bool(item.get("iscrowd", 0))
+        outline = item.get("segmentation", [])
+        polygons = (
+            tuple(tuple(float(v) for v in p) for p in outline if len(p) >= 6) if isinstance(outline, list) else ()
+        )
+        objects[int(item["image_id"])].append(
+            Instance(
+                (left, top, left + width, top + height),
+                index[int(item["category_id"])],
+                polygons,
+                False,
+                crowd,
+            )
+        )
+    pictures = []
+    for image in document["images"]:
+        path = folder / image["file_name"]
+        if not path.is_file():
+            raise DataError(f"{path}: no such image, though {file} lists it")
+        pictures.append(
+            Picture(
+                str(image["id"]),
+                path,
+                int(image["width"]),
+                int(image["height"]),
+                tuple(objects[int(image["id"])]),
+            )
+        )
+    return pictures

@@ -1,0 +1,156 @@
+"""Training and test batches for detection: shortest-edge resize on uint8, flips, aspect-ratio grouping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.errors import DataError
+from engine.loader import from_workers
+from engine.randomness import generator
+from transfer.detection.annotations import DetectionSet
+from transfer.detection.boxes import nonempty
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.rpn import Targets
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Images (3, H, W) uint8 of one iteration, resized and maybe flipped, and their objects."""
+
+    images: list[Tensor]
+    targets: list[Targets]
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """An image as RGB, turned as its EXIF orientation says.
+
+    Raises:
+        DataError: If it is truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            upright: Image.Image = ImageOps.exif_transpose(image)
+            return upright.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from None
+
+
+def shortest_edge(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
+    """(width, height) with the short side at ``short``, or less if the long side would exceed ``longest``."""
+    scale = short / min(width, height)
+    new_width, new_height = (short, scale * height) if width < height else (scale * width, short)
+    if max(new_width, new_height) > longest:
+        shrink = longest / max(new_width, new_height)
+        new_width, new_height = new_width * shrink, new_height * shrink
+    return int(new_width + 0.5), int(new_height + 0.5)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+class _Training(Dataset[tuple[Tensor, Targets]]):
+    """Item (step, index) is one picture, resized and flipped with draws of its own."""
+
+    def __init__(self, pictures: DetectionSet, recipe: DetectRecipe, seed: int) -> None:
+        self.pictures, self.recipe, self.seed = pictures, recipe, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
+        step, index = key
+        picture = self.pictures.pictures[index]
+        draws = generator(self.seed, "detection-view", step, index)
+        choices = self.recipe.min_size_train
+        short = choices[int(torch.randint(len(choices), (), generator=draws))]
+        flip = bool(torch.rand((), generator=draws) < 0.5)
+        image = read_rgb(picture.path)
+        before = image.size
+        width, height = shortest_edge(*before, short, self.recipe.max_size_train)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        scale = torch.tensor([width / before[0], height / before[1]], dtype=torch.float64)
+        boxes = torch.tensor([i.box for i in picture.instances], dtype=torch.float64).reshape(-1, 4) * scale.repeat(2)
+        polygons = [
+            [(np.asarray(p).reshape(-1, 2) * scale.numpy()) for p in instance.polygons]
+            for instance in picture.instances
+        ]
+        pixels = _to_tensor(image)
+        if flip:
+            pixels = pixels.flip(2)
+            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+            polygons = [[np.stack([width - p[:, 0], p[:, 1]], axis=1) for p in one] for one in polygons]
+        limits = torch.tensor([width, height, width, height], dtype=torch.float64)
+        boxes = torch.minimum(boxes.clamp(min=0), limits).float()
+        keep = nonempty(boxes, 1e-5)
+        labels = torch.tensor([i.label for i in picture.instances], dtype=torch.int64)
+        kept = [[p.ravel().tolist() for p in one] for one, good in zip(polygons, keep.tolist(), strict=True) if good]
+        return pixels, Targets(boxes[keep], labels[keep], kept)
+
+
+def _grouped(pictures: DetectionSet, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of pictures that are all wide or all tall, each pass over the set in a new order."""
+    wide = [picture.width > picture.height for picture in pictures.pictures]
+    waiting: dict[bool, list[int]] = {True: [], False: []}
+    epoch = 0
+    while True:
+        for index in torch.randperm(len(pictures), generator=generator(seed, "detection-order", epoch)).tolist():
+            group = waiting[wide[index]]
+            group.append(index)
+            if len(group) == batch_size:
+                yield list(group)
+                group.clear()
+        epoch += 1
+
+
+def _keys(
+    pictures: DetectionSet, recipe: DetectRecipe, seed: int, first: int, last: int
+) -> Iterator[list[tuple[int, int]]]:
+    for step, batch in enumerate(_grouped(pictures, recipe.batch_size, seed)):
+        if step >= last:
+            return
+        if step >= first:
+            yield [(step, index) for index in batch]
+
+
+def _collate(items: list[tuple[Tensor, Targets]]) -> DetectionBatch:
+    return DetectionBatch([image for image, _ in items], [target for _, target in items])
+
+
+def training_batches(
+    pictures: DetectionSet, recipe: DetectRecipe, seed: int, first: int, last: int
+) -> Iterator[DetectionBatch]:
+    """The batches of the steps ``first`` … ``last - 1``; a step's batch does not depend on where the run started."""
+    loader: DataLoader[tuple[Tensor, Targets]] = DataLoader(
+        _Training(pictures, recipe, seed),
+        batch_sampler=_keys(pictures, recipe, seed, first, last),
+        num_workers=recipe.data.num_workers,
+        collate_fn=_collate,
+    )
+    yield from from_workers(loader)
+
+
+class _Testing(Dataset[tuple[Tensor, int, tuple[int, int]]]):
+    def __init__(self, pictures: DetectionSet, recipe: DetectRecipe) -> None:
+        self.pictures, self.recipe = pictures, recipe
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, int]]:
+        image = read_rgb(self.pictures.pictures[index].path)
+        width, height = shortest_edge(*image.size, self.recipe.min_size_test, self.recipe.max_size_test)
+        return _to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)), index, image.size
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+def test_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
+    """Every picture once: resized (3, H, W) uint8, its index, and its own (width, height)."""
+    loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
+        _Testing(pictures, recipe), batch_size=None, num_workers=recipe.data.num_workers
+    )
+    yield from from_workers(loader)

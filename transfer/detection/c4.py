@@ -1,0 +1,102 @@
+"""The R50-C4 detector: conv1 … layer3 of a trunk as the backbone, layer4 as the head of every region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.augment import IMAGENET_MEAN, IMAGENET_STD
+from engine.backbones import BackboneRecipe, build_trunk
+from engine.errors import CheckpointError
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.roi_heads import Detections, Res5RoIHeads
+from transfer.detection.rpn import RPN, Targets
+
+# RGB in [0, 255], the same numbers as in classification: what MoCo's detection configs call PIXEL_MEAN and PIXEL_STD.
+PIXEL_MEAN = tuple(255 * value for value in IMAGENET_MEAN)
+PIXEL_STD = tuple(255 * value for value in IMAGENET_STD)
+
+
+class C4Detector(nn.Module):
+    """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map; BatchNorm everywhere and trained.
+
+    Args:
+        backbone: A standard-stem ResNet.
+        state: The pretrained trunk under torchvision's names; every tensor must land.
+        num_classes: Foreground classes.
+        recipe: The detection recipe.
+
+    Raises:
+        CheckpointError: If the trunk has the CIFAR stem, whose strides C4 cannot use.
+    """
+
+    def __init__(
+        self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, recipe: DetectRecipe
+    ) -> None:
+        super().__init__()
+        if backbone.stem != "standard":
+            raise CheckpointError(
+                "detection needs a trunk with the standard stem (stride 16 after layer3); this one has the CIFAR stem"
+            )
+        trunk: Any = build_trunk(backbone)
+        trunk.load_state_dict(state, strict=True)
+        self.stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
+        self.res2, self.res3, self.res4 = trunk.layer1, trunk.layer2, trunk.layer3
+        channels = trunk.num_features
+        self.rpn = RPN(channels // 2, recipe.rpn)
+        self.roi_heads = Res5RoIHeads(trunk.layer4, channels, num_classes, recipe.masks, recipe.roi)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def trunk_state(self) -> dict[str, Tensor]:
+        """The trunk inside the detector, under torchvision's names again."""
+        parts = {
+            "conv1": self.stem[0],
+            "bn1": self.stem[1],
+            "layer1": self.res2,
+            "layer2": self.res3,
+            "layer3": self.res4,
+            "layer4": self.roi_heads.res5,
+        }
+        return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+
+    def batch(self, images: list[Tensor]) -> Tensor:
+        """Normalise (3, H, W) uint8 RGB images and pad them with zeros to the largest height and width."""
+        height = max(image.shape[1] for image in images)
+        width = max(image.shape[2] for image in images)
+        mean, std = self.get_buffer("pixel_mean"), self.get_buffer("pixel_std")
+        padded = [
+            F.pad(
+                (image.to(mean.device).float() - mean) / std,
+                (0, width - image.shape[2], 0, height - image.shape[1]),
+            )
+            for image in images
+        ]
+        return torch.stack(padded).contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: list[Tensor]) -> Tensor:
+        """The stride-16 map, (N, 1024, H/16, W/16) for a ResNet-50."""
+        features: Tensor = self.res4(self.res3(self.res2(self.stem(self.batch(images)))))
+        return features
+
+    def losses(self, images: list[Tensor], targets: list[Targets], generator: torch.Generator) -> dict[str, Tensor]:
+        """The losses of one batch, each a scalar; their sum is what is minimised."""
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        features = self.features(images)
+        anchors, logits, deltas = self.rpn(features)
+        losses: dict[str, Tensor] = self.rpn.losses(anchors, logits, deltas, targets, generator)
+        proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
+        losses.update(self.roi_heads.losses(features, proposals, targets, generator))
+        return losses
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """What is in each image, in its own pixels."""
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        features = self.features(images)
+        anchors, logits, deltas = self.rpn(features)
+        proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
+        return self.roi_heads.detect(features, proposals, sizes)

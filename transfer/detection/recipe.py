@@ -1,0 +1,110 @@
+"""The typed recipe of detection transfer: MoCo's R50-C4 protocol on VOC and COCO (arXiv:1911.05722, appendix)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import Recipe, operational
+
+
+class DetectionData(Recipe):
+    """Where the pictures and their boxes are.
+
+    VOC: ``root`` is a VOCdevkit and a split is ``2007/trainval`` (VOC2007/ImageSets/Main/trainval.txt). COCO: a split is
+    ``train2017`` (annotations/instances_train2017.json and the folder train2017). ``classes: null`` takes the names found
+    in the annotations.
+    """
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    root: str = operational(..., min_length=1)
+    train: tuple[str, ...] = Field(min_length=1)
+    test: tuple[str, ...] = Field(min_length=1)
+    classes: tuple[str, ...] | None = None
+    num_workers: int = operational(4, ge=0)
+
+
+class RPNRecipe(Recipe):
+    """Region proposals: anchors, sampling and selection; the defaults are Detectron2's for C4."""
+
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    batch_per_image: int = Field(256, ge=2)
+    positive_fraction: float = Field(0.5, gt=0, lt=1)
+    iou_negative: float = Field(0.3, ge=0, le=1)
+    iou_positive: float = Field(0.7, ge=0, le=1)
+    pre_nms_train: int = Field(12000, ge=1)
+    post_nms_train: int = Field(2000, ge=1)
+    pre_nms_test: int = Field(6000, ge=1)
+    post_nms_test: int = Field(1000, ge=1)
+    nms_threshold: float = Field(0.7, gt=0, le=1)
+
+
+class RoIRecipe(Recipe):
+    """Classification, box regression and masks of regions; the defaults are Detectron2's for C4."""
+
+    batch_per_image: int = Field(512, ge=2)
+    positive_fraction: float = Field(0.25, gt=0, lt=1)
+    iou_positive: float = Field(0.5, gt=0, le=1)
+    pooler_resolution: int = Field(14, ge=2)
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    nms_threshold: float = Field(0.5, gt=0, le=1)
+    detections_per_image: int = Field(100, ge=1)
+
+
+class DetectRecipe(Recipe):
+    """Detection transfer.
+
+    ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` hold at ``reference_batch_size`` images per iteration;
+    another ``batch_size`` scales the rate linearly and the lengths inversely. A null reference takes them as they stand.
+    """
+
+    protocol: Literal["detect_voc", "detect_coco"]
+    engine: Literal["torchvision", "detectron2"] = "torchvision"
+    data: DetectionData
+    batch_size: int = Field(16, ge=1)
+    reference_batch_size: int | None = Field(16, ge=1)
+    lr: float = Field(0.02, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    iterations: int = Field(ge=1)
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup_iterations: int = Field(1000, ge=0)
+    warmup_factor: float = Field(0.001, ge=0, le=1)
+    clip_norm: float | None = Field(None, gt=0)
+    min_size_train: tuple[int, ...] = Field(min_length=1)
+    max_size_train: int = Field(1333, ge=32)
+    min_size_test: int = Field(800, ge=32)
+    max_size_test: int = Field(1333, ge=32)
+    precise_bn_iterations: int = Field(200, ge=0)
+    rpn: RPNRecipe = RPNRecipe()
+    roi: RoIRecipe = RoIRecipe()
+
+    @model_validator(mode="after")
+    def _engine_exists(self) -> DetectRecipe:
+        if self.engine == "detectron2":
+            raise ValueError(
+                "engine 'detectron2' is planned and not built yet; engine=torchvision runs the same network and procedure"
+            )
+        return self
+
+    @property
+    def masks(self) -> bool:
+        """Whether a mask head is trained (Mask R-CNN on COCO)."""
+        return self.protocol == "detect_coco"
+
+    @property
+    def scale(self) -> float:
+        """Images per iteration relative to the reference."""
+        return self.batch_size / (self.reference_batch_size or self.batch_size)
+
+    @property
+    def scaled_lr(self) -> float:
+        """Learning rate at this batch size."""
+        return self.lr * self.scale
+
+    def scaled_length(self, iterations: int) -> int:
+        """A number of iterations at this batch size."""
+        return max(1, round(iterations / self.scale)) if iterations else 0

@@ -1,0 +1,238 @@
+"""What happens to a proposal: RoIAlign, res5 with MoCo's extra normalisation, class, box and mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, roi_align
+
+from transfer.detection.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
+from transfer.detection.recipe import RoIRecipe
+from transfer.detection.rpn import STRIDE, Targets
+
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first.
+
+    Attributes:
+        boxes: (D, 4) in the pixels of the image that the network saw.
+        scores: (D,) in [0, 1].
+        labels: (D,) int64.
+        masks: (D, M, M) probabilities inside each box, or None.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None
+
+
+class MaskHead(nn.Module):
+    """C4's mask branch: one transposed convolution, one 1×1 convolution (Mask R-CNN, arXiv:1703.06870, figure 4 left)."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.deconv = nn.ConvTranspose2d(channels, 256, kernel_size=2, stride=2)
+        self.predictor = nn.Conv2d(256, num_classes, kernel_size=1)
+        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        for layer in (self.deconv, self.predictor):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(R, C, S, S) to (R, classes, 2S, 2S) logits."""
+        logits: Tensor = self.predictor(F.relu(self.deconv(features)))
+        return logits.float()
+
+
+class Res5RoIHeads(nn.Module):
+    """RoIAlign on the stride-16 map, then res5, an extra BatchNorm, and the predictors (MoCo's Res5ROIHeadsExtraNorm).
+
+    Args:
+        res5: The trunk's last stage.
+        channels: Its output width.
+        num_classes: Foreground classes.
+        masks: Whether there is a mask branch.
+        recipe: Sampling and selection.
+    """
+
+    def __init__(self, res5: nn.Module, channels: int, num_classes: int, masks: bool, recipe: RoIRecipe) -> None:
+        super().__init__()
+        self.recipe, self.num_classes = recipe, num_classes
+        self.res5 = res5
+        self.norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes + 1)
+        self.regressor = nn.Linear(channels, 4 * num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.normal_(self.regressor.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.regressor.bias)
+        self.mask_head = MaskHead(channels, num_classes) if masks else None
+
+    def pool(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
+        """(N, C, H, W) and boxes per image to (R, C', S, S): aligned RoIAlign with adaptive sampling, then res5."""
+        size = self.recipe.pooler_resolution
+        rois = roi_align(features.float(), boxes, size, 1.0 / STRIDE, sampling_ratio=0, aligned=True)
+        pooled: Tensor = self.norm(self.res5(rois.contiguous(memory_format=torch.channels_last)))
+        return pooled
+
+    def predict(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits (R, classes + 1), background last, and box deltas (R, 4 · classes)."""
+        vector = pooled.mean(dim=(2, 3))
+        return self.classifier(vector).float(), self.regressor(vector).float()
+
+    @torch.no_grad()
+    def sample(
+        self, proposals: list[Tensor], targets: list[Targets], generator: torch.Generator
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Sampled boxes, their classes (``num_classes`` is background) and matched objects, per image.
+
+        The objects themselves are added to the proposals, so that there are positives from the first step.
+        """
+        boxes, classes, matched = [], [], []
+        for candidates, target in zip(proposals, targets, strict=True):
+            candidates = torch.cat([candidates, target.boxes])
+            threshold = self.recipe.iou_positive
+            index, labels = match(
+                target.boxes, candidates, negative_below=threshold, positive_from=threshold, keep_best=False
+            )
+            positive, negative = sample(
+                (labels == POSITIVE).nonzero().flatten(),
+                (labels != POSITIVE).nonzero().flatten(),
+                self.recipe.batch_per_image,
+                self.recipe.positive_fraction,
+                generator,
+            )
+            chosen = torch.cat([positive, negative])
+            truth = torch.full((len(chosen),), self.num_classes, device=chosen.device)
+            truth[: len(positive)] = target.labels[index[positive]]
+            boxes.append(candidates[chosen])
+            classes.append(truth)
+            matched.append(index[chosen])
+        return boxes, classes, matched
+
+    def losses(
+        self, features: Tensor, proposals: list[Tensor], targets: list[Targets], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Cross-entropy over the sampled boxes, L1 of the foreground ones, and the mask loss."""
+        boxes, classes, matched = self.sample(proposals, targets, generator)
+        return self.losses_of(features, boxes, classes, matched, targets)
+
+    def losses_of(
+        self,
+        features: Tensor,
+        boxes: list[Tensor],
+        classes: list[Tensor],
+        matched: list[Tensor],
+        targets: list[Targets],
+    ) -> dict[str, Tensor]:
+        """The losses of given samples; see `sample`."""
+        pooled = self.pool(features, boxes)
+        logits, deltas = self.predict(pooled)
+        truth = torch.cat(classes)
+        foreground = (truth < self.num_classes).nonzero().flatten()
+        objects = torch.cat([t.boxes[i] if len(t.boxes) else b for t, i, b in zip(targets, matched, boxes)])
+        wanted = encode_boxes(torch.cat(boxes)[foreground], objects[foreground], WEIGHTS)
+        given = deltas.view(len(truth), self.num_classes, 4)[foreground, truth[foreground]]
+        losses = {
+            "roi_class": F.cross_entropy(logits, truth),
+            "roi_box": (given - wanted).abs().sum() / max(len(truth), 1),
+        }
+        if self.mask_head is not None:
+            masks = self.mask_head(pooled[foreground])
+            losses["roi_mask"] = self._mask_loss(masks, truth[foreground], boxes, classes, matched, targets)
+        return losses
+
+    def _mask_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        boxes: list[Tensor],
+        classes: list[Tensor],
+        matched: list[Tensor],
+        targets: list[Targets],
+    ) -> Tensor:
+        if len(labels) == 0:
+            return logits.sum() * 0
+        wanted = []
+        for image_boxes, image_classes, index, target in zip(boxes, classes, matched, targets, strict=True):
+            for box, label, which in zip(image_boxes.tolist(), image_classes.tolist(), index.tolist(), strict=True):
+                if label < self.num_classes:
+                    wanted.append(rasterise(target.polygons[which], box, logits.shape[-1]))
+        truth = torch.from_numpy(np.stack(wanted)).to(logits.device, logits.dtype)
+        own = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(own, truth)
+
+    @torch.no_grad()
+    def detect(self, features: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
+        """Scores, per-class boxes and masks after thresholding and per-class non-maximum suppression."""
+        logits, deltas = self.predict(self.pool(features, proposals))
+        probabilities = logits.softmax(dim=1)[:, :-1]
+        boxes = decode_boxes(deltas, torch.cat(proposals), WEIGHTS)
+        counts = [len(p) for p in proposals]
+        found = []
+        for image_boxes, scores, (height, width) in zip(
+            torch.split(boxes, counts), torch.split(probabilities, counts), sizes, strict=True
+        ):
+            finite = torch.isfinite(image_boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
+            image_boxes, scores = image_boxes[finite], scores[finite]
+            per_class = clip_boxes(image_boxes.view(len(scores), self.num_classes, 4), height, width)
+            row, label = (scores > self.recipe.score_threshold).nonzero(as_tuple=True)
+            candidates, confidence = per_class[row, label], scores[row, label]
+            keep = batched_nms(candidates, confidence, label, self.recipe.nms_threshold)
+            keep = keep[: self.recipe.detections_per_image]
+            found.append(Detections(candidates[keep], confidence[keep], label[keep], None))
+        if self.mask_head is None:
+            return found
+        masks = self.mask_head(self.pool(features, [d.boxes for d in found])).sigmoid()
+        labels = torch.cat([d.labels for d in found])
+        own = masks[torch.arange(len(labels), device=labels.device), labels]
+        parts = torch.split(own, [len(d.labels) for d in found])
+        return [Detections(d.boxes, d.scores, d.labels, m) for d, m in zip(found, parts, strict=True)]
+
+
+def rasterise(polygons: list[list[float]], box: list[float], side: int) -> np.typing.NDArray[np.uint8]:
+    """The part of an object's polygons inside ``box``, drawn on a (side, side) grid of 0 and 1."""
+    left, top, right, bottom = box
+    scale_x, scale_y = side / max(right - left, 0.1), side / max(bottom - top, 0.1)
+    moved = []
+    for polygon in polygons:
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        moved.append(((points - [left, top]) * [scale_x, scale_y]).ravel().tolist())
+    mask: np.typing.NDArray[np.uint8] = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, side, side)))
+    return mask
+
+
+def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> Tensor:
+    """Put an (M, M) probability mask into its box of an image, bilinearly, and threshold it at 0.5.
+
+    Args:
+        mask: (M, M) in [0, 1].
+        box: (4,) in the pixels of the image.
+        height: Image height.
+        width: Image width.
+
+    Returns:
+        (height, width) bool.
+    """
+    left, top, right, bottom = box.tolist()
+    x0, y0 = max(int(np.floor(left)) - 1, 0), max(int(np.floor(top)) - 1, 0)
+    x1, y1 = min(int(np.ceil(right)) + 1, width), min(int(np.ceil(bottom)) + 1, height)
+    result = torch.zeros(height, width, dtype=torch.bool)
+    if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
+        return result
+    x = (torch.arange(x0, x1) + 0.5 - left) / (right - left) * 2 - 1
+    y = (torch.arange(y0, y1) + 0.5 - top) / (bottom - top) * 2 - 1
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
+    values = F.grid_sample(mask.float().cpu()[None, None], grid, align_corners=False)[0, 0]
+    result[y0:y1, x0:x1] = values >= 0.5
+    return result

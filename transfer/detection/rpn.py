@@ -1,0 +1,116 @@
+"""The region proposal network of a C4 detector (Faster R-CNN, arXiv:1506.01497, as Detectron2 builds it)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from transfer.detection.boxes import (
+    NEGATIVE,
+    POSITIVE,
+    cell_anchors,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    grid_anchors,
+    match,
+    nonempty,
+    sample,
+)
+from transfer.detection.recipe import RPNRecipe
+
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+STRIDE = 16
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The objects of one image: ``boxes`` (G, 4), ``labels`` (G,) int64, ``polygons`` per object (empty without masks)."""
+
+    boxes: Tensor
+    labels: Tensor
+    polygons: list[list[list[float]]]
+
+
+class RPN(nn.Module):
+    """Objectness and box deltas for every anchor of the stride-16 map, and the proposals they give."""
+
+    cells: Tensor
+
+    def __init__(self, channels: int, recipe: RPNRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        cells = cell_anchors(recipe.anchor_sizes, recipe.aspect_ratios)
+        self.register_buffer("cells", cells, persistent=False)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.objectness = nn.Conv2d(channels, len(cells), kernel_size=1)
+        self.deltas = nn.Conv2d(channels, 4 * len(cells), kernel_size=1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C, H, W) to anchors (R, 4), objectness logits (N, R) and deltas (N, R, 4), with R = H · W · A."""
+        hidden = F.relu(self.conv(features))
+        num, _, height, width = features.shape
+        logits = self.objectness(hidden).float().permute(0, 2, 3, 1).reshape(num, -1)
+        deltas = self.deltas(hidden).float().view(num, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(num, -1, 4)
+        return grid_anchors(self.cells, height, width, STRIDE), logits, deltas
+
+    @torch.no_grad()
+    def proposals(self, anchors: Tensor, logits: Tensor, deltas: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        """The best boxes of each image after clipping and non-maximum suppression, best first: (P, 4) each."""
+        before = self.recipe.pre_nms_train if self.training else self.recipe.pre_nms_test
+        after = self.recipe.post_nms_train if self.training else self.recipe.post_nms_test
+        result = []
+        for image_logits, image_deltas, (height, width) in zip(logits, deltas, sizes, strict=True):
+            scores, order = image_logits.topk(min(before, len(image_logits)))
+            boxes = decode_boxes(image_deltas[order], anchors[order], WEIGHTS)
+            finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores)
+            boxes, scores = clip_boxes(boxes[finite], height, width), scores[finite]
+            large = nonempty(boxes)
+            boxes, scores = boxes[large], scores[large]
+            result.append(boxes[nms(boxes, scores, self.recipe.nms_threshold)[:after]])
+        return result
+
+    def losses(
+        self,
+        anchors: Tensor,
+        logits: Tensor,
+        deltas: Tensor,
+        targets: list[Targets],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy of sampled anchors and L1 of the positive ones, both over the number of sampled anchors."""
+        recipe = self.recipe
+        objectness = logits.new_zeros(())
+        location = logits.new_zeros(())
+        for image_logits, image_deltas, target in zip(logits, deltas, targets, strict=True):
+            index, labels = match(
+                target.boxes,
+                anchors,
+                negative_below=recipe.iou_negative,
+                positive_from=recipe.iou_positive,
+                keep_best=True,
+            )
+            positive, negative = sample(
+                (labels == POSITIVE).nonzero().flatten(),
+                (labels == NEGATIVE).nonzero().flatten(),
+                recipe.batch_per_image,
+                recipe.positive_fraction,
+                generator,
+            )
+            chosen = torch.cat([positive, negative])
+            truth = torch.zeros(len(chosen), device=chosen.device)
+            truth[: len(positive)] = 1
+            objectness = objectness + F.binary_cross_entropy_with_logits(image_logits[chosen], truth, reduction="sum")
+            if len(positive):
+                wanted = encode_boxes(anchors[positive], target.boxes[index[positive]], WEIGHTS)
+                location = location + (image_deltas[positive] - wanted).abs().sum()
+        normaliser = recipe.batch_per_image * len(targets)
+        return {"rpn_objectness": objectness / normaliser, "rpn_box": location / normaliser}

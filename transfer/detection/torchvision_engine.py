@@ -1,0 +1,186 @@
+"""Detection on torchvision's operators: training, PreciseBN and evaluation of a C4 detector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe
+from engine.precision import Precision, autocast
+from engine.progress import say
+from engine.randomness import derived_seed, generator
+from engine.schedule import step_factor, warmup_factor
+from engine.storage import RunDirectory
+from engine.training import Job, train
+from transfer.detection.annotations import DetectionSet
+from transfer.detection.batches import DetectionBatch, test_images, training_batches
+from transfer.detection.c4 import C4Detector
+from transfer.detection.metrics import Found, coco_metrics, voc_metrics
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.roi_heads import Detections, paste_mask
+from transfer.detection.rpn import Targets
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a detection run is given besides its recipe."""
+
+    run: RunDirectory
+    fingerprint: str
+    data: dict[str, Any]
+    device: torch.device
+    precision: Precision
+    seed: int
+    title: str
+    log_every: int
+    checkpoint_every: int
+
+
+def run_detection(
+    recipe: DetectRecipe,
+    setting: Setting,
+    backbone: BackboneRecipe,
+    state: dict[str, Tensor],
+    train_set: DetectionSet,
+    test_set: DetectionSet,
+) -> dict[str, float]:
+    """Train a detector from a trunk and evaluate it.
+
+    Returns:
+        Metrics in percent, ``seconds`` and ``images_per_second``.
+    """
+    torch.manual_seed(derived_seed(setting.seed, "detector"))
+    detector = C4Detector(backbone, state, len(train_set.classes), recipe)
+    detector.to(setting.device).to(memory_format=torch.channels_last)
+    iterations = recipe.scaled_length(recipe.iterations)
+    milestones = [recipe.scaled_length(m) for m in recipe.milestones]
+    warmup = recipe.scaled_length(recipe.warmup_iterations)
+    say(
+        f"{setting.title}: {iterations} iterations of {recipe.batch_size}, lr {recipe.scaled_lr:g}, steps {milestones}, "
+        f"warm-up {warmup} (recipe: {recipe.iterations} at {recipe.reference_batch_size or recipe.batch_size} images)"
+    )
+    job = Job(
+        title=setting.title,
+        run=setting.run,
+        fingerprint=setting.fingerprint,
+        data=setting.data,
+        model=detector,
+        optimizer=_optimizer(detector, recipe),
+        schedule=lambda step: (
+            step_factor(step, milestones, recipe.gamma) * warmup_factor(step, warmup, recipe.warmup_factor)
+        ),
+        num_steps=iterations,
+        images_per_step=recipe.batch_size,
+        device=setting.device,
+        precision=setting.precision,
+        log_every=setting.log_every,
+        checkpoint_every=setting.checkpoint_every,
+        clip_norm=recipe.clip_norm,
+    )
+
+    def batches(first: int) -> Iterator[DetectionBatch]:
+        return training_batches(train_set, recipe, setting.seed, first, iterations)
+
+    def losses(batch: DetectionBatch, step: int) -> dict[str, Tensor]:
+        draws = generator(setting.seed, "detection-sampling", step)
+        images, targets = _to(batch, setting.device)
+        terms = detector.losses(images, targets, draws)
+        return {"loss": torch.stack([*terms.values()]).sum(), **{k: v.detach() for k, v in terms.items()}}
+
+    result = train(job, batches, losses)
+    if recipe.precise_bn_iterations:
+        say(f"{setting.title}: batch statistics over {recipe.precise_bn_iterations} training batches (PreciseBN)")
+        last = iterations + recipe.precise_bn_iterations
+        _precise_bn(detector, training_batches(train_set, recipe, setting.seed, iterations, last), setting)
+    detections = find_objects(detector, test_set, recipe, setting)
+    if recipe.masks:
+        metrics = coco_metrics(detections, test_set, masks=True)
+    else:
+        metrics = voc_metrics(detections, test_set)
+    return {**metrics, **result}
+
+
+def _to(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
+    images = [image.to(device, non_blocking=True) for image in batch.images]
+    targets = [Targets(t.boxes.to(device), t.labels.to(device), t.polygons) for t in batch.targets]
+    return images, targets
+
+
+def _optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
+    """SGD; the parameters of normalisation layers have no weight decay (Detectron2's WEIGHT_DECAY_NORM 0)."""
+    norms = [p for m in detector.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)]
+    of_norms = {id(p) for p in norms}
+    rest = [p for p in detector.parameters() if id(p) not in of_norms]
+    groups = [{"params": rest, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=recipe.scaled_lr, momentum=recipe.momentum)
+
+
+@torch.no_grad()
+def _precise_bn(detector: C4Detector, batches: Iterator[DetectionBatch], setting: Setting) -> None:
+    """Replace running statistics by those of the population, estimated over many batches with the weights fixed.
+
+    The mean is the mean of the batch means; the variance is the mean square minus its square (arXiv:2105.07576, 3.1).
+    """
+    layers = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    means = [torch.zeros_like(layer.running_mean) for layer in layers]  # type: ignore[arg-type]
+    squares = [torch.zeros_like(layer.running_var) for layer in layers]  # type: ignore[arg-type]
+    detector.train()
+    for layer in layers:
+        layer.momentum = 1.0
+    count = 0
+    for count, batch in enumerate(batches, start=1):
+        images, targets = _to(batch, setting.device)
+        with autocast(setting.device, setting.precision):
+            detector.losses(images, targets, generator(setting.seed, "precise-bn", count))
+        for layer, mean, square in zip(layers, means, squares, strict=True):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean += layer.running_mean
+            square += layer.running_var + layer.running_mean**2
+    for layer, momentum, mean, square in zip(layers, momenta, means, squares, strict=True):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.momentum = momentum
+        layer.running_mean.copy_(mean / count)
+        layer.running_var.copy_((square / count - (mean / count) ** 2).clamp(min=0))
+
+
+@torch.no_grad()
+def find_objects(detector: C4Detector, pictures: DetectionSet, recipe: DetectRecipe, setting: Setting) -> list[Found]:
+    """Detections of every test picture, in its own pixels."""
+    detector.eval()
+    found: list[Found] = []
+    for number, (image, index, (width, height)) in enumerate(test_images(pictures, recipe), start=1):
+        with autocast(setting.device, setting.precision):
+            (detections,) = detector.detect([image.to(setting.device)])
+        found += _in_original_pixels(detections, index, image.shape[1:], width, height)
+        if number % 500 == 0 or number == len(pictures):
+            say(f"{setting.title}: evaluated {number}/{len(pictures)} pictures")
+    return found
+
+
+def _in_original_pixels(detections: Detections, index: int, seen: torch.Size, width: int, height: int) -> list[Found]:
+    scale = torch.tensor([width / seen[1], height / seen[0]] * 2)
+    boxes = detections.boxes.cpu() * scale
+    limits = torch.tensor([width, height, width, height])
+    boxes = torch.minimum(boxes.clamp(min=0), limits)
+    found = []
+    for number, (box, score, label) in enumerate(
+        zip(boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True)
+    ):
+        if box[2] <= box[0] or box[3] <= box[1]:
+            continue
+        mask = None
+        if detections.masks is not None:
+            pixels = paste_mask(detections.masks[number], box, height, width).numpy()
+            mask = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
+        left, top, right, bottom = box.tolist()
+        found.append(Found(index, label, score, (left, top, right, bottom), mask))
+    return found

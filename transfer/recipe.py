@@ -1,0 +1,161 @@
+"""The typed recipes of the transfer protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engine.augment import CropRecipe
+from engine.config import Recipe, load_recipe, operational, read_protocol
+from engine.datasets import DataRecipe
+from engine.precision import DeviceName, Precision
+from engine.records import Method
+from transfer.detection.recipe import DetectRecipe
+
+
+class TransferBase(Recipe):
+    """What every transfer recipe has.
+
+    ``backbone`` is a file: this project's ``backbone.safetensors`` or a checkpoint of a known layout. ``framework`` and
+    ``method`` label the result when the file cannot say (a foreign checkpoint).
+    """
+
+    name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
+    seed: int = Field(0, ge=0)
+    backbone: str = operational(..., min_length=1)
+    framework: str | None = operational(None)
+    method: Method | None = operational(None)
+    precision: Precision = "fp32"
+    device: DeviceName = operational("auto")
+    log_every: int = operational(10, ge=1)
+    checkpoint_every: int = operational(500, ge=1)
+
+
+class EvaluationRecipe(Recipe):
+    """Test-time view: short side to ``resize`` pixels (null leaves the image), then the central ``crop``."""
+
+    resize: int | None = Field(256, ge=8)
+    crop: int = Field(224, ge=8)
+    batch_size: int = operational(256, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluationRecipe:
+        if self.resize is not None and self.resize < self.crop:
+            raise ValueError(f"resize {self.resize} is smaller than crop {self.crop}")
+        return self
+
+
+class KnnRecipe(TransferBase):
+    """kNN on L2-normalised trunk features, votes weighted with exp(similarity / temperature)."""
+
+    protocol: Literal["knn"]
+    data: DataRecipe
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class LinearRecipe(TransferBase):
+    """A linear classifier on the frozen trunk (protocols of MoCo, ``main_lincls.py``): SGD, rate 30, ×0.1 at 60 and 80."""
+
+    protocol: Literal["linear"]
+    data: DataRecipe
+    augment: CropRecipe = CropRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    lr: float = Field(30.0, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(256, ge=2)
+    epochs: int = Field(100, ge=1)
+    milestones: tuple[int, ...] = (60, 80)
+    gamma: float = Field(0.1, gt=0, le=1)
+
+
+Preset = Literal["paper_table", "paper_text", "swav", "barlow"]
+
+# (lr of the trunk, lr of the classifier) per percentage of labels
+PRESETS: dict[str, dict[float, tuple[float, float]]] = {
+    "paper_table": {
+        1: (0.002, 0.5),
+        10: (0.002, 0.5),
+        100: (0.001, 0.05),
+    },  # MixMask, supplement, finetuning table
+    "paper_text": {1: (0.002, 0.5), 10: (0.001, 0.5), 100: (0.001, 0.5)},  # MixMask, section 4.4
+    "swav": {1: (0.02, 5.0), 10: (0.01, 0.2)},  # arXiv:2006.09882, code
+    "barlow": {1: (0.005, 0.5), 10: (0.005, 0.5)},  # arXiv:2103.03230, code
+}
+
+
+class SemisupRecipe(TransferBase):
+    """Finetuning everything on a share of the labels: SGD, 20 epochs, two learning rates (MixMask, section 4.4).
+
+    ``preset`` names a published pair of rates for 1, 10 and 100 % of labels; ``lr_trunk`` and ``lr_head`` replace them.
+    ``label_list`` names the labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset.
+    """
+
+    protocol: Literal["semisup"]
+    data: DataRecipe
+    augment: CropRecipe = CropRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    labels: float = Field(gt=0, le=100)
+    label_list: str | None = None
+    subset_seed: int = Field(0, ge=0)
+    preset: Preset = "paper_table"
+    lr_trunk: float | None = Field(None, ge=0)
+    lr_head: float | None = Field(None, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(256, ge=2)
+    epochs: int = Field(20, ge=1)
+    schedule: Literal["step", "cosine"] = "step"
+    milestones: tuple[int, ...] = (12, 16)
+    gamma: float = Field(0.2, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _has_rates(self) -> SemisupRecipe:
+        if (self.lr_trunk is None or self.lr_head is None) and self.labels not in PRESETS[self.preset]:
+            known = ", ".join(f"{share:g}" for share in PRESETS[self.preset])
+            raise ValueError(
+                f"preset '{self.preset}' has learning rates for {known} % of labels, not for {self.labels:g}; "
+                f"set lr_trunk and lr_head"
+            )
+        return self
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """(trunk, classifier)."""
+        preset = PRESETS[self.preset].get(self.labels, (0.0, 0.0))
+        return (
+            preset[0] if self.lr_trunk is None else self.lr_trunk,
+            preset[1] if self.lr_head is None else self.lr_head,
+        )
+
+
+class DetectTransferRecipe(DetectRecipe, TransferBase):
+    """Faster R-CNN on VOC or Mask R-CNN on COCO, finetuned from the trunk."""
+
+
+TransferRecipe = KnnRecipe | LinearRecipe | SemisupRecipe | DetectTransferRecipe
+
+PROTOCOLS: dict[str, type[TransferBase]] = {
+    "knn": KnnRecipe,
+    "linear": LinearRecipe,
+    "semisup": SemisupRecipe,
+    "detect_voc": DetectTransferRecipe,
+    "detect_coco": DetectTransferRecipe,
+}
+
+
+def load_transfer_recipe(path: Path | str, overrides: Sequence[str] = ()) -> TransferRecipe:
+    """Read a transfer config; its ``protocol`` decides what else it may say.
+
+    Raises:
+        ConfigError: As `load_recipe`; also when the protocol is missing or unknown.
+    """
+    protocol = read_protocol(path, overrides, tuple(PROTOCOLS))
+    recipe = load_recipe(PROTOCOLS[protocol], path, overrides)
+    assert isinstance(recipe, KnnRecipe | LinearRecipe | SemisupRecipe | DetectTransferRecipe)
+    return recipe

@@ -1,0 +1,220 @@
+"""The transfer stage: a recipe and a backbone in, a run directory with a record out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import fingerprint_of, identity
+from engine.datasets import ImageSet, check_files, open_split, require_same_classes
+from engine.errors import ConfigError, DataError
+from engine.precision import resolve_device
+from engine.progress import say
+from engine.records import Record, environment
+from engine.storage import RunDirectory, locate_run
+from engine.training import require_same_data
+from transfer import classify
+from transfer.checkpoints.layouts import Source, read_source
+from transfer.detection.annotations import DetectionSet, open_detection
+from transfer.recipe import (
+    DetectTransferRecipe,
+    KnnRecipe,
+    LinearRecipe,
+    SemisupRecipe,
+    TransferRecipe,
+)
+from transfer.subsets import balanced_subset, listed_subset
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """A checked transfer run: backbone and data have been read, nothing has been trained or written."""
+
+    recipe: TransferRecipe
+    fingerprint: str
+    run: RunDirectory
+    device: torch.device
+    source: Source
+    train: ImageSet | DetectionSet
+    test: ImageSet | DetectionSet
+
+    @property
+    def protocol(self) -> str:
+        """The protocol's name in records and tables: ``knn``, ``linear``, ``semisup_1``, ``detect_voc`` …"""
+        if isinstance(self.recipe, SemisupRecipe):
+            return f"semisup_{self.recipe.labels:g}"
+        return self.recipe.protocol
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Identity of the data."""
+        return {"train": self.train.summary()["listing"], "test": self.test.summary()["listing"]}
+
+    def describe(self) -> str:
+        """What would run, in words."""
+        info = self.source.info
+        return "\n".join(
+            [
+                f"{self.protocol} on {self.recipe.data.name}: {len(self.train):,} training and {len(self.test):,} test "
+                f"images, {self.device}, {self.recipe.precision}",
+                f"backbone  {self.source.path} ({info.arch}, {info.framework}, {info.method})",
+                self.source.account.summary(),
+                f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
+            ]
+        )
+
+
+def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> TransferPlan:
+    """Check everything that can be checked before long work.
+
+    Raises:
+        UserError: If the backbone, the data, the sizes or the run directory do not fit.
+    """
+    source = read_source(Path(recipe.backbone).expanduser())
+    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=source.info.fingerprint)
+    run = locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
+    run.check(recipe)
+    device = resolve_device(recipe.device)
+    if isinstance(recipe, DetectTransferRecipe):
+        if source.info.stem != "standard":
+            raise ConfigError(f"{source.path}: detection needs the standard stem, this trunk has the CIFAR stem")
+        train_set, test_set = open_detection(recipe)
+        return TransferPlan(recipe, fingerprint, run, device, source, train_set, test_set)
+    train, test = open_split(recipe.data, "train"), open_split(recipe.data, "test")
+    require_same_classes(train, test)
+    if isinstance(recipe, SemisupRecipe):
+        train = _labelled(recipe, train)
+    if not isinstance(recipe, KnnRecipe) and recipe.batch_size > len(train):
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} is larger than the {len(train)} labelled images of "
+            f"'{recipe.data.name}': choose at most {len(train)}"
+        )
+    if isinstance(recipe, KnnRecipe) and recipe.k > len(train):
+        raise ConfigError(f"k {recipe.k} is larger than the {len(train)} training images of '{recipe.data.name}'")
+    return TransferPlan(recipe, fingerprint, run, device, source, train, test)
+
+
+def _labelled(recipe: SemisupRecipe, train: ImageSet) -> ImageSet:
+    if recipe.label_list is not None:
+        return listed_subset(train, Path(recipe.label_list).expanduser())
+    return balanced_subset(train, recipe.labels, recipe.subset_seed)
+
+
+def run(plan: TransferPlan) -> Record:
+    """Carry out a plan, from its checkpoint if there is one; a finished run is returned as it is."""
+    recipe, directory = plan.recipe, plan.run
+    if directory.is_finished:
+        record = _read_finished(directory)
+        require_same_data(directory, record.data, plan.data)
+        say(f"{recipe.name}: finished before, see {directory.path}")
+        return record
+    if isinstance(plan.train, ImageSet) and isinstance(plan.test, ImageSet) and not directory.checkpoint_file.exists():
+        check_files([*plan.train.paths, *plan.test.paths])
+    directory.create(recipe)
+    result = _run(plan)
+    seconds = result.pop("seconds", 0.0)
+    result.pop("images_per_second", None)
+    info = plan.source.info
+    record = Record(
+        stage="transfer",
+        protocol=plan.protocol,
+        name=recipe.name,
+        dataset=recipe.data.name,
+        framework=recipe.framework or info.framework,
+        method=recipe.method or info.method,
+        arch=info.arch,
+        seed=recipe.seed,
+        fingerprint=plan.fingerprint,
+        parent=info.fingerprint,
+        pretrain_dataset=info.dataset,
+        pretrain_epochs=info.epochs,
+        pretrain_seed=info.seed,
+        settings=_settings(plan),
+        metrics=result,
+        data=plan.data,
+        environment=environment(),
+        seconds=seconds,
+    )
+    record.write(directory.record_file)
+    directory.checkpoint_file.unlink(missing_ok=True)
+    return record
+
+
+def _read_finished(directory: RunDirectory) -> Record:
+    try:
+        return Record.read(directory.record_file)
+    except ValueError as error:
+        raise DataError(f"{directory.record_file}: damaged record ({str(error).splitlines()[0]})") from None
+
+
+def _settings(plan: TransferPlan) -> dict[str, Any]:
+    """What must be printed with the number for it to mean something."""
+    recipe = plan.recipe
+    common: dict[str, Any] = {"precision": recipe.precision}
+    if isinstance(recipe, KnnRecipe):
+        return {
+            **common,
+            "k": recipe.k,
+            "temperature": recipe.temperature,
+            "features": "trunk output, L2-normalised",
+        }
+    if isinstance(recipe, LinearRecipe):
+        return {
+            **common,
+            "lr": recipe.lr,
+            "epochs": recipe.epochs,
+            "batch_size": recipe.batch_size,
+            "epoch": "last",
+        }
+    if isinstance(recipe, SemisupRecipe):
+        lr_trunk, lr_head = recipe.rates
+        return {
+            **common,
+            "labels": recipe.labels,
+            "num_labelled": len(plan.train),
+            "lr_trunk": lr_trunk,
+            "lr_head": lr_head,
+            "epochs": recipe.epochs,
+            "epoch": "last",
+        }
+    return {
+        **common,
+        "engine": recipe.engine,
+        "iterations": recipe.scaled_length(recipe.iterations),
+        "batch_size": recipe.batch_size,
+        "lr": recipe.scaled_lr,
+    }
+
+
+def _run(plan: TransferPlan) -> dict[str, float]:
+    recipe = plan.recipe
+    if isinstance(recipe, DetectTransferRecipe):
+        from transfer.detection import torchvision_engine
+
+        assert isinstance(plan.train, DetectionSet)
+        assert isinstance(plan.test, DetectionSet)
+        setting = torchvision_engine.Setting(
+            run=plan.run,
+            fingerprint=plan.fingerprint,
+            data=plan.data,
+            device=plan.device,
+            precision=recipe.precision,
+            seed=recipe.seed,
+            title=recipe.name,
+            log_every=recipe.log_every,
+            checkpoint_every=recipe.checkpoint_every,
+        )
+        return torchvision_engine.run_detection(
+            recipe, setting, plan.source.info.recipe, plan.source.state, plan.train, plan.test
+        )
+    assert isinstance(plan.train, ImageSet)
+    assert isinstance(plan.test, ImageSet)
+    given = classify.Setting(plan.run, plan.fingerprint, plan.data, plan.device, plan.source, plan.train, plan.test)
+    if isinstance(recipe, KnnRecipe):
+        return classify.run_knn(recipe, given)
+    if isinstance(recipe, LinearRecipe):
+        return classify.run_linear(recipe, given)
+    return classify.run_semisup(recipe, given)

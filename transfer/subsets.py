@@ -1,0 +1,53 @@
+"""Which labelled images a semi-supervised run may see."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import torch
+
+from engine.datasets import ImageSet
+from engine.errors import DataError
+from engine.randomness import generator
+
+
+def balanced_subset(images: ImageSet, percent: float, seed: int) -> ImageSet:
+    """The same share of every class, at least one image each; a smaller share is contained in a larger one.
+
+    Args:
+        images: The full training set.
+        percent: Share in percent, in (0, 100].
+        seed: Seed of the choice; per class it orders the images, and a share takes the first of them.
+    """
+    chosen: list[int] = []
+    for label in range(len(images.classes)):
+        members = (images.labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator(seed, "subset", label))
+        count = max(1, math.floor(len(members) * percent / 100 + 0.5))
+        chosen += members[order[:count]].tolist()
+    return images.subset(sorted(chosen))
+
+
+def listed_subset(images: ImageSet, listing: Path) -> ImageSet:
+    """The images that a list names, one file name per line (SimCLR's ``1percent.txt``; ``.gz`` is read too).
+
+    Raises:
+        DataError: If the list is missing or empty, or names files that the data set does not have.
+    """
+    if not listing.is_file():
+        raise DataError(f"{listing}: no such list of labelled images")
+    opener = gzip.open if listing.suffix == ".gz" else open
+    with opener(listing, "rt", encoding="utf-8") as file:
+        names = [line.strip() for line in file if line.strip()]
+    if not names:
+        raise DataError(f"{listing}: empty")
+    where = {path.name: index for index, path in enumerate(images.paths)}
+    absent = [name for name in names if name not in where]
+    if absent:
+        raise DataError(
+            f"{listing}: names {len(absent)} of {len(names)} files that {images.root} does not have, "
+            f"for example {', '.join(absent[:3])}"
+        )
+    return images.subset([where[name] for name in names])
