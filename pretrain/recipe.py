@@ -96,7 +96,7 @@ class PretrainRecipe(Recipe):
             raise ValueError(
                 f"mix.grid {self.mix.grid} does not fit an image of augment.crop {self.augment.crop} pixels"
             )
-        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+        if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} does not leave any of the {self.epochs} epochs")
         if self.monitor is not None and self.data.test is None:
             raise ValueError("monitor needs data.test; set monitor: null for data without a test split")
