@@ -1,8 +1,8 @@
 """Synthetic pictures in the real on-disk formats: ImageFolder, a VOC devkit, COCO json with polygons.
 
 Ten classes are told apart by shape and texture (``striped-star``, ``spotted-disk``, …). Size, place, rotation, texture
-scale and every colour are drawn at random, for the object as for its background, and the backgrounds are cluttered with
-strokes and blobs: colour and brightness say nothing about the class. Everything is drawn from a seed.
+scale and tints are drawn at random, and the backgrounds are cluttered with strokes and blobs: colour says nothing about
+the class, and no single pixel does. Everything is drawn from a seed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 Pixels = npt.NDArray[np.float32]
 Points = npt.NDArray[np.float64]
 
-SHAPES = ("cross", "disk", "square", "star", "triangle")
-TEXTURES = ("spotted", "striped")
+SHAPES = ("disk", "star")
+TEXTURES = ("checked", "plain", "ringed", "spotted", "striped")
 CLASSES = tuple(f"{texture}-{shape}" for texture in TEXTURES for shape in SHAPES)
 TINT = 0.12
 OVERSAMPLING = 2  # edges are drawn at twice the resolution and averaged
@@ -45,20 +45,8 @@ class Object:
 
 
 def _outline(shape: str) -> Points:
-    """A shape of radius 1 around the origin."""
-    if shape == "disk":
-        return _polygon(24, [1.0])
-    if shape == "square":
-        return _polygon(4, [1.0])
-    if shape == "triangle":
-        return _polygon(3, [1.1])
-    if shape == "star":
-        return _polygon(10, [1.15, 0.48])
-    arm = 0.34
-    corner = [(arm, 1), (arm, arm), (1, arm)]
-    quarter = np.array(corner, dtype=np.float64)
-    turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, -1), (-1, 0), (0, 1))]
-    return np.concatenate([quarter @ turn.T for turn in turns])
+    """A shape of radius about 1 around the origin."""
+    return _polygon(24, [1.0]) if shape == "disk" else _polygon(10, [1.15, 0.5])
 
 
 def _polygon(corners: int, radii: list[float]) -> Points:
@@ -92,16 +80,19 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Pixels:
 
 
 def _texture(rng: np.random.Generator, texture: str, x: Pixels, y: Pixels, period: float) -> Pixels:
-    """0 or 1 per pixel, softened over about a pixel."""
+    """0 (dark) to 1 (bright) per pixel, edges softened over about a pixel; ``x`` and ``y`` count from the centre."""
     angle = rng.uniform(0, np.pi)
     u = (x * math.cos(angle) + y * math.sin(angle)) / period + rng.uniform()
     v = (y * math.cos(angle) - x * math.sin(angle)) / period + rng.uniform()
-    if texture == "striped":
-        wave = np.sin(2 * np.pi * u)
-    else:
-        wave = 2 * (0.36 - np.hypot((u % 1) - 0.5, (v % 1) - 0.5)) / 0.36
-    soft = wave * period / 2.5
-    result: Pixels = np.clip(0.5 + soft, 0, 1).astype(np.float32)
+    if texture == "plain":
+        return np.full_like(x, rng.uniform(0, 1))
+    wave = {
+        "striped": np.sin(2 * np.pi * u),
+        "checked": np.sin(2 * np.pi * u) * np.sin(2 * np.pi * v) * 1.5,
+        "spotted": 2 * (0.36 - np.hypot((u % 1) - 0.5, (v % 1) - 0.5)) / 0.36,
+        "ringed": np.sin(2 * np.pi * np.hypot(x, y) / period),
+    }[texture]
+    result: Pixels = np.clip(0.5 + wave * period / 2.5, 0, 1).astype(np.float32)
     return result
 
 
@@ -118,7 +109,7 @@ def _paint(rng: np.random.Generator, canvas: Pixels, label: int, centre: tuple[f
     cover = np.asarray(large.reduce(k), dtype=np.float32)[..., None] / 255
     first, second = _colour(rng, 0.0, 0.3), _colour(rng, 0.7, 1.0)
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    pattern = _texture(rng, texture, x, y, rng.uniform(0.28, 0.4) * radius)[..., None]
+    pattern = _texture(rng, texture, x - centre[0], y - centre[1], rng.uniform(0.28, 0.4) * radius)[..., None]
     canvas[:] = canvas * (1 - cover) + cover * (pattern * first + (1 - pattern) * second)
     return Object(label, outline)
 
@@ -138,17 +129,17 @@ def classification_image(rng: np.random.Generator, label: int, size: int) -> Ima
 
 
 def detection_image(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, list[Object]]:
-    """One to four objects of different sizes, which may hide parts of each other; mostly hidden ones are left out."""
+    """One to three objects of different sizes; a later one may hide a part of an earlier one, never most of it."""
     canvas = _background(rng, width, height).copy()
     objects: list[Object] = []
-    for _ in range(int(rng.integers(1, 5))):
-        radius = rng.uniform(0.13, 0.3) * min(width, height)
+    for _ in range(int(rng.integers(1, 4))):
+        radius = rng.uniform(0.2, 0.42) * min(width, height)
         for _ in range(20):
             centre = (
                 rng.uniform(0.6 * radius, width - 0.6 * radius),
                 rng.uniform(0.6 * radius, height - 0.6 * radius),
             )
-            clear = all(np.hypot(*(np.mean(o.outline, axis=0) - centre)) > radius * 1.3 for o in objects)
+            clear = all(np.hypot(*(np.mean(o.outline, axis=0) - centre)) > 1.1 * radius for o in objects)
             if clear:
                 objects.append(_paint(rng, canvas, int(rng.integers(len(CLASSES))), centre, radius))
                 break

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.augment import CropRecipe
+from engine.datasets import DataRecipe, open_split
+from engine.errors import ConfigError, DataError
+from engine.loader import BatchPlan, ImageSource, ResidentSource, StreamSource
+
+CPU = torch.device("cpu")
+RECIPE = CropRecipe(crop=32, scale=(0.3, 1.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num=st.integers(2, 60),
+    batch=st.integers(2, 60),
+    drop_last=st.booleans(),
+    first=st.integers(0, 40),
+)
+def test_a_step_has_the_same_images_wherever_the_run_starts(num: int, batch: int, drop_last: bool, first: int) -> None:
+    if drop_last and batch > num:
+        return
+    plan = BatchPlan(num, batch, drop_last, seed=0)
+    last = 50
+    whole = list(plan.from_step(0, last))
+    assert [step for step, _, _ in whole] == list(range(last))
+    assert list(plan.from_step(first, last)) == whole[first:]
+    epoch = [i for _, e, indices in whole for i in indices if e == 0]
+    assert len(set(epoch)) == len(epoch)
+    if not drop_last and num % batch != 1:
+        assert sorted(epoch) == list(range(num)) or plan.steps_per_epoch > last
+    assert all(len(indices) >= min(2, num) for _, _, indices in whole)
+
+
+def test_epochs_have_different_orders() -> None:
+    plan = BatchPlan(100, 10, True, seed=0)
+    assert plan.indices(0) != plan.indices(1)
+    assert plan.indices(0) != BatchPlan(100, 10, True, seed=1).indices(0)
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size 64 is larger than the data set of 10 images"):
+        BatchPlan(10, 64, True, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_do_not_depend_on_workers_or_start(shapes: Path, workers: int) -> None:
+    images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
+    plan = BatchPlan(len(images), 16, True, seed=3)
+    whole = list(StreamSource(images, 0, CPU).training(plan, RECIPE, 2, 0, 4))
+    late = list(StreamSource(images, workers, CPU).training(plan, RECIPE, 2, 2, 4))
+    assert [batch.step for batch in late] == [2, 3]
+    for a, b in zip(whole[2:], late):
+        assert torch.equal(a.labels, b.labels)
+        for x, y in zip(a.views, b.views):
+            assert torch.equal(x, y)
+    assert not torch.equal(whole[0].views[0], whole[0].views[1])
+
+
+def test_both_storages_give_the_same_images_and_labels(shapes: Path) -> None:
+    images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
+    plan = BatchPlan(len(images), 16, True, seed=3)
+    whole = CropRecipe(crop=32, scale=(1.0, 1.0), aspect=(1.0, 1.0), flip=0)
+    sources: list[ImageSource] = [StreamSource(images, 0, CPU), ResidentSource(images, CPU)]
+    a, b = (next(iter(source.training(plan, whole, 1, 0, 1))) for source in sources)
+    assert torch.equal(a.labels, b.labels)
+    assert (a.views[0] - b.views[0]).abs().max() < 1e-5
+    for (x, s), (y, t) in zip(*(source.evaluation(50, None, 32) for source in sources)):
+        assert torch.equal(x, y)
+        assert torch.equal(s, t)
+
+
+def test_resident_refuses_crops_that_would_shrink(shapes: Path) -> None:
+    images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
+    plan = BatchPlan(len(images), 16, True, seed=3)
+    with pytest.raises(ConfigError, match="use a crop of at least 32"):
+        next(iter(ResidentSource(images, CPU).training(plan, CropRecipe(crop=16), 1, 0, 1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_file_is_named_by_workers_too(shapes: Path, tmp_path: Path, workers: int) -> None:
+    images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(images.paths[0].read_bytes()[:400])
+    damaged = type(images)((broken, *images.paths[1:]), images.labels, images.classes, images.root)
+    plan = BatchPlan(len(images), len(images), True, seed=3)
+    with pytest.raises(DataError) as caught:
+        next(iter(StreamSource(damaged, workers, CPU).training(plan, RECIPE, 1, 0, 1)))
+    assert str(caught.value).startswith(str(broken))
+    assert "Traceback" not in str(caught.value)

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.backbones import load_backbone
+from engine.config import load_recipe
+from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
+from engine.randomness import generator
+from engine.records import Record
+from pretrain import stage
+from pretrain.frameworks.moco import MoCo
+from pretrain.recipe import PretrainRecipe
+
+CONFIG = """
+name: tiny
+data: {name: shapes, root: ROOT, train: train, test: val, storage: stream, num_workers: 1}
+backbone: {arch: resnet18, stem: cifar}
+framework: {kind: mocov2, dim: 16, queue_size: 64, momentum: 0.9, temperature: 0.2, bn_splits: 2}
+mix: {kind: mixmask, grid: 4, ratio: 0.5}
+augment: {crop: 32, scale: [0.3, 1.0]}
+optimizer: {kind: sgd, lr: 0.03, weight_decay: 1e-4}
+epochs: 2
+batch_size: 16
+log_every: 1
+checkpoint_every: 3
+"""
+
+
+@pytest.fixture
+def config(shapes: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.replace("ROOT", str(shapes)))
+    return path
+
+
+def plan(config: Path, where: Path, *overrides: str) -> stage.PretrainPlan:
+    return stage.plan(load_recipe(PretrainRecipe, config, overrides), where)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(2)
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    whole = plan(config, tmp_path / "whole")
+    stage.run(whole)
+
+    interrupted = plan(config, tmp_path / "interrupted")
+    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    log = interrupted.run.log_file
+    while not (interrupted.run.checkpoint_file.exists() and len(log.read_text().splitlines()) >= 4):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not interrupted.run.is_finished
+    with log.open("a") as file:
+        file.write('{"step": 99')  # what a crash in the middle of a write leaves
+
+    stage.run(interrupted)
+    ours, _ = load_backbone(whole.product)
+    theirs, _ = load_backbone(interrupted.product)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [
+        [json.loads(line)["loss"] for line in p.run.log_file.read_text().splitlines()] for p in (whole, interrupted)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 14
+    assert not interrupted.run.checkpoint_file.exists()
+
+
+def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
+    """Interrupted in process at every possible checkpoint, and with the data decoded once instead of streamed."""
+    resident = ["data.storage=resident", "epochs=1"]
+    whole = plan(config, tmp_path / "whole", *resident)
+    stage.run(whole)
+    expected, _ = load_backbone(whole.product)
+    original = stage.step_losses
+    for stop in (1, 2, 5):
+        broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
+
+        def failing(*args: object, _stop: int = stop) -> dict[str, torch.Tensor]:
+            if args[-1] == _stop:
+                raise KeyboardInterrupt
+            return original(*args)  # type: ignore[arg-type]
+
+        stage.step_losses = failing  # type: ignore[assignment]
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                stage.run(broken)
+        finally:
+            stage.step_losses = original
+        stage.run(broken)
+        state, _ = load_backbone(broken.product)
+        assert all(torch.equal(expected[name], state[name]) for name in expected)
+
+
+def test_products_record_and_asking_twice(config: Path, tmp_path: Path) -> None:
+    first = plan(config, tmp_path, "epochs=1", "monitor.every_epochs=1", "monitor.k=5")
+    product = stage.run(first)
+    record = Record.read(first.run.record_file)
+    assert record.method == "mixmask"
+    assert record.fingerprint == first.fingerprint
+    assert 0 <= record.metrics["knn/top1"] <= 100
+    assert record.metrics["feature_std"] > 0
+    _, info = load_backbone(product)
+    assert (info.framework, info.method, info.dataset, info.epochs) == ("mocov2", "mixmask", "shapes", 1)
+    before = product.stat().st_mtime_ns
+    assert stage.run(plan(config, tmp_path, "epochs=1", "monitor.every_epochs=1", "monitor.k=5")) == product
+    assert product.stat().st_mtime_ns == before
+    assert {path.name for path in first.run.path.iterdir()} == {
+        "recipe.yaml",
+        "log.jsonl",
+        "backbone.safetensors",
+        "record.json",
+    }
+
+
+def test_zero_epochs_give_the_initial_trunk(config: Path, tmp_path: Path) -> None:
+    random = plan(config, tmp_path, "epochs=0")
+    state, info = load_backbone(stage.run(random))
+    assert info.method == "random"
+    again, _ = load_backbone(stage.run(plan(config, tmp_path / "again", "epochs=0")))
+    other, _ = load_backbone(stage.run(plan(config, tmp_path, "epochs=0", "seed=1")))
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert not torch.equal(state["conv1.weight"], other["conv1.weight"])
+
+
+def test_the_three_terms_of_equation_4(config: Path, tmp_path: Path) -> None:
+    """The step's loss is put together again from the module's parts, with λ counted from the mask's pixels."""
+    from pretrain.mixing import draw_mixture
+
+    recipe = plan(config, tmp_path).recipe
+    torch.manual_seed(0)
+    model = MoCo(recipe.framework, recipe.backbone).eval()  # in eval mode an embedding depends on its own image alone
+    draws = torch.Generator().manual_seed(0)
+    query_images, key_images = (torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2))
+    queue = model.queue.clone()
+    with torch.no_grad():
+        terms = stage.step_losses(model, recipe, query_images, key_images, step=7)
+        model.queue = queue
+        assert recipe.mix.kind == "mixmask"
+        mixture = draw_mixture(recipe.mix, query_images, generator(recipe.seed, "mask", 7))
+        key = model.key_encoder(key_images)
+        share = float((mixture.images[0] == query_images[0])[0].double().mean())
+        expected = model.loss(model.query(query_images), key).mean()
+        for i in range(16):
+            expected = expected + share / 16 * model.loss(model.query(mixture.images[i : i + 1]), key[i : i + 1])[0]
+            j = 15 - i
+            switched = model.query(mixture.images[j : j + 1])
+            expected = expected + (1 - share) / 16 * model.loss(switched, key[i : i + 1])[0]
+    assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(terms["loss"]) == pytest.approx(float(terms["clean"] + terms["mix"]), rel=1e-6)
+
+
+def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shapes: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with pytest.raises(ConfigError, match="larger than the data set of 120 images"):
+        plan(config, runs, "batch_size=128", "framework.queue_size=128")
+    with pytest.raises(DataError, match="no such data folder"):
+        plan(config, runs, f"data.root={tmp_path / 'absent'}")
+    with pytest.raises(ConfigError, match="is not a multiple of batch_size"):
+        plan(config, runs, "framework.queue_size=100")
+    with pytest.raises(ConfigError, match="set monitor: null"):
+        plan(config, runs, "monitor.every_epochs=1", "data.test=null")
+    assert not runs.exists()
+
+
+def test_a_truncated_picture_stops_the_run_before_it_begins(config: Path, shapes: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(shapes, tmp_path / "data")
+    victim = next((tmp_path / "data" / "train" / "striped-star").iterdir())
+    victim.write_bytes(victim.read_bytes()[:300])
+    broken = plan(config, tmp_path / "runs", f"data.root={tmp_path / 'data'}")
+    with pytest.raises(DataError, match=str(victim)):
+        stage.run(broken)
+    assert not broken.run.path.exists()
+
+
+def test_other_data_under_the_same_name_are_not_mistaken_for_the_same_work(
+    config: Path, shapes: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    stage.run(plan(config, tmp_path / "runs", "epochs=0"))
+    shutil.copytree(shapes, tmp_path / "data")
+    next((tmp_path / "data" / "train" / "striped-star").iterdir()).unlink()
+    with pytest.raises(RunDirectoryError, match=r"other data under the same data\.name"):
+        stage.run(plan(config, tmp_path / "runs", "epochs=0", f"data.root={tmp_path / 'data'}"))
+
+
+def test_a_run_directory_of_another_recipe(config: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(PretrainRecipe, config, ["epochs=0"])
+    stage.run(stage.plan(recipe, tmp_path, tmp_path / "mine"))
+    other = load_recipe(PretrainRecipe, config, ["epochs=0", "seed=5"])
+    with pytest.raises(RunDirectoryError, match="seed: 0 -> 5"):
+        stage.plan(other, tmp_path, tmp_path / "mine")
+
+
+def test_a_truncated_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
+    broken = plan(config, tmp_path)
+    broken.run.create(broken.recipe)
+    broken.run.checkpoint_file.write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: truncated or not a checkpoint"):
+        stage.run(broken)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    bad = plan(config, tmp_path, "optimizer.lr=1e30", "checkpoint_every=1")
+    with pytest.raises(RunFailure, match=r"not finite at step \d+ .*learning rate"):
+        stage.run(bad)
+    assert not bad.run.is_finished

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.backbones import load_backbone
+from engine.errors import CheckpointError, ConfigError, DataError
+from engine.randomness import generator
+from tests.conftest import make_backbone
+from transfer import stage
+from transfer.detection.annotations import open_detection
+from transfer.detection.batches import read_rgb, shortest_edge, test_images, training_batches
+from transfer.detection.c4 import C4Detector
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.roi_heads import paste_mask, rasterise
+from transfer.recipe import load_transfer_recipe
+
+SMALL = """
+data: {name: small, root: ROOT, train: [TRAIN], test: [TEST], num_workers: 0}
+batch_size: 2
+reference_batch_size: null
+iterations: 2
+warmup_iterations: 1
+min_size_train: [64]
+min_size_test: 64
+precise_bn_iterations: 2
+checkpoint_every: 1
+rpn: {anchor_sizes: [16, 32], pre_nms_train: 50, post_nms_train: 20, pre_nms_test: 50, post_nms_test: 10}
+roi: {batch_per_image: 8, positive_fraction: 0.5, pooler_resolution: 4, detections_per_image: 5, score_threshold: 0.01}
+"""
+VOC = "protocol: detect_voc\nname: voc\n" + SMALL.replace("TRAIN", "2007/trainval").replace("TEST", "2007/test")
+COCO = "protocol: detect_coco\nname: coco\n" + SMALL.replace("TRAIN", "train2017").replace("TEST", "val2017")
+
+
+def plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> stage.TransferPlan:
+    config = tmp_path / "config.yaml"
+    config.write_text(text.replace("ROOT", str(root)))
+    recipe = load_transfer_recipe(config, [f"backbone={backbone}", *overrides])
+    return stage.plan(recipe, tmp_path / "runs")
+
+
+def recipe_of(text: str, root: Path, tmp_path: Path, *overrides: str) -> DetectRecipe:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(text.replace("ROOT", str(root)))
+    recipe = load_transfer_recipe(config, ["backbone=x", *overrides])
+    assert isinstance(recipe, DetectRecipe)
+    return recipe
+
+
+def test_every_trunk_tensor_lands_in_the_detector(voc: Path, tmp_path: Path, resnet50: Path) -> None:
+    state, info = load_backbone(resnet50)
+    detector = C4Detector(info.recipe, state, 10, recipe_of(VOC, voc, tmp_path))
+    back = detector.trunk_state()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    without_source = {n for n in detector.state_dict() if "norm" in n}
+    assert without_source == {
+        f"roi_heads.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize(("text", "kind"), [(VOC, "voc"), (COCO, "coco")])
+def test_both_protocols_run_end_to_end(
+    text: str, kind: str, voc: Path, coco: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    ready = plan(text, voc if kind == "voc" else coco, tmp_path, resnet18)
+    record = stage.run(ready)
+    assert record.protocol == f"detect_{kind}"
+    assert record.settings["engine"] == "torchvision"
+    assert 0 <= record.metrics["bbox/AP"] <= record.metrics["bbox/AP50"] <= 100
+    assert ("segm/AP" in record.metrics) == (kind == "coco")
+    line = json.loads(ready.run.log_file.read_text().splitlines()[-1])
+    assert ("roi_mask" in line) == (kind == "coco")
+    assert {"rpn_objectness", "rpn_box", "roi_class", "roi_box"} <= line.keys()
+
+
+def test_training_learns_a_picture_by_heart(voc: Path, tmp_path: Path, resnet18: Path) -> None:
+    recipe = recipe_of(VOC, voc, tmp_path, "batch_size=2", "lr=0.01")
+    train, _ = open_detection(recipe)
+    state, info = load_backbone(resnet18)
+    torch.manual_seed(0)
+    detector = C4Detector(info.recipe, state, len(train.classes), recipe).train()
+    batch = next(training_batches(train, recipe, 0, 0, 1))
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for step in range(25):
+        loss = torch.stack([*detector.losses(batch.images, batch.targets, generator(0, step)).values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+        optimizer.step()
+        losses.append(float(loss))
+    assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
+
+
+def test_batches_do_not_depend_on_where_the_run_starts(coco: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(COCO, coco, tmp_path)
+    train, _ = open_detection(recipe)
+    whole, late = list(training_batches(train, recipe, 3, 0, 5)), list(training_batches(train, recipe, 3, 3, 5))
+    for a, b in zip(whole[3:], late, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.images, b.images))
+        assert all(torch.equal(x.boxes, y.boxes) and x.polygons == y.polygons for x, y in zip(a.targets, b.targets))
+    for batch in whole:
+        assert len({image.shape[2] > image.shape[1] for image in batch.images}) == 1
+
+
+def test_boxes_and_polygons_move_with_the_picture(coco: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(COCO, coco, tmp_path)
+    train, _ = open_detection(recipe)
+    for batch in training_batches(train, recipe, 0, 0, 6):
+        for image, target in zip(batch.images, batch.targets):
+            for box, polygons in zip(target.boxes.tolist(), target.polygons):
+                points = np.concatenate([np.reshape(p, (-1, 2)) for p in polygons])
+                assert points.min(0) == pytest.approx(box[:2], abs=0.1)
+                assert points.max(0) == pytest.approx(box[2:], abs=0.1)
+                assert 0 <= box[0] < box[2] <= image.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "expected"),
+    [
+        ((500, 375), 800, 1333, (1067, 800)),
+        ((375, 500), 800, 1333, (800, 1067)),
+        ((1000, 300), 800, 1333, (1333, 400)),
+        ((100, 100), 480, 1333, (480, 480)),
+    ],
+)
+def test_shortest_edge(size: tuple[int, int], short: int, longest: int, expected: tuple[int, int]) -> None:
+    assert shortest_edge(*size, short, longest) == expected
+
+
+def test_masks_are_drawn_in_their_box_and_pasted_back() -> None:
+    box = [10.0, 20.0, 50.0, 40.0]
+    left_half = [[10.0, 20.0, 30.0, 20.0, 30.0, 40.0, 10.0, 40.0]]
+    drawn = rasterise(left_half, box, 14)
+    assert drawn[:, :7].all()
+    assert not drawn[:, 7:].any()
+    pasted = paste_mask(torch.from_numpy(drawn).float(), torch.tensor(box), 60, 80)
+    assert pasted[20:40, 10:29].all()
+    assert not pasted[:, 31:].any()
+    assert not pasted[:20].any()
+    assert not pasted[40:].any()
+    assert not paste_mask(torch.ones(14, 14), torch.tensor([70.0, 10.0, 70.0, 20.0]), 60, 80).any()
+
+
+def test_pictures_are_read_upright_and_in_rgb(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (20, 10), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_rgb(tmp_path / "turned.jpg").size == (10, 20)
+    Image.new("CMYK", (20, 10)).save(tmp_path / "cmyk.jpg")
+    assert read_rgb(tmp_path / "cmyk.jpg").mode == "RGB"
+
+
+def test_test_images_keep_their_own_size(voc: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(VOC, voc, tmp_path)
+    _, test = open_detection(recipe)
+    for image, index, size in test_images(test, recipe):
+        assert size == (test.pictures[index].width, test.pictures[index].height)
+        assert min(image.shape[1:]) == 64
+
+
+@pytest.fixture
+def my_voc(voc: Path, tmp_path: Path) -> Path:
+    shutil.copytree(voc, tmp_path / "devkit")
+    return tmp_path / "devkit"
+
+
+def test_voc_trouble_is_found_before_training(my_voc: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(VOC, my_voc, tmp_path)
+    annotation = my_voc / "VOC2007" / "Annotations" / "000001.xml"
+    whole = annotation.read_text()
+    with pytest.raises(DataError, match=r"split '2012/trainval'.*Lists there: 2007/test, 2007/trainval"):
+        open_detection(recipe_of(VOC, my_voc, tmp_path, "data.train=[2012/trainval]"))
+    with pytest.raises(DataError, match=r"000001\.xml: unknown class '.*'; valid: cat"):
+        open_detection(recipe_of(VOC, my_voc, tmp_path, "data.classes=[cat]"))
+    annotation.write_text(whole.replace("<xmax>", "<xmax>9"))
+    with pytest.raises(DataError, match=r"000001\.xml: the box .* lies outside the image"):
+        open_detection(recipe)
+    annotation.write_text(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"000001\.xml: damaged annotation"):
+        open_detection(recipe)
+    annotation.unlink()
+    with pytest.raises(DataError, match=r"000001\.xml: no such annotation file"):
+        open_detection(recipe)
+    annotation.write_text(whole)
+    picture = my_voc / "VOC2007" / "JPEGImages" / "000002.jpg"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:500])
+    with pytest.raises(DataError, match=r"000002\.jpg: not a readable image"):
+        open_detection(recipe)
+    picture.unlink()
+    with pytest.raises(DataError, match=r"000002\.jpg: no such image"):
+        open_detection(recipe)
+
+
+def test_coco_trouble_is_found_before_training(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco, tmp_path / "mine")
+    root = tmp_path / "mine"
+    recipe = recipe_of(COCO, root, tmp_path)
+    file = root / "annotations" / "instances_train2017.json"
+    whole = json.loads(file.read_text())
+
+    def expect(message: str, **changes: object) -> None:
+        file.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(DataError, match=message):
+            open_detection(recipe)
+
+    expect("not a COCO annotation file", images=3)
+    expect("which is not listed", images=whole["images"][1:])
+    expect("has the unknown category", categories=whole["categories"][1:])
+    expect("none of the 12 training pictures has an annotated object", annotations=[])
+    expect("no such image, though", images=[{**whole["images"][0], "file_name": "gone.jpg"}, *whole["images"][1:]])
+    file.write_text(json.dumps(whole)[:1000])
+    with pytest.raises(DataError, match="truncated or not JSON"):
+        open_detection(recipe)
+
+
+def test_crowds_and_empty_pictures_are_not_trained_on(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco, tmp_path / "mine")
+    file = tmp_path / "mine" / "annotations" / "instances_train2017.json"
+    document = json.loads(file.read_text())
+    for annotation in document["annotations"]:
+        if annotation["image_id"] == 1:
+            annotation["iscrowd"] = 1
+            annotation["segmentation"] = {"size": [72, 96], "counts": [0, 6912]}
+    file.write_text(json.dumps(document))
+    train, _ = open_detection(recipe_of(COCO, tmp_path / "mine", tmp_path))
+    assert len(train) == 11
+    assert all(picture.key != "1" for picture in train.pictures)
+
+
+def test_other_stems_and_damaged_backbones_are_refused(voc: Path, tmp_path: Path, resnet18: Path) -> None:
+    cifar = make_backbone(tmp_path / "cifar.safetensors", stem="cifar")
+    with pytest.raises(ConfigError, match="standard stem"):
+        plan(VOC, voc, tmp_path, cifar)
+    (tmp_path / "half.safetensors").write_bytes(resnet18.read_bytes()[:9999])
+    with pytest.raises(CheckpointError, match="truncated"):
+        plan(VOC, voc, tmp_path, tmp_path / "half.safetensors")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scaling_to_another_batch_size(voc: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(VOC, voc, tmp_path, "reference_batch_size=16", "batch_size=4", "lr=0.02", "iterations=24000")
+    assert recipe.scaled_lr == pytest.approx(0.005)
+    assert recipe.scaled_length(recipe.iterations) == 96000
+    assert recipe.scaled_length(0) == 0

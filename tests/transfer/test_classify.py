@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.backbones import BackboneInfo, load_backbone, save_backbone
+from engine.datasets import DataRecipe, open_split
+from engine.errors import ConfigError, DataError, RunFailure
+from engine.records import Record
+from transfer import classify, stage
+from transfer.recipe import load_transfer_recipe
+from transfer.subsets import balanced_subset, listed_subset
+
+DATA = "data: {name: shapes, root: ROOT, train: train, test: val, storage: resident}\nevaluation: {resize: null, crop: 32}\n"
+LINEAR = (
+    f"protocol: linear\nname: lin\n{DATA}augment: {{crop: 32}}\nlr: 1\nbatch_size: 32\nepochs: 2\nmilestones: [1]\n"
+)
+KNN = f"protocol: knn\nname: knn\n{DATA}k: 5\n"
+SEMISUP = (
+    f"protocol: semisup\nname: semi\n{DATA}augment: {{crop: 32}}\nlabels: 50\nlr_trunk: 0.01\nlr_head: 0.1\n"
+    "batch_size: 16\nepochs: 2\n"
+)
+
+
+def make_plan(text: str, shapes: Path, tmp_path: Path, backbone: Path, *overrides: str) -> stage.TransferPlan:
+    config = tmp_path / "config.yaml"
+    config.write_text(text.replace("ROOT", str(shapes)))
+    return stage.plan(load_transfer_recipe(config, [f"backbone={backbone}", *overrides]), tmp_path / "runs")
+
+
+def test_knn_record(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    record = stage.run(make_plan(KNN, shapes, tmp_path, resnet18))
+    assert record.protocol == "knn"
+    assert record.settings == {
+        "precision": "fp32",
+        "k": 5,
+        "temperature": 0.1,
+        "features": "trunk output, L2-normalised",
+    }
+    assert (record.method, record.parent) == ("mixmask", "testresnet180")
+
+
+def test_linear_learns_from_separable_features_and_leaves_the_trunk_alone(
+    shapes: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    plan = make_plan(LINEAR, shapes, tmp_path, resnet18)
+    before = {name: tensor.clone() for name, tensor in plan.source.state.items()}
+    record = stage.run(plan)
+    assert set(record.metrics) == {"linear/top1", "linear/top5"}
+    assert record.metrics["linear/top5"] >= record.metrics["linear/top1"]
+    assert all(torch.equal(before[name], plan.source.state[name]) for name in before)
+    assert Record.read(plan.run.record_file) == record
+
+
+def test_a_trunk_that_changed_during_the_probe_is_noticed(resnet18: Path) -> None:
+    state, info = load_backbone(resnet18)
+    trunk = classify.build_trunk(info.recipe)
+    trunk.load_state_dict(state)
+    classify.require_unchanged(trunk, state)
+    trunk.state_dict()["layer2.0.bn1.running_mean"].add_(1e-3)
+    with pytest.raises(RunFailure, match=r"layer2\.0\.bn1\.running_mean"):
+        classify.require_unchanged(trunk, state)
+
+
+def test_the_frozen_trunk_stays_in_eval_mode(resnet18: Path) -> None:
+    _, info = load_backbone(resnet18)
+    probe = classify.Classifier(classify.build_trunk(info.recipe), 10, frozen=True).train()
+    assert probe.training
+    assert not any(module.training for module in probe.trunk.modules())
+    probe(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is None for parameter in probe.trunk.parameters())
+    assert probe.head.weight.grad is not None
+    free = classify.Classifier(classify.build_trunk(info.recipe), 10, frozen=False).train()
+    assert all(module.training for module in free.trunk.modules())
+
+
+def test_finetuning_uses_two_rates_and_changes_the_trunk(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    plan = make_plan(SEMISUP, shapes, tmp_path, resnet18)
+    assert plan.protocol == "semisup_50"
+    assert len(plan.train) == 60
+    record = stage.run(plan)
+    assert (record.settings["lr_trunk"], record.settings["lr_head"], record.settings["num_labelled"]) == (0.01, 0.1, 60)
+    assert "semisup/top1" in record.metrics
+
+
+def test_subsets_are_balanced_nested_and_seeded(shapes: Path) -> None:
+    images = open_split(DataRecipe(name="x", root=str(shapes)), "train")
+    small, large = balanced_subset(images, 25, 0), balanced_subset(images, 50, 0)
+    assert torch.equal(torch.bincount(small.labels), torch.full((10,), 3))
+    assert torch.equal(torch.bincount(large.labels), torch.full((10,), 6))
+    assert set(small.paths) < set(large.paths)
+    assert balanced_subset(images, 25, 0).paths == small.paths
+    assert balanced_subset(images, 25, 1).paths != small.paths
+    assert len(balanced_subset(images, 0.1, 0)) == 10  # at least one image of each class
+    assert balanced_subset(images, 100, 0).paths == images.paths
+
+
+def test_listed_subset(shapes: Path, tmp_path: Path) -> None:
+    import gzip
+
+    images = open_split(DataRecipe(name="x", root=str(shapes)), "train")
+    names = sorted({path.name for path in images.paths})[:3]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
+    assert [path.name for path in listed_subset(images, tmp_path / "list.txt").paths] == names
+    with gzip.open(tmp_path / "list.txt.gz", "wt") as file:
+        file.write("\n".join(names))
+    assert len(listed_subset(images, tmp_path / "list.txt.gz")) == 3
+    (tmp_path / "list.txt").write_text("n01440764_10026.JPEG\n")
+    with pytest.raises(DataError, match=r"names 1 of 1 files .* for example n01440764_10026\.JPEG"):
+        listed_subset(images, tmp_path / "list.txt")
+    with pytest.raises(DataError, match="no such list"):
+        listed_subset(images, tmp_path / "absent.txt")
+
+
+def test_what_does_not_fit(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    with pytest.raises(ConfigError, match="larger than the 20 labelled images"):
+        make_plan(SEMISUP, shapes, tmp_path, resnet18, "labels=20", "batch_size=32")
+    with pytest.raises(ConfigError, match="k 200 is larger than the 120 training images"):
+        make_plan(KNN, shapes, tmp_path, resnet18, "k=200")
+    with pytest.raises(ConfigError, match="resize 16 is smaller than crop 32"):
+        make_plan(KNN, shapes, tmp_path, resnet18, "evaluation.resize=16")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_parents_fingerprint_is_part_of_the_identity(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    state, info = load_backbone(resnet18)
+    other = tmp_path / "other.safetensors"
+    save_backbone(other, state, BackboneInfo.model_validate({**info.model_dump(), "fingerprint": "another"}))
+    one = make_plan(KNN, shapes, tmp_path, resnet18)
+    assert one.fingerprint != make_plan(KNN, shapes, tmp_path, other).fingerprint
+    assert one.fingerprint != make_plan(KNN, shapes, tmp_path, resnet18, "seed=1").fingerprint
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(resnet18.read_bytes())
+    assert one.fingerprint == make_plan(KNN, shapes, tmp_path, copy).fingerprint
+
+
+def test_a_foreign_checkpoint_is_labelled_by_the_user(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    torch.save(state, tmp_path / "theirs.pth")
+    plan = make_plan(KNN, shapes, tmp_path, tmp_path / "theirs.pth", "framework=simsiam", "method=vanilla")
+    record = stage.run(plan)
+    assert (record.framework, record.method) == ("simsiam", "vanilla")
