@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from engine.storage import write_text
+from engine.errors import RunDirectoryError
+from engine.storage import RunDirectory, write_text
 
 SCHEMA = 1
 
@@ -67,6 +68,19 @@ class Record(BaseModel):
             ValueError: If the file is truncated or is not a record.
         """
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def finished_record(directory: RunDirectory) -> Record:
+    """The record of a finished run directory.
+
+    Raises:
+        RunDirectoryError: If the file is damaged.
+    """
+    try:
+        return Record.read(directory.record_file)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise RunDirectoryError(f"{directory.record_file}: damaged ({reason}); delete it to run again") from None
 
 
 @cache

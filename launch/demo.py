@@ -117,16 +117,27 @@ def _transfer(config: Path, overrides: Sequence[str], runs: Path, dry_run: bool)
 
 def verdict(records: Sequence[Record]) -> str:
     """What the demo's numbers say, and what they do not."""
-    knn = {r.method: r.metrics["knn/top1"] for r in records if r.protocol == "knn"}
+    value = {(r.method, r.protocol): r.metrics for r in records}
+    lines = []
+    for protocol, metric, words in (
+        ("knn", "knn/top1", "at kNN"),
+        ("linear", "linear/top1", "under a linear probe"),
+        ("semisup_100", "semisup/top1", "after finetuning on every label"),
+        ("detect_voc", "bbox/AP50", "in VOC AP50"),
+        ("detect_coco", "bbox/AP50", "in COCO box AP50"),
+    ):
+        random = value[("random", protocol)][metric]
+        differences = [
+            f"{method} {value[(method, protocol)][metric] - random:+.1f}"
+            for method in ("vanilla", "mixmask")
+            if (method, protocol) in value
+        ]
+        lines.append(f"- {words}: {', '.join(differences)} points against the random trunk's {random:.1f}")
     classes = len(demo_data.CLASSES)
-    parts = []
-    for method in ("vanilla", "mixmask"):
-        if method in knn and "random" in knn:
-            difference = knn[method] - knn["random"]
-            word = "better" if difference > 0 else "no better"
-            parts.append(f"{method} is {word} than the random trunk at kNN ({difference:+.1f} points)")
     return (
-        f"Chance is {100 / classes:.0f} % for {classes} classes. In this run {' and '.join(parts)}.\n"
+        f"Pretrained against randomly initialised, in this run (chance is {100 / classes:.0f} % for {classes} classes):\n"
+        + "\n".join(lines)
+        + "\n\n"
         "These numbers show that every stage works and learns. They come from minutes of training on a few thousand "
         "synthetic pictures, with one seed: they do not rank the methods, and nothing in them can be compared with a "
         "published number."

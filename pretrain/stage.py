@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from engine.loader import Batch, BatchPlan, ImageSource, open_source
 from engine.precision import resolve_device
 from engine.progress import say
 from engine.randomness import derived_seed, generator
-from engine.records import Record, environment
+from engine.records import Record, environment, finished_record
 from engine.schedule import cosine_factor
 from engine.storage import RunDirectory, locate_run
 from engine.training import Job, require_same_data, train
@@ -102,12 +103,13 @@ def run(plan: PretrainPlan) -> Path:
     recipe, directory = plan.recipe, plan.run
     data: dict[str, Any] = {"train": plan.train_images.summary()["listing"]}
     if directory.is_finished:
-        require_same_data(directory, Record.read(directory.record_file).data, data)
+        require_same_data(directory, finished_record(directory).data, data)
         say(f"{recipe.name}: finished before, see {directory.path}")
         return plan.product
     if not directory.checkpoint_file.exists():
-        say(f"{recipe.name}: checking {len(plan.train_images):,} images")
-        check_files(plan.train_images.paths)
+        paths = [*plan.train_images.paths, *(plan.test_images.paths if plan.test_images is not None else ())]
+        say(f"{recipe.name}: checking {len(paths):,} images")
+        check_files(paths)
     directory.create(recipe)
 
     torch.manual_seed(derived_seed(recipe.seed, "init"))
@@ -242,8 +244,6 @@ def step_losses(
 
 
 def _last_logged(run: RunDirectory, name: str) -> float:
-    import json
-
     lines = [json.loads(line) for line in run.log_file.read_text(encoding="utf-8").splitlines()]
     return float(next(line[name] for line in reversed(lines) if name in line))
 

@@ -10,10 +10,10 @@ import torch
 
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, check_files, open_split, require_same_classes
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError
 from engine.precision import resolve_device
 from engine.progress import say
-from engine.records import Record, environment
+from engine.records import Record, environment, finished_record
 from engine.storage import RunDirectory, locate_run
 from engine.training import require_same_data
 from transfer import classify
@@ -107,7 +107,7 @@ def run(plan: TransferPlan) -> Record:
     """Carry out a plan, from its checkpoint if there is one; a finished run is returned as it is."""
     recipe, directory = plan.recipe, plan.run
     if directory.is_finished:
-        record = _read_finished(directory)
+        record = finished_record(directory)
         require_same_data(directory, record.data, plan.data)
         say(f"{recipe.name}: finished before, see {directory.path}")
         return record
@@ -141,13 +141,6 @@ def run(plan: TransferPlan) -> Record:
     record.write(directory.record_file)
     directory.checkpoint_file.unlink(missing_ok=True)
     return record
-
-
-def _read_finished(directory: RunDirectory) -> Record:
-    try:
-        return Record.read(directory.record_file)
-    except ValueError as error:
-        raise DataError(f"{directory.record_file}: damaged record ({str(error).splitlines()[0]})") from None
 
 
 def _settings(plan: TransferPlan) -> dict[str, Any]:
