@@ -79,11 +79,8 @@ def convert(
     from transfer.checkpoints.layouts import read_source
 
     found = read_source(source)
-    typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}")
-    if dry_run:
-        typer.echo(f"would write {out} for {to}")
-        return
-    typer.echo(f"written   {export(found, out, to)}")
+    result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to)}"
+    typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
 
 
 @app.command()

@@ -89,9 +89,13 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
     root = Path(recipe.data.root).expanduser()
     if not root.is_dir():
         raise DataError(f"{root}: no such data folder (data.root of '{recipe.data.name}')")
-    read = _read_coco if recipe.protocol == "detect_coco" else _read_voc
-    train = read(root, recipe.data.train, recipe.data.classes)
-    test = read(root, recipe.data.test, recipe.data.classes or train.classes)
+    classes = recipe.data.classes
+    if recipe.protocol == "detect_coco":
+        train, test = _read_coco(root, recipe.data.train, classes), _read_coco(root, recipe.data.test, classes)
+    else:
+        if classes is None:  # a rare class may stand in one split only
+            classes = _read_voc(root, (*recipe.data.train, *recipe.data.test), None).classes
+        train, test = _read_voc(root, recipe.data.train, classes), _read_voc(root, recipe.data.test, classes)
     if train.classes != test.classes:
         raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
     check_files([picture.path for split in (train, test) for picture in split.pictures])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from transfer.detection.annotations import DetectionSet
 from transfer.detection.boxes import nonempty
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.rpn import Targets
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,13 @@ class _Testing(Dataset[tuple[Tensor, int, tuple[int, int]]]):
         return len(self.pictures)
 
 
-def test_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
+def _unchanged(item: T) -> T:
+    return item
+
+
+def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
     """Every picture once: resized (3, H, W) uint8, its index, and its own (width, height)."""
     loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
-        _Testing(pictures, recipe), batch_size=None, num_workers=recipe.data.num_workers
+        _Testing(pictures, recipe), batch_size=None, num_workers=recipe.data.num_workers, collate_fn=_unchanged
     )
     yield from from_workers(loader)

@@ -19,7 +19,7 @@ from engine.schedule import step_factor, warmup_factor
 from engine.storage import RunDirectory
 from engine.training import Job, train
 from transfer.detection.annotations import DetectionSet
-from transfer.detection.batches import DetectionBatch, test_images, training_batches
+from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
 from transfer.detection.c4 import C4Detector
 from transfer.detection.metrics import Found, coco_metrics, voc_metrics
 from transfer.detection.recipe import DetectRecipe
@@ -157,7 +157,7 @@ def find_objects(detector: C4Detector, pictures: DetectionSet, recipe: DetectRec
     """Detections of every test picture, in its own pixels."""
     detector.eval()
     found: list[Found] = []
-    for number, (image, index, (width, height)) in enumerate(test_images(pictures, recipe), start=1):
+    for number, (image, index, (width, height)) in enumerate(evaluation_images(pictures, recipe), start=1):
         with autocast(setting.device, setting.precision):
             (detections,) = detector.detect([image.to(setting.device)])
         found += _in_original_pixels(detections, index, image.shape[1:], width, height)

@@ -15,7 +15,7 @@ from engine.randomness import generator
 from tests.conftest import make_backbone
 from transfer import stage
 from transfer.detection.annotations import open_detection
-from transfer.detection.batches import read_rgb, shortest_edge, test_images, training_batches
+from transfer.detection.batches import evaluation_images, read_rgb, shortest_edge, training_batches
 from transfer.detection.c4 import C4Detector
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import paste_mask, rasterise
@@ -162,7 +162,7 @@ def test_pictures_are_read_upright_and_in_rgb(tmp_path: Path) -> None:
 def test_test_images_keep_their_own_size(voc: Path, tmp_path: Path) -> None:
     recipe = recipe_of(VOC, voc, tmp_path)
     _, test = open_detection(recipe)
-    for image, index, size in test_images(test, recipe):
+    for image, index, size in evaluation_images(test, recipe):
         assert size == (test.pictures[index].width, test.pictures[index].height)
         assert min(image.shape[1:]) == 64
 
