@@ -133,7 +133,7 @@ def detection_image(rng: np.random.Generator, width: int, height: int) -> tuple[
     canvas = _background(rng, width, height).copy()
     objects: list[Object] = []
     for _ in range(int(rng.integers(1, 4))):
-        radius = rng.uniform(0.24, 0.45) * min(width, height)
+        radius = rng.uniform(0.25, 0.48) * min(width, height)
         for _ in range(20):
             centre = (
                 rng.uniform(0.6 * radius, width - 0.6 * radius),
