@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.augment import normalize
-from engine.loader import ImageSource
+from engine.loader import ImageSource, num_batches
 from engine.precision import Precision, autocast
+from engine.progress import track
 
 
 @torch.no_grad()
 def extract_features(
+    title: str,
     trunk: nn.Module,
     source: ImageSource,
     *,
@@ -23,6 +25,15 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Features of every image's central crop, the trunk in eval mode (its mode is restored).
 
+    Args:
+        title: Shown with the progress.
+        trunk: Images to features.
+        source: Which images.
+        batch_size: Images per forward pass.
+        resize: Short side before the crop, or None.
+        crop: Side of the central crop.
+        precision: Number format of the forward pass.
+
     Returns:
         (N, D) float32 features as the trunk gives them, and (N,) labels, on the trunk's device.
     """
@@ -30,7 +41,9 @@ def extract_features(
     trunk.eval()
     device = next(trunk.parameters()).device
     features, labels = [], []
-    for images, target in source.evaluation(batch_size, resize, crop):
+    batches = source.evaluation(batch_size, resize, crop)
+    total = num_batches(len(source.images), batch_size)
+    for images, target in track(title, batches, total, batch_size):
         with autocast(device, precision):
             output = trunk(normalize(images).contiguous(memory_format=torch.channels_last))
         features.append(output.float())

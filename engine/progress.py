@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 PLAIN_EVERY_SECONDS = 15.0
+
+T = TypeVar("T")
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -27,14 +31,19 @@ class StepProgress:
         total: Number of steps.
         first: Step the run starts from.
         images_per_step: Images in one step.
+        announce_end: Print a plain line for the last step even if the run was short.
     """
 
-    def __init__(self, title: str, total: int, first: int, images_per_step: int) -> None:
+    shown = False  # a terminal has room for one bar: a pass inside another one's step stays silent
+
+    def __init__(self, title: str, total: int, first: int, images_per_step: int, announce_end: bool = True) -> None:
+        self.announce_end = announce_end
         self.title, self.total, self.first, self.images_per_step = title, total, first, images_per_step
         self.done = first
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
-        if sys.stderr.isatty():
+        self.silent = StepProgress.shown
+        if sys.stderr.isatty() and not self.silent:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -50,6 +59,7 @@ class StepProgress:
 
     def __enter__(self) -> StepProgress:
         if self.bar is not None:
+            StepProgress.shown = True
             self.bar.start()
         return self
 
@@ -57,6 +67,7 @@ class StepProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
+            StepProgress.shown = False
             self.bar.stop()
 
     @property
@@ -72,8 +83,19 @@ class StepProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, rate=rate, status=status)
             return
+        if self.silent:
+            return
         now = time.monotonic()
-        if now - self.last_line >= PLAIN_EVERY_SECONDS or self.done == self.total:
+        if now - self.last_line >= PLAIN_EVERY_SECONDS or (self.announce_end and self.done == self.total):
             left = (self.total - self.done) * (now - self.started) / max(self.done - self.first, 1)
-            say(f"{self.title}: step {self.done}/{self.total}, {status}, {rate}, {left:,.0f} s left")
+            shown = f"{status}, " if status else ""
+            say(f"{self.title}: step {self.done}/{self.total}, {shown}{rate}, {left:,.0f} s left")
             self.last_line = now
+
+
+def track(title: str, batches: Iterable[T], total: int, images_per_batch: int) -> Iterator[T]:
+    """Pass batches on and show how far they are; for passes over data that train nothing."""
+    with StepProgress(title, total, 0, images_per_batch, announce_end=False) as progress:
+        for batch in batches:
+            yield batch
+            progress.advance()

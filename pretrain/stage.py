@@ -268,6 +268,7 @@ class _Monitor:
     def __call__(self) -> dict[str, float]:
         (bank, bank_labels), (queries, query_labels) = (
             extract_features(
+                f"{self.recipe.name}: kNN features",
                 self.model.trunk,
                 source,
                 batch_size=self.settings.batch_size,

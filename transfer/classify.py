@@ -15,9 +15,9 @@ from engine.backbones import build_trunk
 from engine.datasets import ImageSet
 from engine.errors import RunFailure
 from engine.knn import extract_features, knn_accuracy
-from engine.loader import Batch, BatchPlan, ImageSource, open_source
+from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
 from engine.precision import autocast
-from engine.progress import say
+from engine.progress import say, track
 from engine.randomness import derived_seed
 from engine.schedule import cosine_factor, step_factor
 from engine.storage import RunDirectory
@@ -50,6 +50,7 @@ def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
     trunk = _trunk(setting).eval()
     (bank, bank_labels), (queries, labels) = (
         extract_features(
+            f"{recipe.name}: features",
             trunk,
             open_source(images, recipe.data, setting.device),
             batch_size=recipe.evaluation.batch_size,
@@ -215,7 +216,9 @@ def accuracy(
     hits = {1: 0, 5: 0}
     count = 0
     num_classes = model.head.out_features
-    for images, labels in source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop):
+    batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop)
+    total = num_batches(len(source.images), evaluation.batch_size)
+    for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
         with autocast(device, recipe.precision):
             logits = model(normalize(images).contiguous(memory_format=torch.channels_last)).float()
         ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe
 from engine.precision import Precision, autocast
-from engine.progress import say
+from engine.progress import say, track
 from engine.randomness import derived_seed, generator
 from engine.schedule import step_factor, warmup_factor
 from engine.storage import RunDirectory
@@ -157,12 +157,11 @@ def find_objects(detector: C4Detector, pictures: DetectionSet, recipe: DetectRec
     """Detections of every test picture, in its own pixels."""
     detector.eval()
     found: list[Found] = []
-    for number, (image, index, (width, height)) in enumerate(evaluation_images(pictures, recipe), start=1):
+    images = evaluation_images(pictures, recipe)
+    for image, index, (width, height) in track(f"{setting.title}: test pictures", images, len(pictures), 1):
         with autocast(setting.device, setting.precision):
             (detections,) = detector.detect([image.to(setting.device)])
         found += _in_original_pixels(detections, index, image.shape[1:], width, height)
-        if number % 500 == 0 or number == len(pictures):
-            say(f"{setting.title}: evaluated {number}/{len(pictures)} pictures")
     return found
 
 
