@@ -37,6 +37,7 @@ def test_help_does_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_one_message_and_exit_code_2(shapes: Path, tmp_path: Path) -> None:
     config = CONFIGS / "demo" / "pretrain.yaml"
     good = [f"data.root={shapes}", "--runs", tmp_path / "runs"]

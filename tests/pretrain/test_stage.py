@@ -51,6 +51,7 @@ def one_thread() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_path: Path) -> None:
     whole = plan(config, tmp_path / "whole")
     stage.run(whole)
@@ -82,6 +83,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_
     assert not interrupted.run.checkpoint_file.exists()
 
 
+@pytest.mark.slow
 def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     """Interrupted in process at every possible checkpoint, and with the data decoded once instead of streamed."""
     resident = ["data.storage=resident", "epochs=1"]
@@ -108,6 +110,7 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_products_record_and_asking_twice(config: Path, tmp_path: Path) -> None:
     first = plan(config, tmp_path, "epochs=1", "monitor.every_epochs=1", "monitor.k=5")
     product = stage.run(first)
