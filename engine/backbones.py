@@ -63,7 +63,10 @@ def build_trunk(recipe: BackboneRecipe, norm_layer: Callable[..., nn.Module] | N
 
 
 class BackboneInfo(BaseModel):
-    """Where a trunk comes from; stored as metadata in the file."""
+    """Where a trunk comes from; stored as metadata in the file.
+
+    ``lineage`` is the fingerprint without the seed: results of trunks that share it may be pooled into one mean.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,8 +75,9 @@ class BackboneInfo(BaseModel):
     framework: str
     method: Method
     fingerprint: str
+    lineage: str
     dataset: str | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     seed: int | None = None
 
     @property

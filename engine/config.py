@@ -66,6 +66,8 @@ _Loader.add_implicit_resolver(
 def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError) as error:  # PyYAML's own, for an impossible date or a mapping as a key
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""

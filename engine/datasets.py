@@ -159,7 +159,7 @@ def require_same_classes(train: ImageSet, test: ImageSet) -> None:
 
 
 def decode(path: Path) -> Tensor:
-    """Read one image as (3, H, W) uint8 RGB; grey, palette and CMYK images are converted.
+    """Read one image as (3, H, W) uint8 RGB; grey, palette, CMYK and 16-bit images are converted.
 
     Raises:
         DataError: If the file is missing, truncated or not an image. The message names it.
@@ -169,6 +169,10 @@ def decode(path: Path) -> Tensor:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
         raise DataError(f"{path}: not a readable image ({reason})") from None
+    if image.ndim == 4:  # an animation: its first picture
+        image = image[0]
+    if image.dtype == torch.uint16:
+        image = (image.int() >> 8).to(torch.uint8)
     return image
 
 

@@ -117,6 +117,22 @@ def open_source(images: ImageSet, data: DataRecipe, device: torch.device) -> Ima
     return StreamSource(images, data.num_workers, device)
 
 
+def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
+    """Refuse a crop that resident images cannot give: crops are enlarged there and never shrunk.
+
+    Raises:
+        ConfigError: If the first image is larger than the crop.
+    """
+    if data.storage != "resident":
+        return
+    _, height, width = decode(images.paths[0]).shape
+    if max(height, width) > recipe.crop:
+        raise ConfigError(
+            f"augment.crop is {recipe.crop} but the images of {images.root} are {width}×{height}: data.storage: resident "
+            f"enlarges crops and never shrinks them; use a crop of at least {max(height, width)} or data.storage: stream"
+        )
+
+
 def _draw_view(size: Tensor, recipe: CropRecipe, seed: int, epoch: int, index: int, view: int) -> tuple[Tensor, bool]:
     draws = generator(seed, "crop", epoch, index, view)
     crop = draw_crops(size[None], recipe.scale, recipe.aspect, draws)[0]
@@ -244,12 +260,6 @@ class ResidentSource:
     ) -> Iterator[Batch]:
         """See `ImageSource.training`."""
         height, width = self.pixels.shape[-2:]
-        if max(height, width) > recipe.crop:
-            raise ConfigError(
-                f"augment.crop is {recipe.crop} but the images of {self.images.root} are {width}×{height}: "
-                f"data.storage: resident enlarges crops and never shrinks them; use a crop of at least "
-                f"{max(height, width)} or data.storage: stream"
-            )
         for step, _, batch in plan.from_step(first_step, num_steps):
             where = torch.tensor(batch, device=self.device)
             pixels = self.pixels[where]

@@ -13,14 +13,15 @@ import torch
 
 
 def derived_seed(seed: int, *what: int | str) -> int:
-    """A 63-bit seed for one purpose.
+    """A seed for one purpose.
 
     Args:
         seed: The recipe's seed.
         what: What is drawn and when, for example ``"crop", epoch, index``.
 
     Returns:
-        An integer in [0, 2**63): equal arguments give equal seeds, others are independent for all practical purposes.
+        An integer in [0, 2**63). Equal arguments give equal seeds. torch's CPU generator uses the low 32 bits, so two
+        purposes among many may share a stream; that is harmless.
     """
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -22,7 +22,8 @@ Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random
 class Record(BaseModel):
     """A finished run.
 
-    ``metrics`` is flat; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``).
+    ``metrics`` is flat; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``). ``lineage`` and
+    ``protocol_fingerprint`` say which runs may share a cell: the pretraining and the transfer recipe without their seeds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -39,8 +40,10 @@ class Record(BaseModel):
     fingerprint: str
     parent: str | None = None
     pretrain_dataset: str | None = None
-    pretrain_epochs: int | None = None
+    pretrain_epochs: float | None = None
     pretrain_seed: int | None = None
+    lineage: str = ""
+    protocol_fingerprint: str = ""
     settings: dict[str, Any] = {}
     metrics: dict[str, float]
     expected: dict[str, Any] | None = None

@@ -66,6 +66,15 @@ def require_output_file(path: Path) -> None:
             raise UserError(f"{path}: cannot be written, because {parent} is a file and not a folder")
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what `write_atomic` leaves when its process is killed in the middle of a write."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _header(fingerprint: str) -> str:
+    return f"# fingerprint: {fingerprint}"
+
+
 class RunDirectory:
     """One run's folder: ``recipe.yaml``, ``log.jsonl``, ``checkpoint.pt``, products, and ``record.json`` at the end."""
 
@@ -81,17 +90,21 @@ class RunDirectory:
         """Whether the run's record has been written."""
         return self.record_file.is_file()
 
-    def check(self, recipe: BaseModel) -> None:
+    def check(self, recipe: BaseModel, fingerprint: str) -> None:
         """Refuse a folder that holds something else.
+
+        Args:
+            recipe: The resolved recipe of the run to be made.
+            fingerprint: Its identity, which also covers the run it builds on (a transfer's backbone).
 
         Raises:
             RunDirectoryError: If the path is a file, a folder with other content, or the run of a recipe that differs
-                in anything that can change numbers (the keys are listed).
+                in anything that can change numbers (the keys are listed), or of another backbone.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path}: is a file, a run directory was expected")
         if not self.recipe_file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(not is_leftover(path) for path in self.path.iterdir()):
                 raise RunDirectoryError(
                     f"{self.path}: holds files but no recipe.yaml, so it is not a run directory; name an empty one"
                 )
@@ -111,13 +124,21 @@ class RunDirectory:
                 f"{self.path}: holds the run of a different recipe; nothing was touched. It differs in "
                 + "; ".join(differences)
             )
+        if self.recipe_file.read_text(encoding="utf-8").splitlines()[0] != _header(fingerprint):
+            raise RunDirectoryError(
+                f"{self.path}: holds the run of the same recipe on another backbone (or from an older version); nothing "
+                f"was touched. Name another run directory"
+            )
 
-    def create(self, recipe: BaseModel) -> None:
-        """Make the folder and write the resolved recipe, after `check`."""
-        self.check(recipe)
+    def create(self, recipe: BaseModel, fingerprint: str) -> None:
+        """Make the folder and write the resolved recipe, after `check`; what a crash left half written goes."""
+        self.check(recipe, fingerprint)
         self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.iterdir():
+            if is_leftover(path):
+                path.unlink()
         if not self.recipe_file.exists():
-            write_text(self.recipe_file, to_yaml(recipe))
+            write_text(self.recipe_file, f"{_header(fingerprint)}\n{to_yaml(recipe)}")
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""

@@ -42,46 +42,59 @@ def _other_percentages(records: Sequence[Record]) -> list[tuple[str, str, str]]:
 def methods_by_protocols(records: Sequence[Record]) -> pd.DataFrame:
     """The table.
 
-    Rows are ways of pretraining (data set, framework, method, architecture, epochs); columns are results in percent,
-    named with the data set they were measured on. A cell is a mean over runs, with the number of runs when there are
-    several; a protocol that was not run is empty. Runs of one protocol with different settings never share a column:
-    the settings that differ stand in the column's title.
+    Rows are ways of pretraining, columns are results in percent, named with the data set they were measured on. A cell
+    is a mean over seeds, with the number of runs when there are several; a protocol that was not run is empty. Only runs
+    whose pretraining recipes agree in everything but the seed share a row, and only runs whose transfer recipes do share
+    a column: where the names alone would not tell them apart, settings or the first digits of a fingerprint do.
 
     Args:
-        records: Of any stage; pretraining records are not shown.
+        records: Of any stage; pretraining records are not shown, and the same work counts once whatever its name.
     """
-    transfers = [record for record in records if record.stage == "transfer"]
+    transfers = list({record.fingerprint: record for record in records if record.stage == "transfer"}.values())
     rows: dict[tuple[str, ...], dict[str, list[float]]] = {}
     order: dict[str, tuple[int, str]] = {}
     columns = [*COLUMNS, *_other_percentages(records)]
     for record in transfers:
-        key = (
-            record.pretrain_dataset or "?",
-            record.framework,
-            record.method,
-            record.arch,
-            "?" if record.pretrain_epochs is None else str(record.pretrain_epochs),
-        )
+        key = _row(record, transfers)
         for position, (protocol, metric, title) in enumerate(columns):
             if record.protocol == protocol and metric in record.metrics:
                 full = f"{record.dataset}: {title}{_distinction(record, transfers)}"
                 order[full] = (position, full)
                 rows.setdefault(key, {}).setdefault(full, []).append(record.metrics[metric])
     names = sorted(order, key=order.__getitem__)
-    ordered = sorted(rows, key=lambda key: (key[0], key[1], METHODS.index(key[2]), key[3:]))
+    ordered = sorted(rows, key=lambda key: (key[0], key[1], METHODS.index(key[2].split(" ")[0]), key[2:]))
     body = [[*key, *(_cell(rows[key].get(name, [])) for name in names)] for key in ordered]
     return pd.DataFrame(body, columns=[*ROW, *names])
 
 
+def _row(record: Record, records: Sequence[Record]) -> tuple[str, ...]:
+    """What stands in the first columns; pretrainings that would look alike get the start of their lineage."""
+
+    def shown(r: Record) -> tuple[str, ...]:
+        epochs = "?" if r.pretrain_epochs is None else f"{r.pretrain_epochs:g}"
+        return (r.pretrain_dataset or "?", r.framework, r.method, r.arch, epochs)
+
+    key = shown(record)
+    if len({r.lineage for r in records if shown(r) == key}) > 1:
+        return (*key[:2], f"{key[2]} [{record.lineage[:6]}]", *key[3:])
+    return key
+
+
 def _distinction(record: Record, records: Sequence[Record]) -> str:
-    """The settings in which a record differs from others of its protocol and data set, for the column's title."""
+    """What tells a record's transfer recipe from others of its protocol and data set, for the column's title."""
     peers = [r for r in records if r.protocol == record.protocol and r.dataset == record.dataset]
+    if len({r.protocol_fingerprint for r in peers}) == 1:
+        return ""
     differing = sorted(
         name
         for name in {name for peer in peers for name in peer.settings}
         if len({repr(peer.settings.get(name)) for peer in peers}) > 1
     )
-    return f" ({', '.join(f'{name} {record.settings.get(name)}' for name in differing)})" if differing else ""
+    parts = [f"{name} {record.settings.get(name)}" for name in differing]
+    alike = [r for r in peers if all(r.settings.get(n) == record.settings.get(n) for n in differing)]
+    if len({r.protocol_fingerprint for r in alike}) > 1:
+        parts.append(f"recipe {record.protocol_fingerprint[:6]}")
+    return f" ({', '.join(parts)})"
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -75,10 +75,11 @@ def convert(
       mixmask convert runs/pretrain/x/backbone.safetensors backbone.pkl --to detectron2
       mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
     """
-    from transfer.checkpoints.export import export
+    from transfer.checkpoints.export import check_export, export
     from transfer.checkpoints.layouts import read_source
 
     found = read_source(source)
+    check_export(found, out, to)
     result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to)}"
     typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
 

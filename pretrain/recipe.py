@@ -44,7 +44,7 @@ class MonitorRecipe(Recipe):
     every_epochs: int = Field(10, ge=1)
     k: int = Field(200, ge=1)
     temperature: float = Field(0.1, gt=0)
-    resize: int | None = None
+    resize: int | None = Field(None, ge=8)
     max_bank: int | None = Field(None, ge=1)
     max_queries: int | None = Field(None, ge=1)
     batch_size: int = operational(256, ge=1)
@@ -98,6 +98,8 @@ class PretrainRecipe(Recipe):
             )
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} does not leave any of the {self.epochs} epochs")
+        if self.monitor is not None and self.monitor.resize is not None and self.monitor.resize < self.augment.crop:
+            raise ValueError(f"monitor.resize {self.monitor.resize} is smaller than augment.crop {self.augment.crop}")
         if self.monitor is not None and self.data.test is None:
             raise ValueError("monitor needs data.test; set monitor: null for data without a test split")
         return self
@@ -113,6 +115,10 @@ class PretrainRecipe(Recipe):
         """Length of the run."""
         steps = self.epochs * steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def trained_epochs(self, steps_per_epoch: int) -> float:
+        """Epochs that are really trained, which `max_steps` may cut."""
+        return round(self.num_steps(steps_per_epoch) / steps_per_epoch, 4)
 
     def warmup_steps(self, steps_per_epoch: int) -> int:
         """Length of the warm-up."""

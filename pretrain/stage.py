@@ -16,8 +16,9 @@ from engine.augment import Photometric
 from engine.backbones import BackboneInfo, save_backbone
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, check_files, open_split, require_same_classes
+from engine.errors import ConfigError
 from engine.knn import extract_features, knn_accuracy
-from engine.loader import Batch, BatchPlan, ImageSource, open_source
+from engine.loader import Batch, BatchPlan, ImageSource, check_crop, open_source
 from engine.precision import resolve_device
 from engine.progress import say
 from engine.randomness import derived_seed, generator
@@ -48,6 +49,11 @@ class PretrainPlan:
     def num_steps(self) -> int:
         """Length of the run in steps."""
         return self.recipe.num_steps(self.batches.steps_per_epoch)
+
+    @property
+    def lineage(self) -> str:
+        """The fingerprint without the seed: runs that may be pooled into one mean share it."""
+        return fingerprint_of({**identity(self.recipe), "stage": "pretrain", "seed": None})
 
     @property
     def product(self) -> Path:
@@ -84,13 +90,18 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     """
     fingerprint = fingerprint_of({"stage": "pretrain", **identity(recipe)})
     run = locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
-    run.check(recipe)
+    run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     train_images = open_split(recipe.data, "train")
     test_images = open_split(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:
         require_same_classes(train_images, test_images)
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
+    steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
+    if recipe.epochs and warmup >= steps:
+        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} are {warmup} steps, the run has only {steps}")
+    if recipe.epochs:
+        check_crop(train_images, recipe.data, recipe.augment)
     return PretrainPlan(recipe, fingerprint, run, device, train_images, test_images, batches)
 
 
@@ -110,7 +121,7 @@ def run(plan: PretrainPlan) -> Path:
         paths = [*plan.train_images.paths, *(plan.test_images.paths if plan.test_images is not None else ())]
         say(f"{recipe.name}: checking {len(paths):,} images")
         check_files(paths)
-    directory.create(recipe)
+    directory.create(recipe, plan.fingerprint)
 
     torch.manual_seed(derived_seed(recipe.seed, "init"))
     model = MoCo(recipe.framework, recipe.backbone).to(plan.device).to(memory_format=torch.channels_last)
@@ -132,8 +143,9 @@ def run(plan: PretrainPlan) -> Path:
         seed=recipe.seed,
         fingerprint=plan.fingerprint,
         pretrain_dataset=recipe.data.name,
-        pretrain_epochs=recipe.epochs,
+        pretrain_epochs=recipe.trained_epochs(plan.batches.steps_per_epoch),
         pretrain_seed=recipe.seed,
+        lineage=plan.lineage,
         settings={"steps": plan.num_steps, "batch_size": recipe.batch_size, "precision": recipe.precision},
         metrics=metrics,
         data=data,
@@ -153,7 +165,8 @@ def _info(plan: PretrainPlan) -> BackboneInfo:
         method=recipe.method,
         fingerprint=plan.fingerprint,
         dataset=recipe.data.name,
-        epochs=recipe.epochs,
+        epochs=recipe.trained_epochs(plan.batches.steps_per_epoch),
+        lineage=plan.lineage,
         seed=recipe.seed,
     )
 

@@ -58,6 +58,7 @@ def make_backbone(path: Path, arch: str = "resnet18", stem: str = "standard", se
         framework="mocov2",
         method="mixmask",
         fingerprint=f"test{arch}{seed}",
+        lineage="test",
         dataset="shapes",
         epochs=1,
         seed=seed,

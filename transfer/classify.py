@@ -148,7 +148,7 @@ def run_semisup(recipe: SemisupRecipe, setting: Setting) -> dict[str, float]:
     say(f"{recipe.name}: {len(setting.train_images)} labelled images, lr {lr_trunk:g} trunk, {lr_head:g} classifier")
 
     def schedule(step: int, per_epoch: int, total: int) -> float:
-        if recipe.schedule == "cosine":
+        if recipe.shape == "cosine":
             return cosine_factor(step, total)
         return step_factor(step // per_epoch, recipe.milestones, recipe.gamma)
 

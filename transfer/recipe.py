@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ from engine.datasets import DataRecipe
 from engine.precision import DeviceName, Precision
 from engine.records import Method
 from transfer.detection.recipe import DetectRecipe
+
+Epoch = Annotated[int, Field(ge=1)]
 
 
 class TransferBase(Recipe):
@@ -70,7 +72,7 @@ class LinearRecipe(TransferBase):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(256, ge=2)
     epochs: int = Field(100, ge=1)
-    milestones: tuple[int, ...] = (60, 80)
+    milestones: tuple[Epoch, ...] = (60, 80)
     gamma: float = Field(0.1, gt=0, le=1)
 
 
@@ -93,7 +95,8 @@ class SemisupRecipe(TransferBase):
     """Finetuning everything on a share of the labels: SGD, 20 epochs, two learning rates (MixMask, section 4.4).
 
     ``preset`` names a published pair of rates for 1, 10 and 100 % of labels; ``lr_trunk`` and ``lr_head`` replace them.
-    ``label_list`` names the labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset.
+    ``schedule`` is the preset's by default: cosine for ``barlow``, steps for the others. ``label_list`` names the
+    labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset.
     """
 
     protocol: Literal["semisup"]
@@ -101,7 +104,7 @@ class SemisupRecipe(TransferBase):
     augment: CropRecipe = CropRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     labels: float = Field(gt=0, le=100)
-    label_list: str | None = None
+    label_list: str | None = operational(None)
     subset_seed: int = Field(0, ge=0)
     preset: Preset = "paper_table"
     lr_trunk: float | None = Field(None, ge=0)
@@ -110,8 +113,8 @@ class SemisupRecipe(TransferBase):
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(256, ge=2)
     epochs: int = Field(20, ge=1)
-    schedule: Literal["step", "cosine"] = "step"
-    milestones: tuple[int, ...] = (12, 16)
+    schedule: Literal["step", "cosine"] | None = None
+    milestones: tuple[Epoch, ...] = (12, 16)
     gamma: float = Field(0.2, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -123,6 +126,11 @@ class SemisupRecipe(TransferBase):
                 f"set lr_trunk and lr_head"
             )
         return self
+
+    @property
+    def shape(self) -> Literal["step", "cosine"]:
+        """The schedule in force."""
+        return self.schedule or ("cosine" if self.preset == "barlow" else "step")
 
     @property
     def rates(self) -> tuple[float, float]:

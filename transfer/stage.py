@@ -11,6 +11,7 @@ import torch
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, check_files, open_split, require_same_classes
 from engine.errors import ConfigError
+from engine.loader import check_crop
 from engine.precision import resolve_device
 from engine.progress import say
 from engine.records import Record, environment, finished_record
@@ -74,9 +75,13 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
         UserError: If the backbone, the data, the sizes or the run directory do not fit.
     """
     source = read_source(Path(recipe.backbone).expanduser())
-    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=source.info.fingerprint)
+    info = source.info
+    for key, given, known in (("framework", recipe.framework, info.framework), ("method", recipe.method, info.method)):
+        if given is not None and known not in ("unknown", given):
+            raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
+    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=info.fingerprint)
     run = locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
-    run.check(recipe)
+    run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     if isinstance(recipe, DetectTransferRecipe):
         if source.info.stem != "standard":
@@ -92,6 +97,8 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
             f"batch_size {recipe.batch_size} is larger than the {len(train)} labelled images of "
             f"'{recipe.data.name}': choose at most {len(train)}"
         )
+    if not isinstance(recipe, KnnRecipe):
+        check_crop(train, recipe.data, recipe.augment)
     if isinstance(recipe, KnnRecipe) and recipe.k > len(train):
         raise ConfigError(f"k {recipe.k} is larger than the {len(train)} training images of '{recipe.data.name}'")
     return TransferPlan(recipe, fingerprint, run, device, source, train, test)
@@ -99,7 +106,13 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
 
 def _labelled(recipe: SemisupRecipe, train: ImageSet) -> ImageSet:
     if recipe.label_list is not None:
-        return listed_subset(train, Path(recipe.label_list).expanduser())
+        listed = listed_subset(train, Path(recipe.label_list).expanduser())
+        share = 100 * len(listed) / len(train)
+        if not 0.8 * recipe.labels <= share <= 1.25 * recipe.labels:
+            raise ConfigError(
+                f"{recipe.label_list}: names {share:.2g} % of the {len(train):,} images, but labels is {recipe.labels:g}"
+            )
+        return listed
     return balanced_subset(train, recipe.labels, recipe.subset_seed)
 
 
@@ -109,11 +122,12 @@ def run(plan: TransferPlan) -> Record:
     if directory.is_finished:
         record = finished_record(directory)
         require_same_data(directory, record.data, plan.data)
+        record = _relabelled(record, plan)
         say(f"{recipe.name}: finished before, see {directory.path}")
         return record
     if isinstance(plan.train, ImageSet) and isinstance(plan.test, ImageSet) and not directory.checkpoint_file.exists():
         check_files([*plan.train.paths, *plan.test.paths])
-    directory.create(recipe)
+    directory.create(recipe, plan.fingerprint)
     result = _run(plan)
     seconds = result.pop("seconds", 0.0)
     result.pop("images_per_second", None)
@@ -123,8 +137,7 @@ def run(plan: TransferPlan) -> Record:
         protocol=plan.protocol,
         name=recipe.name,
         dataset=recipe.data.name,
-        framework=recipe.framework or info.framework,
-        method=recipe.method or info.method,
+        **_labels(plan),
         arch=info.arch,
         seed=recipe.seed,
         fingerprint=plan.fingerprint,
@@ -132,6 +145,8 @@ def run(plan: TransferPlan) -> Record:
         pretrain_dataset=info.dataset,
         pretrain_epochs=info.epochs,
         pretrain_seed=info.seed,
+        lineage=info.lineage,
+        protocol_fingerprint=fingerprint_of({**identity(recipe), "seed": None}),
         settings=_settings(plan),
         metrics=result,
         data=plan.data,
@@ -141,6 +156,25 @@ def run(plan: TransferPlan) -> Record:
     record.write(directory.record_file)
     directory.checkpoint_file.unlink(missing_ok=True)
     return record
+
+
+def _labels(plan: TransferPlan) -> dict[str, Any]:
+    """Framework and method: what the backbone file says, or, where it cannot, what the user says."""
+    info, recipe = plan.source.info, plan.recipe
+    return {
+        "framework": info.framework if info.framework != "unknown" else recipe.framework or "unknown",
+        "method": info.method if info.method != "unknown" else recipe.method or "unknown",
+    }
+
+
+def _relabelled(record: Record, plan: TransferPlan) -> Record:
+    """The record of a finished run under the labels that the user gives now; it is rewritten if they changed."""
+    labels = _labels(plan)
+    if labels == {"framework": record.framework, "method": record.method}:
+        return record
+    changed = record.model_copy(update=labels)
+    changed.write(plan.run.record_file)
+    return changed
 
 
 def _settings(plan: TransferPlan) -> dict[str, Any]:

@@ -34,7 +34,8 @@ def listed_subset(images: ImageSet, listing: Path) -> ImageSet:
     """The images that a list names, one file name per line (SimCLR's ``1percent.txt``; ``.gz`` is read too).
 
     Raises:
-        DataError: If the list is missing or empty, or names files that the data set does not have.
+        DataError: If the list is missing or empty, names files that the data set does not have, or cannot name
+            an image because file names repeat.
     """
     if not listing.is_file():
         raise DataError(f"{listing}: no such list of labelled images")
@@ -44,6 +45,8 @@ def listed_subset(images: ImageSet, listing: Path) -> ImageSet:
     if not names:
         raise DataError(f"{listing}: empty")
     where = {path.name: index for index, path in enumerate(images.paths)}
+    if len(where) < len(images):
+        raise DataError(f"{listing}: cannot be used with {images.root}, where one file name stands in several classes")
     absent = [name for name in names if name not in where]
     if absent:
         raise DataError(

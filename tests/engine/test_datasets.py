@@ -71,11 +71,15 @@ def test_truncated_and_foreign_files_are_all_named(mine: Path) -> None:
 def test_whole_files_of_any_kind_pass(tmp_path: Path) -> None:
     for name, mode in (("a.png", "RGB"), ("b.jpg", "L"), ("c.jpg", "CMYK"), ("d.png", "P"), ("e.jpg", "RGB")):
         Image.new(mode, (9, 7)).save(tmp_path / name)
+    Image.new("I;16", (9, 7), 40000).save(tmp_path / "f.png")
+    frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "g.gif", save_all=True, append_images=frames[1:])
     trailing = tmp_path / "e.jpg"
     trailing.write_bytes(trailing.read_bytes() + b"\0\0")  # padding after the end marker, as some cameras write
     paths = sorted(tmp_path.iterdir())
     check_files(paths)
-    assert all(decode(path).shape == (3, 7, 9) for path in paths)
+    assert all(decode(path).shape == (3, 7, 9) and decode(path).dtype == torch.uint8 for path in paths)
+    assert decode(tmp_path / "f.png")[0, 0, 0] == 40000 >> 8
 
 
 def test_tiny_imagenets_own_layout(shapes: Path, tmp_path: Path) -> None:

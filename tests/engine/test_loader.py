@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.augment import CropRecipe
 from engine.datasets import DataRecipe, open_split
 from engine.errors import ConfigError, DataError
-from engine.loader import BatchPlan, ImageSource, ResidentSource, StreamSource
+from engine.loader import BatchPlan, ImageSource, ResidentSource, StreamSource, check_crop
 
 CPU = torch.device("cpu")
 RECIPE = CropRecipe(crop=32, scale=(0.3, 1.0))
@@ -77,10 +77,9 @@ def test_both_storages_give_the_same_images_and_labels(shapes: Path) -> None:
 
 
 def test_resident_refuses_crops_that_would_shrink(shapes: Path) -> None:
-    images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
-    plan = BatchPlan(len(images), 16, True, seed=3)
+    data = DataRecipe(name="shapes", root=str(shapes), storage="resident")
     with pytest.raises(ConfigError, match="use a crop of at least 32"):
-        next(iter(ResidentSource(images, CPU).training(plan, CropRecipe(crop=16), 1, 0, 1)))
+        check_crop(open_split(data, "train"), data, CropRecipe(crop=16))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

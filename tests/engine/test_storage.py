@@ -32,27 +32,37 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_a_run_directory_refuses_another_recipe_and_says_what_differs(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    run.create(Small())
+    run.create(Small(), "abc")
     before = run.recipe_file.read_text()
-    run.create(Small(place="elsewhere"))
+    run.create(Small(place="elsewhere"), "abc")
     with pytest.raises(RunDirectoryError, match="differs in grid: 2 -> 4"):
-        run.create(Small(grid=4))
+        run.create(Small(grid=4), "xyz")
+    with pytest.raises(RunDirectoryError, match="on another backbone"):
+        run.create(Small(), "xyz")
     assert run.recipe_file.read_text() == before
+
+
+def test_what_a_crash_left_half_written_is_removed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / ".recipe.yaml.x1.tmp").write_text("half")
+    run.create(Small(), "abc")
+    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_run_directory_refuses_foreign_folders_and_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(RunDirectoryError, match="not a run directory"):
-        RunDirectory(tmp_path).check(Small())
+        RunDirectory(tmp_path).check(Small(), "abc")
     with pytest.raises(RunDirectoryError, match="is a file"):
-        RunDirectory(tmp_path / "thesis.tex").check(Small())
+        RunDirectory(tmp_path / "thesis.tex").check(Small(), "abc")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("grid: [")
     with pytest.raises(RunDirectoryError, match="damaged"):
-        RunDirectory(tmp_path / "run").check(Small())
+        RunDirectory(tmp_path / "run").check(Small(), "abc")
     (tmp_path / "run" / "recipe.yaml").write_text("colour: red")
     with pytest.raises(RunDirectoryError, match="does not describe a run of this kind"):
-        RunDirectory(tmp_path / "run").check(Small())
+        RunDirectory(tmp_path / "run").check(Small(), "abc")
 
 
 def test_rewinding_drops_later_and_half_written_lines(tmp_path: Path) -> None:

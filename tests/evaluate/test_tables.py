@@ -26,7 +26,9 @@ def record(**changes: Any) -> Record:
         "method": "mixmask",
         "arch": "resnet50",
         "seed": 0,
-        "fingerprint": "f",
+        "fingerprint": repr(sorted(changes.items(), key=repr)),
+        "lineage": "lineage1",
+        "protocol_fingerprint": "recipe1",
         "pretrain_dataset": "imagenet1k",
         "pretrain_epochs": 200,
         "metrics": {"knn/top1": 50.0},
@@ -59,10 +61,30 @@ def test_order_of_records_does_not_matter(records: list[Record]) -> None:
 
 
 def test_other_settings_never_share_a_column() -> None:
-    a, b = record(settings={"k": 200}), record(settings={"k": 20}, metrics={"knn/top1": 60.0})
+    a = record(settings={"k": 200})
+    b = record(settings={"k": 20}, protocol_fingerprint="recipe2", metrics={"knn/top1": 60.0})
     table = methods_by_protocols([a, b])
     assert table["cifar10: kNN top-1 (k 200)"].tolist() == ["50.0"]
     assert table["cifar10: kNN top-1 (k 20)"].tolist() == ["60.0"]
+
+
+def test_recipes_that_differ_elsewhere_are_told_apart_by_their_fingerprint() -> None:
+    a, b = record(), record(protocol_fingerprint="abcdefgh", metrics={"knn/top1": 60.0})
+    table = methods_by_protocols([a, b])
+    assert table["cifar10: kNN top-1 (recipe recipe)"].tolist() == ["50.0"]
+    assert table["cifar10: kNN top-1 (recipe abcdef)"].tolist() == ["60.0"]
+
+
+def test_other_pretrainings_never_share_a_row() -> None:
+    a, b = record(), record(lineage="other-grid", metrics={"knn/top1": 60.0})
+    table = methods_by_protocols([a, b])
+    assert sorted(table["method"]) == ["mixmask [lineag]", "mixmask [other-]"]
+    assert sorted(table["cifar10: kNN top-1"]) == ["50.0", "60.0"]
+
+
+def test_the_same_work_under_two_names_counts_once() -> None:
+    table = methods_by_protocols([record(), record().model_copy(update={"name": "again"})])
+    assert table["cifar10: kNN top-1"].tolist() == ["50.0"]
 
 
 def test_other_shares_of_labels_have_columns_of_their_own() -> None:

@@ -179,7 +179,17 @@ def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shap
         plan(config, runs, "framework.queue_size=100")
     with pytest.raises(ConfigError, match="set monitor: null"):
         plan(config, runs, "monitor.every_epochs=1", "data.test=null")
+    with pytest.raises(ConfigError, match="are 7 steps, the run has only 3"):
+        plan(config, runs, "warmup_epochs=1", "max_steps=3")
     assert not runs.exists()
+
+
+def test_a_shortened_run_says_how_much_it_trained(config: Path, tmp_path: Path) -> None:
+    short = plan(config, tmp_path, "max_steps=2")
+    _, info = load_backbone(stage.run(short))
+    assert info.epochs == Record.read(short.run.record_file).pretrain_epochs == round(2 / 7, 4)
+    assert short.lineage == plan(config, tmp_path, "max_steps=2", "seed=3").lineage
+    assert short.lineage != plan(config, tmp_path, "max_steps=2", "mix.grid=2").lineage
 
 
 def test_a_truncated_picture_stops_the_run_before_it_begins(config: Path, shapes: Path, tmp_path: Path) -> None:
@@ -216,7 +226,7 @@ def test_a_run_directory_of_another_recipe(config: Path, tmp_path: Path) -> None
 
 def test_a_truncated_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
     broken = plan(config, tmp_path)
-    broken.run.create(broken.recipe)
+    broken.run.create(broken.recipe, broken.fingerprint)
     broken.run.checkpoint_file.write_bytes(b"PK\x03\x04 half")
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: truncated or not a checkpoint"):
         stage.run(broken)

@@ -138,6 +138,18 @@ def test_what_is_refused(resnet18: Path, tmp_path: Path) -> None:
         read_source(other)
 
 
+def test_other_number_formats_and_memory_layouts_are_read(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    odd = {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in state.items()}
+    odd = {n: t.bfloat16() if t.is_floating_point() else t for n, t in odd.items()}
+    source = read_source(save(tmp_path, odd))
+    export(source, tmp_path / "out.pkl", "detectron2")
+    export(source, tmp_path / "out.safetensors", "timm")
+    for keys in ({1: torch.zeros(1)}, {"state_dict": {**state, 3: torch.zeros(1)}}):
+        with pytest.raises(CheckpointError, match="no dictionary of tensors"):
+            read_source(save(tmp_path, keys))
+
+
 def test_damaged_files_are_named(resnet18: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint file"):
         read_source(tmp_path / "absent.pth")

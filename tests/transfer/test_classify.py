@@ -7,7 +7,7 @@ import torch
 
 from engine.backbones import BackboneInfo, load_backbone, save_backbone
 from engine.datasets import DataRecipe, open_split
-from engine.errors import ConfigError, DataError, RunFailure
+from engine.errors import ConfigError, DataError, RunDirectoryError, RunFailure
 from engine.records import Record
 from transfer import classify, stage
 from transfer.recipe import load_transfer_recipe
@@ -100,8 +100,9 @@ def test_subsets_are_balanced_nested_and_seeded(shapes: Path) -> None:
 def test_listed_subset(shapes: Path, tmp_path: Path) -> None:
     import gzip
 
-    images = open_split(DataRecipe(name="x", root=str(shapes)), "train")
-    names = sorted({path.name for path in images.paths})[:3]
+    repeated = open_split(DataRecipe(name="x", root=str(shapes)), "train")
+    images = repeated.subset((repeated.labels == 0).nonzero().flatten())
+    names = sorted(path.name for path in images.paths)[:3]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
     assert [path.name for path in listed_subset(images, tmp_path / "list.txt").paths] == names
     with gzip.open(tmp_path / "list.txt.gz", "wt") as file:
@@ -110,6 +111,8 @@ def test_listed_subset(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("n01440764_10026.JPEG\n")
     with pytest.raises(DataError, match=r"names 1 of 1 files .* for example n01440764_10026\.JPEG"):
         listed_subset(images, tmp_path / "list.txt")
+    with pytest.raises(DataError, match="one file name stands in several classes"):
+        listed_subset(repeated, tmp_path / "list.txt")
     with pytest.raises(DataError, match="no such list"):
         listed_subset(images, tmp_path / "absent.txt")
 
@@ -142,3 +145,26 @@ def test_a_foreign_checkpoint_is_labelled_by_the_user(shapes: Path, tmp_path: Pa
     plan = make_plan(KNN, shapes, tmp_path, tmp_path / "theirs.pth", "framework=simsiam", "method=vanilla")
     record = stage.run(plan)
     assert (record.framework, record.method) == ("simsiam", "vanilla")
+    plan = make_plan(KNN, shapes, tmp_path, tmp_path / "theirs.pth", "framework=byol", "method=mixmask")
+    assert (stage.run(plan).framework, Record.read(plan.run.record_file).method) == ("byol", "mixmask")
+
+
+def test_a_backbone_that_says_what_it_is_cannot_be_relabelled(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method=vanilla: .* says itself that it is mixmask"):
+        make_plan(KNN, shapes, tmp_path, resnet18, "method=vanilla")
+
+
+def test_a_run_directory_of_another_backbone_is_refused(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    state, info = load_backbone(resnet18)
+    other = tmp_path / "other.safetensors"
+    save_backbone(other, state, BackboneInfo.model_validate({**info.model_dump(), "fingerprint": "another"}))
+    first = make_plan(KNN, shapes, tmp_path, resnet18)
+    stage.run(stage.plan(first.recipe, tmp_path / "runs", tmp_path / "mine"))
+    with pytest.raises(RunDirectoryError, match="on another backbone"):
+        stage.plan(make_plan(KNN, shapes, tmp_path, other).recipe, tmp_path / "runs", tmp_path / "mine")
+
+
+def test_the_barlow_preset_is_cosine(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    recipe = make_plan(SEMISUP, shapes, tmp_path, resnet18, "preset=barlow").recipe
+    assert recipe.shape == "cosine"  # type: ignore[union-attr]
+    assert make_plan(SEMISUP, shapes, tmp_path, resnet18).recipe.shape == "step"  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 from pathlib import Path
@@ -65,8 +66,25 @@ def from_detectron2(name: str) -> str:
     return f"{where}.{'bn' if norm else 'conv'}{number}.{leaf}"
 
 
+def check_export(source: Source, out: Path, target: Target) -> None:
+    """Refuse what `export` could not write.
+
+    Raises:
+        UserError: If the suffix does not fit, the file is a folder or the source, or the stem cannot be expressed.
+    """
+    if out.suffix not in SUFFIXES[target]:
+        raise CheckpointError(f"{out}: --to {target} writes {' or '.join(SUFFIXES[target])} files")
+    require_output_file(out)
+    if out.resolve() == source.path.resolve():
+        raise CheckpointError(f"{out}: is the source itself; name another file")
+    if source.info.stem == "cifar":
+        raise CheckpointError(
+            f"{source.path}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have"
+        )
+
+
 def export(source: Source, out: Path, target: Target) -> str:
-    """Write a trunk for another library, read it back, and compare.
+    """Write a trunk for another library, after its bytes have been read back and compared.
 
     Args:
         source: What was read.
@@ -78,17 +96,9 @@ def export(source: Source, out: Path, target: Target) -> str:
         What was written and verified, in words.
 
     Raises:
-        CheckpointError: If the suffix does not fit, the stem cannot be expressed, or the file does not read back equal.
+        UserError: As `check_export`, or if the bytes do not read back equal; then nothing is written.
     """
-    if out.suffix not in SUFFIXES[target]:
-        raise CheckpointError(f"{out}: --to {target} writes {' or '.join(SUFFIXES[target])} files")
-    require_output_file(out)
-    if out.resolve() == source.path.resolve():
-        raise CheckpointError(f"{out}: is the source itself; name another file")
-    if source.info.stem == "cifar":
-        raise CheckpointError(
-            f"{source.path}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have"
-        )
+    check_export(source, out, target)
     if target == "detectron2":
         return _write_detectron2(source.state, out)
     return _write_plain(source.state, source.info, out, target)
@@ -98,12 +108,12 @@ def _write_detectron2(state: dict[str, Tensor], out: Path) -> str:
     model = {to_detectron2(name): tensor.numpy() for name, tensor in state.items() if not name.endswith(COUNTER)}
     counters = len(state) - len(model)
     payload = pickle.dumps({"model": model, "__author__": "mixmask", "matching_heuristics": True}, protocol=4)
-    write_atomic(out, lambda file: file.write(payload))
-    written = pickle.loads(out.read_bytes())["model"]  # our own bytes, written above
+    written = pickle.loads(payload)["model"]  # our own bytes, made above
     back = {from_detectron2(name): torch.from_numpy(array) for name, array in written.items()}
     different = [name for name, tensor in back.items() if not torch.equal(tensor, state[name])]
     if different or len(back) + counters != len(state):
         raise CheckpointError(f"{out}: does not read back equal ({', '.join(different[:5]) or 'tensors are missing'})")
+    write_atomic(out, lambda file: file.write(payload))
     return (
         f"{out}: {len(model)} tensors under Detectron2's names, read back equal; "
         f"left out {counters} × batch counter, which Detectron2 does not load"
@@ -113,11 +123,12 @@ def _write_detectron2(state: dict[str, Tensor], out: Path) -> str:
 def _write_plain(state: dict[str, Tensor], info: BackboneInfo, out: Path, target: Target) -> str:
     if out.suffix == ".safetensors":
         payload = save_safetensors(state, metadata={"format": "pt"})
-        write_atomic(out, lambda file: file.write(payload))
-        back = load_safetensors(out.read_bytes())
+        back = load_safetensors(payload)
     else:
-        write_atomic(out, lambda file: torch.save(state, file))
-        back = torch.load(out, map_location="cpu", weights_only=True)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        back = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     if target == "timm":
         import timm
 
@@ -133,4 +144,5 @@ def _write_plain(state: dict[str, Tensor], info: BackboneInfo, out: Path, target
         difference = float((theirs.eval()(images) - ours.eval()(images)).abs().max())
     if difference > 1e-5:
         raise CheckpointError(f"{out}: {target}'s {info.arch} gives other features (largest difference {difference:g})")
+    write_atomic(out, lambda file: file.write(payload))
     return f"{out}: {len(state)} tensors; {target}'s {info.arch} loads them strictly and gives the same features"

@@ -125,7 +125,9 @@ def _from_layout(path: Path) -> tuple[dict[str, Tensor], BackboneInfo, Account]:
     content = read_tensors(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         kinds = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{path}: no dictionary of tensors and no 'state_dict' in it (found: {kinds})")
     tensors: dict[str, Tensor] = dict(content)
@@ -142,12 +144,14 @@ def _from_layout(path: Path) -> tuple[dict[str, Tensor], BackboneInfo, Account]:
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
     state.update({name: torch.zeros((), dtype=torch.int64) for name in filled})
     check_trunk_state(state, recipe, str(path))
+    content_digest = digest(path)
     info = BackboneInfo(
         arch=recipe.arch,
         stem=recipe.stem,
         framework=_framework(layout, tensors),
         method="unknown",
-        fingerprint=digest(path),
+        fingerprint=content_digest,
+        lineage=content_digest,
     )
     ordered = {name: state[name] for name in expected}
     return ordered, info, Account(account.layout, account.used, account.left_out, filled)
@@ -170,7 +174,7 @@ def _sort(tensors: Mapping[str, Tensor], layout: Layout, path: Path) -> tuple[di
                 left_out[name] = "head"
             else:
                 used[name] = short
-                state[short] = tensor
+                state[short] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
     if unknown:
         raise CheckpointError(
             f"{path}: tensors that the layout '{layout.name}' does not explain: {', '.join(unknown[:5])}"

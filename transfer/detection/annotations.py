@@ -68,11 +68,18 @@ class DetectionSet:
         objects = sum(len(picture.instances) for picture in self.pictures)
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
 
-    def for_training(self) -> DetectionSet:
-        """Without crowds, and without pictures that then have no object (Detectron2's FILTER_EMPTY_ANNOTATIONS)."""
+    def for_training(self, masks: bool) -> DetectionSet:
+        """Without crowds, and without pictures that then have no object (Detectron2's FILTER_EMPTY_ANNOTATIONS).
+
+        Args:
+            masks: Leave out objects without a usable polygon, too.
+
+        Raises:
+            DataError: If nothing is left.
+        """
         kept = []
         for picture in self.pictures:
-            instances = tuple(i for i in picture.instances if not i.crowd)
+            instances = tuple(i for i in picture.instances if not i.crowd and (i.polygons or not masks))
             if instances:
                 kept.append(Picture(picture.key, picture.path, picture.width, picture.height, instances))
         if not kept:
@@ -99,7 +106,9 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
     if train.classes != test.classes:
         raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
     check_files([picture.path for split in (train, test) for picture in split.pictures])
-    return train.for_training(), test
+    if not any(not (i.difficult or i.crowd) for picture in test.pictures for i in picture.instances):
+        raise DataError(f"{root}: the test pictures of {', '.join(recipe.data.test)} have no object to be found")
+    return train.for_training(recipe.masks), test
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------
@@ -213,9 +222,13 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
         left, top, width, height = (float(v) for v in item["bbox"])
         crowd = bool(item.get("iscrowd", 0))
         outline = item.get("segmentation", [])
-        polygons = (
-            tuple(tuple(float(v) for v in p) for p in outline if len(p) >= 6) if isinstance(outline, list) else ()
-        )
+        polygons: tuple[tuple[float, ...], ...] = ()
+        if isinstance(outline, list):
+            polygons = tuple(tuple(float(v) for v in p) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
+        elif outline and not crowd:
+            raise DataError(
+                f"{file}: annotation {item['id']} has a run-length mask and is no crowd; training needs polygons"
+            )
         objects[int(item["image_id"])].append(
             Instance(
                 (left, top, left + width, top + height),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from engine.config import Recipe, operational
+
+Positive = Annotated[float, Field(gt=0)]
+Step = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=32)]
 
 
 class DetectionData(Recipe):
@@ -28,8 +32,8 @@ class DetectionData(Recipe):
 class RPNRecipe(Recipe):
     """Region proposals: anchors, sampling and selection; the defaults are Detectron2's for C4."""
 
-    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_sizes: tuple[Positive, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    aspect_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
     batch_per_image: int = Field(256, ge=2)
     positive_fraction: float = Field(0.5, gt=0, lt=1)
     iou_negative: float = Field(0.3, ge=0, le=1)
@@ -39,6 +43,14 @@ class RPNRecipe(Recipe):
     pre_nms_test: int = Field(6000, ge=1)
     post_nms_test: int = Field(1000, ge=1)
     nms_threshold: float = Field(0.7, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RPNRecipe:
+        if not self.anchor_sizes or not self.aspect_ratios:
+            raise ValueError("anchor_sizes and aspect_ratios need at least one value each")
+        if self.iou_negative > self.iou_positive:
+            raise ValueError(f"iou_negative {self.iou_negative} is above iou_positive {self.iou_positive}")
+        return self
 
 
 class RoIRecipe(Recipe):
@@ -69,12 +81,12 @@ class DetectRecipe(Recipe):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     iterations: int = Field(ge=1)
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[Step, ...] = ()
     gamma: float = Field(0.1, gt=0, le=1)
     warmup_iterations: int = Field(1000, ge=0)
     warmup_factor: float = Field(0.001, ge=0, le=1)
     clip_norm: float | None = Field(None, gt=0)
-    min_size_train: tuple[int, ...] = Field(min_length=1)
+    min_size_train: tuple[Side, ...] = Field(min_length=1)
     max_size_train: int = Field(1333, ge=32)
     min_size_test: int = Field(800, ge=32)
     max_size_test: int = Field(1333, ge=32)

@@ -201,7 +201,7 @@ class Res5RoIHeads(nn.Module):
 
 
 def rasterise(polygons: list[list[float]], box: list[float], side: int) -> np.typing.NDArray[np.uint8]:
-    """The part of an object's polygons inside ``box``, drawn on a (side, side) grid of 0 and 1."""
+    """The part of an object's polygons (at least one) inside ``box``, drawn on a (side, side) grid of 0 and 1."""
     left, top, right, bottom = box
     scale_x, scale_y = side / max(right - left, 0.1), side / max(bottom - top, 0.1)
     moved = []

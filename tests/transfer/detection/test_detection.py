@@ -214,6 +214,8 @@ def test_coco_trouble_is_found_before_training(coco: Path, tmp_path: Path) -> No
             open_detection(recipe)
 
     expect("not a COCO annotation file", images=3)
+    rle = {**whole["annotations"][0], "segmentation": {"size": [72, 96], "counts": [0, 6912]}}
+    expect("has a run-length mask and is no crowd", annotations=[rle])
     expect("which is not listed", images=whole["images"][1:])
     expect("has the unknown category", categories=whole["categories"][1:])
     expect("none of the 12 training pictures has an annotated object", annotations=[])
@@ -235,6 +237,44 @@ def test_crowds_and_empty_pictures_are_not_trained_on(coco: Path, tmp_path: Path
     train, _ = open_detection(recipe_of(COCO, tmp_path / "mine", tmp_path))
     assert len(train) == 11
     assert all(picture.key != "1" for picture in train.pictures)
+
+
+def test_objects_without_polygons_are_not_trained_on_with_masks(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco, tmp_path / "mine")
+    file = tmp_path / "mine" / "annotations" / "instances_train2017.json"
+    document = json.loads(file.read_text())
+    for number, annotation in enumerate(document["annotations"]):
+        if annotation["image_id"] == 1:
+            annotation["segmentation"] = [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]]][number % 3]
+    file.write_text(json.dumps(document))
+    train, _ = open_detection(recipe_of(COCO, tmp_path / "mine", tmp_path))
+    assert len(train) == 11
+    assert all(i.polygons for picture in train.pictures for i in picture.instances)
+
+
+def test_test_pictures_without_objects_are_refused(my_voc: Path, tmp_path: Path) -> None:
+    for name in (my_voc / "VOC2007" / "ImageSets" / "Main" / "test.txt").read_text().split():
+        annotation = my_voc / "VOC2007" / "Annotations" / f"{name}.xml"
+        annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
+    with pytest.raises(DataError, match="have no object to be found"):
+        open_detection(recipe_of(VOC, my_voc, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "min_size_train=[0]",
+        "rpn.anchor_sizes=[]",
+        "rpn.aspect_ratios=[0]",
+        "rpn.iou_negative=0.9",
+        "milestones=[-5]",
+        "name=2020-13-45",
+        "rpn={[1]: 2}",
+    ],
+)
+def test_values_that_make_no_sense_are_refused(override: str, voc: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        recipe_of(VOC, voc, tmp_path, override)
 
 
 def test_other_stems_and_damaged_backbones_are_refused(voc: Path, tmp_path: Path, resnet18: Path) -> None:
