@@ -246,10 +246,11 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
         tag = str(problem["ctx"]["discriminator"]).strip("'")
         value = given.get(tag) if isinstance(given, Mapping) else given
         expected = problem["ctx"].get("expected_tags", "one of the kinds")
-        return f"{where}.{tag}: given {value!r}; valid: {expected}"
+        return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error" and isinstance(given, Mapping):
-        return f"{where}: {message}" if dotted else f"{path}: {message}"
+        with_overrides = f"{path} and the command line" if "command line" in sources.values() else path
+        return f"{where}: {message}" if dotted else f"{with_overrides}: {message}"
     return f"{where}: {message} (given: {given!r})"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 
@@ -35,6 +35,12 @@ class DataRecipe(Recipe):
     test: str | None = "val"
     storage: Literal["stream", "resident"] = "stream"
     num_workers: int = operational(4, ge=0)
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> DataRecipe:
+        if self.train == self.test:
+            raise ValueError(f"train and test are the same folder '{self.train}': a score on it would mean nothing")
+        return self
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,12 @@ class TransferPlan:
 
     def describe(self) -> str:
         """What would run, in words."""
-        info = self.source.info
+        info, labels = self.source.info, _labels(self)
         return "\n".join(
             [
                 f"{self.protocol} on {self.recipe.data.name}: {len(self.train):,} training and {len(self.test):,} test "
                 f"images, {self.device}, {self.recipe.precision}",
-                f"backbone  {self.source.path} ({info.arch}, {info.framework}, {info.method})",
+                f"backbone  {self.source.path} ({info.arch}, {labels['framework']}, {labels['method']})",
                 self.source.account.summary(),
                 f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             ]

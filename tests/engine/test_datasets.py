@@ -43,6 +43,11 @@ def test_missing_folders(shapes: Path, tmp_path: Path) -> None:
         open_split(recipe(tmp_path / "empty"), "train")
 
 
+def test_the_same_folder_cannot_be_both_splits(shapes: Path) -> None:
+    with pytest.raises(ValueError, match="train and test are the same folder"):
+        recipe(shapes, train="train", test="train")
+
+
 def test_a_class_folder_without_images_is_named(mine: Path) -> None:
     (mine / "train" / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing: class folder without images"):

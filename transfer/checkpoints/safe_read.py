@@ -33,7 +33,9 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "truncated or not a checkpoint")
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if reason is None:
+            raise CheckpointError(f"{path}: truncated or not a checkpoint") from None
         raise CheckpointError(f"{path}: refused, it holds more than tensors and plain containers ({reason})") from None
     except Exception as error:  # torch's reader raises anything at all on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
