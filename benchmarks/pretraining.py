@@ -83,7 +83,7 @@ def step(size: int, batch: int, repeats: int) -> dict[str, object]:
             with autocast(CPU, precision):
                 loss = step_losses(model, recipe, views[0], views[1], 0)["loss"]
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
 
         calls.append(call)

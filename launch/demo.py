@@ -56,7 +56,7 @@ def run_demo(out: Path, dry_run: bool) -> None:
         product = out / "converted" / f"mixmask-{target}.{suffix}"
         _command(f"mixmask convert {trunks['mixmask']} {product} --to {target}")
         if not dry_run:
-            say(export(read_source(trunks["mixmask"]), product, target))  # type: ignore[arg-type]
+            say(export(read_source(trunks["mixmask"]), product, target))
     work = [(method, protocol) for protocol in CLASSIFICATION for method in METHODS]
     work += [(method, protocol) for protocol in DETECTION for method in DETECTED]
     for method, protocol in work:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from engine.knn import knn_accuracy, knn_predict
 
 
-def slow_predict(bank, labels, query, num_classes: int, k: int, temperature: float) -> int:  # type: ignore[no-untyped-def]
+def slow_predict(bank, labels, query, num_classes: int, k: int, temperature: float) -> int:
     """Section 3.4 of Wu et al., one number at a time."""
 
-    def unit(v):  # type: ignore[no-untyped-def]
+    def unit(v):
         norm = math.sqrt(sum(x * x for x in v))
         return [x / norm for x in v]
 

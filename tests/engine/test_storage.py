@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     target = tmp_path / "file"
     write_text(target, "old")
 
-    def full_disk(file) -> None:  # type: ignore[no-untyped-def]
+    def full_disk(file) -> None:
         file.write(b"half of the new")
         raise OSError(28, "No space left on device")
 

@@ -39,8 +39,8 @@ def test_mean_colour_does_not_tell_the_class(tmp_path: Path) -> None:
     demo_data.write_classification(tmp_path, size=32, train_per_class=30, val_per_class=10, seed=0)
     data = DataRecipe(name="x", root=str(tmp_path))
 
-    def colours(split: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-        images = open_split(data, split)  # type: ignore[arg-type]
+    def colours(split: str) -> tuple[np.ndarray, np.ndarray]:
+        images = open_split(data, split)
         pixels = np.stack([decode(path).float().mean(dim=(1, 2)).numpy() for path in images.paths])
         return pixels, images.labels.numpy()
 

@@ -97,9 +97,9 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
         def failing(*args: object, _stop: int = stop) -> dict[str, torch.Tensor]:
             if args[-1] == _stop:
                 raise KeyboardInterrupt
-            return original(*args)  # type: ignore[arg-type]
+            return original(*args)
 
-        stage.step_losses = failing  # type: ignore[assignment]
+        stage.step_losses = failing
         try:
             with pytest.raises(KeyboardInterrupt):
                 stage.run(broken)

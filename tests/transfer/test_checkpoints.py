@@ -82,7 +82,7 @@ def test_a_resnet50_has_265_tensors_for_detectron2(resnet50: Path, tmp_path: Pat
 def test_round_trips_are_exact(resnet50: Path, tmp_path: Path, target: str, suffix: str) -> None:
     source = read_source(resnet50)
     out = tmp_path / f"out.{suffix}"
-    export(source, out, target)  # type: ignore[arg-type]
+    export(source, out, target)
     back = read_source(out)
     assert back.account.layout.startswith("plain")
     assert back.state.keys() == source.state.keys()
@@ -168,7 +168,7 @@ def test_damaged_files_are_named(resnet18: Path, tmp_path: Path) -> None:
 
 class Hostile:
     def __reduce__(self) -> tuple[object, tuple[str, ...]]:
-        return (Path.touch, (Path("/tmp/mixmask-was-here"),))  # type: ignore[return-value]
+        return (Path.touch, (Path("/tmp/mixmask-was-here"),))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

@@ -166,5 +166,5 @@ def test_a_run_directory_of_another_backbone_is_refused(shapes: Path, tmp_path: 
 
 def test_the_barlow_preset_is_cosine(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     recipe = make_plan(SEMISUP, shapes, tmp_path, resnet18, "preset=barlow").recipe
-    assert recipe.shape == "cosine"  # type: ignore[union-attr]
-    assert make_plan(SEMISUP, shapes, tmp_path, resnet18).recipe.shape == "step"  # type: ignore[union-attr]
+    assert recipe.shape == "cosine"
+    assert make_plan(SEMISUP, shapes, tmp_path, resnet18).recipe.shape == "step"

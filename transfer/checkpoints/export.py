@@ -20,7 +20,7 @@ from engine.storage import require_output_file, write_atomic
 from transfer.checkpoints.layouts import COUNTER, Source
 
 Target = Literal["detectron2", "torchvision", "timm"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS: tuple[Target, ...] = get_args(Target)
 SUFFIXES = {
     "detectron2": (".pkl",),
     "torchvision": (".pth", ".pt", ".safetensors"),
