@@ -7,7 +7,8 @@ one image (``torchvision.transforms.v2.functional`` on float tensors); only the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,28 @@ def draw_crops(
         top = torch.where(none, ((height - h) / 2).floor(), top)
         left = torch.where(none, ((width - w) / 2).floor(), left)
     return torch.cat([top, left, h, w], dim=1).to(torch.int64)
+
+
+def draw_crop(height: int, width: int, recipe: CropRecipe, draws: random.Random) -> tuple[int, int, int, int, bool]:
+    """As `draw_crops`, for one image and in plain Python: what a loader's worker can afford for every picture.
+
+    Returns:
+        Top, left, height and width of the crop in pixels, and whether it is flipped.
+    """
+    flip = draws.random() < recipe.flip
+    low, high = math.log(recipe.aspect[0]), math.log(recipe.aspect[1])
+    for _ in range(10):
+        area = height * width * draws.uniform(*recipe.scale)
+        ratio = math.exp(draws.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return draws.randrange(height - h + 1), draws.randrange(width - w + 1), h, w, flip
+    h, w = height, width
+    if width / height > recipe.aspect[1]:
+        w = round(height * recipe.aspect[1])
+    elif width / height < recipe.aspect[0]:
+        h = round(width / recipe.aspect[0])
+    return (height - h) // 2, (width - w) // 2, h, w, flip
 
 
 def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Tensor:
@@ -229,6 +252,10 @@ class PhotometricDraws:
     blur: Tensor
     sigma: Tensor
 
+    def rows(self, chosen: slice) -> PhotometricDraws:
+        """The draws of some of the samples."""
+        return PhotometricDraws(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
 
 def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator) -> PhotometricDraws:
     """Draw the parameters of one batch, each sample on its own."""
@@ -282,13 +309,24 @@ class Photometric:
 
     def __init__(self, recipe: AugmentRecipe) -> None:
         self.recipe = recipe
-        # Four standard deviations hold 99.99 % of a Gaussian; a kernel may not be wider than the image.
-        self.blur_radius = min(math.ceil(4 * recipe.blur_sigma[1]), recipe.crop - 1)
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """(N, 3, H, W) float in [0, 1] to normalised augmented images."""
-        draws = draw_photometric(self.recipe, len(images), generator)
-        return normalize(apply_photometric(images, draws, self.blur_radius))
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice, total: int) -> Tensor:
+        """Augment and normalise some rows of a batch.
+
+        Args:
+            images: (N, 3, H, W) float in [0, 1], the rows ``rows``.
+            generator: Draws for the whole batch, so that a sample's draws do not depend on which process has it.
+            rows: Which rows of the batch these are.
+            total: Rows of the whole batch.
+
+        Returns:
+            (N, 3, H, W), channels last in memory.
+        """
+        draws = draw_photometric(self.recipe, total, generator).rows(rows)
+        # Four standard deviations hold 99.99 % of a Gaussian; a kernel may not be wider than the image.
+        radius = min(math.ceil(4 * self.recipe.blur_sigma[1]), min(images.shape[-2:]) - 1)
+        augmented = normalize(apply_photometric(images, draws, radius))
+        return augmented.contiguous(memory_format=torch.channels_last)
 
 
 def normalize(images: Tensor) -> Tensor:

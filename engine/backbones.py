@@ -1,57 +1,84 @@
-"""Backbones: ResNet trunks under torchvision's names, and the file a trunk is kept in.
+"""Backbones: ResNet trunks under torchvision's names, timm's ConvNets, and the file a trunk is kept in.
 
-A trunk is a torchvision ResNet whose classifier is the identity: images (N, 3, H, W) in, features (N, num_features)
-out. Its state has torchvision's names (``conv1.weight`` … ``layer4.2.bn3.running_var``).
+A trunk is a network without its classifier: images (N, 3, H, W) in, features (N, num_features) out. The state of a ResNet
+has torchvision's names (``conv1.weight`` … ``layer4.2.bn3.running_var``), that of a timm trunk timm's.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from engine.config import Recipe
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.records import Method
 from engine.storage import write_atomic
 
-Arch = Literal["resnet18", "resnet50"]
 Stem = Literal["standard", "cifar"]
-ARCHS: tuple[str, ...] = get_args(Arch)
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+TIMM = "timm/"
 FORMAT = "mixmask-backbone-1"
 
 
+def _known_arch(arch: str) -> str:
+    if arch in RESNETS:
+        return arch
+    if arch.startswith(TIMM):
+        import timm  # takes a second, and only its users need it
+
+        name = arch.removeprefix(TIMM)
+        if timm.is_model(name):
+            return arch
+        near = [f"{TIMM}{model}" for model in difflib.get_close_matches(name, timm.list_models(), n=3)]
+        raise ValueError(f"timm has no model '{name}'{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
+    near = difflib.get_close_matches(arch, RESNETS, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise ValueError(f"valid: {', '.join(RESNETS)}, or timm/ and the name of one of timm's ConvNets{hint}")
+
+
+Arch = Annotated[str, AfterValidator(_known_arch)]
+
+
 class BackboneRecipe(Recipe):
-    """Which trunk.
+    """Which trunk: a ResNet, or ``timm/`` and a name for any of timm's ConvNets (``timm/convnext_tiny``).
 
     ``stem: cifar`` is a 3×3 convolution of stride 1 without max-pooling, for images of about 32 pixels.
-    ``zero_init_residual`` starts every residual branch at zero (arXiv:1706.02677, section 5.1).
+    ``zero_init_residual`` starts every residual branch at zero (arXiv:1706.02677, section 5.1). Both are for ResNets.
     """
 
     arch: Arch = "resnet50"
     stem: Stem = "standard"
     zero_init_residual: bool = False
 
+    @model_validator(mode="after")
+    def _resnet_options(self) -> BackboneRecipe:
+        if self.arch.startswith(TIMM) and (self.stem != "standard" or self.zero_init_residual):
+            raise ValueError(f"stem and zero_init_residual are options of the ResNets, not of {self.arch}")
+        return self
 
-def build_trunk(recipe: BackboneRecipe, norm_layer: Callable[..., nn.Module] | None = None) -> nn.Module:
+
+def build_trunk(recipe: BackboneRecipe) -> nn.Module:
     """A freshly initialised trunk.
-
-    Args:
-        recipe: Architecture and stem.
-        norm_layer: Replaces BatchNorm2d, for example by SplitBatchNorm2d.
 
     Returns:
         The trunk, with its feature width in ``trunk.num_features``. The weights come from torch's global generator.
+
+    Raises:
+        ConfigError: If the timm model is not a ConvNet.
     """
+    if recipe.arch.startswith(TIMM):
+        return _timm_trunk(recipe.arch)
     build = getattr(torchvision.models, recipe.arch)
-    trunk: Any = build(weights=None, norm_layer=norm_layer, zero_init_residual=recipe.zero_init_residual)
+    trunk: Any = build(weights=None, zero_init_residual=recipe.zero_init_residual)
     trunk.num_features = trunk.fc.in_features
     trunk.fc = nn.Identity()
     if recipe.stem == "cifar":
@@ -60,6 +87,38 @@ def build_trunk(recipe: BackboneRecipe, norm_layer: Callable[..., nn.Module] | N
         trunk.maxpool = nn.Identity()
     built: nn.Module = trunk
     return built
+
+
+def _timm_trunk(arch: str) -> nn.Module:
+    import timm
+
+    trunk: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0)
+    layers = {type(module).__name__.lower() for module in trunk.modules()}
+    if any("attention" in layer or "crosscovariance" in layer for layer in layers):
+        raise ConfigError(f"backbone.arch: {arch} has attention layers; the suite is for ConvNets")
+    trunk.num_features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
+    built: nn.Module = trunk
+    return built
+
+
+def replace_batch_norm(module: nn.Module, build: Callable[[int], nn.BatchNorm2d]) -> None:
+    """Put another BatchNorm2d in the place of every one, in place, with the same weights and statistics.
+
+    Raises:
+        ConfigError: If the network fuses batch normalisation with an activation, which cannot be replaced.
+    """
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            other = build(child.num_features)
+            other.eps, other.momentum = child.eps, child.momentum
+            other.load_state_dict(child.state_dict())
+            setattr(module, name, other)
+        elif isinstance(child, nn.BatchNorm2d):
+            raise ConfigError(
+                f"this backbone's {type(child).__name__} cannot be split into groups: set framework.bn_splits=1"
+            )
+        else:
+            replace_batch_norm(child, build)
 
 
 class BackboneInfo(BaseModel):

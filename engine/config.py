@@ -246,7 +246,9 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
         tag = str(problem["ctx"]["discriminator"]).strip("'")
         value = given.get(tag) if isinstance(given, Mapping) else given
         expected = problem["ctx"].get("expected_tags", "one of the kinds")
-        return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}"
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", expected), n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}.{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error" and isinstance(given, Mapping):
         with_overrides = f"{path} and the command line" if "command line" in sources.values() else path

@@ -1,4 +1,4 @@
-"""Labelled image folders on disk: ImageFolder trees and Tiny-ImageNet's own validation layout."""
+"""Labelled images on disk: ImageFolder trees, Tiny-ImageNet's own layout, and CIFAR's archives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+from engine import cifar
 from engine.config import Recipe, operational
+from engine.distributed import world
 from engine.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -24,7 +26,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 class DataRecipe(Recipe):
     """Which images.
 
-    ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it lies on this machine.
+    ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it lies on this machine. There,
+    ``train`` and ``test`` are folders with one sub-folder per class (or Tiny-ImageNet's own layout). A root without them
+    that holds ``cifar-10-python.tar.gz``, ``cifar-100-python.tar.gz`` or what they unpack to is read as that archive.
     ``storage: stream`` decodes in worker processes at every epoch; ``storage: resident`` decodes a small data set once
     and keeps it on the device (all images must have one size).
     """
@@ -45,27 +49,47 @@ class DataRecipe(Recipe):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Image files and their labels.
+    """Images and their labels.
 
     Attributes:
-        paths: One file per image.
+        paths: One file per image; of an archive, the archive's name and the image's file name in it.
         labels: (N,) int64, indices into ``classes``.
         classes: Class names, sorted.
-        root: The folder that was read, for messages.
+        root: The folder or archive that was read, for messages.
+        pixels: (N, 3, H, W) uint8 where the images do not lie in files of their own.
     """
 
     paths: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
     root: Path
+    pixels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, index: int) -> Tensor:
+        """Image ``index`` as (3, H, W) uint8 RGB.
+
+        Raises:
+            DataError: If its file is missing or damaged.
+        """
+        return decode(self.paths[index]) if self.pixels is None else self.pixels[index]
+
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """The images at ``indices``, in that order, with the same classes."""
         chosen = [int(i) for i in indices]
-        return ImageSet(tuple(self.paths[i] for i in chosen), self.labels[chosen], self.classes, self.root)
+        pixels = None if self.pixels is None else self.pixels[chosen]
+        return ImageSet(tuple(self.paths[i] for i in chosen), self.labels[chosen], self.classes, self.root, pixels)
+
+    def shard(self) -> ImageSet:
+        """This process's images, where several share a pass over them: every n-th one, in order."""
+        return self if world().size == 1 else self.subset(range(world().rank, len(self), world().size))
+
+    def check(self) -> None:
+        """Find damaged files before long work starts (`check_files`); an archive was checked when it was read."""
+        if self.pixels is None:
+            check_files(self.paths)
 
     def summary(self) -> dict[str, str | int]:
         """Counts, and a digest of the class and file names that tells two data sets of one name apart."""
@@ -86,17 +110,28 @@ def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
     if folder is None:
         raise DataError(f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}")
     root = Path(data.root).expanduser()
-    if not root.is_dir():
+    if not root.exists():
         raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
     path = root / folder
+    if not path.is_dir() and (archive := cifar.find(root)) is not None:
+        return _archived(archive, split)
     if not path.is_dir():
-        present = sorted(p.name for p in root.iterdir() if p.is_dir())
+        present = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         raise DataError(
-            f"{path}: no such folder (data.{split} of '{data.name}'). Folders there: {', '.join(present) or 'none'}"
+            f"{path}: no such folder (data.{split} of '{data.name}'), and no CIFAR archive. "
+            f"Folders there: {', '.join(present) or 'none'}"
         )
     if (path / "val_annotations.txt").is_file():
         return _tiny_imagenet_val(path, _class_folders(root / data.train))
     return _image_folder(path)
+
+
+def _archived(archive: cifar.Archive, split: Literal["train", "test"]) -> ImageSet:
+    pixels, labels, names, classes = archive.read(split)
+    order = sorted(range(len(classes)), key=classes.__getitem__)  # as sorted folders would be numbered
+    rank = torch.tensor(order).argsort()
+    paths = tuple(archive.path / split / name for name in names)
+    return ImageSet(paths, rank[labels], tuple(classes[i] for i in order), archive.path / split, pixels)
 
 
 def _class_folders(path: Path) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The errors that a user meets, and what exit code each one means.
 
 Everything a user can put right (a path, a key, a value, a damaged file) is a `UserError`: the command line prints its
-message without a traceback and exits with 2. A run that fails for another reason is a `RunFailure`: exit 1.
+message without a traceback and exits with 2. A run that fails for another reason is a `RunFailure`: exit 1. One that
+stops because it was asked to is `Interrupted`.
 """
 
 from __future__ import annotations
@@ -29,3 +30,11 @@ class RunDirectoryError(UserError):
 
 class RunFailure(Exception):
     """A run that started well and cannot go on, for example because its loss is no longer finite."""
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop by a signal and wrote its checkpoint; the same command goes on. Exit: 128 + signal."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.augment import normalize
+from engine.distributed import gather_uneven
 from engine.loader import ImageSource, num_batches
 from engine.precision import Precision, autocast
 from engine.progress import track
@@ -28,7 +29,7 @@ def extract_features(
     Args:
         title: Shown with the progress.
         trunk: Images to features.
-        source: Which images.
+        source: Which images; of several processes, each one's share, and all get everyone's features.
         batch_size: Images per forward pass.
         resize: Short side before the crop, or None.
         crop: Side of the central crop.
@@ -49,7 +50,7 @@ def extract_features(
         features.append(output.float())
         labels.append(target)
     trunk.train(was_training)
-    return torch.cat(features), torch.cat(labels)
+    return gather_uneven(torch.cat(features)), gather_uneven(torch.cat(labels))
 
 
 def knn_predict(

@@ -8,7 +8,8 @@ the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,27 +18,42 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from engine.augment import CropRecipe, crop_and_flip, draw_crops
-from engine.datasets import DataRecipe, ImageSet, decode
+from engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
+from engine.datasets import DataRecipe, ImageSet
+from engine.distributed import world
 from engine.errors import ConfigError, DataError
-from engine.randomness import generator
+from engine.randomness import derived_seed, generator
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch, on the device.
+    """This process's rows of one training batch, on the device.
 
     Attributes:
         views: For each view (B, 3, crop, crop) float in [0, 1], cropped and flipped, not yet photometrically augmented.
         labels: (B,) int64.
         step: The step it belongs to, from 0.
+        rows: Which rows of the step's whole batch these are.
+        total: Rows of the whole batch.
+        number: Which part of the step this is, where gradients are accumulated over parts.
     """
 
     views: list[Tensor]
     labels: Tensor
     step: int
+    rows: slice
+    total: int
+    number: int = 0
+
+    def part(self, number: int, parts: int) -> Batch:
+        """One of ``parts`` consecutive parts of equal size."""
+        each = len(self.labels) // parts
+        mine = slice(number * each, (number + 1) * each)
+        start = self.rows.start + mine.start
+        views = [view[mine] for view in self.views]
+        return Batch(views, self.labels[mine], self.step, slice(start, start + each), self.total, number)
 
 
 @dataclass(frozen=True)
@@ -47,8 +63,9 @@ class BatchPlan:
     Attributes:
         num_images: Size of the data set.
         batch_size: Images per step.
-        drop_last: Leave out an epoch's last, smaller batch. If kept, a last batch of a single image is still left out:
-            batch normalisation has no statistics of one image.
+        drop_last: Leave out an epoch's last, smaller batch. If kept, a last batch that would give a process a single image
+            is still left out (batch normalisation has no statistics of one image), and of several processes each gets the
+            same number of its images, so that up to one per process but one are left out.
         seed: The recipe's seed.
     """
 
@@ -63,6 +80,12 @@ class BatchPlan:
                 f"batch_size {self.batch_size} is larger than the data set of {self.num_images} images: "
                 f"choose at most {self.num_images}"
             )
+        if self.batch_size % world().size:
+            size = world().size
+            near = max(self.batch_size // size, 1) * size
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be shared equally by {size} processes; valid: {near}, {near + size}, …"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +93,7 @@ class BatchPlan:
         full, rest = divmod(self.num_images, self.batch_size)
         if self.drop_last:
             return full
-        return full + (1 if rest > 1 or full == 0 else 0)
+        return full + (1 if rest // world().size > 1 or full == 0 else 0)
 
     def epoch_of(self, step: int) -> int:
         """The epoch a step falls in, from 0."""
@@ -82,8 +105,13 @@ class BatchPlan:
         size = self.batch_size
         return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
 
+    def share(self, batch: Sequence[int]) -> slice:
+        """Which rows of a batch are this process's."""
+        size = world().size
+        return world().share(len(batch) // size * size)
+
     def from_step(self, first: int, num_steps: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(step, epoch, indices) for the steps ``first`` … ``num_steps - 1``."""
+        """(step, epoch, indices) for the steps ``first`` … ``num_steps - 1``, for all processes together."""
         step = first
         while step < num_steps:
             epoch = self.epoch_of(step)
@@ -100,9 +128,9 @@ class ImageSource(Protocol):
     images: ImageSet
 
     def training(
-        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+        self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
-        """Random views for the steps ``first_step`` … ``num_steps - 1``."""
+        """One random view per recipe, for this process's rows of the steps ``first_step`` … ``num_steps - 1``."""
         ...
 
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,22 +149,18 @@ def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
     """Refuse a crop that resident images cannot give: crops are enlarged there and never shrunk.
 
     Raises:
-        ConfigError: If the first image is larger than the crop.
+        ConfigError: If a crop of the first image can be larger than what it is resized to.
     """
     if data.storage != "resident":
         return
-    _, height, width = decode(images.paths[0]).shape
-    if max(height, width) > recipe.crop:
+    _, height, width = images.read(0).shape
+    largest = min(max(height, width), round(math.sqrt(height * width * recipe.scale[1] * recipe.aspect[1])))
+    if largest > recipe.crop:
         raise ConfigError(
-            f"augment.crop is {recipe.crop} but the images of {images.root} are {width}×{height}: data.storage: resident "
-            f"enlarges crops and never shrinks them; use a crop of at least {max(height, width)} or data.storage: stream"
+            f"a crop to {recipe.crop} pixels, but the images of {images.root} are {width}×{height} and crops of them up to "
+            f"{largest}: data.storage: resident enlarges crops and never shrinks them; use a crop of at least {largest} or "
+            f"data.storage: stream"
         )
-
-
-def _draw_view(size: Tensor, recipe: CropRecipe, seed: int, epoch: int, index: int, view: int) -> tuple[Tensor, bool]:
-    draws = generator(seed, "crop", epoch, index, view)
-    crop = draw_crops(size[None], recipe.scale, recipe.aspect, draws)[0]
-    return crop, bool(torch.rand((), generator=draws) < recipe.flip)
 
 
 # --- streamed --------------------------------------------------------------------------------------------------------
@@ -154,34 +178,33 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
 
 
-class _Views(Dataset[tuple[Tensor, int]]):
-    """Item (epoch, index) is one decoded image as (views, 3, crop, crop) uint8."""
+class _Views(Dataset[tuple[list[Tensor], int]]):
+    """Item (epoch, index) is one decoded image as a list of (3, crop, crop) uint8."""
 
-    def __init__(self, images: ImageSet, recipe: CropRecipe, num_views: int, seed: int) -> None:
-        self.images, self.recipe, self.num_views, self.seed = images, recipe, num_views, seed
+    def __init__(self, images: ImageSet, recipes: Sequence[CropRecipe], seed: int) -> None:
+        self.images, self.recipes, self.seed = images, recipes, seed
 
-    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Any) -> tuple[list[Tensor], int]:
         epoch, index = key
-        image = decode(self.images.paths[index])
-        size = torch.tensor(image.shape[1:])
+        image = self.images.read(index)
         views = []
-        for view in range(self.num_views):
-            crop, flip = _draw_view(size, self.recipe, self.seed, epoch, index, view)
-            top, left, height, width = crop.tolist()
-            side = self.recipe.crop
-            cut = TF.resized_crop(image, top, left, height, width, [side, side], antialias=True)
-            views.append(TF.horizontal_flip(cut) if flip else cut)
-        return torch.stack(views), int(self.images.labels[index])
+        for view, recipe in enumerate(self.recipes):
+            draws = random.Random(derived_seed(self.seed, "crop", epoch, index, view))
+            top, left, height, width, flip = draw_crop(image.shape[1], image.shape[2], recipe, draws)
+            cut = image[:, top : top + height, left : left + width]
+            cut = TF.resize(cut, [recipe.crop, recipe.crop], antialias=True)
+            views.append(cut.flip(-1) if flip else cut)
+        return views, int(self.images.labels[index])
 
 
-class _Central(Dataset[tuple[Tensor, int]]):
-    """Item i is image i, resized on its short side and cut at the centre, uint8."""
+class _Central(Dataset[tuple[list[Tensor], int]]):
+    """Item i is a list of image i, resized on its short side and cut at the centre, uint8."""
 
     def __init__(self, images: ImageSet, resize: int | None, crop: int) -> None:
         self.images, self.resize, self.crop = images, resize, crop
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return _central(decode(self.images.paths[index]), self.resize, self.crop), int(self.images.labels[index])
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        return [_central(self.images.read(index), self.resize, self.crop)], int(self.images.labels[index])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -193,9 +216,9 @@ def _central(image: Tensor, resize: int | None, crop: int) -> Tensor:
     return image if tuple(image.shape[-2:]) == (crop, crop) else TF.center_crop(image, [crop, crop])
 
 
-def _collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*items)
-    return torch.stack(images), torch.tensor(labels)
+def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tensor]:
+    views, labels = zip(*items)
+    return [torch.stack(view) for view in zip(*views)], torch.tensor(labels)
 
 
 class StreamSource:
@@ -204,7 +227,7 @@ class StreamSource:
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
         self.images, self.num_workers, self.device = images, num_workers, device
 
-    def _load(self, dataset: Dataset[tuple[Tensor, int]], batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def _load(self, dataset: Dataset[tuple[list[Tensor], int]], batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -212,25 +235,28 @@ class StreamSource:
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels in from_workers(loader):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for views, labels in from_workers(loader):
+            moved = [view.to(self.device, non_blocking=True).float() / 255 for view in views]
+            yield moved, labels.to(self.device, non_blocking=True)
 
     def training(
-        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+        self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
         """See `ImageSource.training`."""
-        keys = ([(epoch, i) for i in batch] for _, epoch, batch in plan.from_step(first_step, num_steps))
-        dataset = _Views(self.images, recipe, num_views, plan.seed)
-        for step, (images, labels) in enumerate(self._load(dataset, keys), start=first_step):
-            views = [view.float() / 255 for view in images.unbind(1)]
-            yield Batch(views, labels, step)
+        keys = (
+            [(epoch, index) for index in batch[plan.share(batch)]]
+            for _, epoch, batch in plan.from_step(first_step, num_steps)
+        )
+        loaded = self._load(_Views(self.images, views, plan.seed), keys)
+        for (step, _, batch), (images, labels) in zip(plan.from_step(first_step, num_steps), loaded, strict=True):
+            yield Batch(images, labels, step, plan.share(batch), len(batch))
 
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `ImageSource.evaluation`."""
         order = list(range(len(self.images)))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         for images, labels in self._load(_Central(self.images, resize, crop), batches):
-            yield images.float() / 255, labels
+            yield images[0], labels
 
 
 # --- resident --------------------------------------------------------------------------------------------------------
@@ -241,42 +267,48 @@ class ResidentSource:
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
         self.images, self.device = images, device
-        first = decode(images.paths[0])
-        pixels = torch.empty((len(images), *first.shape), dtype=torch.uint8)
-        for row, path in enumerate(images.paths):
-            image = decode(path)
-            if image.shape != first.shape:
-                raise DataError(
-                    f"{path}: is {image.shape[2]}×{image.shape[1]} pixels where {images.paths[0].name} is "
-                    f"{first.shape[2]}×{first.shape[1]}. data.storage: resident needs images of one size; "
-                    f"use data.storage: stream"
-                )
-            pixels[row] = image
+        pixels = _decoded(images) if images.pixels is None else images.pixels
         self.pixels = pixels.to(device)
         self.labels = images.labels.to(device)
 
     def training(
-        self, plan: BatchPlan, recipe: CropRecipe, num_views: int, first_step: int, num_steps: int
+        self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
         """See `ImageSource.training`."""
         height, width = self.pixels.shape[-2:]
         for step, _, batch in plan.from_step(first_step, num_steps):
-            where = torch.tensor(batch, device=self.device)
+            rows = plan.share(batch)
+            where = torch.tensor(batch[rows], device=self.device)
             pixels = self.pixels[where]
             size = torch.tensor([height, width]).expand(len(batch), 2)
-            views = []
-            for view in range(num_views):
-                draws = generator(plan.seed, "crops", step, view)
+            cut = []
+            for number, recipe in enumerate(views):
+                draws = generator(plan.seed, "crops", step, number)
                 crops = draw_crops(size, recipe.scale, recipe.aspect, draws)
                 flips = torch.rand(len(batch), generator=draws) < recipe.flip
-                views.append(crop_and_flip(pixels, crops, flips, recipe.crop))
-            yield Batch(views, self.labels[where], step)
+                cut.append(crop_and_flip(pixels, crops[rows], flips[rows], recipe.crop))
+            yield Batch(cut, self.labels[where], step, rows, len(batch))
 
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `ImageSource.evaluation`."""
         for start in range(0, len(self.images), batch_size):
             pixels = self.pixels[start : start + batch_size]
             yield _central(pixels, resize, crop).float() / 255, self.labels[start : start + batch_size]
+
+
+def _decoded(images: ImageSet) -> Tensor:
+    first = images.read(0)
+    pixels = torch.empty((len(images), *first.shape), dtype=torch.uint8)
+    for row, path in enumerate(images.paths):
+        image = images.read(row)
+        if image.shape != first.shape:
+            raise DataError(
+                f"{path}: is {image.shape[2]}×{image.shape[1]} pixels where {images.paths[0].name} is "
+                f"{first.shape[2]}×{first.shape[1]}. data.storage: resident needs images of one size; "
+                f"use data.storage: stream"
+            )
+        pixels[row] = image
+    return pixels
 
 
 def num_batches(num_images: int, batch_size: int) -> int:

@@ -18,6 +18,11 @@ T = TypeVar("T")
 _stderr = Console(stderr=True, highlight=False)
 
 
+def quieten(quiet: bool) -> None:
+    """Say and show nothing from now on: of several processes, one speaks."""
+    _stderr.quiet = quiet
+
+
 def say(message: str) -> None:
     """Print one line for the user on standard error (standard output is for results)."""
     _stderr.print(message, soft_wrap=True, markup=False)
@@ -43,7 +48,7 @@ class StepProgress:
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         self.silent = StepProgress.shown
-        if sys.stderr.isatty() and not self.silent:
+        if sys.stderr.isatty() and not self.silent and not _stderr.quiet:
             self.bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

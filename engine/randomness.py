@@ -8,6 +8,7 @@ process that asks for it also ran step 1,233, and however many workers share the
 from __future__ import annotations
 
 import hashlib
+import random
 
 import torch
 
@@ -30,3 +31,8 @@ def derived_seed(seed: int, *what: int | str) -> int:
 def generator(seed: int, *what: int | str) -> torch.Generator:
     """A CPU generator for one purpose; see `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, *what))
+
+
+def python_generator(seed: int, *what: int | str) -> random.Random:
+    """As `generator`, for draws of single numbers in plain Python."""
+    return random.Random(derived_seed(seed, *what))

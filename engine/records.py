@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from engine import distributed
 from engine.errors import RunDirectoryError
 from engine.storage import RunDirectory, write_text
 
@@ -86,9 +87,13 @@ def finished_record(directory: RunDirectory) -> Record:
         raise RunDirectoryError(f"{directory.record_file}: damaged ({reason}); delete it to run again") from None
 
 
-@cache
 def environment() -> dict[str, Any]:
-    """Versions, device, world size and code version of this process."""
+    """Versions, device, number of processes and code version of this run."""
+    return {**_machine(), **distributed.environment()}
+
+
+@cache
+def _machine() -> dict[str, Any]:
     import torch
     import torchvision
 
@@ -98,7 +103,6 @@ def environment() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_threads": torch.get_num_threads(),
-        "world_size": 1,
         "git_commit": _git_commit(),
     }
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.errors import CheckpointError, RunDirectoryError, RunFailure
+from engine import distributed
+from engine.errors import CheckpointError, Interrupted, RunDirectoryError, RunFailure
 from engine.precision import Precision, autocast
 from engine.progress import StepProgress, say
+from engine.randomness import derived_seed
 from engine.storage import RunDirectory, write_atomic
+from engine.watching import Sink
 
 B = TypeVar("B")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
 
 @dataclass
@@ -30,16 +39,23 @@ class Job:
         fingerprint: Identity of the recipe, kept in the checkpoint.
         data: Identity of the data (`ImageSet.summary`), kept in the checkpoint.
         model: Everything that has state besides the optimizer: weights, buffers, queues.
-        optimizer: Its groups' ``lr`` at the start are the base rates that the schedule scales.
+        optimizer: Its groups' ``lr`` at the start are the base rates that the schedule scales; a group with
+            ``fixed_lr: True`` keeps its rate.
         schedule: Step to factor of the base rates.
         num_steps: Length of the run.
-        images_per_step: For the rate in the log.
+        images_per_step: For the rate in the log; over all processes.
+        seed: From it, the seed of torch's global generator at every step (dropout and the like).
         precision: Number format of the forward pass.
         log_every: Steps between two log lines.
         checkpoint_every: Steps between two checkpoints.
-        evaluate: Called after every ``evaluate_every`` steps and after the last; its values are logged.
+        evaluate: Called after every ``evaluate_every`` steps and after the last, by every process; its values are logged.
         evaluate_every: Steps between two evaluations; 0 means never.
         clip_norm: Largest gradient norm, or None.
+        split: A step's batch to the parts of equal size over which its gradient is accumulated.
+        after_step: Called with the step after the optimizer's step: momentum encoders and queues move here.
+        not_shared: Suffixes of buffers that the processes keep equal themselves.
+        watch: From a log line and its step to a warning, or None.
+        open_sinks: From the first step to places that the log goes to besides ``log.jsonl``.
     """
 
     title: str
@@ -52,16 +68,35 @@ class Job:
     num_steps: int
     images_per_step: int
     device: torch.device
+    seed: int
     precision: Precision = "fp32"
     log_every: int = 10
     checkpoint_every: int = 1000
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     clip_norm: float | None = None
+    split: Callable[[Any], Sequence[Any]] = lambda batch: (batch,)
+    after_step: Callable[[int], None] | None = None
+    not_shared: tuple[str, ...] = ()
+    watch: Callable[[Mapping[str, float], int], str | None] | None = None
+    open_sinks: Callable[[int], Sequence[Sink]] = lambda first: ()
     base_rates: list[float] = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+
+class _Losses(nn.Module):
+    """The loss as one forward pass, which is what gradients are averaged over processes for."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[Any, int], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
+        return self.losses(batch, step)
 
 
 def train(
@@ -72,70 +107,154 @@ def train(
     Args:
         job: What is trained.
         batches: From the first step to do, an iterator over the remaining batches.
-        losses: From a batch and its step to named scalars; ``loss`` is the one that is minimised, all are logged.
+        losses: From a batch (or a part of it) and its step to named scalars; ``loss`` is the one that is minimised, all
+            are logged.
 
     Returns:
-        ``seconds`` over all processes that worked on the run, the mean ``images_per_second`` of this one, and the last
-        values that ``job.evaluate`` gave.
+        ``seconds`` over all processes that worked on the run one after another, the mean ``images_per_second`` of this
+        one, and the last values that ``job.evaluate`` gave.
 
     Raises:
-        RunFailure: When the loss is not finite; the last checkpoint stays.
+        RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
+        Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
     """
     first, seconds_before = _resume(job)
+    compute = distributed.parallel(_Losses(job.model, losses), job.device, job.not_shared)
+    sinks = job.open_sinks(first) if distributed.world().is_writer else ()
     started = time.monotonic()
     evaluated: dict[str, float] = {}
-    window: dict[str, float] = {}
-    in_window = 0
+    window = _Window(job)
     waited = 0.0
     job.model.train()
     remaining = batches(first)
-    with StepProgress(job.title, job.num_steps, first, job.images_per_step) as progress:
+
+    def elapsed() -> float:
+        return seconds_before + time.monotonic() - started
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(StepProgress(job.title, job.num_steps, first, job.images_per_step))
+        stop = stack.enter_context(_stop_signals())
+        for sink in sinks:
+            stack.callback(sink.close)
         for step in range(first, job.num_steps):
             for group, rate in zip(job.optimizer.param_groups, job.base_rates, strict=True):
-                group["lr"] = rate * job.schedule(step)
+                group["lr"] = rate if group.get("fixed_lr") else rate * job.schedule(step)
             before = time.monotonic()
             batch = next(remaining)
             waited += time.monotonic() - before
+            torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
-            with autocast(job.device, job.precision):
-                terms = losses(batch, step)
-            values = {name: float(value) for name, value in zip(terms, torch.stack([*terms.values()]).tolist())}
-            if not math.isfinite(values["loss"]):
-                raise RunFailure(_not_finite(job, step, values))
-            job.optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()  # type: ignore[no-untyped-call]
+            window.add(step, _backward(job, compute, batch, step))
             if job.clip_norm is not None:
+                job.scaler.unscale_(job.optimizer)
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
-            job.optimizer.step()
+            job.scaler.step(job.optimizer)
+            job.scaler.update()
+            if job.after_step is not None:
+                job.after_step(step)
 
             done = step + 1
-            progress.advance(f"loss {values['loss']:.3f}")
-            in_window += 1
-            for name, value in values.items():
-                window[name] = window.get(name, 0.0) + value
-            due = job.evaluate_every > 0 and (done % job.evaluate_every == 0 or done == job.num_steps)
-            if due and job.evaluate is not None:
+            progress.advance(window.status)
+            if (
+                job.evaluate is not None
+                and job.evaluate_every
+                and (done % job.evaluate_every == 0 or done == job.num_steps)
+            ):
+                distributed.share_buffers(job.model)
                 evaluated = job.evaluate()
-                job.run.log({"step": done, **evaluated})
+                _log(job, sinks, done, evaluated)
                 say(f"{job.title}: step {done}, " + ", ".join(f"{k} {v:.2f}" for k, v in evaluated.items()))
             if done % job.log_every == 0 or done == job.num_steps:
-                elapsed = time.monotonic() - started
-                job.run.log(
-                    {
-                        "step": done,
-                        **{name: total / in_window for name, total in window.items()},
-                        "lr": job.optimizer.param_groups[0]["lr"],
-                        "images_per_second": round(progress.images_per_second, 2),
-                        "data_wait_share": round(waited / max(elapsed, 1e-9), 4),
-                        "seconds": round(seconds_before + elapsed, 3),
-                    }
+                line = {
+                    **window.means(),
+                    "lr": job.optimizer.param_groups[0]["lr"],
+                    "images_per_second": round(progress.images_per_second, 2),
+                    "data_wait_share": round(waited / max(elapsed() - seconds_before, 1e-9), 4),
+                    "seconds": round(elapsed(), 3),
+                }
+                _log(job, sinks, done, line)
+                warning = job.watch(line, done) if job.watch is not None else None
+                if warning is not None:
+                    say(f"{job.title}: step {done}: warning: {warning}")
+            stopped_by = stop() if done < job.num_steps else None
+            if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
+                window.settle()
+                _save(job, done, elapsed())
+            if stopped_by is not None:
+                raise Interrupted(
+                    f"{job.title}: stopped at step {done} of {job.num_steps} by {stopped_by.name}; "
+                    f"the same command goes on from {job.run.checkpoint_file}",
+                    stopped_by,
                 )
-                window, in_window = {}, 0
-            if done % job.checkpoint_every == 0 and done < job.num_steps:
-                _save(job, done, seconds_before + time.monotonic() - started)
         rate = progress.images_per_second
+    distributed.share_buffers(job.model)
     job.model.eval()
-    return {"seconds": seconds_before + time.monotonic() - started, "images_per_second": rate, **evaluated}
+    return {"seconds": elapsed(), "images_per_second": rate, **evaluated}
+
+
+def _backward(job: Job, compute: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+    """Forward and backward over the parts of a batch: the gradient of the mean, and the mean of every term."""
+    job.optimizer.zero_grad(set_to_none=True)
+    parts = job.split(batch)
+    sums: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        local = compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) and not last else None
+        with local or contextlib.nullcontext():
+            with autocast(job.device, job.precision):
+                terms = compute(part, step)
+            job.scaler.scale(terms["loss"] / len(parts)).backward()
+        for name, value in terms.items():
+            share = value.detach().float() / len(parts)
+            sums[name] = sums[name] + share if name in sums else share
+    return sums
+
+
+class _Window:
+    """The means of the terms since the last log line, and the check that the loss is finite.
+
+    On a GPU a step's values are read while the next step already runs: asking for them at once would make the device wait
+    for the host at every step. `settle` reads what is still on its way.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.sums: dict[str, tuple[float, int]] = {}
+        self.status = ""
+        self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+
+    def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
+        values = distributed.mean(torch.stack([*terms.values()]))
+        event = None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self.pending.append((step, [*terms], values, event))
+        while len(self.pending) > (0 if event is None else 1):
+            self._take()
+
+    def settle(self) -> None:
+        while self.pending:
+            self._take()
+
+    def means(self) -> dict[str, float]:
+        self.settle()
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+    def _take(self) -> None:
+        step, names, tensor, event = self.pending.pop(0)
+        if event is not None:
+            event.synchronize()
+        values = dict(zip(names, tensor.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise RunFailure(_not_finite(self.job, step, values))
+        self.status = f"loss {values['loss']:.3f}"
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
 
 
 def _not_finite(job: Job, step: int, values: Mapping[str, float]) -> str:
@@ -144,14 +263,60 @@ def _not_finite(job: Job, step: int, values: Mapping[str, float]) -> str:
     kept = f"The checkpoint {job.run.checkpoint_file} is kept." if job.run.checkpoint_file.exists() else ""
     return (
         f"{job.title}: the loss is not finite at step {step} ({terms}; learning rates {rates}). Likely causes: a learning "
-        f"rate too high for this batch size or without warm-up, or precision bf16 with very large activations. {kept}"
+        f"rate too high for this batch size or without warm-up, gradients that need clip_norm, or precision "
+        f"{job.precision} with very large activations. {kept}"
     ).strip()
+
+
+def _log(job: Job, sinks: Sequence[Sink], step: int, values: Mapping[str, float]) -> None:
+    if distributed.world().is_writer:
+        job.run.log({"step": step, **values})
+        for sink in sinks:
+            sink.log(step, values)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Turn the signals that ask a process to stop into a question that the loop asks after every step.
+
+    With several processes all get the same answer, whichever of them was signalled.
+    """
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+
+    def asked() -> signal.Signals | None:
+        own = received[0] if received else 0
+        if distributed.any_of(bool(received)):
+            return signal.Signals(own or signal.SIGTERM)
+        return None
+
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def _save(job: Job, step: int, seconds: float) -> None:
+    distributed.share_buffers(job.model)
+    if not distributed.world().is_writer:
+        return
+    broken = [name for name, value in job.model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        kept = " The checkpoint before it is kept." if job.run.checkpoint_file.exists() else ""
+        raise RunFailure(
+            f"{job.title}: weights that are not finite after step {step - 1} ({', '.join(broken[:3])}); no checkpoint of "
+            f"them was written.{kept} Likely causes: a learning rate too high, or gradients that need clip_norm"
+        )
     state = {
         "fingerprint": job.fingerprint,
         "data": dict(job.data),
@@ -159,8 +324,17 @@ def _save(job: Job, step: int, seconds: float) -> None:
         "seconds": seconds,
         "model": job.model.state_dict(),
         "optimizer": job.optimizer.state_dict(),
+        "scaler": job.scaler.state_dict(),
     }
-    write_atomic(job.run.checkpoint_file, lambda file: torch.save(state, file))
+    try:
+        write_atomic(job.run.checkpoint_file, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        kept = "The checkpoint before it is untouched; " if job.run.checkpoint_file.exists() else ""
+        raise RunFailure(
+            f"{job.title}: cannot write {job.run.checkpoint_file} at step {step} ({str(cause).splitlines()[0]}). {kept}"
+            f"when there is room, the same command goes on"
+        ) from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -181,7 +355,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def _resume(job: Job) -> tuple[int, float]:
     if not job.run.checkpoint_file.is_file():
-        job.run.rewind_log(0)
+        if distributed.world().is_writer:
+            job.run.rewind_log(0)
         return 0, 0.0
     state = read_checkpoint(job.run.checkpoint_file)
     if state["fingerprint"] != job.fingerprint:
@@ -191,7 +366,9 @@ def _resume(job: Job) -> tuple[int, float]:
     require_same_data(job.run, state["data"], job.data)
     job.model.load_state_dict(state["model"])
     job.optimizer.load_state_dict(state["optimizer"])
-    job.run.rewind_log(state["step"])
+    job.scaler.load_state_dict(state["scaler"])
+    if distributed.world().is_writer:
+        job.run.rewind_log(state["step"])
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
     return int(state["step"]), float(state["seconds"])
 

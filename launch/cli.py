@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from engine.errors import RunFailure, UserError
+from engine.errors import Interrupted, RunFailure, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,15 +50,20 @@ def pretrain(
       mixmask pretrain configs/pretrain/cifar10_mocov2_mixmask.yaml data.root=/data/cifar10 epochs=200
     """
     from engine.config import load_recipe, to_yaml
+    from engine.distributed import agreed, session
+    from engine.progress import say
     from pretrain import stage
     from pretrain.recipe import PretrainRecipe
 
-    plan = stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir)
-    if dry_run:
-        typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
-        return
-    typer.echo(plan.describe(), err=True)
-    typer.echo(stage.run(plan))
+    with session() as world:
+        plan = agreed(lambda: stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir))
+        if dry_run:
+            typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+            return
+        say(plan.describe())
+        product = stage.run(plan)
+        if world.is_writer:
+            typer.echo(product)
 
 
 @app.command()
@@ -191,6 +196,9 @@ def main() -> None:
     except RunFailure as error:
         typer.echo(f"failed: {error}", err=True)
         sys.exit(1)
+    except Interrupted as stop:
+        typer.echo(f"interrupted: {stop}", err=True)
+        sys.exit(128 + stop.signal)
     except OSError as error:
         typer.echo(f"failed: {error}", err=True)
         sys.exit(1)

@@ -1,8 +1,13 @@
-"""Masks on a g×g grid: 1 keeps the image itself, 0 takes its partner (MixMask, section 3.1)."""
+"""Masks on a g×g grid: 1 keeps the image itself, 0 is masked (MixMask, section 3.1; MSCN, arXiv:2206.07700, section 3).
+
+A cell's draws come from Python's generator: a batch may need a mask per sample, and plain Python draws one in microseconds.
+"""
 
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +17,15 @@ MIN_ASPECT = 0.3
 ATTEMPTS = 10
 REDRAWS = 100
 
+Cells = list[list[bool]]
 
-def block_cells(grid: int, ratio: float, generator: torch.Generator) -> Tensor:
+
+def goal_cells(grid: int, ratio: float) -> int:
+    """``round(ratio · g²)``, but at least one cell and never all of them."""
+    return min(max(round(ratio * grid * grid), 1), grid * grid - 1)
+
+
+def block_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
     """A block mask by the algorithm of BEiT (arXiv:2106.08254, algorithm 1), as the MixMask paper prescribes.
 
     Rectangles are set one after another: area uniform between 4 cells and what is still to set, aspect log-uniform in
@@ -26,59 +38,128 @@ def block_cells(grid: int, ratio: float, generator: torch.Generator) -> Tensor:
 
     Args:
         grid: Cells per side, at least 2.
-        ratio: Nominal share of cells to set, in (0, 1).
-        generator: Where the draws come from.
+        ratio: Nominal share of cells to set, in (0, 1); 0 and 1 mean one cell, and all but one.
+        draws: Where the draws come from.
+        exact: Add cells at the border of what is set (or take them off) until exactly ``round(ratio · g²)`` are set.
 
     Returns:
-        (grid, grid) bool, True where the image itself is kept.
+        grid rows of grid cells, True where the image itself is kept.
     """
-    goal = min(max(round(ratio * grid * grid), 1), grid * grid - 1)
+    goal = goal_cells(grid, ratio)
+    cells = _blocks(grid, goal, draws)
+    if cells is None:
+        cells = _blocks(grid, grid * grid - goal, draws)
+        assert cells is not None
+        cells = [[not cell for cell in row] for row in cells]
+    if exact:
+        _adjust(cells, goal, draws)
+    return cells
+
+
+def _blocks(grid: int, goal: int, draws: random.Random) -> Cells | None:
     for _ in range(REDRAWS):
-        cells = torch.zeros(grid, grid, dtype=torch.bool)
+        cells = [[False] * grid for _ in range(grid)]
         missing = goal
         while missing > 0:
-            added = _add_block(cells, missing, generator)
+            added = _add_block(cells, missing, draws)
             if added == 0:
                 break
             missing -= added
-        if cells.any():
+        if missing < goal:
             return cells
-    return ~block_cells(grid, 1 - ratio, generator)
+    return None
 
 
-def _add_block(cells: Tensor, missing: int, generator: torch.Generator) -> int:
+def _add_block(cells: Cells, missing: int, draws: random.Random) -> int:
     """Set one rectangle in place; returns how many new cells it set, 0 if no attempt fitted."""
     grid = len(cells)
     low, high = math.log(MIN_ASPECT), -math.log(MIN_ASPECT)
     for _ in range(ATTEMPTS):
-        u_area, u_aspect, u_top, u_left = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area = MIN_BLOCK_CELLS + (missing - MIN_BLOCK_CELLS) * u_area  # also when missing < 4, as in the reference
-        aspect = math.exp(low + (high - low) * u_aspect)
+        area = draws.uniform(MIN_BLOCK_CELLS, missing)  # also when fewer than 4 are missing, as in the reference
+        aspect = math.exp(draws.uniform(low, high))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= grid or width >= grid:
             continue
-        top, left = int(u_top * (grid - height + 1)), int(u_left * (grid - width + 1))
-        block = cells[top : top + height, left : left + width]
-        new = height * width - int(block.sum())
-        if 0 < new <= missing:
-            block.fill_(True)
-            return new
+        top, left = draws.randrange(grid - height + 1), draws.randrange(grid - width + 1)
+        block = [(y, x) for y in range(top, top + height) for x in range(left, left + width) if not cells[y][x]]
+        if 0 < len(block) <= missing:
+            for y, x in block:
+                cells[y][x] = True
+            return len(block)
     return 0
 
 
-def to_pixels(cells: Tensor, height: int, width: int) -> tuple[Tensor, float]:
-    """Scale a grid up by nearest neighbour.
+def _adjust(cells: Cells, goal: int, draws: random.Random) -> None:
+    """Set or clear cells that touch the other kind, one by one, until ``goal`` are set."""
+    grid = len(cells)
+    missing = goal - sum(map(sum, cells))
+    for _ in range(abs(missing)):
+        wrong = missing < 0  # the kind of the cells that change
+        border = [
+            (y, x)
+            for y in range(grid)
+            for x in range(grid)
+            if cells[y][x] == wrong
+            and any(
+                0 <= y + dy < grid and 0 <= x + dx < grid and cells[y + dy][x + dx] != wrong
+                for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))
+            )
+        ]
+        y, x = draws.choice(border)
+        cells[y][x] = not wrong
+
+
+def discrete_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
+    """Each cell on its own with probability ``ratio``, drawn again while all are equal; arguments as `block_cells`."""
+    if exact:
+        chosen = set(draws.sample(range(grid * grid), goal_cells(grid, ratio)))
+        return [[y * grid + x in chosen for x in range(grid)] for y in range(grid)]
+    probability = min(max(ratio, 1 / grid**2), 1 - 1 / grid**2)  # 0 and 1 would be drawn again for ever
+    while True:
+        cells = [[draws.random() < probability for _ in range(grid)] for _ in range(grid)]
+        if 0 < sum(map(sum, cells)) < grid * grid:
+            return cells
+
+
+def focal_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
+    """One rectangle is kept: about ``ratio · g²`` cells, aspect log-uniform in [0.3, 1/0.3], at a uniform place.
+
+    ``exact`` trims it or grows it at its border to exactly ``round(ratio · g²)`` cells.
+    """
+    goal = goal_cells(grid, ratio)
+    aspect = math.exp(draws.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
+    height = min(max(round(math.sqrt(goal * aspect)), 1), grid)
+    width = min(max(round(goal / height), 1), grid)
+    if height == width == grid:
+        width -= 1
+    top, left = draws.randrange(grid - height + 1), draws.randrange(grid - width + 1)
+    cells = [[top <= y < top + height and left <= x < left + width for x in range(grid)] for y in range(grid)]
+    if exact:
+        _adjust(cells, goal, draws)
+    return cells
+
+
+PATTERNS: dict[str, Callable[[int, float, random.Random, bool], Cells]] = {
+    "block": block_cells,
+    "discrete": discrete_cells,
+    "random": discrete_cells,  # MSCN's name for it
+    "focal": focal_cells,
+}
+
+
+def to_pixels(cells: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Scale grids up by nearest neighbour.
 
     Args:
-        cells: (g, g) bool.
+        cells: (…, g, g) bool.
         height: Image height in pixels, at least g.
         width: Image width in pixels, at least g.
 
     Returns:
-        (height, width) bool, and λ: the share of pixels that are True (equation 3), from the pixels themselves.
+        (…, height, width) bool, and (…) λ: the share of pixels that are True (equation 3), from the pixels themselves.
     """
-    grid = len(cells)
+    grid = cells.shape[-1]
     rows = torch.arange(height) * grid // height
     columns = torch.arange(width) * grid // width
-    pixels = cells[rows][:, columns]
-    return pixels, float(pixels.double().mean())
+    pixels = cells[..., rows, :][..., columns]
+    return pixels, pixels.double().mean(dim=(-2, -1)).float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -13,26 +12,11 @@ from engine.config import Recipe, operational
 from engine.datasets import DataRecipe
 from engine.precision import DeviceName, Precision
 from engine.records import Method
+from engine.watching import WatchRecipe
+from pretrain.frameworks import AnyFramework
 from pretrain.frameworks.moco import MoCoRecipe
-from pretrain.mixing import MixRecipe, NoMix
-
-
-class SGDRecipe(Recipe):
-    """SGD with momentum.
-
-    ``lr`` holds at ``reference_batch_size``; another batch scales it linearly (arXiv:1706.02677). Without a reference it is
-    taken as it stands.
-    """
-
-    kind: Literal["sgd"] = "sgd"
-    lr: float = Field(gt=0)
-    reference_batch_size: int | None = Field(None, ge=1)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-
-    def rate(self, batch_size: int) -> float:
-        """The learning rate for a global batch."""
-        return self.lr * batch_size / (self.reference_batch_size or batch_size)
+from pretrain.mixing import Erase, MaskOptions, MixRecipe, NoMix
+from pretrain.optimizers import AnyOptimizer
 
 
 class MonitorRecipe(Recipe):
@@ -53,48 +37,54 @@ class MonitorRecipe(Recipe):
 class PretrainRecipe(Recipe):
     """A pretraining run.
 
-    ``epochs: 0`` trains nothing and gives the trunk as the seed initialises it: the random baseline of a recipe.
+    ``batch_size`` is global: over all processes and all parts of an accumulated gradient. ``epochs: 0`` trains nothing and
+    gives the trunk as the seed initialises it: the random baseline of a recipe.
     """
 
     name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
     seed: int = Field(0, ge=0)
     data: DataRecipe
     backbone: BackboneRecipe = BackboneRecipe()
-    framework: MoCoRecipe = MoCoRecipe()
+    framework: AnyFramework = MoCoRecipe()
     mix: MixRecipe = NoMix()
     augment: AugmentRecipe = AugmentRecipe()
-    optimizer: SGDRecipe
+    optimizer: AnyOptimizer
     epochs: int = Field(ge=0)
     max_steps: int | None = Field(None, ge=1, description="stop early, for trials; the schedule still ends at the stop")
     warmup_epochs: float = Field(0, ge=0)
     batch_size: int = Field(ge=2)
+    accumulate: int = Field(1, ge=1, description="parts of a batch, one after another, whose gradients are summed")
+    clip_norm: float | None = Field(None, gt=0)
+    sync_bn: bool = Field(False, description="batch statistics over all processes (GPUs only)")
     precision: Precision = "fp32"
+    compile: bool = Field(
+        False, description="torch.compile the encoders; their rounding changes, so it is part of the identity"
+    )
     monitor: MonitorRecipe | None = None
     device: DeviceName = operational("auto")
+    watch: WatchRecipe = operational(WatchRecipe())
     log_every: int = operational(10, ge=1)
     checkpoint_every: int = operational(500, ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> PretrainRecipe:
-        framework = self.framework
-        if framework.queue_size % self.batch_size:
-            near = max(framework.queue_size // self.batch_size, 1) * self.batch_size
+        if isinstance(self.mix, MaskOptions) and self.mix.grid > self.augment.crop:
             raise ValueError(
-                f"framework.queue_size {framework.queue_size} is not a multiple of batch_size {self.batch_size}; "
-                f"valid for this batch: {near}, {near + self.batch_size}, …"
+                f"mix.grid {self.mix.grid} does not fit an image of augment.crop {self.augment.crop} pixels; "
+                f"valid: 2 … {self.augment.crop}"
             )
-        if self.batch_size % framework.bn_splits:
+        if isinstance(self.mix, Erase) and self.mix.extra_crops and self.mix.grid > self.mix.extra_crop:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be split in framework.bn_splits {framework.bn_splits} equal groups"
+                f"mix.grid {self.mix.grid} does not fit a view of mix.extra_crop {self.mix.extra_crop} pixels"
             )
-        if self.batch_size // framework.bn_splits < 2 and self.epochs:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if self.epochs:
+            self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
+        if self.sync_bn and isinstance(self.framework, MoCoRecipe):
             raise ValueError(
-                f"framework.bn_splits {framework.bn_splits} leaves {self.batch_size // framework.bn_splits} image per group "
-                f"of batch_size {self.batch_size}; batch normalisation needs at least 2"
-            )
-        if self.mix.kind == "mixmask" and self.mix.grid > self.augment.crop:
-            raise ValueError(
-                f"mix.grid {self.mix.grid} does not fit an image of augment.crop {self.augment.crop} pixels"
+                "sync_bn gives a query and its key the same batch statistics, which MoCo shuffles batches to avoid "
+                "(arXiv:1911.05722, section 3.3); leave it out"
             )
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} does not leave any of the {self.epochs} epochs")
@@ -107,9 +97,16 @@ class PretrainRecipe(Recipe):
     @property
     def method(self) -> Method:
         """The method's name in records and tables."""
-        if self.epochs == 0:
-            return "random"
-        return "mixmask" if self.mix.kind == "mixmask" else "vanilla"
+        return "random" if self.epochs == 0 else self.mix.method
+
+    @property
+    def views(self) -> list[AugmentRecipe]:
+        """How each view of an image is drawn: two full ones, then the small ones of erasing."""
+        views = [self.augment, self.augment]
+        if isinstance(self.mix, Erase):
+            small = self.augment.model_copy(update={"crop": self.mix.extra_crop, "scale": self.mix.extra_scale})
+            views += [small] * self.mix.extra_crops
+        return views
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Length of the run."""

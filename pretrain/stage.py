@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from engine.augment import Photometric
+from engine import distributed
 from engine.backbones import BackboneInfo, save_backbone
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, check_files, open_split, require_same_classes
+from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
-from engine.knn import extract_features, knn_accuracy
-from engine.loader import Batch, BatchPlan, ImageSource, check_crop, open_source
+from engine.loader import Batch, BatchPlan, check_crop, open_source
 from engine.precision import resolve_device
 from engine.progress import say
-from engine.randomness import derived_seed, generator
+from engine.randomness import derived_seed
 from engine.records import Record, environment, finished_record
 from engine.schedule import cosine_factor
 from engine.storage import RunDirectory, locate_run
 from engine.training import Job, require_same_data, train
-from pretrain.frameworks.moco import MoCo
-from pretrain.mixing import MixMask, draw_mixture, mixture_loss
+from engine.watching import check_watch, open_sinks
+from pretrain.diagnostics import collapse_warning
+from pretrain.framework import Framework
+from pretrain.monitor import Monitor
+from pretrain.optimizers import build_optimizer
 from pretrain.recipe import PretrainRecipe
+from pretrain.step import batch_losses
 
 BACKBONE_FILE = "backbone.safetensors"
 
@@ -64,10 +67,12 @@ class PretrainPlan:
         """What would run, in words."""
         recipe, plan = self.recipe, self.batches
         rate = recipe.optimizer.rate(recipe.batch_size)
+        size = distributed.world().size
+        shares = f" over {size} processes" * (size > 1) + f" in {recipe.accumulate} parts" * (recipe.accumulate > 1)
         lines = [
             f"{recipe.framework.kind}, {recipe.method}, {recipe.backbone.arch} ({recipe.backbone.stem} stem)",
             f"data      {recipe.data.name}: {len(self.train_images):,} images from {self.train_images.root}",
-            f"length    {recipe.epochs} epochs × {plan.steps_per_epoch} steps of {recipe.batch_size} = "
+            f"length    {recipe.epochs} epochs × {plan.steps_per_epoch} steps of {recipe.batch_size}{shares} = "
             f"{self.num_steps:,} steps on {self.device}, {recipe.precision}",
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
@@ -92,6 +97,8 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     run = locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
+    check_watch(recipe.watch)
+    _check_batch(recipe, device)
     train_images = open_split(recipe.data, "train")
     test_images = open_split(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:
@@ -101,8 +108,32 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     if recipe.epochs and warmup >= steps:
         raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} are {warmup} steps, the run has only {steps}")
     if recipe.epochs:
-        check_crop(train_images, recipe.data, recipe.augment)
+        for view in recipe.views:
+            check_crop(train_images, recipe.data, view)
     return PretrainPlan(recipe, fingerprint, run, device, train_images, test_images, batches)
+
+
+def _check_batch(recipe: PretrainRecipe, device: torch.device) -> None:
+    """Refuse a batch that processes, parts or the framework cannot share."""
+    size = distributed.world().size
+    parts = size * recipe.accumulate
+    if recipe.batch_size % parts:
+        near = max(recipe.batch_size // parts, 1) * parts
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} cannot be shared equally by {size} processes and {recipe.accumulate} "
+            f"accumulated parts; valid: {near}, {near + parts}, …"
+        )
+    if recipe.epochs and recipe.batch_size // parts < 2:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} leaves {recipe.batch_size // parts} image per part; batch normalisation needs 2"
+        )
+    if recipe.sync_bn and size > 1 and device.type != "cuda":
+        raise ConfigError("sync_bn: torch's SyncBatchNorm runs on GPUs only; leave it out on this machine")
+    try:
+        if recipe.epochs:
+            recipe.framework.check_batch(recipe.batch_size, recipe.accumulate, size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def run(plan: PretrainPlan) -> Path:
@@ -117,20 +148,36 @@ def run(plan: PretrainPlan) -> Path:
         require_same_data(directory, finished_record(directory).data, data)
         say(f"{recipe.name}: finished before, see {directory.path}")
         return plan.product
-    if not directory.checkpoint_file.exists():
-        paths = [*plan.train_images.paths, *(plan.test_images.paths if plan.test_images is not None else ())]
-        say(f"{recipe.name}: checking {len(paths):,} images")
-        check_files(paths)
-    directory.create(recipe, plan.fingerprint)
+    distributed.first_only(lambda: _prepare(plan))
 
     torch.manual_seed(derived_seed(recipe.seed, "init"))
-    model = MoCo(recipe.framework, recipe.backbone).to(plan.device).to(memory_format=torch.channels_last)
+    model = recipe.framework.build(recipe.backbone).to(plan.device).to(memory_format=torch.channels_last)
     metrics: dict[str, float] = {}
     seconds = 0.0
     if recipe.epochs:
         result = _train(plan, model, data)
         seconds = result.pop("seconds")
         metrics = result
+    if distributed.world().is_writer:
+        _finish(plan, model, data, metrics, seconds)
+    return plan.product
+
+
+def _prepare(plan: PretrainPlan) -> None:
+    """Look at every file before long work starts, and make the run directory."""
+    if not plan.run.checkpoint_file.exists():
+        say(f"{plan.recipe.name}: checking {len(plan.train_images) + len(plan.test_images or ()):,} images")
+        for images in (plan.train_images, plan.test_images):
+            if images is not None:
+                images.check()
+    plan.run.create(plan.recipe, plan.fingerprint)
+
+
+def _finish(
+    plan: PretrainPlan, model: Framework, data: dict[str, Any], metrics: dict[str, float], seconds: float
+) -> None:
+    """Write the products; the record comes last, and with it the run is finished."""
+    recipe = plan.recipe
     save_backbone(plan.product, model.trunk.state_dict(), _info(plan))
     Record(
         stage="pretrain",
@@ -151,9 +198,8 @@ def run(plan: PretrainPlan) -> Path:
         data=data,
         environment=environment(),
         seconds=seconds,
-    ).write(directory.record_file)
-    directory.checkpoint_file.unlink(missing_ok=True)
-    return plan.product
+    ).write(plan.run.record_file)
+    plan.run.checkpoint_file.unlink(missing_ok=True)
 
 
 def _info(plan: PretrainPlan) -> BackboneInfo:
@@ -171,133 +217,59 @@ def _info(plan: PretrainPlan) -> BackboneInfo:
     )
 
 
-def _train(plan: PretrainPlan, model: MoCo, data: dict[str, Any]) -> dict[str, float]:
-    recipe = plan.recipe
+def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[str, float]:
+    recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
+    if recipe.sync_bn and distributed.world().size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if recipe.compile:
+        for encoder in model.encoders():
+            encoder.compile()
     source = open_source(plan.train_images, recipe.data, plan.device)
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=recipe.optimizer.rate(recipe.batch_size),
-        momentum=recipe.optimizer.momentum,
-        weight_decay=recipe.optimizer.weight_decay,
-    )
-    per_epoch = plan.batches.steps_per_epoch
+    monitor = None
+    if plan.test_images is not None:
+        monitor = Monitor(recipe, model.trunk, plan.train_images, plan.test_images, plan.device)
     job = Job(
         title=recipe.name,
         run=plan.run,
         fingerprint=plan.fingerprint,
         data=data,
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(recipe.optimizer, model, recipe.batch_size),
         schedule=lambda step: cosine_factor(step, plan.num_steps, recipe.warmup_steps(per_epoch)),
         num_steps=plan.num_steps,
         images_per_step=recipe.batch_size,
         device=plan.device,
+        seed=recipe.seed,
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
+        evaluate=monitor,
+        evaluate_every=recipe.monitor.every_epochs * per_epoch if recipe.monitor is not None else 0,
+        clip_norm=recipe.clip_norm,
+        split=lambda batch: [batch.part(number, recipe.accumulate) for number in range(recipe.accumulate)],
+        after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
+        not_shared=model.not_shared,
+        watch=lambda line, step: collapse_warning(line, step / plan.num_steps),
+        open_sinks=lambda first: open_sinks(
+            recipe.watch, plan.run, recipe.name, plan.fingerprint, recipe.model_dump(mode="json"), first
+        ),
     )
-    if recipe.monitor is not None:
-        job.evaluate_every = recipe.monitor.every_epochs * per_epoch
-        job.evaluate = _Monitor(plan, model)
-    photometric = Photometric(recipe.augment)
 
     def batches(first: int) -> Iterator[Batch]:
-        return source.training(plan.batches, recipe.augment, 2, first, plan.num_steps)
+        return source.training(plan.batches, recipe.views, first, plan.num_steps)
 
     def losses(batch: Batch, step: int) -> dict[str, Tensor]:
-        query_images, key_images = (
-            photometric(view, generator(recipe.seed, "photometric", step, number)).contiguous(
-                memory_format=torch.channels_last
-            )
-            for number, view in enumerate(batch.views)
-        )
-        return step_losses(model, recipe, query_images, key_images, step)
+        logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
+        return batch_losses(model, recipe, batch, step, diagnosed=logged)
 
     started = time.monotonic()
     result = train(job, batches, losses)
     say(f"{recipe.name}: trained in {time.monotonic() - started:,.0f} s")
-    return {
-        "loss": _last_logged(plan.run, "loss"),
-        "feature_std": _last_logged(plan.run, "feature_std"),
-        **result,
-    }
+    distributed.first_only(lambda: None)  # the log is complete before anyone reads it
+    last = _last_logged(plan.run, ("loss", "feature_std", "rank_me"))
+    return {**last, **result}
 
 
-def step_losses(
-    model: MoCo, recipe: PretrainRecipe, query_images: Tensor, key_images: Tensor, step: int
-) -> dict[str, Tensor]:
-    """One step's losses, L = L(q, k) + λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6), and the queue update.
-
-    Clean and mixed queries go through the encoder apart, so that their batch statistics do not mix; keys are never mixed.
-
-    Args:
-        model: The framework.
-        recipe: The run's recipe.
-        query_images: (N, 3, H, W) augmented, normalised.
-        key_images: (N, 3, H, W) another view of the same images.
-        step: The step, from which the mask and the shuffle are drawn.
-
-    Returns:
-        ``loss``, its terms, and ``feature_std``: the mean standard deviation of the query's components times √dim, which
-        is 1 for directions spread evenly over the sphere and 0 for a collapsed encoder.
-    """
-    query = model.query(query_images)
-    key = model.key(key_images, generator(recipe.seed, "shuffle", step))
-    clean = model.loss(query, key).mean()
-    terms = {"loss": clean, "clean": clean.detach()}
-    if isinstance(recipe.mix, MixMask):
-        mixture = draw_mixture(recipe.mix, query_images, generator(recipe.seed, "mask", step))
-        mixed = model.query(mixture.images)
-        switched = model.loss(mixed[mixture.switched], key) if recipe.mix.switch else None
-        mix_loss = mixture_loss(model.loss(mixed, key), switched, mixture)
-        terms = {"loss": clean + mix_loss, "clean": clean.detach(), "mix": mix_loss.detach()}
-    terms["feature_std"] = query.detach().std(dim=0).mean() * query.shape[1] ** 0.5
-    model.enqueue(key)
-    return terms
-
-
-def _last_logged(run: RunDirectory, name: str) -> float:
+def _last_logged(run: RunDirectory, names: Sequence[str]) -> dict[str, float]:
     lines = [json.loads(line) for line in run.log_file.read_text(encoding="utf-8").splitlines()]
-    return float(next(line[name] for line in reversed(lines) if name in line))
-
-
-class _Monitor:
-    """kNN accuracy of the trunk as it stands."""
-
-    def __init__(self, plan: PretrainPlan, model: MoCo) -> None:
-        recipe = plan.recipe
-        assert recipe.monitor is not None
-        assert plan.test_images is not None
-        self.recipe, self.settings, self.model = recipe, recipe.monitor, model
-        self.num_classes = len(plan.train_images.classes)
-        self.bank = self._open(plan.train_images, recipe.monitor.max_bank, plan.device)
-        self.queries = self._open(plan.test_images, recipe.monitor.max_queries, plan.device)
-
-    def _open(self, images: ImageSet, limit: int | None, device: torch.device) -> ImageSource:
-        if limit is not None and limit < len(images):
-            images = images.subset(torch.linspace(0, len(images) - 1, limit).long())
-        return open_source(images, self.recipe.data, device)
-
-    def __call__(self) -> dict[str, float]:
-        (bank, bank_labels), (queries, query_labels) = (
-            extract_features(
-                f"{self.recipe.name}: kNN features",
-                self.model.trunk,
-                source,
-                batch_size=self.settings.batch_size,
-                resize=self.settings.resize,
-                crop=self.recipe.augment.crop,
-                precision=self.recipe.precision,
-            )
-            for source in (self.bank, self.queries)
-        )
-        accuracy = knn_accuracy(
-            bank,
-            bank_labels,
-            queries,
-            query_labels,
-            num_classes=self.num_classes,
-            k=self.settings.k,
-            temperature=self.settings.temperature,
-        )
-        return {"knn/top1": accuracy}
+    return {name: float(next(line[name] for line in reversed(lines) if name in line)) for name in names}

@@ -185,13 +185,14 @@ def _finetune(
         num_steps=total,
         images_per_step=recipe.batch_size,
         device=setting.device,
+        seed=recipe.seed,
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
     )
 
     def batches(first: int) -> Iterator[Batch]:
-        return source.training(plan, recipe.augment, 1, first, total)
+        return source.training(plan, [recipe.augment], first, total)
 
     def losses(batch: Batch, step: int) -> dict[str, Tensor]:
         images = normalize(batch.views[0]).contiguous(memory_format=torch.channels_last)

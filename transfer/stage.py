@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, check_files, open_split, require_same_classes
+from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
 from engine.loader import check_crop
 from engine.precision import resolve_device
@@ -126,7 +126,8 @@ def run(plan: TransferPlan) -> Record:
         say(f"{recipe.name}: finished before, see {directory.path}")
         return record
     if isinstance(plan.train, ImageSet) and isinstance(plan.test, ImageSet) and not directory.checkpoint_file.exists():
-        check_files([*plan.train.paths, *plan.test.paths])
+        plan.train.check()
+        plan.test.check()
     directory.create(recipe, plan.fingerprint)
     result = _run(plan)
     seconds = result.pop("seconds", 0.0)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk
-from engine.config import Recipe
+from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm
+from engine.distributed import gather, world
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, move_average, unit, width_of
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
 
-class MoCoRecipe(Recipe):
+class MoCoRecipe(FrameworkRecipe):
     """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
 
-    ``bn_splits`` is the number of groups in which batch statistics are taken on one device (1 switches it off).
+    ``bn_splits`` is the number of groups of a batch in which batch statistics are taken (1 switches it off on one device).
+    Of several processes each takes its share of the groups, so that their number does not change the result.
     """
 
     kind: Literal["mocov2", "moco"] = "mocov2"
@@ -29,89 +31,118 @@ class MoCoRecipe(Recipe):
     temperature: float = Field(0.2, gt=0)
     bn_splits: int = Field(8, ge=1)
 
+    def build(self, backbone: BackboneRecipe) -> MoCo:
+        """See `FrameworkRecipe.build`."""
+        return MoCo(self, backbone)
 
-class Encoder(nn.Module):
-    """A trunk and its projection head; images (N, 3, H, W) to unit vectors (N, dim)."""
+    def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
+        """See `FrameworkRecipe.check_batch`."""
+        if self.queue_size % batch_size:
+            near = max(self.queue_size // batch_size, 1) * batch_size
+            raise ValueError(
+                f"framework.queue_size {self.queue_size} is not a multiple of batch_size {batch_size}; "
+                f"valid for this batch: {near}, {near + batch_size}, …"
+            )
+        splits = self.bn_splits
+        if splits % processes and processes % splits:
+            raise ValueError(f"framework.bn_splits {splits} groups cannot be shared by {processes} processes")
+        groups, parts = max(splits // processes, 1), accumulate * processes
+        each, rest = divmod(batch_size // parts, groups)
+        if rest:
+            raise ValueError(
+                f"a part of {batch_size // parts} images (batch_size {batch_size} in {parts} parts) cannot be split in "
+                f"{groups} equal groups of framework.bn_splits {splits}"
+            )
+        if each < 2:
+            raise ValueError(
+                f"framework.bn_splits {splits} leaves {each} image per group of batch_size {batch_size} in {parts} "
+                f"part{'s' * (parts > 1)}; batch normalisation needs at least 2"
+            )
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.trunk, self.head = trunk, head
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Project and L2-normalise in fp32."""
-        return F.normalize(self.head(self.trunk(images)).float(), dim=1)
+class MoCo(Framework):
+    """Query encoder, its momentum copy for the keys, and the queue of negative keys."""
 
-
-class MoCo(nn.Module):
-    """Query encoder, its momentum copy for the keys, and the queue of negative keys.
-
-    The weights come from torch's global generator.
-    """
-
+    not_shared = ("queue", "queue_position")
     queue: Tensor
     queue_position: Tensor
 
     def __init__(self, recipe: MoCoRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        trunk = build_trunk(backbone, partial(SplitBatchNorm2d, num_splits=recipe.bn_splits))
-        width = int(trunk.num_features)  # type: ignore[arg-type]
-        head: nn.Module = nn.Linear(width, recipe.dim)
-        if recipe.kind == "mocov2":
-            head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), head)
+        trunk = build_trunk(backbone)
+        groups = max(recipe.bn_splits // world().size, 1)
+        if groups > 1:
+            replace_batch_norm(trunk, partial(SplitBatchNorm2d, num_splits=groups))
+        width = width_of(trunk)
+        head = mlp([width, width, recipe.dim] if recipe.kind == "mocov2" else [width, recipe.dim], norm=False)
         self.query_encoder = Encoder(trunk, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(recipe.queue_size, recipe.dim), dim=1))  # (K, dim)
+        self.register_buffer("queue", unit(torch.randn(recipe.queue_size, recipe.dim)))  # (K, dim)
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
+        self.fresh: list[Tensor] = []  # this step's keys, which enter the queue when its gradients are done
 
     @property
     def trunk(self) -> nn.Module:
-        """The part that is kept after pretraining."""
+        """See `Framework.trunk`."""
         return self.query_encoder.trunk
 
+    def encoders(self) -> Iterable[nn.Module]:
+        """See `Framework.encoders`."""
+        return self.query_encoder.trunk, self.key_encoder.trunk
+
     def query(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, dim) unit vectors, with gradient."""
-        embedding: Tensor = self.query_encoder(images)
-        return embedding
+        """See `Framework.query`."""
+        return unit(self.query_encoder(images))
 
     @torch.no_grad()
-    def key(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Move the key encoder towards the query encoder, then embed the keys in shuffled order.
+    def key(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Embed the keys in shuffled order, over all processes (arXiv:1911.05722, section 3.3).
 
-        Shuffling matters together with `SplitBatchNorm2d`: a key is normalised with other images than its query.
+        A key is normalised together with other images than its query, on another process or in another group
+        (`SplitBatchNorm2d`), so that batch statistics do not give the pair away.
 
         Returns:
             (N, dim) unit vectors, in the order of ``images``, without gradient.
         """
-        m = self.recipe.momentum
-        for slow, fast in zip(self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True):
-            slow.mul_(m).add_(fast, alpha=1 - m)
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        embedding: Tensor = self.key_encoder(images[order])
-        return embedding[torch.argsort(order)]
+        everyone = gather(images)
+        order = torch.randperm(len(everyone), generator=draws)
+        mine = world().share(len(everyone))
+        shuffled = everyone[order[mine].to(images.device)].contiguous(memory_format=torch.channels_last)
+        embedding = gather(unit(self.key_encoder(shuffled)))
+        return embedding[torch.argsort(order)[mine].to(images.device)]
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
-        """InfoNCE of each query against its key and the queue (arXiv:1911.05722, equation 1).
+        """InfoNCE of each query against its key and the queue (arXiv:1911.05722, equation 1)."""
+        logits = self._logits(query, key)
+        return torch.logsumexp(logits, dim=1) - logits[:, 0]
 
-        Args:
-            query: (N, dim) unit vectors.
-            key: (N, dim) unit vectors; key i is the positive of query i.
-
-        Returns:
-            (N,) losses.
-        """
+    def _logits(self, query: Tensor, key: Tensor) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
             negative = query @ self.queue.T  # (N, K)
-            logits = torch.cat([positive, negative], dim=1) / self.recipe.temperature
-            return torch.logsumexp(logits, dim=1) - logits[:, 0]
+            return torch.cat([positive, negative], dim=1) / self.recipe.temperature
+
+    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+        """See `Framework.clean`; only the first view asks and only the second one answers."""
+        query = self.query(queries[0])
+        key = self.key(keys[1], draws)
+        if self.training:
+            self.fresh.append(gather(key))
+        logits = self._logits(query, key)
+        losses = torch.logsumexp(logits, dim=1) - logits[:, 0]
+        first = (logits.detach().argmax(dim=1) == 0).float().mean()
+        return Clean(losses, query, key, {"contrast_accuracy": 100 * first})
 
     @torch.no_grad()
-    def enqueue(self, key: Tensor) -> None:
-        """Replace the oldest keys of the queue; call once the step's losses have been computed."""
-        start = int(self.queue_position)
-        # The loss's backward pass still needs the queue it saw, so the new one is another tensor.
-        queue = self.queue.clone()
-        queue[start : start + len(key)] = key
-        self.queue = queue
-        self.queue_position.fill_((start + len(key)) % self.recipe.queue_size)
+    def after_step(self, progress: float) -> None:
+        """Replace the oldest keys of the queue, and move the key encoder towards the query encoder.
+
+        The paper moves it before the keys are computed; the first step's move changes nothing, and every later one is this.
+        """
+        for key in self.fresh:
+            start = int(self.queue_position)
+            self.queue[start : start + len(key)] = key
+            self.queue_position.fill_((start + len(key)) % self.recipe.queue_size)
+        self.fresh.clear()
+        move_average(self.key_encoder, self.query_encoder, self.recipe.momentum)

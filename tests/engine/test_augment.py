@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from engine.augment import (
     AugmentRecipe,
+    CropRecipe,
     Photometric,
     adjust_brightness,
     adjust_contrast,
@@ -14,6 +17,7 @@ from engine.augment import (
     adjust_saturation,
     apply_photometric,
     crop_and_flip,
+    draw_crop,
     draw_crops,
     draw_photometric,
     gaussian_blur,
@@ -101,8 +105,32 @@ def test_draws_have_the_recipes_distribution() -> None:
 
 def test_photometric_does_not_change_its_input(images: Tensor) -> None:
     before = images.clone()
-    Photometric(AugmentRecipe(crop=24))(images, generator(0))
+    Photometric(AugmentRecipe(crop=24))(images, generator(0), slice(0, len(images)), len(images))
     assert torch.equal(images, before)
+
+
+def test_a_samples_augmentation_depends_on_its_row_and_not_on_who_has_it(images: Tensor) -> None:
+    photometric = Photometric(AugmentRecipe(crop=24))
+    num = len(images)
+    whole = photometric(images, generator(0), slice(0, num), num)
+    for rows in (slice(0, 3), slice(3, num)):
+        part = photometric(images[rows], generator(0), rows, num)
+        assert torch.allclose(part, whole[rows], atol=1e-6)
+
+
+def test_crops_drawn_one_by_one_and_together_have_one_distribution() -> None:
+    recipe = CropRecipe(scale=(0.2, 1.0))
+    draws = random.Random(0)
+    single = torch.tensor([draw_crop(90, 120, recipe, draws) for _ in range(8000)]).double()
+    together = draw_crops(torch.tensor([[90, 120]] * 8000), recipe.scale, recipe.aspect, generator(0)).double()
+    assert single[:, 4].mean() == pytest.approx(recipe.flip, abs=0.02)
+    for column in range(4):
+        for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+            a, b = single[:, column].quantile(share), together[:, column].quantile(share)
+            assert abs(float(a - b)) <= 2.5
+    top, left, height, width, _ = single.T
+    assert bool((top >= 0).all() and (left >= 0).all())
+    assert bool((top + height <= 90).all() and (left + width <= 120).all())
 
 
 def test_crop_and_flip_is_crop_then_resize_then_flip() -> None:
@@ -130,12 +158,14 @@ def test_crops_lie_inside_and_have_the_asked_area_and_aspect() -> None:
 
 
 def test_an_image_that_no_crop_fits_gets_the_central_one() -> None:
-    top, left, height, width = draw_crops(torch.tensor([[10, 400]]), (0.9, 1.0), (3 / 4, 4 / 3), generator(0))[
-        0
-    ].tolist()
-    assert (top, height) == (0, 10)
-    assert width == round(10 * 4 / 3)
-    assert left == (400 - width) // 2
+    together = draw_crops(torch.tensor([[10, 400]]), (0.9, 1.0), (3 / 4, 4 / 3), generator(0))[0].tolist()
+    single = draw_crop(10, 400, CropRecipe(scale=(0.9, 1.0)), random.Random(0))
+    for top, left, height, width in (together, single[:4]):
+        assert (top, height) == (0, 10)
+        assert width == round(10 * 4 / 3)
+        assert left == (400 - width) // 2
+    tall = draw_crop(400, 10, CropRecipe(scale=(0.9, 1.0)), random.Random(0))
+    assert tall[1:4] == (0, round(10 / (3 / 4)), 10)
 
 
 def test_normalisation_is_imagenets() -> None:

@@ -78,8 +78,14 @@ def test_override_errors_name_the_command_line() -> None:
     assert "given: 'ten'" in error(CIFAR, "epochs=ten")
     assert "expected key=value" in error(CIFAR, "epochs")
     assert "epohcs" in error(CIFAR, "epohcs=3")
-    assert error(CIFAR, "mix.kind=mixup") == "command line: mix.kind: given 'mixup'; valid: 'none', 'mixmask'"
-    assert "less than 1" in error(CIFAR, "mix.ratio=1.5")
+    assert error(CIFAR, "mix.kind=mixmsk") == (
+        "command line: mix.kind: given 'mixmsk'; valid: 'none', 'mixmask', 'unmix', 'mixmask+unmix', 'erase'. "
+        "Did you mean 'mixmask'?"
+    )
+    assert "Did you mean 'simsiam'?" in error(CIFAR, "framework.kind=simsaim")
+    assert "did you mean 'resnet50'?" in error(CIFAR, "backbone.arch=resnet5O")
+    assert "did you mean timm/convnext_tiny" in error(CIFAR, "backbone.arch=timm/convnext_tny")
+    assert "must lie in (0, 1)" in error(CIFAR, "mix.ratio=1.5")
 
 
 def test_sizes_that_do_not_fit_are_found_before_any_data_is_read() -> None:

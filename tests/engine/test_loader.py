@@ -53,8 +53,8 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
 def test_streamed_batches_do_not_depend_on_workers_or_start(shapes: Path, workers: int) -> None:
     images = open_split(DataRecipe(name="shapes", root=str(shapes)), "train")
     plan = BatchPlan(len(images), 16, True, seed=3)
-    whole = list(StreamSource(images, 0, CPU).training(plan, RECIPE, 2, 0, 4))
-    late = list(StreamSource(images, workers, CPU).training(plan, RECIPE, 2, 2, 4))
+    whole = list(StreamSource(images, 0, CPU).training(plan, [RECIPE] * 2, 0, 4))
+    late = list(StreamSource(images, workers, CPU).training(plan, [RECIPE] * 2, 2, 4))
     assert [batch.step for batch in late] == [2, 3]
     for a, b in zip(whole[2:], late):
         assert torch.equal(a.labels, b.labels)
@@ -68,7 +68,7 @@ def test_both_storages_give_the_same_images_and_labels(shapes: Path) -> None:
     plan = BatchPlan(len(images), 16, True, seed=3)
     whole = CropRecipe(crop=32, scale=(1.0, 1.0), aspect=(1.0, 1.0), flip=0)
     sources: list[ImageSource] = [StreamSource(images, 0, CPU), ResidentSource(images, CPU)]
-    a, b = (next(iter(source.training(plan, whole, 1, 0, 1))) for source in sources)
+    a, b = (next(iter(source.training(plan, [whole], 0, 1))) for source in sources)
     assert torch.equal(a.labels, b.labels)
     assert (a.views[0] - b.views[0]).abs().max() < 1e-5
     for (x, s), (y, t) in zip(*(source.evaluation(50, None, 32) for source in sources)):
@@ -90,6 +90,6 @@ def test_a_truncated_file_is_named_by_workers_too(shapes: Path, tmp_path: Path, 
     damaged = type(images)((broken, *images.paths[1:]), images.labels, images.classes, images.root)
     plan = BatchPlan(len(images), len(images), True, seed=3)
     with pytest.raises(DataError) as caught:
-        next(iter(StreamSource(damaged, workers, CPU).training(plan, RECIPE, 1, 0, 1)))
+        next(iter(StreamSource(damaged, workers, CPU).training(plan, [RECIPE], 0, 1)))
     assert str(caught.value).startswith(str(broken))
     assert "Traceback" not in str(caught.value)

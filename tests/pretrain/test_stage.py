@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ import torch
 from engine.backbones import load_backbone
 from engine.config import load_recipe
 from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
-from engine.randomness import generator
+from engine.randomness import python_generator
 from engine.records import Record
 from pretrain import stage
-from pretrain.frameworks.moco import MoCo
+from pretrain.mixing import draw_mixtures
 from pretrain.recipe import PretrainRecipe
+from pretrain.step import step_losses
 
 CONFIG = """
 name: tiny
@@ -90,21 +92,21 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     whole = plan(config, tmp_path / "whole", *resident)
     stage.run(whole)
     expected, _ = load_backbone(whole.product)
-    original = stage.step_losses
+    original = stage.batch_losses
     for stop in (1, 2, 5):
         broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
 
-        def failing(*args: object, _stop: int = stop) -> dict[str, torch.Tensor]:
+        def failing(*args: Any, _stop: int = stop, **kwargs: Any) -> dict[str, torch.Tensor]:
             if args[-1] == _stop:
                 raise KeyboardInterrupt
-            return original(*args)
+            return original(*args, **kwargs)
 
-        stage.step_losses = failing
+        stage.batch_losses = failing
         try:
             with pytest.raises(KeyboardInterrupt):
                 stage.run(broken)
         finally:
-            stage.step_losses = original
+            stage.batch_losses = original
         stage.run(broken)
         state, _ = load_backbone(broken.product)
         assert all(torch.equal(expected[name], state[name]) for name in expected)
@@ -142,31 +144,44 @@ def test_zero_epochs_give_the_initial_trunk(config: Path, tmp_path: Path) -> Non
     assert not torch.equal(state["conv1.weight"], other["conv1.weight"])
 
 
-def test_the_three_terms_of_equation_4(config: Path, tmp_path: Path) -> None:
-    """The step's loss is put together again from the module's parts, with λ counted from the mask's pixels."""
-    from pretrain.mixing import draw_mixture
-
-    recipe = plan(config, tmp_path).recipe
+@pytest.mark.parametrize(("kind", "num_terms"), [("none", 1), ("unmix", 3), ("mixmask", 3), ("mixmask+unmix", 5)])
+@pytest.mark.parametrize("framework", ["moco", "byol"])
+def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int, config: Path, tmp_path: Path) -> None:
+    """The step's loss is put together again from single images, with λ counted from the mixtures' pixels."""
+    smaller = ["framework.dim=16"] + ["framework.queue_size=64", "framework.bn_splits=1"] * (framework == "moco")
+    recipe = plan(config, tmp_path, f"mix.kind={kind}", f"framework.kind={framework}", *smaller).recipe
     torch.manual_seed(0)
-    model = MoCo(recipe.framework, recipe.backbone).eval()  # in eval mode an embedding depends on its own image alone
+    model = recipe.framework.build(recipe.backbone).eval()  # in eval mode an embedding depends on its own image alone
     draws = torch.Generator().manual_seed(0)
-    query_images, key_images = (torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2))
-    queue = model.queue.clone()
+    views = [torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2)]
     with torch.no_grad():
-        terms = stage.step_losses(model, recipe, query_images, key_images, step=7)
-        model.queue = queue
-        assert recipe.mix.kind == "mixmask"
-        mixture = draw_mixture(recipe.mix, query_images, generator(recipe.seed, "mask", 7))
-        key = model.key_encoder(key_images)
-        share = float((mixture.images[0] == query_images[0])[0].double().mean())
-        expected = model.loss(model.query(query_images), key).mean()
-        for i in range(16):
-            expected = expected + share / 16 * model.loss(model.query(mixture.images[i : i + 1]), key[i : i + 1])[0]
-            j = 15 - i
-            switched = model.query(mixture.images[j : j + 1])
-            expected = expected + (1 - share) / 16 * model.loss(switched, key[i : i + 1])[0]
-    assert float(terms["loss"]) == pytest.approx(float(expected), rel=1e-4)
-    assert float(terms["loss"]) == pytest.approx(float(terms["clean"] + terms["mix"]), rel=1e-6)
+        terms = step_losses(model, recipe, views, step=7)
+        clean = model.clean((views[0], views[1]), (views[0], views[1]), torch.Generator())
+        expected, counted = float(clean.losses.mean()), 1
+        for mixture in draw_mixtures(recipe.mix, views[0], python_generator(recipe.seed, "mask", 7, 0, 0)):
+            for i in range(16):
+                j = mixture.partner.tolist().index(i)  # in mixture j, i is the partner
+                for number, weight in ((i, float(mixture.own[i])), (j, 1 - float(mixture.own[j]))):
+                    query = model.query(mixture.images[number : number + 1])
+                    expected += weight / 16 * float(model.loss(query, clean.key[i : i + 1])[0])
+            counted += 2
+    assert counted == num_terms
+    assert float(terms["loss"]) == pytest.approx(expected, rel=1e-4)
+    parts = [float(terms[name]) for name in ("clean", "unmix", "mixmask") if name in terms]
+    assert float(terms["loss"]) == pytest.approx(sum(parts), rel=1e-6)
+
+
+def test_erased_views_are_the_queries_and_small_crops_more_of_them(config: Path, tmp_path: Path) -> None:
+    erased = ["mix.kind=erase", "mix.grid=4", "mix.extra_crops=2", "mix.extra_crop=20"]
+    prepared = plan(config, tmp_path, *erased)
+    assert [view.crop for view in prepared.recipe.views] == [32, 32, 20, 20]
+    model = prepared.recipe.framework.build(prepared.recipe.backbone)
+    views = [torch.randn(16, 3, size, size) for size in (32, 32, 20, 20)]
+    with torch.no_grad():
+        terms = step_losses(model, prepared.recipe, views, step=0)
+    assert float(terms["loss"]) == pytest.approx(float(terms["erased"] + terms["small"]) / 3, rel=1e-5)
+    stage.run(plan(config, tmp_path, *erased, "max_steps=2"))
+    assert prepared.recipe.method == "mscn"
 
 
 def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shapes: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.backbones import (
-    ARCHS,
+    RESNETS,
     BackboneInfo,
     BackboneRecipe,
     build_trunk,
@@ -187,7 +187,7 @@ def _architecture(state: Mapping[str, Any], path: Path) -> BackboneRecipe:
     """The known architecture with the same tensor names; the stem by the first convolution's size."""
     names = {name for name in state if not name.endswith(COUNTER)}
     closest, fewest = "", len(names) + 1000
-    for arch in ARCHS:
+    for arch in RESNETS:
         recipe = BackboneRecipe.model_validate(
             {
                 "arch": arch,
@@ -202,7 +202,7 @@ def _architecture(state: Mapping[str, Any], path: Path) -> BackboneRecipe:
         if len(missing) + len(unexpected) < fewest:
             fewest = len(missing) + len(unexpected)
             closest = f"closest is {arch}, with missing {missing[:3]} and unexpected {unexpected[:3]}"
-    raise CheckpointError(f"{path}: not a trunk of {' or '.join(ARCHS)}: {closest}")
+    raise CheckpointError(f"{path}: not a trunk of {' or '.join(RESNETS)}: {closest}")
 
 
 def _framework(layout: Layout, tensors: Mapping[str, Tensor]) -> str:

@@ -78,6 +78,7 @@ def run_detection(
         num_steps=iterations,
         images_per_step=recipe.batch_size,
         device=setting.device,
+        seed=setting.seed,
         precision=setting.precision,
         log_every=setting.log_every,
         checkpoint_every=setting.checkpoint_every,

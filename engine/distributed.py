@@ -1,0 +1,257 @@
+"""Several processes that train one model: who they are, how they agree, and what they exchange.
+
+A run may be started by torchrun or by SLURM's srun, on one node or many; `session` reads their environment once. Everywhere
+else a process asks `world()`. With one process, every function here is the plain thing: nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from torch import Tensor, nn
+
+from engine.errors import ConfigError, UserError
+from engine.progress import quieten
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=1)  # the first process checks files and evaluates while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's number, how many there are, and its number on its node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes files and speaks to the user; exactly one does."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """This process's consecutive share of ``total`` rows, which the world's size must divide."""
+        assert total % self.size == 0
+        each = total // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+_world = World()
+
+
+def world() -> World:
+    """The processes of this run."""
+    return _world
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher's environment says: the world and where its first process listens."""
+
+    world: World
+    address: str
+    port: int
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch | None:
+    """How this process was started.
+
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_PROCID, SLURM_LOCALID,
+    SLURM_STEP_NUM_TASKS and the node list, from which the first node's name is taken. An sbatch script or an salloc shell
+    that starts one process without srun is one process.
+
+    Returns:
+        None for a single process.
+
+    Raises:
+        ConfigError: If a variable is missing or not a number, or the node list cannot be read.
+    """
+    if "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE") > 1:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        absent = [name for name in names if name not in environment]
+        if absent:
+            raise ConfigError(
+                f"WORLD_SIZE is set, but not {', '.join(absent)}: start the processes with torchrun or srun"
+            )
+        rank, size, local, port = (_number(environment, names[i]) for i in (0, 1, 2, 4))
+        return Launch(World(rank, size, local), environment["MASTER_ADDR"], port)
+    if "SLURM_STEP_ID" not in environment or _number(environment, "SLURM_STEP_NUM_TASKS") == 1:
+        return None
+    rank, size, local, job = (
+        _number(environment, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
+    )
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    address = environment.get("MASTER_ADDR") or _first_node(nodes)
+    return Launch(World(rank, size, local), address, int(environment.get("MASTER_PORT", 15000 + job % 20000)))
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"the environment variable {name} is {environment.get(name)!r}, a number was expected"
+        ) from None
+
+
+def _first_node(nodes: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(f"cannot read SLURM's node list {nodes!r} ({error}); set MASTER_ADDR") from None
+
+
+@contextlib.contextmanager
+def session() -> Iterator[World]:
+    """Join the other processes, if there are any, and leave them at the end."""
+    global _world
+    launch = read_launch(os.environ)
+    if launch is None:
+        yield _world
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if launch.world.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {launch.world.local_rank} of this node has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}. Start one process per GPU"
+            )
+        torch.cuda.set_device(launch.world.local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        init_method=f"tcp://{launch.address}:{launch.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
+        rank=launch.world.rank,
+        world_size=launch.world.size,
+        timeout=TIMEOUT,
+    )
+    _world = launch.world
+    quieten(not _world.is_writer)
+    try:
+        yield _world
+    finally:
+        _world = World()
+        quieten(False)
+        dist.destroy_process_group()
+
+
+def agreed(call: Callable[[], T]) -> T:
+    """Call on every process, and go on only if no process met a user's mistake.
+
+    One process alone raises as usual. Of several, the first prints the one message and all end with exit code 2: without
+    this, the first to stop would make the launcher kill the others before anything was said.
+    """
+    if _world.size == 1:
+        return call()
+    problem: str | None = None
+    result: T | None = None
+    try:
+        result = call()
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * _world.size
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            if _world.is_writer:
+                where = "" if rank == 0 else f"process {rank}: "
+                print(f"error: {where}{found}", file=sys.stderr, flush=True)
+            dist.barrier()
+            raise SystemExit(2)
+    return result  # type: ignore[return-value]
+
+
+def first_only(call: Callable[[], object]) -> None:
+    """Let the first process do something while the others wait; its mistakes are everyone's (see `agreed`)."""
+    agreed(lambda: call() if _world.is_writer else None)
+
+
+# --- exchange --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their numbers, without gradient: (n, …) to (size · n, …)."""
+    if _world.size == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(_world.size)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """As `gather`; the gradient of every process's use of a row flows back to the process that made it."""
+    if _world.size == 1:
+        return rows
+    return torch.cat(differentiable.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def gather_uneven(rows: Tensor) -> Tensor:
+    """As `gather`, for processes that hold different numbers of rows."""
+    if _world.size == 1:
+        return rows
+    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = gather(padded).chunk(_world.size)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes of each value."""
+    if _world.size > 1:
+        dist.all_reduce(values)
+        values /= _world.size
+    return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process raises its flag. Every process must ask."""
+    if _world.size == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers (batch statistics differ between processes)."""
+    if _world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...] = ()) -> nn.Module:
+    """Average the gradients of all processes during the backward pass; the module itself with one process.
+
+    Args:
+        module: Its forward pass computes everything that the loss depends on.
+        device: Where it lies.
+        not_shared: Suffixes of buffers that the processes keep equal themselves (a queue).
+    """
+    if _world.size == 1:
+        return module
+    ignored = [name for name, _ in module.named_buffers() if name.endswith(not_shared)] if not_shared else []
+    mark = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    mark(module, ignored)  # type: ignore[no-untyped-call]
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a record says about the processes."""
+    return {"world_size": _world.size, "backend": dist.get_backend() if _world.size > 1 else None}

@@ -1,0 +1,90 @@
+"""Where a run's log goes besides ``log.jsonl``: TensorBoard and Weights & Biases, if they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from engine.config import Recipe, operational
+from engine.errors import ConfigError
+from engine.storage import RunDirectory
+
+
+class WatchRecipe(Recipe):
+    """Optional places for the log: TensorBoard event files in the run directory, or a Weights & Biases project."""
+
+    tensorboard: bool = operational(False)
+    wandb_project: str | None = operational(None)
+
+
+class Sink(Protocol):
+    """One such place."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take one line of the log."""
+        ...
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        ...
+
+
+class _TensorBoard:
+    def __init__(self, run: RunDirectory, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(log_dir=str(run.path / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    def __init__(self, run: RunDirectory, project: str, title: str, fingerprint: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self.session = wandb.init(
+            project=project, name=title, id=fingerprint, dir=str(run.path), config=settings, resume="allow"
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.session.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+def check_watch(recipe: WatchRecipe) -> None:
+    """Refuse a place whose package is not installed.
+
+    Raises:
+        ConfigError: With the line that installs it.
+    """
+    for wanted, key, package in (
+        (recipe.tensorboard, "watch.tensorboard", "tensorboard"),
+        (recipe.wandb_project is not None, "watch.wandb_project", "wandb"),
+    ):
+        if wanted:
+            try:
+                __import__(package)
+            except ImportError as error:
+                raise ConfigError(
+                    f"{key} is set, but {package} cannot be imported ({error}): pip install 'mixmask[{package}]', "
+                    f"or leave the key out"
+                ) from None
+
+
+def open_sinks(
+    recipe: WatchRecipe, run: RunDirectory, title: str, fingerprint: str, settings: dict[str, Any], first_step: int
+) -> list[Sink]:
+    """Open what the recipe asks for; ``first_step`` is where a resumed run goes on."""
+    sinks: list[Sink] = []
+    if recipe.tensorboard:
+        sinks.append(_TensorBoard(run, first_step))
+    if recipe.wandb_project is not None:
+        sinks.append(_WandB(run, recipe.wandb_project, title, fingerprint, settings))
+    return sinks

@@ -1,0 +1,70 @@
+"""What shows, while a run goes on, whether its embeddings are any good: spread, effective rank, alignment, uniformity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+COLLAPSED_STD = 0.05
+COLLAPSED_RANK = 1.5
+SETTLED = 0.1  # before this share of a run, embeddings are still close to each other from their initialisation
+
+
+@torch.no_grad()
+def feature_std(embedding: Tensor) -> Tensor:
+    """Mean standard deviation of the components of (N, dim) unit vectors times √dim.
+
+    1 for directions spread evenly over the sphere, 0 for a collapsed encoder (arXiv:2011.10566, section 4.1).
+    """
+    spread: Tensor = embedding.std(dim=0).mean() * embedding.shape[1] ** 0.5
+    return spread
+
+
+@torch.no_grad()
+def rank_me(embedding: Tensor) -> Tensor:
+    """RankMe (arXiv:2210.02885, equation 1): exp of the entropy of the normalised singular values of (N, dim) embeddings.
+
+    Between 1 (all on one line) and min(N, dim); NaN if an embedding is not finite. It is computed on one batch here, so
+    compare it within a run.
+    """
+    if not bool(torch.isfinite(embedding).all()):
+        return embedding.new_tensor(torch.nan)
+    values = torch.linalg.svdvals(embedding.float())
+    shares = values / values.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(shares * shares.log()).sum())
+
+
+@torch.no_grad()
+def alignment(query: Tensor, key: Tensor) -> Tensor:
+    """Mean squared distance of positive pairs of unit vectors, in [0, 4] (arXiv:2005.10242, equation 1 with α = 2)."""
+    return (query - key).square().sum(dim=1).mean()
+
+
+@torch.no_grad()
+def uniformity(embedding: Tensor) -> Tensor:
+    """log of the mean of exp(-2 · squared distance) over pairs (arXiv:2005.10242, equation 2 with t = 2); at most 0."""
+    return torch.pdist(embedding.float()).square().mul(-2).exp().mean().log()
+
+
+def diagnose(query: Tensor, key: Tensor) -> dict[str, Tensor]:
+    """All of them, from (N, dim) queries and their keys, unit vectors."""
+    return {
+        "feature_std": feature_std(query),
+        "rank_me": rank_me(query),
+        "alignment": alignment(query, key),
+        "uniformity": uniformity(query),
+    }
+
+
+def collapse_warning(line: Mapping[str, float], progress: float) -> str | None:
+    """What to say of a log line that shows a collapsed encoder at ``progress`` (share of the run), or None."""
+    std, rank = line.get("feature_std"), line.get("rank_me")
+    if progress <= SETTLED or std is None or rank is None or (std >= COLLAPSED_STD and rank >= COLLAPSED_RANK):
+        return None
+    return (
+        f"the embeddings have collapsed (feature_std {std:.3f}, 1 is a full spread; effective rank {rank:.1f}). Likely "
+        f"causes: a learning rate too high or without warm-up, a momentum too low, a queue much longer than the run, or "
+        f"too few images per group of batch statistics"
+    )

@@ -1,0 +1,159 @@
+"""What a self-supervised framework is to the pretraining stage: an encoder, and the loss of one query against its key."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe
+from engine.config import Recipe
+
+Views = tuple[Tensor, Tensor]
+
+
+class FrameworkRecipe(Recipe):
+    """Base of the frameworks' recipes; ``kind`` names the framework in configs, records and tables."""
+
+    kind: str
+
+    def build(self, backbone: BackboneRecipe) -> Framework:
+        """The framework with fresh weights from torch's global generator."""
+        raise NotImplementedError
+
+    def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
+        """Refuse a batch that the framework cannot use.
+
+        Args:
+            batch_size: Images per step.
+            accumulate: In how many parts each process computes a step.
+            processes: How many processes share a step.
+
+        Raises:
+            ValueError: With what would be valid.
+        """
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the two clean views of a batch give.
+
+    Attributes:
+        losses: (N,) the framework's loss of each image.
+        query: (N, dim) embeddings of the first query view, unit vectors, for watching.
+        key: (N, dim) embeddings of the second key view, unit vectors: what mixtures of the first view are compared with.
+        metrics: Further scalars for the log.
+    """
+
+    losses: Tensor
+    query: Tensor
+    key: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Framework(nn.Module, ABC):
+    """An encoder and its similarity.
+
+    The stage calls `clean` with two views of the batch, `query` and `loss` for every mixture of the first view, and after
+    the optimizer's step `after_step`. Mixing the query side alone thus works the same way for every framework.
+    """
+
+    not_shared: tuple[str, ...] = ()  # buffers that several processes keep equal themselves
+
+    @property
+    @abstractmethod
+    def trunk(self) -> nn.Module:
+        """The part that is kept after pretraining."""
+
+    @abstractmethod
+    def query(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to what `loss` takes as its query, (N, dim) unit vectors, with gradient."""
+
+    @abstractmethod
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """(N, dim) queries and (N, dim) keys, row i of both from image i, to (N,) losses."""
+
+    @abstractmethod
+    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+        """The framework's loss on a batch.
+
+        Args:
+            queries: Two views (N, 3, H, W) for the query side.
+            keys: The same two views for the key side; the same tensors, unless the query side is erased.
+            draws: For what the framework draws itself; equal on all processes.
+        """
+
+    def after_step(self, progress: float) -> None:
+        """What moves after the optimizer's step; ``progress`` is the share of the run that is done, in (0, 1]."""
+
+    def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters whose learning rate the schedule does not change."""
+        return ()
+
+    def encoders(self) -> Iterable[nn.Module]:
+        """The modules that images go through, for `torch.compile`."""
+        return (self.trunk,)
+
+
+# --- shared by several frameworks ------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A trunk and its projector; images (N, 3, H, W) to embeddings (N, dim) in fp32, not normalised."""
+
+    def __init__(self, trunk: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.projector = trunk, projector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed."""
+        embedding: Tensor = self.projector(self.trunk(images))
+        return embedding.float()
+
+
+def width_of(trunk: nn.Module) -> int:
+    """Features per image of a trunk."""
+    return int(trunk.num_features)  # type: ignore[arg-type]
+
+
+def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
+    """Linear layers with ReLU between them.
+
+    Args:
+        widths: Input, hidden and output widths.
+        norm: BatchNorm before each ReLU.
+        last_norm: BatchNorm after the last layer.
+        last_affine: Whether that one has weight and bias.
+    """
+    layers: list[nn.Module] = []
+    for number, (before, after) in enumerate(itertools.pairwise(widths)):
+        last = number == len(widths) - 2
+        followed = last_norm if last else norm
+        layers.append(nn.Linear(before, after, bias=not followed))
+        if followed:
+            layers.append(nn.BatchNorm1d(after, affine=last_affine if last else True))
+        if not last:
+            layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def move_average(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """slow ← momentum · slow + (1 - momentum) · fast, over the parameters."""
+    torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], 1 - momentum)
+
+
+def cosine_momentum(base: float, progress: float) -> float:
+    """BYOL's schedule (arXiv:2006.07733, section 3.3): from ``base`` at progress 0 to 1 at 1, along half a cosine."""
+    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """L2-normalised rows."""
+    return F.normalize(embedding, dim=1)

@@ -1,0 +1,89 @@
+"""BYOL (arXiv:2006.07733)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe, build_trunk
+from pretrain.framework import (
+    Clean,
+    Encoder,
+    Framework,
+    FrameworkRecipe,
+    Views,
+    cosine_momentum,
+    mlp,
+    move_average,
+    unit,
+    width_of,
+)
+
+
+class BYOLRecipe(FrameworkRecipe):
+    """An online network predicts the projections of its moving average, without negatives.
+
+    ``momentum`` is τ at the start; it rises to 1 along half a cosine over the run (section 3.3 of the paper). The predictor
+    has the projector's shape.
+    """
+
+    kind: Literal["byol"] = "byol"
+    dim: int = Field(256, ge=1)
+    projector_layers: int = Field(2, ge=1)
+    projector_width: int = Field(4096, ge=1)
+    momentum: float = Field(0.996, ge=0, lt=1)
+
+    def build(self, backbone: BackboneRecipe) -> BYOL:
+        """See `FrameworkRecipe.build`."""
+        return BYOL(self, backbone)
+
+
+class BYOL(Framework):
+    """Online encoder and predictor, and the target encoder."""
+
+    def __init__(self, recipe: BYOLRecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        hidden = [recipe.projector_width] * (recipe.projector_layers - 1)
+        self.online = Encoder(trunk, mlp([width_of(trunk), *hidden, recipe.dim], norm=True))
+        self.predictor = mlp([recipe.dim, *hidden, recipe.dim], norm=True)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """See `Framework.trunk`."""
+        return self.online.trunk
+
+    def encoders(self) -> Iterable[nn.Module]:
+        """See `Framework.encoders`."""
+        return self.online.trunk, self.target.trunk
+
+    def query(self, images: Tensor) -> Tensor:
+        """See `Framework.query`: the prediction."""
+        return unit(self.predictor(self.online(images)).float())
+
+    @torch.no_grad()
+    def key(self, images: Tensor) -> Tensor:
+        """The target's projection, (N, dim) unit vectors without gradient."""
+        return unit(self.target(images))
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """The squared distance of unit vectors, 2 - 2 · cos (arXiv:2006.07733, equation 2), in [0, 4]."""
+        return 2 - 2 * (query * key).sum(dim=1)
+
+    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+        """See `Framework.clean`; the sum of both directions (section 3.1, "we symmetrize the loss")."""
+        first, second = self.query(queries[0]), self.query(queries[1])
+        key_first, key_second = self.key(keys[0]), self.key(keys[1])
+        losses = self.loss(first, key_second) + self.loss(second, key_first)
+        return Clean(losses, first, key_second)
+
+    def after_step(self, progress: float) -> None:
+        """Move the target towards the online encoder."""
+        move_average(self.target, self.online, cosine_momentum(self.recipe.momentum, progress))

@@ -1,0 +1,81 @@
+"""SimCLR (arXiv:2002.05709)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe, build_trunk
+from engine.distributed import gather_with_gradient, world
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit, width_of
+
+
+class SimCLRRecipe(FrameworkRecipe):
+    """NT-Xent between two views, negatives from the batch (of all processes; with ``accumulate``, of one part).
+
+    The projector has BatchNorm after every linear layer, the last one included.
+    """
+
+    kind: Literal["simclr"] = "simclr"
+    dim: int = Field(128, ge=1)
+    projector_layers: int = Field(2, ge=1)
+    projector_width: int | None = Field(None, ge=1, description="hidden width; null takes the trunk's")
+    temperature: float = Field(0.5, gt=0)
+
+    def build(self, backbone: BackboneRecipe) -> SimCLR:
+        """See `FrameworkRecipe.build`."""
+        return SimCLR(self, backbone)
+
+
+class SimCLR(Framework):
+    """One encoder for both views; every embedding has a gradient."""
+
+    def __init__(self, recipe: SimCLRRecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        width = width_of(trunk)
+        hidden = [recipe.projector_width or width] * (recipe.projector_layers - 1)
+        self.encoder = Encoder(trunk, mlp([width, *hidden, recipe.dim], norm=True, last_norm=True))
+
+    @property
+    def trunk(self) -> nn.Module:
+        """See `Framework.trunk`."""
+        return self.encoder.trunk
+
+    def query(self, images: Tensor) -> Tensor:
+        """See `Framework.query`."""
+        return unit(self.encoder(images))
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """NT-Xent with the queries as anchors (arXiv:2002.05709, equation 1).
+
+        An anchor's negatives are the keys and the queries of all other images. The mean of `loss(a, b)` and `loss(b, a)`
+        over the batch is the paper's loss of the 2N views.
+        """
+        logits = self._logits(query, key)
+        return torch.logsumexp(logits, dim=1) - logits.gather(1, self._own(query))[:, 0]
+
+    def _own(self, query: Tensor) -> Tensor:
+        """(N, 1) column of each query's own key."""
+        first = world().rank * len(query)
+        return torch.arange(first, first + len(query), device=query.device)[:, None]
+
+    def _logits(self, query: Tensor, key: Tensor) -> Tensor:
+        """(N, 2M) similarities with the keys and the queries of all M images, itself left out."""
+        with torch.autocast(query.device.type, enabled=False):
+            with_keys = query @ gather_with_gradient(key).T
+            with_queries = query @ gather_with_gradient(query).T
+            with_queries = with_queries.scatter(1, self._own(query), -torch.inf)
+            return torch.cat([with_keys, with_queries], dim=1) / self.recipe.temperature
+
+    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+        """See `Framework.clean`; each view is an anchor for the other."""
+        query, key = self.query(queries[0]), self.query(keys[1])
+        losses = (self.loss(query, key) + self.loss(key, query)) / 2
+        with torch.no_grad():
+            first = (self._logits(query, key).argmax(dim=1) == self._own(query)[:, 0]).float().mean()
+        return Clean(losses, query, key, {"contrast_accuracy": 100 * first})

@@ -1,0 +1,78 @@
+"""SimSiam (arXiv:2011.10566)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe, build_trunk
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit, width_of
+
+
+class SimSiamRecipe(FrameworkRecipe):
+    """Two views, a predictor and a stopped gradient; neither negatives nor a moving average.
+
+    The projector's hidden layers have the trunk's width and its output a BatchNorm without weight and bias; the predictor
+    is a bottleneck of a quarter of ``dim`` (section 3 of the paper). ``fixed_predictor_lr`` keeps the predictor's learning
+    rate constant (table 1c of the paper).
+    """
+
+    kind: Literal["simsiam"] = "simsiam"
+    dim: int = Field(2048, ge=4)
+    projector_layers: int = Field(3, ge=1)
+    predictor_width: int | None = Field(None, ge=1, description="the bottleneck; null takes a quarter of dim")
+    fixed_predictor_lr: bool = True
+
+    def build(self, backbone: BackboneRecipe) -> SimSiam:
+        """See `FrameworkRecipe.build`."""
+        return SimSiam(self, backbone)
+
+
+class SimSiam(Framework):
+    """Encoder and predictor."""
+
+    def __init__(self, recipe: SimSiamRecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        width = width_of(trunk)
+        hidden = [width] * (recipe.projector_layers - 1)
+        self.encoder = Encoder(trunk, mlp([width, *hidden, recipe.dim], norm=True, last_norm=True, last_affine=False))
+        bottleneck = recipe.predictor_width or recipe.dim // 4
+        self.predictor = mlp([recipe.dim, bottleneck, recipe.dim], norm=True)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """See `Framework.trunk`."""
+        return self.encoder.trunk
+
+    def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:
+        """See `Framework.fixed_rate_parameters`."""
+        return self.predictor.parameters() if self.recipe.fixed_predictor_lr else ()
+
+    def query(self, images: Tensor) -> Tensor:
+        """See `Framework.query`: the prediction."""
+        return self._predict(self.encoder(images))
+
+    def _predict(self, embedding: Tensor) -> Tensor:
+        return unit(self.predictor(embedding).float())
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Negative cosine similarity (arXiv:2011.10566, equation 1), in [-1, 1]; the key has no gradient."""
+        return -(query * key.detach()).sum(dim=1)
+
+    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+        """See `Framework.clean`; half of each direction (equation 2)."""
+        asked = [self.encoder(view) for view in queries]
+        answered = asked
+        if keys[0] is not queries[0]:
+            with torch.no_grad():
+                answered = [self.encoder(view) for view in keys]
+        first, second = (self._predict(embedding) for embedding in asked)
+        key_first, key_second = (unit(embedding.detach()) for embedding in answered)
+        losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
+        return Clean(losses, first, key_second)

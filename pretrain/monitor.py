@@ -1,0 +1,54 @@
+"""kNN accuracy of the trunk while it trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.datasets import ImageSet
+from engine.knn import extract_features, knn_accuracy
+from engine.loader import ImageSource, open_source
+from pretrain.recipe import PretrainRecipe
+
+
+class Monitor:
+    """kNN accuracy of the trunk as it stands, on the test split against the training split."""
+
+    def __init__(
+        self, recipe: PretrainRecipe, trunk: nn.Module, train: ImageSet, test: ImageSet, device: torch.device
+    ) -> None:
+        assert recipe.monitor is not None
+        self.recipe, self.settings, self.trunk = recipe, recipe.monitor, trunk
+        self.num_classes = len(train.classes)
+        self.bank = self._open(train, recipe.monitor.max_bank, device)
+        self.queries = self._open(test, recipe.monitor.max_queries, device)
+
+    def _open(self, images: ImageSet, limit: int | None, device: torch.device) -> ImageSource:
+        if limit is not None and limit < len(images):
+            images = images.subset(torch.linspace(0, len(images) - 1, limit).long())
+        return open_source(images.shard(), self.recipe.data, device)
+
+    def __call__(self) -> dict[str, float]:
+        """``knn/top1`` in percent."""
+        (bank, bank_labels), (queries, query_labels) = (
+            extract_features(
+                f"{self.recipe.name}: kNN features",
+                self.trunk,
+                source,
+                batch_size=self.settings.batch_size,
+                resize=self.settings.resize,
+                crop=self.recipe.augment.crop,
+                precision=self.recipe.precision,
+            )
+            for source in (self.bank, self.queries)
+        )
+        accuracy = knn_accuracy(
+            bank,
+            bank_labels,
+            queries,
+            query_labels,
+            num_classes=self.num_classes,
+            k=self.settings.k,
+            temperature=self.settings.temperature,
+        )
+        return {"knn/top1": accuracy}

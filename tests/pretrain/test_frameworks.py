@@ -1,0 +1,360 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightly.loss import NTXentLoss
+from torch import Tensor, nn
+
+from engine.backbones import BackboneRecipe
+from engine.randomness import generator
+from pretrain.framework import Framework, FrameworkRecipe, cosine_momentum, mlp
+from pretrain.frameworks.byol import BYOLRecipe
+from pretrain.frameworks.moco import MoCo, MoCoRecipe
+from pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
+from pretrain.frameworks.simsiam import SimSiamRecipe
+from pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
+from pretrain.split_batch_norm import SplitBatchNorm2d
+
+MOCO = MoCoRecipe(kind="mocov2", dim=8, queue_size=16, momentum=0.9, temperature=0.2, bn_splits=2)
+RECIPES: dict[str, FrameworkRecipe] = {
+    "moco": MOCO,
+    "simclr": SimCLRRecipe(dim=8, projector_width=16, temperature=0.3),
+    "byol": BYOLRecipe(dim=8, projector_width=16, momentum=0.9),
+    "simsiam": SimSiamRecipe(dim=8, projector_layers=2),
+}
+BACKBONE = BackboneRecipe(arch="resnet18", stem="cifar")
+
+
+def build(name: str) -> Framework:
+    torch.manual_seed(0)
+    return RECIPES[name].build(BACKBONE)
+
+
+@pytest.fixture
+def moco() -> MoCo:
+    framework = build("moco")
+    assert isinstance(framework, MoCo)
+    return framework
+
+
+def rows(num: int, dim: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(num, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+
+
+# --- losses, number by number in float64 -----------------------------------------------------------------------------
+
+
+def slow_info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> list[float]:
+    """Equation 1 of the MoCo paper."""
+    losses = []
+    for q, k in zip(query, key):
+        positive = math.exp(dot(q, k) / temperature)
+        total = positive + sum(math.exp(dot(q, other) / temperature) for other in queue)
+        losses.append(-math.log(positive / total))
+    return losses
+
+
+def slow_nt_xent(first: Tensor, second: Tensor, temperature: float) -> list[float]:
+    """Equation 1 and algorithm 1 of the SimCLR paper: the mean of l(i, j) and l(j, i) of each image."""
+    views = [*first, *second]
+    num = len(first)
+
+    def one(i: int, j: int) -> float:
+        total = sum(math.exp(dot(views[i], views[k]) / temperature) for k in range(2 * num) if k != i)
+        return -math.log(math.exp(dot(views[i], views[j]) / temperature) / total)
+
+    return [(one(i, i + num) + one(i + num, i)) / 2 for i in range(num)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_moco_loss(num: int, seed: int) -> None:
+    framework = build("moco").double()
+    assert isinstance(framework, MoCo)
+    query, key = rows(num, 8, seed), rows(num, 8, seed + 1)
+    assert framework.loss(query, key).tolist() == pytest.approx(slow_info_nce(query, key, framework.queue, 0.2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(2, 5), seed=st.integers(0, 1000))
+def test_simclr_loss(num: int, seed: int) -> None:
+    framework = build("simclr")
+    first, second = rows(num, 8, seed), rows(num, 8, seed + 1)
+    ours = (framework.loss(first, second) + framework.loss(second, first)) / 2
+    assert ours.tolist() == pytest.approx(slow_nt_xent(first, second, 0.3))
+
+
+def test_byol_and_simsiam_losses() -> None:
+    query, key = rows(5, 8, 0), rows(5, 8, 1)
+    distances = [sum((float(a) - float(b)) ** 2 for a, b in zip(q, k)) for q, k in zip(query, key)]
+    assert build("byol").loss(query, key).tolist() == pytest.approx(distances)
+    cosines = [-dot(q, k) for q, k in zip(query, key)]
+    assert build("simsiam").loss(query, key).tolist() == pytest.approx(cosines)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_loss_gradients(name: str) -> None:
+    framework = build(name).double()
+    query, key = rows(3, 8, 0).requires_grad_(), rows(3, 8, 1)
+    assert torch.autograd.gradcheck(lambda q: framework.loss(F.normalize(q, dim=1), key), query)
+
+
+def test_lightly_agrees_on_moco_and_simclr(moco: MoCo) -> None:
+    moco.double()
+    query, key = rows(6, 8, 0), rows(6, 8, 1)
+    theirs = NTXentLoss(temperature=0.2, memory_bank_size=(16, 8))
+    theirs.memory_bank.bank = moco.queue.clone()
+    theirs.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.int64)
+    assert float(moco.loss(query, key).mean()) == pytest.approx(float(theirs(query, key)), rel=1e-6)
+    simclr = build("simclr")
+    ours = (simclr.loss(query, key) + simclr.loss(key, query)).mean() / 2
+    assert float(ours) == pytest.approx(float(NTXentLoss(temperature=0.3)(query, key)), rel=1e-6)
+
+
+def test_loss_is_fp32_inside_autocast(moco: MoCo) -> None:
+    query, key = rows(4, 8, 0).float(), rows(4, 8, 1).float()
+    plain = moco.loss(query, key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moco.loss(query, key), plain)
+
+
+# --- every framework -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
+    framework = build(name).eval()  # in eval mode an embedding depends on its own image alone
+    first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    clean = framework.clean((first, second), (first, second), generator(0))
+    q1, q2 = framework.query(first), framework.query(second)
+    assert torch.allclose(clean.query, q1, atol=1e-5)
+    if name == "moco":
+        key = F.normalize(framework.key_encoder(second), dim=1)  # type: ignore[operator]
+        expected = framework.loss(q1, key)
+    elif name == "simclr":
+        key = q2
+        expected = (framework.loss(q1, q2) + framework.loss(q2, q1)) / 2
+    else:
+        encoder: Any = framework.target if name == "byol" else framework.encoder
+        k1, key = F.normalize(encoder(first), dim=1), F.normalize(encoder(second), dim=1)
+        expected = framework.loss(q1, key) + framework.loss(q2, k1)
+        expected = expected if name == "byol" else expected / 2
+    assert torch.allclose(clean.losses, expected, atol=1e-5)
+    assert torch.allclose(clean.key, key, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
+    framework = build(name).eval()
+    first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    hidden = torch.zeros_like(first)
+    whole = framework.clean((first, second), (first, second), generator(0))
+    erased = framework.clean((hidden, hidden), (first, second), generator(0))
+    assert torch.allclose(erased.key, whole.key, atol=1e-5)
+    assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
+    assert not torch.allclose(erased.losses, whole.losses)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
+    framework = build(name).train()
+    views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    framework.clean(views, views, generator(0)).losses.mean().backward()
+    for parameter_name, parameter in framework.named_parameters():
+        slow = parameter_name.startswith(("key_encoder", "target"))
+        assert parameter.requires_grad is not slow
+        assert (parameter.grad is None) is slow, parameter_name
+
+
+def test_simsiam_stops_the_gradient_of_its_keys() -> None:
+    framework = build("simsiam")
+    query, key = rows(3, 8, 0).requires_grad_(), rows(3, 8, 1).requires_grad_()
+    framework.loss(query, key).sum().backward()
+    assert query.grad is not None
+    assert key.grad is None
+
+
+def test_simsiam_keys_are_the_same_whether_or_not_they_are_computed_apart() -> None:
+    framework = build("simsiam").train()
+    first, second = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    together = framework.clean((first, second), (first, second), generator(0))
+    apart = framework.clean((first.clone(), second.clone()), (first, second), generator(0))
+    assert torch.allclose(together.losses, apart.losses, atol=1e-5)
+
+
+def test_moving_averages_follow_their_formula(moco: MoCo) -> None:
+    byol = build("byol")
+    for framework, fast, slow, momentum in (
+        (moco, "query_encoder", "key_encoder", 0.9),
+        (byol, "online", "target", cosine_momentum(0.9, 0.25)),
+    ):
+        quick, lazy = framework.get_submodule(fast), framework.get_submodule(slow)
+        with torch.no_grad():
+            for parameter in quick.parameters():
+                parameter.add_(1.0)
+        before = [p.clone() for p in lazy.parameters()]
+        framework.after_step(0.25)
+        for old, new, target in zip(before, lazy.parameters(), quick.parameters()):
+            assert torch.allclose(new, momentum * old + (1 - momentum) * target, atol=1e-6)
+
+
+def test_cosine_momentum_rises_to_one() -> None:
+    assert cosine_momentum(0.99, 0) == pytest.approx(0.99)
+    assert cosine_momentum(0.99, 0.5) == pytest.approx(0.995)
+    assert cosine_momentum(0.99, 1) == 1
+
+
+# --- MoCo ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.sampled_from([1, 2, 4, 8, 16]), steps=st.integers(1, 40))
+def test_queue_is_first_in_first_out_and_wraps(batch: int, steps: int) -> None:
+    framework = build("moco")
+    assert isinstance(framework, MoCo)
+    framework.queue.fill_(-1)
+    for step in range(steps):
+        framework.fresh.append(torch.full((batch, 8), float(step)))
+        framework.after_step(0)
+    newest = [float(max(steps - 1 - age // batch, -1)) for age in range(16)]
+    end = (steps * batch) % 16
+    assert int(framework.queue_position) == end
+    found = [float(framework.queue[(end - 1 - age) % 16, 0]) for age in range(16)]
+    assert found == newest
+
+
+def test_keys_enter_the_queue_after_the_step_only(moco: MoCo) -> None:
+    before = moco.queue.clone()
+    views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    keys = [moco.clean(views, views, generator(0)).key for _ in range(2)]  # two parts of an accumulated batch
+    assert torch.equal(moco.queue, before)
+    moco.after_step(0)
+    assert torch.equal(moco.queue[:8], torch.cat(keys))
+    assert torch.equal(moco.queue[8:], before[8:])
+
+
+def test_keys_come_back_in_order(moco: MoCo) -> None:
+    """In eval mode a key depends on its own image alone, so the shuffle must leave no trace."""
+    moco.eval()
+    images = torch.randn(6, 3, 16, 16)
+    keys = moco.key(images, generator(5))
+    for i in range(6):
+        alone: Tensor = F.normalize(moco.key_encoder(images[i : i + 1]), dim=1)
+        assert torch.allclose(keys[i : i + 1], alone, atol=1e-5)
+
+
+def test_shuffle_changes_the_groups_of_batch_statistics(moco: MoCo) -> None:
+    moco.train()
+    images = torch.randn(8, 3, 16, 16)
+    assert not torch.allclose(moco.key(images, generator(1)), moco.key(images, generator(2)), atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    split, plain = SplitBatchNorm2d(3, 4), nn.BatchNorm2d(3)
+    with torch.no_grad():
+        split.weight.normal_()
+        split.bias.normal_()
+    images = torch.randn(8, 3, 5, 5) * 2 + 1
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    groups, means, variances = [], [], []
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    for part in inputs[0].chunk(4):
+        own = nn.BatchNorm2d(3)
+        own.load_state_dict(split.state_dict())
+        groups.append(own(part))
+        means.append(own.running_mean)
+        variances.append(own.running_var)
+    expected, actual = torch.cat(groups), split(inputs[1])
+    assert torch.allclose(actual, expected, atol=1e-6)
+    assert torch.allclose(split.running_mean, torch.stack(means).mean(0), atol=1e-6)
+    assert torch.allclose(split.running_var, torch.stack(variances).mean(0), atol=1e-6)
+    upstream = torch.randn_like(expected)
+    (expected * upstream).sum().backward()
+    (actual * upstream).sum().backward()
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
+    plain.load_state_dict(split.state_dict())
+    assert torch.equal(split.eval()(images), plain.eval()(images))
+
+
+def test_moco_refuses_what_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="is not a multiple of batch_size 10"):
+        MOCO.check_batch(10, 1, 1)
+    with pytest.raises(ValueError, match="leaves 1 image per group"):
+        MOCO.check_batch(2, 1, 1)
+    with pytest.raises(ValueError, match="cannot be split in 8 equal groups"):
+        MoCoRecipe(queue_size=24, bn_splits=8).check_batch(12, 1, 1)
+    MOCO.check_batch(16, 2, 2)
+    with pytest.raises(ValueError, match="2 groups cannot be shared by 3 processes"):
+        MOCO.check_batch(16, 1, 3)
+
+
+# --- heads and optimizers --------------------------------------------------------------------------------------------
+
+
+def test_heads_have_the_layers_of_their_papers() -> None:
+    def layers(module: nn.Module) -> list[str]:
+        names = []
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                names.append(f"{layer.in_features}-{layer.out_features}")
+            elif isinstance(layer, nn.BatchNorm1d):
+                names.append("bn" if layer.affine else "bn-plain")
+            elif isinstance(layer, nn.ReLU):
+                names.append("relu")
+        return names
+
+    assert layers(mlp([4, 3, 2], norm=False)) == ["4-3", "relu", "3-2"]
+    simclr, byol, simsiam = (build(name) for name in ("simclr", "byol", "simsiam"))
+    assert layers(simclr.get_submodule("encoder.projector")) == ["512-16", "bn", "relu", "16-8", "bn"]
+    assert layers(byol.get_submodule("online.projector")) == ["512-16", "bn", "relu", "16-8"]
+    assert layers(byol.get_submodule("predictor")) == ["8-16", "bn", "relu", "16-8"]
+    assert layers(simsiam.get_submodule("encoder.projector")) == ["512-512", "bn", "relu", "512-8", "bn-plain"]
+    assert layers(simsiam.get_submodule("predictor")) == ["8-2", "bn", "relu", "2-8"]
+
+
+def test_parameter_groups_say_who_decays_and_whose_rate_is_fixed() -> None:
+    simsiam = build("simsiam")
+    groups = parameter_groups(SGDRecipe(lr=0.1, decay_norm_and_bias=False), simsiam)
+    assert {(group["fixed_lr"], "weight_decay" in group) for group in groups} == {
+        (fixed, exempt) for fixed in (False, True) for exempt in (False, True)
+    }
+    assert sum(len(group["params"]) for group in groups) == len([*simsiam.parameters()])
+    for group in groups:
+        assert all((parameter.ndim == 1) == ("weight_decay" in group) for parameter in group["params"])
+    predictor = {id(parameter) for parameter in simsiam.get_submodule("predictor").parameters()}
+    fixed = {id(parameter) for group in groups if group["fixed_lr"] for parameter in group["params"]}
+    assert fixed == predictor
+    (everything,) = parameter_groups(SGDRecipe(lr=0.1), build("byol"))
+    assert not everything["fixed_lr"]
+    assert len(everything["params"]) == sum(p.requires_grad for p in build("byol").parameters())
+
+
+def test_optimizers_and_the_linear_rule(moco: MoCo) -> None:
+    sgd = build_optimizer(SGDRecipe(lr=0.03, reference_batch_size=256, weight_decay=1e-4), moco, 1024)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.12)
+    adam = build_optimizer(AdamRecipe(lr=0.003, weight_decay=1e-6), build("simclr"), 512)
+    assert isinstance(adam, torch.optim.Adam)
+    assert not isinstance(adam, torch.optim.AdamW)
+    assert (adam.param_groups[0]["lr"], adam.param_groups[0]["weight_decay"]) == (0.003, 1e-6)
+
+
+def test_simclr_counts_itself_out(moco: MoCo) -> None:
+    """The similarity of an anchor with itself is no negative: with one image there is nothing but the positive."""
+    framework = build("simclr")
+    assert isinstance(framework, SimCLR)
+    query = rows(1, 8, 0)
+    assert framework.loss(query, rows(1, 8, 1)).tolist() == pytest.approx([0])
