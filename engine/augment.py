@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -163,14 +165,17 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Te
 # --- photometric operations ------------------------------------------------------------------------------------------
 
 
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2
+
+
 def _factor(values: Tensor, images: Tensor) -> Tensor:
     return values.to(images.device, images.dtype).view(-1, 1, 1, 1)
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """ITU-R 601-2 luma: (N, 3, H, W) to (N, 1, H, W)."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    """Luma: (N, 3, H, W) to (N, 1, H, W)."""
+    grey = images[:, 0:1] * LUMA[0]
+    return grey.add_(images[:, 1:2], alpha=LUMA[1]).add_(images[:, 2:3], alpha=LUMA[2])
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -181,60 +186,70 @@ def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the mean grey value of each image; ``factors`` (N,)."""
     factor = _factor(factors, images)
-    mean = grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    return (factor * images + (1 - factor) * mean).clamp_(0, 1)
+    mean = grayscale(images.mean(dim=(2, 3), keepdim=True))  # luma is linear: the mean's luma is the luma's mean
+    return (images * factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the grey image; ``factors`` (N,)."""
     factor = _factor(factors, images)
-    return (factor * images + (1 - factor) * grayscale(images)).clamp_(0, 1)
+    return (images * factor).add_(grayscale(images).mul_(1 - factor)).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
     """Turn the hue; ``shifts`` (N,) in [-0.5, 0.5], as shares of the colour circle.
 
-    RGB to HSV and back collapses to one formula per channel: with V the largest channel and C the spread, a channel
-    is V - C * clamp(min(k, 4 - k), 0, 1) where k = (offset + 6 * hue) mod 6; the offset is 5, 3, 1 for red, green, blue.
+    RGB to HSV and back collapses to one formula per channel. With V the largest channel, C the spread, and the hue h in
+    sixths of the circle, a channel is V - C + C · clamp(2 - d, 0, 1), where d is the distance on the circle between h and
+    the channel's own place (0 for red, 2 for green, 4 for blue); with t = ||h - place| - 3|, that is clamp(t - 1, 0, 1).
     """
     red, green, blue = images.unbind(1)
-    value, _ = images.max(dim=1)
-    spread = value - images.min(dim=1).values
-    safe = torch.where(spread == 0, torch.ones_like(spread), spread)
-    is_red = value == red
-    is_green = (value == green) & ~is_red
-    hue6 = torch.where(
-        is_red,
-        (green - blue) / safe,
-        torch.where(is_green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    hue6 = hue6 + 6 * _factor(shifts, images).squeeze(1)
-    channels = []
-    for offset in (5, 3, 1):
-        k = (offset + hue6).remainder(6)
-        channels.append(value - spread * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, dim=1)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    lowest = torch.minimum(torch.minimum(red, green), blue)
+    spread = value - lowest
+    is_red = (value == red).to(images.dtype)  # products are several times faster than torch.where
+    is_green = (value == green).to(images.dtype).mul_(1 - is_red)
+    hue = (red - green).add_(spread, alpha=4).mul_(1 - is_red - is_green)
+    hue.addcmul_((blue - red).add_(spread, alpha=2), is_green).addcmul_(green - blue, is_red)
+    hue.div_(spread.clamp(min=1e-12))  # where the spread is 0, so is what it is divided into: grey stays grey
+    hue.add_(6 * _factor(shifts, images).squeeze(1))
+    hue.sub_((hue / 6).floor_(), alpha=6)  # into [0, 6)
+    result = torch.empty_like(images)
+    for channel, place in enumerate((0, 2, 4)):
+        near = (hue - place).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+        torch.addcmul(lowest, near, spread, out=result[:, channel])
+    return result
 
 
-def gaussian_blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
+def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Blur each image with its own Gaussian, reflecting at the border.
+
+    The kernel ends at three standard deviations, which hold 99.7 % of a Gaussian, and before the opposite border.
 
     Args:
         images: (N, 3, H, W).
         sigmas: (N,) standard deviations in pixels, above 0.
-        radius: Half the kernel size in pixels: the kernel has ``2 * radius + 1`` taps. Below H and W.
     """
-    num, channels, height, width = images.shape
-    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
-    kernels = torch.exp(-0.5 * (offsets / sigmas.to(images.device, torch.float32)[:, None]) ** 2)
-    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).to(images.dtype)  # (N, taps)
+    result = images.clone()
+    radii = (3 * sigmas).ceil().to(torch.int64).clamp(max=min(images.shape[-2:]) - 1)
+    for radius in sorted(set(radii.tolist())):
+        _apply(partial(_blur, radius=radius), result, radii == radius, sigmas)
+    return result
+
+
+def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
+    height, width = images.shape[-2:]
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernels = torch.exp(-0.5 * (offsets / sigmas[:, None]) ** 2)
+    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).to(images.device, images.dtype)  # (N, taps)
+    taps = kernels.T.reshape(2 * radius + 1, -1, 1, 1, 1)
     padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
-    rows = torch.zeros(num, channels, height, width + 2 * radius, device=images.device, dtype=images.dtype)
-    for tap in range(2 * radius + 1):
-        rows.addcmul_(padded[:, :, tap : tap + height], kernels[:, tap].view(-1, 1, 1, 1))
-    result = torch.zeros_like(images)
-    for tap in range(2 * radius + 1):
-        result.addcmul_(rows[..., tap : tap + width], kernels[:, tap].view(-1, 1, 1, 1))
+    rows = padded[:, :, :height] * taps[0]
+    for number in range(1, 2 * radius + 1):
+        rows.addcmul_(padded[:, :, number : number + height], taps[number])
+    result = rows[..., :width] * taps[0]
+    for number in range(1, 2 * radius + 1):
+        result.addcmul_(rows[..., number : number + width], taps[number])
     return result
 
 
@@ -279,7 +294,7 @@ def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator
     )
 
 
-def apply_photometric(images: Tensor, draws: PhotometricDraws, blur_radius: int) -> Tensor:
+def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
     """Jitter, greyscale and blur a batch of (N, 3, H, W) images in [0, 1]; the input is not changed."""
     images = images.clone()
     operations = (
@@ -290,18 +305,20 @@ def apply_photometric(images: Tensor, draws: PhotometricDraws, blur_radius: int)
     )
     for position in range(4):
         for number, (operation, values) in enumerate(operations):
-            chosen = (draws.jitter & (draws.order[:, position] == number)).nonzero().flatten()
-            if len(chosen):
-                there = chosen.to(images.device)
-                images[there] = operation(images[there], values[chosen])
-    grey = draws.grayscale.nonzero().flatten().to(images.device)
-    if len(grey):
-        images[grey] = grayscale(images[grey]).expand(-1, 3, -1, -1)
-    blur = draws.blur.nonzero().flatten()
-    if len(blur):
-        there = blur.to(images.device)
-        images[there] = gaussian_blur(images[there], draws.sigma[blur], blur_radius)
+            _apply(operation, images, draws.jitter & (draws.order[:, position] == number), values)
+    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
+    _apply(gaussian_blur, images, draws.blur, draws.sigma)
     return images
+
+
+def _apply(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, chosen: Tensor, values: Tensor) -> None:
+    """Replace the chosen images in place by what the operation makes of them and their values."""
+    which = chosen.nonzero().flatten()
+    if len(which) == len(images):
+        images.copy_(operation(images, values))
+    elif len(which):
+        there = which.to(images.device)
+        images[there] = operation(images[there], values[which])
 
 
 class Photometric:
@@ -314,7 +331,7 @@ class Photometric:
         """Augment and normalise some rows of a batch.
 
         Args:
-            images: (N, 3, H, W) float in [0, 1], the rows ``rows``.
+            images: (N, 3, H, W) uint8 or float in [0, 1], the rows ``rows``.
             generator: Draws for the whole batch, so that a sample's draws do not depend on which process has it.
             rows: Which rows of the batch these are.
             total: Rows of the whole batch.
@@ -323,14 +340,24 @@ class Photometric:
             (N, 3, H, W), channels last in memory.
         """
         draws = draw_photometric(self.recipe, total, generator).rows(rows)
-        # Four standard deviations hold 99.99 % of a Gaussian; a kernel may not be wider than the image.
-        radius = min(math.ceil(4 * self.recipe.blur_sigma[1]), min(images.shape[-2:]) - 1)
-        augmented = normalize(apply_photometric(images, draws, radius))
-        return augmented.contiguous(memory_format=torch.channels_last)
+        result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
+        together = len(images) if images.device.type != "cpu" else 1  # one image stays in a core's cache all the way
+        for start in range(0, len(images), together):
+            part = slice(start, start + together)
+            result[part] = normalize(apply_photometric(as_float(images[part]), draws.rows(part)))
+        return result
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 to float in [0, 1], channels first in memory; floats as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Subtract ImageNet's mean and divide by its standard deviation, per channel."""
+    """Subtract ImageNet's mean and divide by its standard deviation, per channel; uint8 or float in [0, 1] to float."""
+    images = as_float(images)
     mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    return (images - mean) / std
+    return (images - mean).mul_(1 / std)

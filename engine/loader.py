@@ -32,7 +32,8 @@ class Batch:
     """This process's rows of one training batch, on the device.
 
     Attributes:
-        views: For each view (B, 3, crop, crop) float in [0, 1], cropped and flipped, not yet photometrically augmented.
+        views: For each view (B, 3, crop, crop) uint8 (or float in [0, 1]), cropped and flipped, not yet photometrically
+            augmented.
         labels: (B,) int64.
         step: The step it belongs to, from 0.
         rows: Which rows of the step's whole batch these are.
@@ -134,7 +135,7 @@ class ImageSource(Protocol):
         ...
 
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order: central crops in [0, 1] on the device, and their labels."""
+        """Every image once, in order: central crops, uint8, on the device, and their labels."""
         ...
 
 
@@ -191,8 +192,10 @@ class _Views(Dataset[tuple[list[Tensor], int]]):
         for view, recipe in enumerate(self.recipes):
             draws = random.Random(derived_seed(self.seed, "crop", epoch, index, view))
             top, left, height, width, flip = draw_crop(image.shape[1], image.shape[2], recipe, draws)
-            cut = image[:, top : top + height, left : left + width]
-            cut = TF.resize(cut, [recipe.crop, recipe.crop], antialias=True)
+            # Decoded images lie with their channels last; a cut that does, too, is resized a third faster.
+            cut = image[None, :, top : top + height, left : left + width]
+            cut = cut.contiguous(memory_format=torch.channels_last)
+            cut = TF.resize(cut, [recipe.crop, recipe.crop], antialias=True)[0]
             views.append(cut.flip(-1) if flip else cut)
         return views, int(self.images.labels[index])
 
@@ -218,7 +221,8 @@ def _central(image: Tensor, resize: int | None, crop: int) -> Tensor:
 
 def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tensor]:
     views, labels = zip(*items)
-    return [torch.stack(view) for view in zip(*views)], torch.tensor(labels)
+    stacked = [torch.stack([image.permute(1, 2, 0) for image in view]).permute(0, 3, 1, 2) for view in zip(*views)]
+    return stacked, torch.tensor(labels)  # channels last, as they come: without a transposition on the loader's cores
 
 
 class StreamSource:
@@ -236,8 +240,7 @@ class StreamSource:
             pin_memory=self.device.type == "cuda",
         )
         for views, labels in from_workers(loader):
-            moved = [view.to(self.device, non_blocking=True).float() / 255 for view in views]
-            yield moved, labels.to(self.device, non_blocking=True)
+            yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device, non_blocking=True)
 
     def training(
         self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
@@ -293,7 +296,7 @@ class ResidentSource:
         """See `ImageSource.evaluation`."""
         for start in range(0, len(self.images), batch_size):
             pixels = self.pixels[start : start + batch_size]
-            yield _central(pixels, resize, crop).float() / 255, self.labels[start : start + batch_size]
+            yield _central(pixels, resize, crop), self.labels[start : start + batch_size]
 
 
 def _decoded(images: ImageSet) -> Tensor:

@@ -25,6 +25,7 @@ from engine.storage import RunDirectory, write_atomic
 from engine.watching import Sink
 
 B = TypeVar("B")
+Part = Callable[[], dict[str, Tensor]]
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
@@ -51,7 +52,6 @@ class Job:
         evaluate: Called after every ``evaluate_every`` steps and after the last, by every process; its values are logged.
         evaluate_every: Steps between two evaluations; 0 means never.
         clip_norm: Largest gradient norm, or None.
-        split: A step's batch to the parts of equal size over which its gradient is accumulated.
         after_step: Called with the step after the optimizer's step: momentum encoders and queues move here.
         not_shared: Suffixes of buffers that the processes keep equal themselves.
         watch: From a log line and its step to a warning, or None.
@@ -75,7 +75,6 @@ class Job:
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     clip_norm: float | None = None
-    split: Callable[[Any], Sequence[Any]] = lambda batch: (batch,)
     after_step: Callable[[int], None] | None = None
     not_shared: tuple[str, ...] = ()
     watch: Callable[[Mapping[str, float], int], str | None] | None = None
@@ -89,26 +88,27 @@ class Job:
 
 
 class _Losses(nn.Module):
-    """The loss as one forward pass, which is what gradients are averaged over processes for."""
+    """A part of the loss as one forward pass, which is what gradients are averaged over processes for."""
 
-    def __init__(self, model: nn.Module, losses: Callable[[Any, int], dict[str, Tensor]]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.losses = model, losses
+        self.model = model
 
-    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
-        return self.losses(batch, step)
+    def forward(self, part: Part) -> dict[str, Tensor]:
+        return part()
 
 
 def train(
-    job: Job, batches: Callable[[int], Iterator[B]], losses: Callable[[B, int], dict[str, Tensor]]
+    job: Job, batches: Callable[[int], Iterator[B]], losses: Callable[[B, int], Sequence[Part]]
 ) -> dict[str, float]:
     """Run a job from its checkpoint, or from the start, to its last step.
 
     Args:
         job: What is trained.
         batches: From the first step to do, an iterator over the remaining batches.
-        losses: From a batch (or a part of it) and its step to named scalars; ``loss`` is the one that is minimised, all
-            are logged.
+        losses: From a batch and its step to the parts of the step's loss. Each part gives named scalars: ``loss`` is the one
+            that is minimised, all are logged. The gradient of a part is computed before the next one is called, and the
+            gradients and the scalars of the parts are added.
 
     Returns:
         ``seconds`` over all processes that worked on the run one after another, the mean ``images_per_second`` of this
@@ -119,7 +119,7 @@ def train(
         Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
     """
     first, seconds_before = _resume(job)
-    compute = distributed.parallel(_Losses(job.model, losses), job.device, job.not_shared)
+    compute = distributed.parallel(_Losses(job.model), job.device, job.not_shared)
     sinks = job.open_sinks(first) if distributed.world().is_writer else ()
     started = time.monotonic()
     evaluated: dict[str, float] = {}
@@ -144,7 +144,7 @@ def train(
             waited += time.monotonic() - before
             torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
-            window.add(step, _backward(job, compute, batch, step))
+            window.add(step, _backward(job, compute, losses(batch, step)))
             if job.clip_norm is not None:
                 job.scaler.unscale_(job.optimizer)
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
@@ -192,21 +192,19 @@ def train(
     return {"seconds": elapsed(), "images_per_second": rate, **evaluated}
 
 
-def _backward(job: Job, compute: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
-    """Forward and backward over the parts of a batch: the gradient of the mean, and the mean of every term."""
+def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Forward and backward over the parts of a step; of several processes, the last part's backward averages gradients."""
     job.optimizer.zero_grad(set_to_none=True)
-    parts = job.split(batch)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         local = compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) and not last else None
         with local or contextlib.nullcontext():
             with autocast(job.device, job.precision):
-                terms = compute(part, step)
-            job.scaler.scale(terms["loss"] / len(parts)).backward()
+                terms = compute(part)
+            job.scaler.scale(terms["loss"]).backward()
         for name, value in terms.items():
-            share = value.detach().float() / len(parts)
-            sums[name] = sums[name] + share if name in sums else share
+            sums[name] = sums.get(name, 0) + value.detach().float()
     return sums
 
 

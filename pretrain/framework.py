@@ -65,6 +65,7 @@ class Framework(nn.Module, ABC):
     """
 
     not_shared: tuple[str, ...] = ()  # buffers that several processes keep equal themselves
+    keys_have_gradient = False
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -23,6 +23,7 @@ class NoMix(Recipe):
     """The framework as published: clean views only."""
 
     kind: Literal["none"] = "none"
+    num_mixtures: ClassVar[int] = 0
 
     @property
     def method(self) -> Method:
@@ -64,6 +65,7 @@ class MixMask(MaskOptions):
     """
 
     kind: Literal["mixmask"] = "mixmask"
+    num_mixtures: ClassVar[int] = 1
     mask: Literal["block", "discrete"] = "block"
     switch: bool = True
     partner: Literal["reverse", "random"] = "reverse"
@@ -78,6 +80,7 @@ class UnMix(Recipe):
     """Mixup with probability ``unmix_prob``, else CutMix, one draw for the batch (arXiv:2003.05438, section 3)."""
 
     kind: Literal["unmix"] = "unmix"
+    num_mixtures: ClassVar[int] = 1
     unmix_prob: float = Field(0.5, ge=0, le=1)
 
     @property
@@ -94,6 +97,7 @@ class MixMaskUnMix(MaskOptions):
     """
 
     kind: Literal["mixmask+unmix"] = "mixmask+unmix"
+    num_mixtures: ClassVar[int] = 2
     mask: Literal["block", "discrete"] = "block"
     switch: bool = True
     unmix_prob: float = Field(0.5, ge=0, le=1)
@@ -116,6 +120,7 @@ class Erase(MaskOptions):
     """
 
     kind: Literal["erase"] = "erase"
+    num_mixtures: ClassVar[int] = 0
     mask: tuple[Literal["random", "focal", "channelwise"], ...] = Field(("random",), min_length=1)
     fill: Literal["zero", "noise"] = "zero"
     mask_per: Literal["batch", "sample"] = "sample"

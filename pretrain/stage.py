@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine import distributed
 from engine.backbones import BackboneInfo, save_backbone
@@ -24,14 +24,14 @@ from engine.randomness import derived_seed
 from engine.records import Record, environment, finished_record
 from engine.schedule import cosine_factor
 from engine.storage import RunDirectory, locate_run
-from engine.training import Job, require_same_data, train
+from engine.training import Job, Part, require_same_data, train
 from engine.watching import check_watch, open_sinks
 from pretrain.diagnostics import collapse_warning
 from pretrain.framework import Framework
 from pretrain.monitor import Monitor
 from pretrain.optimizers import build_optimizer
 from pretrain.recipe import PretrainRecipe
-from pretrain.step import batch_losses
+from pretrain.step import batch_parts
 
 BACKBONE_FILE = "backbone.safetensors"
 
@@ -246,7 +246,6 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         evaluate=monitor,
         evaluate_every=recipe.monitor.every_epochs * per_epoch if recipe.monitor is not None else 0,
         clip_norm=recipe.clip_norm,
-        split=lambda batch: [batch.part(number, recipe.accumulate) for number in range(recipe.accumulate)],
         after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
         not_shared=model.not_shared,
         watch=lambda line, step: collapse_warning(line, step / plan.num_steps),
@@ -258,9 +257,9 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     def batches(first: int) -> Iterator[Batch]:
         return source.training(plan.batches, recipe.views, first, plan.num_steps)
 
-    def losses(batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(batch: Batch, step: int) -> list[Part]:
         logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
-        return batch_losses(model, recipe, batch, step, diagnosed=logged)
+        return batch_parts(model, recipe, batch, step, diagnosed=logged)
 
     started = time.monotonic()
     result = train(job, batches, losses)

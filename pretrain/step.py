@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,74 +12,131 @@ from engine.augment import Photometric
 from engine.distributed import world
 from engine.loader import Batch
 from engine.randomness import generator, python_generator
+from engine.training import Part
 from pretrain.diagnostics import diagnose
-from pretrain.framework import Framework
-from pretrain.mixing import Erase, draw_mixtures, erase, mixture_loss
-
-if TYPE_CHECKING:
-    from pretrain.recipe import PretrainRecipe
+from pretrain.framework import Clean, Framework
+from pretrain.mixing import Erase, Mixture, draw_mixtures, erase, mixture_loss
+from pretrain.recipe import PretrainRecipe
 
 
-def batch_losses(
+def batch_parts(
     framework: Framework, recipe: PretrainRecipe, batch: Batch, step: int, diagnosed: bool = False
-) -> dict[str, Tensor]:
-    """Photometric augmentation of a batch, and its `step_losses`.
+) -> list[Part]:
+    """The parts of a step's loss on this process's rows of a batch.
 
-    A sample's augmentation depends on its row of the step's whole batch, whichever process has it; masks and mixtures are
-    drawn by each process, and for each part of an accumulated batch, on its own.
+    A sample's photometric augmentation depends on its row of the step's whole batch, whichever process has it; masks and
+    mixtures are drawn by each process, and for each part of an accumulated batch, on its own.
+
+    Args:
+        framework: The framework.
+        recipe: The run's recipe.
+        batch: This process's rows.
+        step: The step, from which everything is drawn.
+        diagnosed: Add `pretrain.diagnostics` to what is logged.
     """
-    views = [
-        Photometric(view)(images, generator(recipe.seed, "photometric", step, number), batch.rows, batch.total)
-        for number, (view, images) in enumerate(zip(recipe.views, batch.views, strict=True))
-    ]
-    return step_losses(framework, recipe, views, step, batch.number, diagnosed)
+
+    def augmented(rows: Batch) -> list[Tensor]:
+        return [
+            Photometric(view)(images, generator(recipe.seed, "photometric", step, number), rows.rows, rows.total)
+            for number, (view, images) in enumerate(zip(recipe.views, rows.views, strict=True))
+        ]
+
+    parts: list[Part] = []
+    for number in range(recipe.accumulate):
+        views = partial(augmented, batch.part(number, recipe.accumulate))
+        parts += StepLosses(framework, recipe, views, step, number, diagnosed).parts()
+    return parts
 
 
-def step_losses(
-    framework: Framework,
-    recipe: PretrainRecipe,
-    views: list[Tensor],
-    step: int,
-    part: int = 0,
-    diagnosed: bool = False,
-) -> dict[str, Tensor]:
+class StepLosses:
     """L = L(q, k) + Σ over mixtures of λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6).
 
     Clean and mixed queries go through the encoder apart, so that their batch statistics do not mix; keys are never mixed.
     For a framework with a symmetric loss, too, one view is mixed ("only one additional view per image", section 1).
 
+    The clean term and each mixture's are parts whose gradients can be computed one after another: memory for one pass is
+    enough for all of them. Where the keys have a gradient themselves, they are one part.
+
     Args:
         framework: The framework.
         recipe: The run's recipe.
-        views: Two (N, 3, H, W) views of the same images, augmented and normalised; small ones after them, if any.
+        views: Gives two (N, 3, H, W) views of the same images, augmented and normalised; small ones after them, if any.
         step: The step, from which masks, permutations and shuffles are drawn.
-        part: Which part of an accumulated batch.
-        diagnosed: Add `pretrain.diagnostics`.
-
-    Returns:
-        ``loss``, its terms, the framework's own metrics, and the diagnostics.
+        number: Which part of an accumulated batch.
+        diagnosed: Add the diagnostics.
     """
-    shared = generator(recipe.seed, "shuffle", step, part)
-    own = python_generator(recipe.seed, "mask", step, world().rank, part)
-    keys = (views[0], views[1])
-    if isinstance(recipe.mix, Erase):
-        clean = framework.clean((erase(recipe.mix, keys[0], own), erase(recipe.mix, keys[1], own)), keys, shared)
-        terms = {"erased": clean.losses.mean()}
-        for small in views[2:]:
-            query = framework.query(erase(recipe.mix, small, own))
-            terms["small"] = terms.get("small", 0) + framework.loss(query, clean.key).mean()
-        loss = torch.stack([*terms.values()]).sum() / (1 + len(views[2:]))
-    else:
-        clean = framework.clean(keys, keys, shared)
-        terms = {"clean": clean.losses.mean()}
-        for mixture in draw_mixtures(recipe.mix, keys[0], own):
-            mixed = framework.query(mixture.images)
-            switched = framework.loss(mixed[mixture.switched], clean.key) if mixture.switch else None
-            terms[mixture.name] = mixture_loss(framework.loss(mixed, clean.key), switched, mixture)
-        loss = torch.stack([*terms.values()]).sum()
-    return {
-        "loss": loss,
-        **{name: value.detach() for name, value in terms.items()},
-        **clean.metrics,
-        **(diagnose(clean.query.detach(), clean.key.detach()) if diagnosed else {}),
-    }
+
+    def __init__(
+        self,
+        framework: Framework,
+        recipe: PretrainRecipe,
+        views: Callable[[], list[Tensor]],
+        step: int,
+        number: int = 0,
+        diagnosed: bool = False,
+    ) -> None:
+        self.framework, self.recipe, self.make_views, self.diagnosed = framework, recipe, views, diagnosed
+        self.shared = generator(recipe.seed, "shuffle", step, number)
+        self.own = python_generator(recipe.seed, "mask", step, world().rank, number)
+        self.key = torch.empty(0)
+        self.mixtures: list[Mixture] = []
+        self.small: list[Tensor] = []
+
+    def parts(self) -> list[Part]:
+        """To be called in this order, each giving its share of ``loss`` and of what is logged."""
+        mix = self.recipe.mix
+        parts: list[Part] = [self._erased] if isinstance(mix, Erase) else [self._clean]
+        parts += [self._mixture] * mix.num_mixtures
+        if isinstance(mix, Erase):
+            parts += [self._small] * mix.extra_crops
+        if self.framework.keys_have_gradient:
+            return [partial(sum_of, parts)]
+        return parts
+
+    def _logged(self, name: str, loss: Tensor, weight: float, clean: Clean | None = None) -> dict[str, Tensor]:
+        share = 1 / self.recipe.accumulate
+        terms = {"loss": loss * weight * share, name: loss.detach() * share}
+        if clean is not None:
+            more = diagnose(clean.query.detach(), clean.key.detach()) if self.diagnosed else {}
+            terms |= {metric: value * share for metric, value in {**clean.metrics, **more}.items()}
+        return terms
+
+    def _clean(self) -> dict[str, Tensor]:
+        views = self.make_views()
+        pair = (views[0], views[1])
+        clean = self.framework.clean(pair, pair, self.shared)
+        self.key = clean.key
+        self.mixtures = draw_mixtures(self.recipe.mix, views[0], self.own)
+        return self._logged("clean", clean.losses.mean(), 1, clean)
+
+    def _mixture(self) -> dict[str, Tensor]:
+        mixture = self.mixtures.pop(0)
+        mixed = self.framework.query(mixture.images)
+        switched = self.framework.loss(mixed[mixture.switched], self.key) if mixture.switch else None
+        loss = mixture_loss(self.framework.loss(mixed, self.key), switched, mixture)
+        return self._logged(mixture.name, loss, 1)
+
+    def _erased(self) -> dict[str, Tensor]:
+        mix = self.recipe.mix
+        assert isinstance(mix, Erase)
+        first, second, *small = self.make_views()
+        hidden = erase(mix, first, self.own), erase(mix, second, self.own)
+        clean = self.framework.clean(hidden, (first, second), self.shared)
+        self.key = clean.key
+        self.small = [erase(mix, view, self.own) for view in small]
+        return self._logged("erased", clean.losses.mean(), 1 / (1 + mix.extra_crops), clean)
+
+    def _small(self) -> dict[str, Tensor]:
+        mix = self.recipe.mix
+        assert isinstance(mix, Erase)
+        query = self.framework.query(self.small.pop(0))
+        return self._logged("small", self.framework.loss(query, self.key).mean(), 1 / (1 + mix.extra_crops))
+
+
+def sum_of(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """All parts as one: the sum of every term."""
+    terms: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part().items():
+            terms[name] = terms[name] + value if name in terms else value
+    return terms

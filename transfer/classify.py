@@ -21,7 +21,7 @@ from engine.progress import say, track
 from engine.randomness import derived_seed
 from engine.schedule import cosine_factor, step_factor
 from engine.storage import RunDirectory
-from engine.training import Job, train
+from engine.training import Job, Part, train
 from transfer.checkpoints.layouts import Source
 from transfer.recipe import EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
 
@@ -194,9 +194,12 @@ def _finetune(
     def batches(first: int) -> Iterator[Batch]:
         return source.training(plan, [recipe.augment], first, total)
 
-    def losses(batch: Batch, step: int) -> dict[str, Tensor]:
-        images = normalize(batch.views[0]).contiguous(memory_format=torch.channels_last)
-        return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+    def losses(batch: Batch, step: int) -> list[Part]:
+        def cross_entropy() -> dict[str, Tensor]:
+            images = normalize(batch.views[0]).contiguous(memory_format=torch.channels_last)
+            return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+
+        return [cross_entropy]
 
     result = train(job, batches, losses)
     return {**accuracy(model, test_source, recipe.evaluation, recipe), **result}

@@ -114,14 +114,16 @@ class MoCo(Framework):
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """InfoNCE of each query against its key and the queue (arXiv:1911.05722, equation 1)."""
-        logits = self._logits(query, key)
-        return torch.logsumexp(logits, dim=1) - logits[:, 0]
+        return self._contrast(query, key)[0]
 
-    def _logits(self, query: Tensor, key: Tensor) -> Tensor:
+    def _contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) losses, and whether the key is more similar to its query than every negative."""
         with torch.autocast(query.device.type, enabled=False):
-            positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
-            negative = query @ self.queue.T  # (N, K)
-            return torch.cat([positive, negative], dim=1) / self.recipe.temperature
+            positive = (query * key).sum(dim=1) / self.recipe.temperature  # (N,)
+            negative = query @ self.queue.T / self.recipe.temperature  # (N, K)
+            # Joining them into one row of logits first would copy the largest tensor of the loss, and its gradient.
+            losses = torch.logaddexp(positive, torch.logsumexp(negative, dim=1)) - positive
+            return losses, positive.detach() > negative.detach().amax(dim=1)
 
     def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
         """See `Framework.clean`; only the first view asks and only the second one answers."""
@@ -129,10 +131,8 @@ class MoCo(Framework):
         key = self.key(keys[1], draws)
         if self.training:
             self.fresh.append(gather(key))
-        logits = self._logits(query, key)
-        losses = torch.logsumexp(logits, dim=1) - logits[:, 0]
-        first = (logits.detach().argmax(dim=1) == 0).float().mean()
-        return Clean(losses, query, key, {"contrast_accuracy": 100 * first})
+        losses, first = self._contrast(query, key)
+        return Clean(losses, query, key, {"contrast_accuracy": 100 * first.float().mean()})
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -33,6 +33,8 @@ class SimCLRRecipe(FrameworkRecipe):
 class SimCLR(Framework):
     """One encoder for both views; every embedding has a gradient."""
 
+    keys_have_gradient = True
+
     def __init__(self, recipe: SimCLRRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe

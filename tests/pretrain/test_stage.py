@@ -17,10 +17,11 @@ from engine.config import load_recipe
 from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
 from engine.randomness import python_generator
 from engine.records import Record
+from engine.training import Part
 from pretrain import stage
 from pretrain.mixing import draw_mixtures
 from pretrain.recipe import PretrainRecipe
-from pretrain.step import step_losses
+from pretrain.step import StepLosses, sum_of
 
 CONFIG = """
 name: tiny
@@ -92,21 +93,21 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     whole = plan(config, tmp_path / "whole", *resident)
     stage.run(whole)
     expected, _ = load_backbone(whole.product)
-    original = stage.batch_losses
+    original = stage.batch_parts
     for stop in (1, 2, 5):
         broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
 
-        def failing(*args: Any, _stop: int = stop, **kwargs: Any) -> dict[str, torch.Tensor]:
+        def failing(*args: Any, _stop: int = stop, **kwargs: Any) -> list[Part]:
             if args[-1] == _stop:
                 raise KeyboardInterrupt
             return original(*args, **kwargs)
 
-        stage.batch_losses = failing
+        stage.batch_parts = failing
         try:
             with pytest.raises(KeyboardInterrupt):
                 stage.run(broken)
         finally:
-            stage.batch_losses = original
+            stage.batch_parts = original
         stage.run(broken)
         state, _ = load_backbone(broken.product)
         assert all(torch.equal(expected[name], state[name]) for name in expected)
@@ -155,7 +156,7 @@ def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int
     draws = torch.Generator().manual_seed(0)
     views = [torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2)]
     with torch.no_grad():
-        terms = step_losses(model, recipe, views, step=7)
+        terms = sum_of(StepLosses(model, recipe, lambda: views, step=7).parts())
         clean = model.clean((views[0], views[1]), (views[0], views[1]), torch.Generator())
         expected, counted = float(clean.losses.mean()), 1
         for mixture in draw_mixtures(recipe.mix, views[0], python_generator(recipe.seed, "mask", 7, 0, 0)):
@@ -178,7 +179,7 @@ def test_erased_views_are_the_queries_and_small_crops_more_of_them(config: Path,
     model = prepared.recipe.framework.build(prepared.recipe.backbone)
     views = [torch.randn(16, 3, size, size) for size in (32, 32, 20, 20)]
     with torch.no_grad():
-        terms = step_losses(model, prepared.recipe, views, step=0)
+        terms = sum_of(StepLosses(model, prepared.recipe, lambda: views, step=0).parts())
     assert float(terms["loss"]) == pytest.approx(float(terms["erased"] + terms["small"]) / 3, rel=1e-5)
     stage.run(plan(config, tmp_path, *erased, "max_steps=2"))
     assert prepared.recipe.method == "mscn"

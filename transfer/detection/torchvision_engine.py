@@ -17,7 +17,7 @@ from engine.progress import say, track
 from engine.randomness import derived_seed, generator
 from engine.schedule import step_factor, warmup_factor
 from engine.storage import RunDirectory
-from engine.training import Job, train
+from engine.training import Job, Part, train
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
 from transfer.detection.c4 import C4Detector
@@ -88,11 +88,14 @@ def run_detection(
     def batches(first: int) -> Iterator[DetectionBatch]:
         return training_batches(train_set, recipe, setting.seed, first, iterations)
 
-    def losses(batch: DetectionBatch, step: int) -> dict[str, Tensor]:
-        draws = generator(setting.seed, "detection-sampling", step)
-        images, targets = _to(batch, setting.device)
-        terms = detector.losses(images, targets, draws)
-        return {"loss": torch.stack([*terms.values()]).sum(), **{k: v.detach() for k, v in terms.items()}}
+    def losses(batch: DetectionBatch, step: int) -> list[Part]:
+        def detection() -> dict[str, Tensor]:
+            draws = generator(setting.seed, "detection-sampling", step)
+            images, targets = _to(batch, setting.device)
+            terms = detector.losses(images, targets, draws)
+            return {"loss": torch.stack([*terms.values()]).sum(), **{k: v.detach() for k, v in terms.items()}}
+
+        return [detection]
 
     result = train(job, batches, losses)
     if recipe.precise_bn_iterations:
