@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.mixmask-installed
 MIXMASK := $(BIN)/mixmask
 
-# What the targets work on; override on the command line: make pretrain CONFIG=… ARGS="data.root=/data/cifar10 epochs=200"
-CONFIG ?= configs/pretrain/cifar10_mocov2_mixmask.yaml
+# What the targets work on; override on the command line: make pretrain CONFIG=… ARGS="data.root=/data/cifar100 epochs=200"
+CONFIG ?= configs/pretrain/cifar100_moco_mixmask.yaml
 BACKBONE ?= backbone.safetensors
 SOURCE ?= $(BACKBONE)
 OUT ?= backbone.pkl

@@ -47,7 +47,7 @@ def pretrain(
 
     \b
     Example:
-      mixmask pretrain configs/pretrain/cifar10_mocov2_mixmask.yaml data.root=/data/cifar10 epochs=200
+      mixmask pretrain configs/pretrain/cifar100_moco_mixmask.yaml data.root=/data/cifar100 epochs=200
     """
     from engine.config import load_recipe, to_yaml
     from engine.distributed import agreed, session

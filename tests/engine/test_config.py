@@ -13,7 +13,7 @@ from pretrain.recipe import PretrainRecipe
 from transfer.recipe import load_transfer_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-CIFAR = CONFIGS / "pretrain" / "cifar10_mocov2_mixmask.yaml"
+CIFAR = CONFIGS / "pretrain" / "cifar100_moco_mixmask.yaml"
 
 
 def error(path: Path, *overrides: str) -> str:
