@@ -118,12 +118,12 @@ def train(
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
         Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
     """
-    first, seconds_before = _resume(job)
+    first, seconds_before, sums = _resume(job)
     compute = distributed.parallel(_Losses(job.model), job.device, job.not_shared)
     sinks = job.open_sinks(first) if distributed.world().is_writer else ()
     started = time.monotonic()
     evaluated: dict[str, float] = {}
-    window = _Window(job)
+    window = _Window(job, sums)
     waited = 0.0
     job.model.train()
     remaining = batches(first)
@@ -179,7 +179,7 @@ def train(
             stopped_by = stop() if done < job.num_steps else None
             if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
                 window.settle()
-                _save(job, done, elapsed())
+                _save(job, done, elapsed(), window.sums)
             if stopped_by is not None:
                 raise Interrupted(
                     f"{job.title}: stopped at step {done} of {job.num_steps} by {stopped_by.name}; "
@@ -215,9 +215,9 @@ class _Window:
     for the host at every step. `settle` reads what is still on its way.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, sums: Mapping[str, tuple[float, int]]) -> None:
         self.job = job
-        self.sums: dict[str, tuple[float, int]] = {}
+        self.sums = dict(sums)  # of an interrupted window, so that a resumed run logs the same means
         self.status = ""
         self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
 
@@ -304,7 +304,7 @@ def _stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _save(job: Job, step: int, seconds: float) -> None:
+def _save(job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]]) -> None:
     distributed.share_buffers(job.model)
     if not distributed.world().is_writer:
         return
@@ -320,6 +320,7 @@ def _save(job: Job, step: int, seconds: float) -> None:
         "data": dict(job.data),
         "step": step,
         "seconds": seconds,
+        "window": dict(sums),
         "model": job.model.state_dict(),
         "optimizer": job.optimizer.state_dict(),
         "scaler": job.scaler.state_dict(),
@@ -351,11 +352,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _resume(job: Job) -> tuple[int, float]:
+def _resume(job: Job) -> tuple[int, float, Mapping[str, tuple[float, int]]]:
     if not job.run.checkpoint_file.is_file():
         if distributed.world().is_writer:
             job.run.rewind_log(0)
-        return 0, 0.0
+        return 0, 0.0, {}
     state = read_checkpoint(job.run.checkpoint_file)
     if state["fingerprint"] != job.fingerprint:
         raise RunDirectoryError(
@@ -368,7 +369,7 @@ def _resume(job: Job) -> tuple[int, float]:
     if distributed.world().is_writer:
         job.run.rewind_log(state["step"])
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
-    return int(state["step"]), float(state["seconds"])
+    return int(state["step"]), float(state["seconds"]), state["window"]
 
 
 def require_same_data(run: RunDirectory, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -66,6 +66,52 @@ def pretrain(
             typer.echo(product)
 
 
+@app.command("show-views")
+def show_views(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("views.png"),
+    num: Annotated[int, typer.Option(help="Number of images.", min=2, max=64)] = 8,
+) -> None:
+    """Draw what a recipe does to your images: views, masks, mixtures and switch images, as its first step sees them.
+
+    \b
+    Example:
+      mixmask show-views configs/pretrain/imagenet_mocov2_mixmask.yaml data.root=/data/imagenet --out views.png
+    """
+    from engine.config import load_recipe
+    from engine.storage import require_output_file
+    from pretrain.recipe import PretrainRecipe
+    from pretrain.show_views import draw_views
+
+    require_output_file(out)
+    typer.echo(draw_views(load_recipe(PretrainRecipe, config, overrides or ()), out, num))
+
+
+@app.command("check-data")
+def check_data(
+    root: Annotated[Path, typer.Argument(help="A data set's folder, or a CIFAR archive.")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="A folder in it; may be given several times. Default: train, val, test.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Headers and ends of files only; decodes nothing.")] = False,
+) -> None:
+    """Count classes and images, report sizes, and find unreadable files: before a long run does. Reads with all cores.
+
+    \b
+    Example:
+      mixmask check-data /data/imagenet
+    """
+    from engine.errors import DataError
+    from engine.preflight import check_data, find_splits
+
+    reports, problems = check_data(root, split or find_splits(root), quick)
+    for report in reports:
+        typer.echo(report.describe())
+    if problems:
+        raise DataError("\n".join([*problems[:20], *([f"… and {len(problems) - 20} more"] * (len(problems) > 20))]))
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Our backbone.safetensors, or a checkpoint of a known layout.")],

@@ -155,6 +155,7 @@ class Mixture:
         own: (N,) λ, in (0, 1).
         partner: (N,) int64, a permutation p.
         switch: Whether the switch image's loss counts, too.
+        mask: (B, 1, H, W) bool, True where image i shows itself, B being N or 1; None where nothing is masked.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Mixture:
     own: Tensor
     partner: Tensor
     switch: bool = True
+    mask: Tensor | None = None
 
     @property
     def switched(self) -> Tensor:
@@ -224,7 +226,7 @@ def _mixmask(recipe: MixMask | MixMaskUnMix, images: Tensor, reverse: bool, draw
     else:
         partner = random_permutation(num, images.device, draws)
     mixed = mix_by_mask(images, mask, partner)
-    return Mixture("mixmask", mixed, own.to(images.device).expand(num), partner, recipe.switch)
+    return Mixture("mixmask", mixed, own.to(images.device).expand(num), partner, recipe.switch, mask)
 
 
 def cut_box(height: int, width: int, keep: float, centre_y: int, centre_x: int) -> tuple[int, int, int, int, float]:

@@ -1,0 +1,154 @@
+"""A look at a whole data set before anything is started on it: counts, sizes, and files that cannot be read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from engine import cifar
+from engine.datasets import DataRecipe, ImageSet, check_files, open_split
+from engine.errors import DataError
+from engine.progress import track
+
+USUAL_SPLITS = ("train", "val", "test")
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was found in one split.
+
+    Attributes:
+        name: Its folder's name.
+        images: The images.
+        sizes: Count of each (width, height) in pixels.
+        damaged: What is wrong with each file that cannot be read.
+    """
+
+    name: str
+    images: ImageSet
+    sizes: Counter[tuple[int, int]]
+    damaged: list[str]
+
+    def describe(self) -> str:
+        """A few lines for the user."""
+        per_class = torch.bincount(self.images.labels, minlength=len(self.images.classes))
+        widths, heights = ([size[side] for size in self.sizes.elements()] for side in (0, 1))
+        (usual, count), *_ = self.sizes.most_common(1) or [((0, 0), 0)]
+        lines = [
+            f"{self.name}  {self.images.root}",
+            f"  images    {len(self.images):,} in {len(self.images.classes):,} classes, "
+            f"{int(per_class.min()):,} to {int(per_class.max()):,} per class",
+        ]
+        if widths:
+            lines.append(
+                f"  pixels    {_middle(widths)} × {_middle(heights)} (median), widths {min(widths)} … {max(widths)}, "
+                f"heights {min(heights)} … {max(heights)}; {usual[0]} × {usual[1]} is the commonest "
+                f"({100 * count / len(widths):.0f} %)"
+            )
+        lines.append(f"  damaged   {len(self.damaged) or 'none'}")
+        return "\n".join(lines)
+
+
+def _middle(values: Sequence[int]) -> int:
+    return sorted(values)[len(values) // 2]
+
+
+def find_splits(root: Path) -> list[str]:
+    """The splits that lie in ``root`` under their usual names; of a CIFAR archive, train and test.
+
+    Raises:
+        DataError: If there is none.
+    """
+    root = root.expanduser()
+    splits = [name for name in USUAL_SPLITS if (root / name).is_dir()]
+    if not splits and root.exists() and cifar.find(root) is not None:
+        return ["train", "test"]
+    if not splits:
+        there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
+        raise DataError(
+            f"{root}: none of {', '.join(USUAL_SPLITS)} and no CIFAR archive in it "
+            f"({'it holds ' + ', '.join(there) if there else 'no such folder, or an empty one'}); name the splits"
+        )
+    return splits
+
+
+def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
+    """Read every image of a split, by as many threads as there are cores.
+
+    Args:
+        root: The data set's folder or archive.
+        name: The split's folder.
+        quick: Read headers and ends of files only: sizes and truncation, but not damage in the middle.
+
+    Raises:
+        DataError: If the split's folder is not one with images in class folders.
+    """
+    others = [split for split in USUAL_SPLITS if split != name]
+    train = name if name == "train" or not (root / "train").is_dir() else "train"
+    data = DataRecipe(name="data", root=str(root), train=train, test=name if name != train else others[0])
+    images = open_split(data, "train" if name == train else "test")
+    sizes: Counter[tuple[int, int]] = Counter()
+    damaged: list[str] = []
+    if images.pixels is not None:
+        sizes[(images.pixels.shape[3], images.pixels.shape[2])] = len(images)
+        return SplitReport(name, images, sizes, damaged)
+    paths = images.paths
+    chunks = [range(start, min(start + CHUNK, len(paths))) for start in range(0, len(paths), CHUNK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def look(index: int) -> tuple[int, int] | str:
+            try:
+                return _header(paths[index]) if quick else _decoded(images, index)
+            except DataError as error:
+                return str(error)
+
+        results = (list(pool.map(look, chunk)) for chunk in chunks)
+        for found in track(f"{name}: reading images", results, len(chunks), CHUNK):
+            for item in found:
+                if isinstance(item, str):
+                    damaged.append(item)
+                else:
+                    sizes[item] += 1
+    return SplitReport(name, images, sizes, damaged)
+
+
+def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
+    _, height, width = images.read(index).shape
+    return width, height
+
+
+def _header(path: Path) -> tuple[int, int]:
+    check_files([path])
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return width, height
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: not a readable image ({error})") from None
+
+
+def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[SplitReport], list[str]]:
+    """Look at every split, and at what they must have in common.
+
+    Returns:
+        The reports, and what is wrong: damaged files, and classes that differ between splits.
+    """
+    reports = [inspect_split(root.expanduser(), name, quick) for name in splits]
+    problems = [problem for report in reports for problem in report.damaged]
+    first = reports[0]
+    for report in reports[1:]:
+        differing = sorted(set(first.images.classes) ^ set(report.images.classes))
+        if differing:
+            problems.append(
+                f"{first.images.root} and {report.images.root} have different classes: {len(differing)} stand in one only, "
+                f"for example {', '.join(differing[:3])}"
+            )
+    return reports, problems

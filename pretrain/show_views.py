@@ -1,0 +1,102 @@
+"""A picture of what a recipe does to its images: views, masks, mixtures and switch images (the paper's figure 8)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.augment import IMAGENET_MEAN, IMAGENET_STD, Photometric
+from engine.datasets import open_split
+from engine.loader import BatchPlan, check_crop, open_source
+from engine.randomness import generator, python_generator
+from engine.storage import write_atomic
+from pretrain.mixing import Erase, draw_mixtures, erase
+from pretrain.recipe import PretrainRecipe
+
+Column = tuple[str, list[Tensor], list[str]]  # heading, one (3, H, W) in [0, 1] per image, a caption for each
+
+
+def draw_views(recipe: PretrainRecipe, out: Path, num: int) -> str:
+    """Draw the first ``num`` images of the run's first epoch as its first step would see them, and write a PNG.
+
+    Returns:
+        What was drawn, in words.
+
+    Raises:
+        UserError: If the data cannot be read or are fewer.
+    """
+    columns = _columns(recipe, num)
+    _paint(recipe, columns, num, out)
+    return f"{out}: {num} images × {len(columns)} columns ({', '.join(heading for heading, _, _ in columns)})"
+
+
+def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
+    images = open_split(recipe.data, "train")
+    for view in recipe.views:
+        check_crop(images, recipe.data, view)
+    plan = BatchPlan(len(images), num, drop_last=True, seed=recipe.seed)
+    chosen = images.subset(plan.indices(0)[0])
+    alone = BatchPlan(num, num, drop_last=True, seed=recipe.seed)
+    source = open_source(chosen, recipe.data.model_copy(update={"num_workers": 0}), torch.device("cpu"))
+    batch = next(iter(source.training(alone, recipe.views, 0, 1)))
+    order = alone.indices(0)[0]
+    views = [
+        Photometric(view)(cut, generator(recipe.seed, "photometric", 0, number), batch.rows, batch.total)
+        for number, (view, cut) in enumerate(zip(recipe.views, batch.views, strict=True))
+    ]
+    none = [""] * num
+    originals = [chosen.read(index).float() / 255 for index in order]
+    names = [chosen.classes[int(chosen.labels[index])][:18] for index in order]
+    columns: list[Column] = [
+        ("image", originals, names),
+        ("view 1 (query)", _shown(views[0]), none),
+        ("view 2 (key)", _shown(views[1]), none),
+    ]
+    draws = python_generator(recipe.seed, "mask", 0, 0, 0)
+    if isinstance(recipe.mix, Erase):
+        headings = ["view 1, erased", "view 2, erased", *(f"small {i + 1}, erased" for i in range(len(views) - 2))]
+        columns += [(heading, _shown(erase(recipe.mix, view, draws)), none) for heading, view in zip(headings, views)]
+        return columns
+    for mixture in draw_mixtures(recipe.mix, views[0], draws):
+        own, partner, switched = mixture.own.tolist(), mixture.partner.tolist(), mixture.switched.tolist()
+        label = {"mixmask": "MixMask", "unmix": "Un-Mix"}[mixture.name]
+        if mixture.mask is not None:
+            masks = mixture.mask.expand(num, 3, -1, -1).float()
+            columns.append((f"{label} mask", list(masks), none))
+        shown = _shown(mixture.images)
+        columns.append((f"{label} mixture", shown, [f"λ {own[i]:.2f}, with {partner[i] + 1}" for i in range(num)]))
+        if mixture.switch:
+            captions = [f"1 - λ = {1 - own[switched[i]]:.2f}" for i in range(num)]
+            columns.append((f"{label} switch", [shown[switched[i]] for i in range(num)], captions))
+    return columns
+
+
+def _shown(views: Tensor) -> list[Tensor]:
+    """Normalised images back to [0, 1]."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return list((views * std + mean).clamp(0, 1))
+
+
+def _paint(recipe: PretrainRecipe, columns: list[Column], num: int, out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.75 * len(columns), 1.95 * num + 0.5), dpi=110, layout="constrained")
+    grid = figure.subplots(num, len(columns), squeeze=False)
+    figure.suptitle(f"{recipe.name}: {recipe.framework.kind}, {recipe.method}", fontsize=11)
+    for place, (heading, pictures, captions) in enumerate(columns):
+        for row, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            axes = grid[row][place]
+            axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_xlabel(caption, fontsize=8)
+            if row == 0:
+                axes.set_title(heading, fontsize=9)
+            if place == 0:
+                axes.set_ylabel(str(row + 1), rotation=0, labelpad=10, va="center", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomic(out, lambda file: file.write(buffer.getvalue()))

@@ -1,0 +1,150 @@
+"""Every config of the project, and the paper's tables 8 and 10 typed in by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import load_recipe
+from launch.builtin import configs_folder
+from pretrain.mixing import Erase, MixMask, MixMaskUnMix, NoMix, UnMix
+from pretrain.recipe import PretrainRecipe
+
+FOLDER = configs_folder() / "pretrain"
+
+# column of the paper's table 8 (CIFAR-100 and Tiny-ImageNet) or 10 (ImageNet-1K)
+SMALL = {"epochs": 1000, "batch_size": 512, "arch": "resnet18", "stem": "cifar"}
+TABLE = {
+    "moco": {**SMALL, "optimizer": "sgd", "lr": 0.06, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 0, "dim": 128,
+             "queue": 4096, "m": 0.99, "temperature": 0.1},
+    "simclr": {**SMALL, "optimizer": "adam", "lr": 0.003, "weight_decay": 1e-6, "warmup": 0, "dim": 64, "layers": 2,
+               "width": 1024},
+    "byol": {**SMALL, "optimizer": "adam", "lr": 0.002, "weight_decay": 1e-6, "warmup": 0, "dim": 128, "layers": 2,
+             "width": 1024, "m": 0.99},
+    "simsiam": {**SMALL, "optimizer": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 10, "dim": 128,
+                "layers": 2},
+    "mocov2": {"epochs": 200, "batch_size": 256, "arch": "resnet50", "stem": "standard", "optimizer": "sgd", "lr": 0.03,
+               "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0, "dim": 128, "queue": 65536, "m": 0.999,
+               "temperature": 0.2},
+}  # fmt: skip
+DATA = {"cifar100": (32, 2), "tiny_imagenet": (64, 4), "imagenet": (224, 8)}  # crop and MixMask's grid (table 1)
+BASES = [
+    "cifar100_moco",
+    "cifar100_simsiam",
+    "cifar100_byol",
+    "cifar100_simclr",
+    "tiny_imagenet_moco",
+    "tiny_imagenet_byol",
+    "imagenet_mocov2",
+]
+ROWS = {"": NoMix, "_unmix": UnMix, "_mixmask": MixMask, "_mixmask_unmix": MixMaskUnMix}
+PUBLISHED = {  # table 5: Vanilla, Un-Mix, MixMask, MixMask upon Un-Mix
+    "cifar100_moco": (65.7, 68.6, 68.4, 70.0),
+    "cifar100_simsiam": (66.7, 70.0, 69.8, 70.6),
+    "cifar100_byol": (66.8, 70.0, 71.9, 72.1),
+    "cifar100_simclr": (67.1, 69.8, 69.2, 70.0),
+    "tiny_imagenet_moco": (42.8, 45.3, 47.4, 47.9),
+    "tiny_imagenet_byol": (51.4, 52.9, 50.8, 53.7),
+    "imagenet_mocov2": (67.5, 68.5, 69.2, 69.5),
+}
+
+
+def read(name: str) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, FOLDER / f"{name}.yaml")
+
+
+def found(recipe: PretrainRecipe) -> dict[str, object]:
+    """The recipe's values under the table's names."""
+    framework = recipe.framework.model_dump()
+    optimizer = recipe.optimizer.model_dump()
+    values = {
+        "epochs": recipe.epochs,
+        "batch_size": recipe.batch_size,
+        "arch": recipe.backbone.arch,
+        "stem": recipe.backbone.stem,
+        "optimizer": optimizer["kind"],
+        "lr": recipe.optimizer.rate(recipe.batch_size),
+        "momentum": optimizer.get("momentum"),
+        "weight_decay": optimizer["weight_decay"],
+        "warmup": recipe.warmup_epochs,
+        "dim": framework["dim"],
+        "queue": framework.get("queue_size"),
+        "m": framework.get("momentum"),
+        "temperature": framework.get("temperature"),
+        "layers": framework.get("projector_layers"),
+        "width": framework.get("projector_width"),
+    }
+    return values
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("row", ROWS)
+def test_recipes_are_the_papers(base: str, row: str) -> None:
+    recipe = read(base + row)
+    data, framework = base.rsplit("_", 1)
+    assert recipe.framework.kind == framework
+    values = found(recipe)
+    for name, expected in TABLE[framework].items():
+        assert values[name] == pytest.approx(expected) if isinstance(expected, float) else values[name] == expected, (
+            name
+        )
+    augment = recipe.augment
+    crop, grid = DATA[data]
+    assert (augment.crop, augment.scale, augment.flip) == (crop, (0.2, 1.0), 0.5)
+    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (augment.jitter_probability, augment.grayscale_probability) == (0.8, 0.2)
+    assert augment.blur_probability == (0.5 if data == "imagenet" else 0)
+    mix = recipe.mix
+    assert isinstance(mix, ROWS[row])
+    if isinstance(mix, MixMask | MixMaskUnMix):
+        assert (mix.mask, mix.grid, mix.ratio, mix.switch) == ("block", grid, 0.5, True)
+        assert (mix.mask_per, mix.exact_ratio) == ("batch", False)
+    if isinstance(mix, MixMaskUnMix):
+        assert mix.permutation == "different"
+        assert mix.unmix_prob == 0.5
+    if isinstance(mix, UnMix):
+        assert mix.unmix_prob == (0 if data == "imagenet" else 0.5)
+    if isinstance(mix, MixMask):
+        assert mix.partner == "reverse"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_row_is_headed_by_its_command_cost_and_published_number(base: str) -> None:
+    for row, value in zip(ROWS, PUBLISHED[base]):
+        text = (FOLDER / f"{base}{row}.yaml").read_text()
+        assert f"configs/pretrain/{base}{row}.yaml" in text
+        assert f"top-1 {value} " in text.replace("(table 5)", " ")
+        assert "Cost:" in text
+        assert "FLOP" in text
+        if row:
+            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 3
+
+
+def test_adams_recipes_leave_norms_and_biases_out_of_the_decay() -> None:
+    assert not read("cifar100_simclr").optimizer.decay_norm_and_bias
+    assert not read("tiny_imagenet_byol").optimizer.decay_norm_and_bias
+    assert read("cifar100_simsiam").optimizer.decay_norm_and_bias
+
+
+def test_there_are_no_other_pretraining_recipes() -> None:
+    expected = {f"{base}{row}" for base in BASES for row in ROWS} | {"imagenet_mocov2_mscn"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
+    mscn = read("imagenet_mocov2_mscn").mix
+    assert isinstance(mscn, Erase)
+    assert (mscn.extra_crops, mscn.fill) == (2, "noise")
+
+
+@pytest.mark.parametrize("ablation", [
+    "mix.grid=48", "mix.mask=discrete", "mix.ratio=0.25", "mix.ratio=[0,1]", "mix.ratio=[0.25,0.75]", "mix.switch=false",
+    "mix.mask_per=sample", "mix.exact_ratio=true", "mix.partner=random",
+])  # fmt: skip
+def test_ablations_are_overrides(ablation: str, tmp_path: Path) -> None:
+    path = FOLDER / "imagenet_mocov2_mixmask.yaml"
+    assert load_recipe(PretrainRecipe, path, [ablation]) != load_recipe(PretrainRecipe, path)
+
+
+def test_ablations_of_the_joint_method_are_overrides() -> None:
+    path = FOLDER / "imagenet_mocov2_mixmask_unmix.yaml"
+    for ablation in ("mix.permutation=same", "mix.unmix_prob=0", "mix.unmix_prob=1"):
+        assert load_recipe(PretrainRecipe, path, [ablation]) != load_recipe(PretrainRecipe, path)
