@@ -124,7 +124,7 @@ def train(
     started = time.monotonic()
     evaluated: dict[str, float] = {}
     window = _Window(job, sums)
-    waited = 0.0
+    waited, warned = 0.0, False
     job.model.train()
     remaining = batches(first)
 
@@ -174,8 +174,9 @@ def train(
                 }
                 _log(job, sinks, done, line)
                 warning = job.watch(line, done) if job.watch is not None else None
-                if warning is not None:
+                if warning is not None and not warned:  # said again only if it had stopped
                     say(f"{job.title}: step {done}: warning: {warning}")
+                warned = warning is not None
             stopped_by = stop() if done < job.num_steps else None
             if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
                 window.settle()

@@ -58,7 +58,8 @@ def pretrain(
     with session() as world:
         plan = agreed(lambda: stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir))
         if dry_run:
-            typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+            if world.is_writer:
+                typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
             return
         say(plan.describe())
         product = stage.run(plan)
@@ -154,18 +155,23 @@ def transfer(
       mixmask transfer configs/transfer/detect_voc.yaml backbone=backbone.safetensors data.root=/data/VOCdevkit
     """
     from engine.config import to_yaml
+    from engine.distributed import agreed, session
+    from engine.progress import say
     from transfer import stage
     from transfer.recipe import load_transfer_recipe
 
-    plan = stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir)
-    if dry_run:
-        typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
-        return
-    typer.echo(plan.describe(), err=True)
-    record = stage.run(plan)
-    for name, value in record.metrics.items():
-        typer.echo(f"{name} {value:.2f}")
-    typer.echo(plan.run.record_file)
+    with session() as world:
+        plan = agreed(lambda: stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir))
+        if dry_run:
+            if world.is_writer:
+                typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+            return
+        say(plan.describe())
+        record = stage.run(plan)
+        if world.is_writer:
+            for name, value in record.metrics.items():
+                typer.echo(f"{name} {value:.2f}")
+            typer.echo(plan.run.record_file)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from engine.augment import normalize
 from engine.backbones import build_trunk
 from engine.datasets import ImageSet
+from engine.distributed import gather
 from engine.errors import RunFailure
 from engine.knn import extract_features, knn_accuracy
 from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
@@ -52,7 +53,7 @@ def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
         extract_features(
             f"{recipe.name}: features",
             trunk,
-            open_source(images, recipe.data, setting.device),
+            open_source(images.shard(), recipe.data, setting.device),
             batch_size=recipe.evaluation.batch_size,
             resize=recipe.evaluation.resize,
             crop=recipe.evaluation.crop,
@@ -171,7 +172,7 @@ def _finetune(
 ) -> dict[str, float]:
     plan = batch_plan(recipe, setting.train_images)
     source = open_source(setting.train_images, recipe.data, setting.device)
-    test_source = open_source(setting.test_images, recipe.data, setting.device)
+    test_source = open_source(setting.test_images.shard(), recipe.data, setting.device)
     per_epoch = plan.steps_per_epoch
     total = recipe.epochs * per_epoch
     job = Job(
@@ -214,7 +215,7 @@ def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchP
 def accuracy(
     model: Classifier, source: ImageSource, evaluation: EvaluationRecipe, recipe: LinearRecipe | SemisupRecipe
 ) -> dict[str, float]:
-    """``top1`` and, with more than five classes, ``top5`` in percent."""
+    """``top1`` and, with more than five classes, ``top5`` in percent, over the images of all processes."""
     model.eval()
     device = next(model.parameters()).device
     hits = {1: 0, 5: 0}
@@ -229,7 +230,8 @@ def accuracy(
         hits[1] += int(ranked[:, :1].sum())
         hits[5] += int(ranked.sum())
         count += len(labels)
-    result = {"top1": 100.0 * hits[1] / count}
+    first, five, count = (int(total) for total in gather(torch.tensor([[hits[1], hits[5], count]])).sum(dim=0))
+    result = {"top1": 100.0 * first / count}
     if num_classes > 5:
-        result["top5"] = 100.0 * hits[5] / count
+        result["top5"] = 100.0 * five / count
     return result

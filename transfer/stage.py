@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from engine import distributed
+from engine.backbones import TIMM
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
@@ -84,6 +86,12 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     if isinstance(recipe, DetectTransferRecipe):
+        if distributed.world().size > 1:
+            raise ConfigError(
+                "detection with engine: torchvision runs in one process; start it without torchrun or srun"
+            )
+        if source.info.arch.startswith(TIMM):
+            raise ConfigError(f"{source.path}: detection (R50-C4) needs a ResNet, this trunk is {source.info.arch}")
         if source.info.stem != "standard":
             raise ConfigError(f"{source.path}: detection needs the standard stem, this trunk has the CIFAR stem")
         train_set, test_set = open_detection(recipe)
@@ -125,10 +133,7 @@ def run(plan: TransferPlan) -> Record:
         record = _relabelled(record, plan)
         say(f"{recipe.name}: finished before, see {directory.path}")
         return record
-    if isinstance(plan.train, ImageSet) and isinstance(plan.test, ImageSet) and not directory.checkpoint_file.exists():
-        plan.train.check()
-        plan.test.check()
-    directory.create(recipe, plan.fingerprint)
+    distributed.first_only(lambda: _prepare(plan))
     result = _run(plan)
     seconds = result.pop("seconds", 0.0)
     result.pop("images_per_second", None)
@@ -154,9 +159,19 @@ def run(plan: TransferPlan) -> Record:
         environment=environment(),
         seconds=seconds,
     )
-    record.write(directory.record_file)
-    directory.checkpoint_file.unlink(missing_ok=True)
+    if distributed.world().is_writer:
+        record.write(directory.record_file)
+        directory.checkpoint_file.unlink(missing_ok=True)
     return record
+
+
+def _prepare(plan: TransferPlan) -> None:
+    """Look at every image before long work starts, and make the run directory."""
+    if not plan.run.checkpoint_file.exists():
+        for images in (plan.train, plan.test):
+            if isinstance(images, ImageSet):
+                images.check()
+    plan.run.create(plan.recipe, plan.fingerprint)
 
 
 def _labels(plan: TransferPlan) -> dict[str, Any]:

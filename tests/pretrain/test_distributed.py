@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +17,12 @@ from engine.errors import ConfigError
 from engine.records import Record
 from pretrain import stage
 from pretrain.recipe import PretrainRecipe
+from tests.processes import finish, processes, python
 
-ROOT = str(Path(__file__).resolve().parents[2])
 CONFIG = """
 name: tiny
 data: {name: shapes, root: ROOT, train: train, test: val, storage: STORAGE, num_workers: 1}
-backbone: {arch: resnet18, stem: cifar}
+backbone: {arch: resnet18, stem: standard}
 framework: {kind: mocov2, dim: 16, queue_size: 32, momentum: 0.9, temperature: 0.2, bn_splits: 2}
 mix: {kind: none}
 augment: {crop: 32, scale: [0.3, 1.0]}
@@ -39,35 +34,6 @@ monitor: {every_epochs: 1, k: 5}
 log_every: 1
 checkpoint_every: 2
 """
-
-
-def processes(
-    count: int, *arguments: str, program: Sequence[str] = ("-m", "launch.cli")
-) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    return [
-        subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-
-
-def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    try:
-        texts = [process.communicate(timeout=150) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *text) for process, text in zip(started, texts)]
 
 
 @pytest.fixture
@@ -83,7 +49,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [["data.storage=resident"], ["data.storage=stream", "framework.kind=moco"]])
+@pytest.mark.parametrize("overrides", [["data.storage=resident"], ["data.storage=stream", "framework.dim=8"]])
 def test_two_processes_compute_what_one_does(config: Path, tmp_path: Path, overrides: list[str]) -> None:
     """Keys are shuffled over both processes and each has one of the two groups of batch statistics: the same computation.
 
@@ -92,11 +58,11 @@ def test_two_processes_compute_what_one_does(config: Path, tmp_path: Path, overr
     """
     start, _ = load_backbone(
         stage.run(
-            stage.plan(load_recipe(PretrainRecipe, config, [*overrides, "epochs=0"]), tmp_path, tmp_path / "zero")
+            stage.plan(load_recipe(PretrainRecipe, config, [*overrides, "epochs=0", "optimizer.lr=0.001"]), tmp_path, tmp_path / "zero")
         )
     )
-    for steps, loss_tolerance in ((1, 1e-5), (4, 1e-2)):
-        base = ["pretrain", str(config), *overrides, f"max_steps={steps}"]
+    for steps, loss_tolerance in ((1, 1e-5), (3, 5e-3)):
+        base = ["pretrain", str(config), *overrides, f"max_steps={steps}", "optimizer.lr=0.001"]
         runs = tmp_path / str(steps)
         done = finish(processes(2, *base, "--run-dir", str(runs / "two")))
         assert [code for code, _, _ in done] == [0, 0], done
@@ -137,10 +103,6 @@ with distributed.session() as world:
     loss.backward()
     torch.save({"loss": loss.detach(), "grad": mine.grad}, f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
 """
-
-
-def python(count: int, script: Path, *arguments: str) -> list[tuple[int, str, str]]:
-    return finish(processes(count, *arguments, program=[str(script)]))
 
 
 def test_simclr_contrasts_with_all_processes_and_their_gradients_add_up(tmp_path: Path) -> None:

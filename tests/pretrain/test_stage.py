@@ -26,7 +26,7 @@ from pretrain.step import StepLosses, sum_of
 CONFIG = """
 name: tiny
 data: {name: shapes, root: ROOT, train: train, test: val, storage: stream, num_workers: 1}
-backbone: {arch: resnet18, stem: cifar}
+backbone: {arch: resnet18, stem: standard}
 framework: {kind: mocov2, dim: 16, queue_size: 64, momentum: 0.9, temperature: 0.2, bn_splits: 2}
 mix: {kind: mixmask, grid: 4, ratio: 0.5}
 augment: {crop: 32, scale: [0.3, 1.0]}
@@ -61,7 +61,13 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_
 
     interrupted = plan(config, tmp_path / "interrupted")
     command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},  # as many threads as here: their number changes the rounding
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     log = interrupted.run.log_file
     while not (interrupted.run.checkpoint_file.exists() and len(log.read_text().splitlines()) >= 4):

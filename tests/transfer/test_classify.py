@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from engine.backbones import BackboneInfo, load_backbone, save_backbone
 from engine.datasets import DataRecipe, open_split
 from engine.errors import ConfigError, DataError, RunDirectoryError, RunFailure
 from engine.records import Record
+from launch.builtin import configs_folder
+from tests.processes import finish, processes
 from transfer import classify, stage
 from transfer.recipe import load_transfer_recipe
 from transfer.subsets import balanced_subset, listed_subset
@@ -168,3 +171,40 @@ def test_the_barlow_preset_is_cosine(shapes: Path, tmp_path: Path, resnet18: Pat
     recipe = make_plan(SEMISUP, shapes, tmp_path, resnet18, "preset=barlow").recipe
     assert recipe.shape == "cosine"
     assert make_plan(SEMISUP, shapes, tmp_path, resnet18).recipe.shape == "step"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "overrides"),
+    [("knn", ["k=5"]), ("linear", ["batch_size=16", "epochs=2", "milestones=[1]", "lr=1"])],
+)
+def test_two_processes_measure_what_one_does(
+    protocol: str, overrides: list[str], shapes: Path, resnet18: Path, tmp_path: Path
+) -> None:
+    """With a frozen trunk, nothing depends on how a batch is shared; 120 images leave an epoch's last batch of 8."""
+    base = [
+        "transfer",
+        str(configs_folder() / "transfer" / f"{protocol}.yaml"),
+        f"backbone={resnet18}",
+        f"data.root={shapes}",
+        "data.name=shapes",
+        "data.test=val",
+        "data.storage=resident",
+        "evaluation.resize=null",
+        "evaluation.crop=32",
+        *overrides,
+        *(["augment.crop=32"] if protocol == "linear" else []),
+    ]
+    for count in (1, 2):
+        done = finish(processes(count, *base, "--run-dir", str(tmp_path / str(count))))
+        assert [code for code, _, _ in done] == [0] * count, done
+    one, two = (Record.read(tmp_path / str(count) / "record.json") for count in (1, 2))
+    assert two.environment["world_size"] == 2
+    assert two.metrics == pytest.approx(one.metrics, abs=2.6)  # one of 40 test images
+    assert two.data == one.data
+    if protocol == "linear":
+        logs = [
+            [json.loads(line)["loss"] for line in (tmp_path / str(count) / "log.jsonl").read_text().splitlines()]
+            for count in (1, 2)
+        ]
+        assert logs[1] == pytest.approx(logs[0], rel=1e-3)

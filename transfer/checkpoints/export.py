@@ -14,7 +14,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from engine.backbones import BackboneInfo, build_trunk
+from engine.backbones import TIMM, BackboneInfo, build_trunk
 from engine.errors import CheckpointError
 from engine.storage import require_output_file, write_atomic
 from transfer.checkpoints.layouts import COUNTER, Source
@@ -77,6 +77,8 @@ def check_export(source: Source, out: Path, target: Target) -> None:
     require_output_file(out)
     if out.resolve() == source.path.resolve():
         raise CheckpointError(f"{out}: is the source itself; name another file")
+    if source.info.arch.startswith(TIMM) and target != "timm":
+        raise CheckpointError(f"{source.path}: is {source.info.arch}, which {target} does not have; use --to timm")
     if source.info.stem == "cifar":
         raise CheckpointError(
             f"{source.path}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have"
@@ -132,7 +134,7 @@ def _write_plain(state: dict[str, Tensor], info: BackboneInfo, out: Path, target
     if target == "timm":
         import timm
 
-        theirs = timm.create_model(info.arch, pretrained=False, num_classes=0)
+        theirs = timm.create_model(info.arch.removeprefix(TIMM), pretrained=False, num_classes=0)
     else:
         theirs = getattr(torchvision.models, info.arch)(weights=None)
         theirs.fc = torch.nn.Identity()
