@@ -73,8 +73,10 @@ tables: $(READY) ## Methods × protocols from finished runs: RUNS=… FORMAT=md|
 report: ## (not built yet) One HTML page of all results
 	@echo "make report: not built yet; make tables prints the results" >&2; exit 2
 
-bench: $(READY) ## Measure the pretraining step and the data path; writes benchmarks/results/
-	$(BIN)/python -m benchmarks.pretraining $(ARGS)
+bench: $(READY) ## Measure the pretraining step, the data path and the loop; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.pretraining_step
+	$(BIN)/python -m benchmarks.data_path $(ARGS)
+	$(BIN)/python -m benchmarks.loop
 
 doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
 	$(MIXMASK) doctor

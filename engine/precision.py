@@ -25,6 +25,16 @@ def resolve_device(name: DeviceName) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def check_precision(device: torch.device, precision: Precision) -> None:
+    """Refuse a format that a device can only emulate, hundreds of times slower.
+
+    Raises:
+        ConfigError: For fp16 on a CPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision: fp16 needs a GPU; on a CPU use bf16 (if `mixmask doctor` calls it fast) or fp32")
+
+
 def autocast(device: torch.device, precision: Precision) -> Any:
     """Context in which matrix products and convolutions run in ``precision``; parameters stay fp32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16

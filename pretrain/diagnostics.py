@@ -9,7 +9,7 @@ from torch import Tensor
 
 COLLAPSED_STD = 0.05
 COLLAPSED_RANK = 1.5
-SETTLED = 0.1  # before this share of a run, embeddings are still close to each other from their initialisation
+SETTLED = 100  # before this step, embeddings are still close to each other from their initialisation
 
 
 @torch.no_grad()
@@ -58,10 +58,10 @@ def diagnose(query: Tensor, key: Tensor) -> dict[str, Tensor]:
     }
 
 
-def collapse_warning(line: Mapping[str, float], progress: float) -> str | None:
-    """What to say of a log line that shows a collapsed encoder at ``progress`` (share of the run), or None."""
+def collapse_warning(line: Mapping[str, float], step: int) -> str | None:
+    """What to say of the log line of a step that shows a collapsed encoder, or None."""
     std, rank = line.get("feature_std"), line.get("rank_me")
-    if progress <= SETTLED or std is None or rank is None or (std >= COLLAPSED_STD and rank >= COLLAPSED_RANK):
+    if step < SETTLED or std is None or rank is None or (std >= COLLAPSED_STD and rank >= COLLAPSED_RANK):
         return None
     return (
         f"the embeddings have collapsed (feature_std {std:.3f}, 1 is a full spread; effective rank {rank:.1f}). Likely "

@@ -18,7 +18,7 @@ from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
 from engine.loader import Batch, BatchPlan, check_crop, open_source
-from engine.precision import resolve_device
+from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.randomness import derived_seed
 from engine.records import Record, environment, finished_record
@@ -97,6 +97,7 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     run = locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
+    check_precision(device, recipe.precision)
     check_watch(recipe.watch)
     _check_batch(recipe, device)
     train_images = open_split(recipe.data, "train")
@@ -248,7 +249,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         clip_norm=recipe.clip_norm,
         after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
         not_shared=model.not_shared,
-        watch=lambda line, step: collapse_warning(line, step / plan.num_steps),
+        watch=collapse_warning,
         open_sinks=lambda first: open_sinks(
             recipe.watch, plan.run, recipe.name, plan.fingerprint, recipe.model_dump(mode="json"), first
         ),

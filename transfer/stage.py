@@ -14,7 +14,7 @@ from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
 from engine.loader import check_crop
-from engine.precision import resolve_device
+from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.records import Record, environment, finished_record
 from engine.storage import RunDirectory, locate_run
@@ -85,6 +85,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     run = locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
+    check_precision(device, recipe.precision)
     if isinstance(recipe, DetectTransferRecipe):
         if distributed.world().size > 1:
             raise ConfigError(

@@ -56,11 +56,8 @@ def test_two_processes_compute_what_one_does(config: Path, tmp_path: Path, overr
     One step is equal up to rounding; over several, batch statistics of few images blow rounding up, so losses are compared
     more loosely.
     """
-    start, _ = load_backbone(
-        stage.run(
-            stage.plan(load_recipe(PretrainRecipe, config, [*overrides, "epochs=0", "optimizer.lr=0.001"]), tmp_path, tmp_path / "zero")
-        )
-    )
+    zero = load_recipe(PretrainRecipe, config, [*overrides, "epochs=0", "optimizer.lr=0.001"])
+    start, _ = load_backbone(stage.run(stage.plan(zero, tmp_path, tmp_path / "zero")))
     for steps, loss_tolerance in ((1, 1e-5), (3, 5e-3)):
         base = ["pretrain", str(config), *overrides, f"max_steps={steps}", "optimizer.lr=0.001"]
         runs = tmp_path / str(steps)

@@ -1,0 +1,123 @@
+"""What the training loop and the resident loader add to a step.
+
+    python -m benchmarks.loop [--steps 30] [--repeats 5]
+
+ResNet-18 with the CIFAR stem at 32 pixels, MoCo, batch 256 (128 without a GPU), on drawn pictures that live on the device:
+
+- loop: seconds of `engine.training.train` (loader, losses, log, progress, checks) over the seconds of the bare steps on
+  batches that are already there, interleaved;
+- loader: the share of a step that waits for the loader (``data_wait_share`` of the log; the loader has no workers, so it is
+  all of its work).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import interleaved, parser, report
+from engine.backbones import BackboneRecipe
+from engine.config import load_recipe
+from engine.datasets import ImageSet
+from engine.loader import Batch, BatchPlan, ResidentSource
+from engine.precision import Precision, autocast, fast_bf16
+from engine.storage import RunDirectory
+from engine.training import Job, Part, train
+from launch.builtin import configs_folder
+from pretrain.optimizers import build_optimizer
+from pretrain.recipe import PretrainRecipe
+from pretrain.step import batch_parts
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.set_defaults(repeats=5)
+    arguments.add_argument("--steps", type=int, default=30)
+    given = arguments.parse_args()
+    steps = given.steps
+    batch_size = 256 if DEVICE.type == "cuda" else 128
+    precision: Precision = "bf16" if fast_bf16(DEVICE) else "fp32"
+    recipe = load_recipe(
+        PretrainRecipe,
+        configs_folder() / "pretrain" / "cifar100_moco.yaml",
+        [f"batch_size={batch_size}", f"precision={precision}", "monitor=null"],
+    )
+    num = 4096
+    pixels = torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = ImageSet(
+        tuple(Path(str(i)) for i in range(num)), torch.zeros(num, dtype=torch.int64), ("x",), Path(), pixels
+    )
+    source = ResidentSource(images, DEVICE)
+    plan = BatchPlan(num, batch_size, drop_last=True, seed=0)
+    torch.manual_seed(0)
+    model = recipe.framework.build(BackboneRecipe(arch="resnet18", stem="cifar")).to(DEVICE)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(recipe.optimizer, model, batch_size)
+    ready = list(source.training(plan, recipe.views, 0, steps))
+
+    def bare() -> None:
+        model.train()
+        for batch in ready:
+            optimizer.zero_grad(set_to_none=True)
+            for part in batch_parts(model, recipe, batch, batch.step):
+                with autocast(DEVICE, precision):
+                    loss = part()["loss"]
+                loss.backward()
+            optimizer.step()
+            model.after_step(0.5)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    waits: list[float] = []
+
+    def loop() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(
+                title="loop",
+                run=RunDirectory(Path(folder)),
+                fingerprint="bench",
+                data={},
+                model=model,
+                optimizer=optimizer,
+                schedule=lambda step: 1.0,
+                num_steps=steps,
+                images_per_step=batch_size,
+                device=DEVICE,
+                seed=0,
+                precision=precision,
+                after_step=lambda step: model.after_step(0.5),
+            )
+
+            def batches(first: int) -> Iterator[Batch]:
+                return source.training(plan, recipe.views, first, steps)
+
+            def losses(batch: Batch, step: int) -> list[Part]:
+                return batch_parts(model, recipe, batch, step, diagnosed=(step + 1) % job.log_every == 0)
+
+            train(job, batches, losses)
+            last = json.loads(job.run.log_file.read_text().splitlines()[-1])
+            waits.append(last["data_wait_share"])
+
+    measured = interleaved({"bare": bare, "loop": loop}, given.repeats, "bare")
+    answers = [
+        {
+            "question": "the loop and the loader together over the bare steps",
+            "batch": batch_size,
+            "precision": precision,
+            "images_per_second": steps * batch_size / measured["loop"]["seconds"],
+            "loop_over_bare": measured["loop"]["over_bare"],
+            "range": measured["loop"]["over_bare_range"],
+        },
+        {"question": "share of a step that the resident loader takes", "data_wait_share": waits},
+    ]
+    report("loop", f"python -m benchmarks.loop --steps {steps}", answers, given.out)
+
+
+if __name__ == "__main__":
+    main()
