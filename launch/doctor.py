@@ -21,6 +21,9 @@ PACKAGES = (
     "safetensors",
     "pycocotools",
     "submitit",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
 )
 DETECTRON2_LINE = (
     'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'

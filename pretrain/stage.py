@@ -100,6 +100,8 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     check_precision(device, recipe.precision)
     check_watch(recipe.watch)
     _check_batch(recipe, device)
+    with torch.device("meta"):  # without its weights: what cannot be built is said now
+        recipe.framework.build(recipe.backbone)
     train_images = open_split(recipe.data, "train")
     test_images = open_split(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:

@@ -22,6 +22,8 @@ from pretrain import stage
 from pretrain.mixing import draw_mixtures
 from pretrain.recipe import PretrainRecipe
 from pretrain.step import StepLosses, sum_of
+from transfer import stage as transfer_stage
+from transfer.recipe import load_transfer_recipe
 
 CONFIG = """
 name: tiny
@@ -259,3 +261,59 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
     with pytest.raises(RunFailure, match=r"not finite at step \d+ .*learning rate"):
         stage.run(bad)
     assert not bad.run.is_finished
+
+
+@pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/resnet10t", "resnet34"])
+def test_other_trunks_pretrain_and_transfer(arch: str, config: Path, shapes: Path, tmp_path: Path) -> None:
+    trunk = [f"backbone.arch={arch}", "backbone.stem=standard"]
+    plain = ["framework.bn_splits=1"] if "convnext" in arch else []
+    product = stage.run(plan(config, tmp_path, *trunk, *plain, "max_steps=1", "data.num_workers=0"))
+    _, info = load_backbone(product)
+    assert info.arch == arch
+    knn = tmp_path / "knn.yaml"
+    knn.write_text(
+        f"protocol: knn\nname: knn\ndata: {{name: shapes, root: {shapes}, train: train, test: val, storage: resident}}\n"
+        "evaluation: {resize: null, crop: 32}\nk: 5\n"
+    )
+    transferred = transfer_stage.plan(load_transfer_recipe(knn, [f"backbone={product}"]), tmp_path)
+    assert 0 <= transfer_stage.run(transferred).metrics["knn/top1"] <= 100
+
+
+def test_groups_of_batch_statistics_need_plain_batch_norm(config: Path, tmp_path: Path) -> None:
+    for arch, message in (("efficientnet_b0", r"framework\.bn_splits=1"), ("vit_tiny_patch16_224", "attention layers")):
+        with pytest.raises(ConfigError, match=message):
+            plan(config, tmp_path, f"backbone.arch=timm/{arch}", "backbone.stem=standard")
+
+
+def test_compile_compiles_what_images_go_through(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    stage.run(plan(config, tmp_path, "compile=true", "max_steps=1"))
+    assert [type(module).__name__ for module in compiled] == ["ResNet", "ResNet"]
+
+
+def test_an_accumulated_run_trains_and_resumes(config: Path, tmp_path: Path) -> None:
+    overrides = ["accumulate=4", "framework.bn_splits=1", "max_steps=3", "data.storage=resident"]
+    whole = plan(config, tmp_path / "whole", *overrides)
+    stage.run(whole)
+    last = json.loads(whole.run.log_file.read_text().splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["clean"] + last["mixmask"], rel=1e-5)
+    assert 0 <= last["contrast_accuracy"] <= 100
+    assert last["feature_std"] < 2
+
+
+def test_what_a_machine_or_a_framework_cannot_do_is_said_early(config: Path, tmp_path: Path) -> None:
+    for overrides, message in (
+        (["precision=fp16", "device=cpu"], "fp16 needs a GPU"),
+        (["sync_bn=true"], "MoCo shuffles batches to avoid"),
+        (["accumulate=3"], "batch_size 16 is not a multiple of accumulate 3"),
+        (["accumulate=8"], "leaves 1 image per group"),
+        (["accumulate=16", "framework.kind=byol"], "leaves 1 image per part"),
+        (["mix.grid=33"], "mix.grid 33 does not fit an image"),
+        (
+            ["mix.kind=erase", "mix.grid=20", "mix.extra_crops=1", "mix.extra_crop=16"],
+            "does not fit a view",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(config, tmp_path, *overrides)
