@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from engine.config import Recipe
+from engine.precision import to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -144,7 +145,7 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Te
         (N, 3, size, size) float in [0, 1].
     """
     num, _, height, width = images.shape
-    crops = crops.to(images.device, torch.float32)
+    crops = to_device(crops.float(), images.device)
     centre = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
 
     def positions(start: Tensor, length: Tensor, mirrored: Tensor | None) -> Tensor:
@@ -155,7 +156,7 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Te
         return start[:, None] + torch.minimum(inside.clamp(min=0), length[:, None] - 1)
 
     y = positions(crops[:, 0], crops[:, 2], None)
-    x = positions(crops[:, 1], crops[:, 3], flips.to(images.device))
+    x = positions(crops[:, 1], crops[:, 3], to_device(flips, images.device))
     grid_y = ((2 * y + 1) / height - 1)[:, :, None].expand(num, size, size)
     grid_x = ((2 * x + 1) / width - 1)[:, None, :].expand(num, size, size)
     grid = torch.stack([grid_x, grid_y], dim=-1)
@@ -169,7 +170,7 @@ LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2
 
 
 def _factor(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device, images.dtype).view(-1, 1, 1, 1)
+    return to_device(values.to(images.dtype), images.device).view(-1, 1, 1, 1)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -241,7 +242,8 @@ def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     height, width = images.shape[-2:]
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernels = torch.exp(-0.5 * (offsets / sigmas[:, None]) ** 2)
-    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).to(images.device, images.dtype)  # (N, taps)
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    kernels = to_device(kernels.to(images.dtype), images.device)  # (N, taps)
     taps = kernels.T.reshape(2 * radius + 1, -1, 1, 1, 1)
     padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
     rows = padded[:, :, :height] * taps[0]
@@ -317,7 +319,7 @@ def _apply(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, chosen
     if len(which) == len(images):
         images.copy_(operation(images, values))
     elif len(which):
-        there = which.to(images.device)
+        there = to_device(which, images.device)
         images[there] = operation(images[there], values[which])
 
 

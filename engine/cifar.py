@@ -106,14 +106,26 @@ class Archive:
 
 
 def find(root: Path) -> Archive | None:
-    """The archive that ``root`` is or holds, packed or unpacked; None if there is none."""
-    for kind in KINDS:
-        for path in (root, root / kind.folder):
-            if path.is_dir() and (path / kind.meta[0]).is_file() and any((path / name).exists() for name in kind.train):
-                return Archive(kind, path)
-        for path in (root, root / kind.tarball):
-            if path.is_file() and path.name == kind.tarball:
-                return Archive(kind, path)
+    """The archive that ``root`` is or holds, packed or unpacked; None if there is none.
+
+    Raises:
+        DataError: If there are both CIFAR-10 and CIFAR-100.
+    """
+    found = [archive for kind in KINDS if (archive := _find(root, kind)) is not None]
+    if len(found) > 1:
+        raise DataError(
+            f"{root}: holds {' and '.join(str(archive.path) for archive in found)}; name one of them as data.root"
+        )
+    return found[0] if found else None
+
+
+def _find(root: Path, kind: Kind) -> Archive | None:
+    for path in (root, root / kind.folder):
+        if path.is_dir() and (path / kind.meta[0]).is_file() and any((path / name).exists() for name in kind.train):
+            return Archive(kind, path)
+    for path in (root, root / kind.tarball):
+        if path.is_file() and path.name == kind.tarball:
+            return Archive(kind, path)
     return None
 
 

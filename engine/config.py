@@ -205,7 +205,7 @@ def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[Bas
             if inner:
                 candidates = inner
             continue
-        tagged = [m for m in candidates if _kind_of(m) == name or m.__name__ == name]
+        tagged = [m for m in candidates if name in _kinds_of(m) or m.__name__ == name]
         if tagged:
             candidates = tagged
         else:
@@ -213,13 +213,12 @@ def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[Bas
     return candidates[0], keys
 
 
-def _kind_of(model: type[BaseModel]) -> str | None:
+def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
     for name in ("kind", "protocol"):
         field = model.model_fields.get(name)
         if field is not None:
-            values = get_args(field.annotation)
-            return str(values[0]) if len(values) == 1 else None
-    return None
+            return tuple(map(str, get_args(field.annotation)))
+    return ()
 
 
 def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str) -> str:

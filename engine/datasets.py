@@ -226,25 +226,27 @@ def check_files(paths: Sequence[Path]) -> None:
         DataError: Naming the damaged files (the first ten).
     """
 
-    def problem(path: Path) -> str | None:
-        try:
-            with path.open("rb") as file:
-                start = file.read(2)
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 2))
-                end = file.read(2)
-        except OSError as error:
-            return f"{path}: {error.strerror}"
-        if start == b"\xff\xd8" and end == b"\xff\xd9":
-            return None
-        try:
-            decode(path)
-        except DataError as error:
-            return str(error)
-        return None
-
     with ThreadPoolExecutor(8) as pool:
-        problems = [found for found in pool.map(problem, paths) if found is not None]
+        problems = [found for found in pool.map(file_problem, paths) if found is not None]
     if problems:
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError("\n".join(problems[:10]) + more)
+
+
+def file_problem(path: Path) -> str | None:
+    """What is wrong with one file, or None; see `check_files`."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 2))
+            end = file.read(2)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if start == b"\xff\xd8" and end == b"\xff\xd9":
+        return None
+    try:
+        decode(path)
+    except DataError as error:
+        return str(error)
+    return None

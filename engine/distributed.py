@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
-from engine.errors import ConfigError, UserError
+from engine.errors import ConfigError, Interrupted, RunFailure, UserError
 from engine.progress import quieten
 
 T = TypeVar("T")
@@ -94,7 +94,10 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
     )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     address = environment.get("MASTER_ADDR") or _first_node(nodes)
-    return Launch(World(rank, size, local), address, int(environment.get("MASTER_PORT", 15000 + job % 20000)))
+    own_port = (
+        15000 + (97 * job + _number(environment, "SLURM_STEP_ID")) % 20000
+    )  # steps of one job may run side by side
+    return Launch(World(rank, size, local), address, int(environment.get("MASTER_PORT", own_port)))
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -123,13 +126,6 @@ def session() -> Iterator[World]:
         yield _world
         return
     cuda = torch.cuda.is_available()
-    if cuda:
-        if launch.world.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {launch.world.local_rank} of this node has no GPU of its own: torch sees "
-                f"{torch.cuda.device_count()}. Start one process per GPU"
-            )
-        torch.cuda.set_device(launch.world.local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         init_method=f"tcp://{launch.address}:{launch.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
@@ -140,37 +136,73 @@ def session() -> Iterator[World]:
     _world = launch.world
     quieten(not _world.is_writer)
     try:
+        agreed(_take_device)
         yield _world
+        dist.destroy_process_group()  # not after an error: the others may never come to it
+    except (RunFailure, Interrupted) as end:  # which all processes meet at the same step
+        stopped = isinstance(end, Interrupted)
+        if _world.is_writer:
+            print(f"{'interrupted' if stopped else 'failed'}: {end}", file=sys.stderr, flush=True)
+        dist.barrier()
+        raise SystemExit(128 + end.signal if isinstance(end, Interrupted) else 1) from None
     finally:
         _world = World()
         quieten(False)
-        dist.destroy_process_group()
+
+
+def _take_device() -> None:
+    """One GPU per process, where there are any; a launcher may show each process its own as the only one."""
+    count = torch.cuda.device_count()
+    if count > 1 and _world.local_rank >= count:
+        raise ConfigError(
+            f"process {_world.local_rank} of its node has no GPU of its own: torch sees {count}. Start one process per GPU"
+        )
+    if count:
+        torch.cuda.set_device(_world.local_rank if count > 1 else 0)
 
 
 def agreed(call: Callable[[], T]) -> T:
-    """Call on every process, and go on only if no process met a user's mistake.
+    """Call on every process, and go on only if it went well on all.
 
-    One process alone raises as usual. Of several, the first prints the one message and all end with exit code 2: without
-    this, the first to stop would make the launcher kill the others before anything was said.
+    One process alone raises as usual. Of several, the first prints the one message and all end, with exit code 2 for a
+    user's mistake and 1 for a failure: without this, the first to stop would leave the others waiting for it, or make the
+    launcher kill them before anything was said.
     """
     if _world.size == 1:
         return call()
-    problem: str | None = None
+    problem: tuple[int, str] | None = None
     result: T | None = None
     try:
         result = call()
     except UserError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * _world.size
+        problem = 2, f"error: {error}"
+    except (RunFailure, OSError) as error:
+        problem = 1, f"failed: {error}"
+    problems: list[tuple[int, str] | None] = [None] * _world.size
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
         if found is not None:
+            code, message = found
             if _world.is_writer:
-                where = "" if rank == 0 else f"process {rank}: "
-                print(f"error: {where}{found}", file=sys.stderr, flush=True)
+                print(message if rank == 0 else f"process {rank}: {message}", file=sys.stderr, flush=True)
             dist.barrier()
-            raise SystemExit(2)
+            raise SystemExit(code)
     return result  # type: ignore[return-value]
+
+
+def require_same(value: object, what: str) -> None:
+    """Refuse to go on where the processes see different files.
+
+    Raises:
+        ConfigError: If ``value`` differs between processes; ``what`` names it.
+    """
+    if _world.size > 1:
+        values: list[object] = [None] * _world.size
+        dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise ConfigError(
+                f"{what}: not every process sees the same ({values}); the folder of runs must be one that all see"
+            )
 
 
 def first_only(call: Callable[[], object]) -> None:
@@ -227,11 +259,12 @@ def any_of(flag: bool) -> bool:
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers (batch statistics differ between processes)."""
+def share_buffers(model: nn.Module, not_shared: tuple[str, ...]) -> None:
+    """Give every process the first one's buffers (batch statistics differ between processes), except ``not_shared`` ones."""
     if _world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for name, buffer in model.named_buffers():
+            if not (not_shared and name.endswith(not_shared)):
+                dist.broadcast(buffer, 0)
 
 
 def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...] = ()) -> nn.Module:

@@ -8,8 +8,11 @@ the number of workers.
 from __future__ import annotations
 
 import math
+import os
 import random
+import signal
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -22,9 +25,12 @@ from engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
 from engine.datasets import DataRecipe, ImageSet
 from engine.distributed import world
 from engine.errors import ConfigError, DataError
+from engine.precision import to_device
 from engine.randomness import derived_seed, generator
 
 T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,21 @@ def open_source(images: ImageSet, data: DataRecipe, device: torch.device) -> Ima
 
 
 def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
-    """Refuse a crop that resident images cannot give: crops are enlarged there and never shrunk.
+    """Refuse what resident images cannot give: crops are enlarged there and never shrunk, and all must fit into memory.
 
     Raises:
-        ConfigError: If a crop of the first image can be larger than what it is resized to.
+        ConfigError: If a crop of the first image can be larger than what it is resized to, or if all images of its size take
+            more than this machine's memory.
     """
     if data.storage != "resident":
         return
     _, height, width = images.read(0).shape
+    needed, memory = 3 * height * width * len(images), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ConfigError(
+            f"{images.root}: {len(images):,} images of {width}×{height} pixels take {needed / 2**30:,.0f} GiB, this machine "
+            f"has {memory / 2**30:,.0f}; use data.storage: stream"
+        )
     largest = min(max(height, width), round(math.sqrt(height * width * recipe.scale[1] * recipe.aspect[1])))
     if largest > recipe.crop:
         raise ConfigError(
@@ -177,6 +190,16 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         yield from batches
     except DataError as error:
         raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Let a worker process live through the signals that ask the run to stop.
+
+    Launchers signal whole groups of processes; a worker that died of it would take the run down before its checkpoint is
+    written. Workers end when the run does.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Views(Dataset[tuple[list[Tensor], int]]):
@@ -238,6 +261,7 @@ class StreamSource:
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
         )
         for views, labels in from_workers(loader):
             yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device, non_blocking=True)
@@ -281,7 +305,7 @@ class ResidentSource:
         height, width = self.pixels.shape[-2:]
         for step, _, batch in plan.from_step(first_step, num_steps):
             rows = plan.share(batch)
-            where = torch.tensor(batch[rows], device=self.device)
+            where = to_device(torch.tensor(batch[rows]), self.device)
             pixels = self.pixels[where]
             size = torch.tensor([height, width]).expand(len(batch), 2)
             cut = []
@@ -302,8 +326,9 @@ class ResidentSource:
 def _decoded(images: ImageSet) -> Tensor:
     first = images.read(0)
     pixels = torch.empty((len(images), *first.shape), dtype=torch.uint8)
-    for row, path in enumerate(images.paths):
-        image = images.read(row)
+
+    def fill(row: int) -> None:
+        image, path = images.read(row), images.paths[row]
         if image.shape != first.shape:
             raise DataError(
                 f"{path}: is {image.shape[2]}×{image.shape[1]} pixels where {images.paths[0].name} is "
@@ -311,6 +336,10 @@ def _decoded(images: ImageSet) -> Tensor:
                 f"use data.storage: stream"
             )
         pixels[row] = image
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(fill, range(len(images))):
+            pass
     return pixels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from engine.errors import ConfigError
 
@@ -33,6 +34,13 @@ def check_precision(device: torch.device, precision: Precision) -> None:
     """
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU; on a CPU use bf16 (if `mixmask doctor` calls it fast) or fp32")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on the device, without making the host wait for the device's work so far."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: Precision) -> Any:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from engine import cifar
-from engine.datasets import DataRecipe, ImageSet, check_files, open_split
+from engine.datasets import DataRecipe, ImageSet, file_problem, open_split
 from engine.errors import DataError
 from engine.progress import track
 
@@ -126,7 +126,9 @@ def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
 
 
 def _header(path: Path) -> tuple[int, int]:
-    check_files([path])
+    problem = file_problem(path)
+    if problem is not None:
+        raise DataError(problem)
     try:
         with Image.open(path) as image:
             width, height = image.size

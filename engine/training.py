@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine import distributed
 from engine.errors import CheckpointError, Interrupted, RunDirectoryError, RunFailure
+from engine.loader import STOP_SIGNALS
 from engine.precision import Precision, autocast
 from engine.progress import StepProgress, say
 from engine.randomness import derived_seed
@@ -26,8 +27,6 @@ from engine.watching import Sink
 
 B = TypeVar("B")
 Part = Callable[[], dict[str, Tensor]]
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
 
 @dataclass
@@ -118,9 +117,9 @@ def train(
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
         Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
     """
-    first, seconds_before, sums = _resume(job)
+    first, seconds_before, sums = distributed.agreed(lambda: _resume(job))
     compute = distributed.parallel(_Losses(job.model), job.device, job.not_shared)
-    sinks = job.open_sinks(first) if distributed.world().is_writer else ()
+    sinks = distributed.agreed(lambda: job.open_sinks(first) if distributed.world().is_writer else ())
     started = time.monotonic()
     evaluated: dict[str, float] = {}
     window = _Window(job, sums)
@@ -160,7 +159,7 @@ def train(
                 and job.evaluate_every
                 and (done % job.evaluate_every == 0 or done == job.num_steps)
             ):
-                distributed.share_buffers(job.model)
+                distributed.share_buffers(job.model, job.not_shared)
                 evaluated = job.evaluate()
                 _log(job, sinks, done, evaluated)
                 say(f"{job.title}: step {done}, " + ", ".join(f"{k} {v:.2f}" for k, v in evaluated.items()))
@@ -188,7 +187,8 @@ def train(
                     stopped_by,
                 )
         rate = progress.images_per_second
-    distributed.share_buffers(job.model)
+    distributed.share_buffers(job.model, job.not_shared)
+    _require_finite(job, job.num_steps)
     job.model.eval()
     return {"seconds": elapsed(), "images_per_second": rate, **evaluated}
 
@@ -306,22 +306,29 @@ def _stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
 
 
 def _save(job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]]) -> None:
-    distributed.share_buffers(job.model)
-    if not distributed.world().is_writer:
-        return
+    distributed.share_buffers(job.model, job.not_shared)
+    distributed.first_only(lambda: _write(job, step, seconds, sums))
+
+
+def _require_finite(job: Job, step: int) -> None:
     broken = [name for name, value in job.model.named_parameters() if not bool(torch.isfinite(value).all())]
     if broken:
         kept = " The checkpoint before it is kept." if job.run.checkpoint_file.exists() else ""
         raise RunFailure(
-            f"{job.title}: weights that are not finite after step {step - 1} ({', '.join(broken[:3])}); no checkpoint of "
-            f"them was written.{kept} Likely causes: a learning rate too high, or gradients that need clip_norm"
+            f"{job.title}: weights that are not finite after step {step - 1} ({', '.join(broken[:3])}); they were not "
+            f"written.{kept} Likely causes: a learning rate too high, or gradients that need clip_norm"
         )
+
+
+def _write(job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]]) -> None:
+    _require_finite(job, step)
     state = {
         "fingerprint": job.fingerprint,
         "data": dict(job.data),
         "step": step,
         "seconds": seconds,
         "window": dict(sums),
+        "world_size": distributed.world().size,
         "model": job.model.state_dict(),
         "optimizer": job.optimizer.state_dict(),
         "scaler": job.scaler.state_dict(),
@@ -354,6 +361,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _resume(job: Job) -> tuple[int, float, Mapping[str, tuple[float, int]]]:
+    distributed.require_same(job.run.checkpoint_file.is_file(), f"{job.run.checkpoint_file}")
     if not job.run.checkpoint_file.is_file():
         if distributed.world().is_writer:
             job.run.rewind_log(0)
@@ -369,6 +377,13 @@ def _resume(job: Job) -> tuple[int, float, Mapping[str, tuple[float, int]]]:
     job.scaler.load_state_dict(state["scaler"])
     if distributed.world().is_writer:
         job.run.rewind_log(state["step"])
+    size = distributed.world().size
+    if state["world_size"] != size:
+        say(
+            f"{job.title}: warning: this run was begun with {state['world_size']} processes and goes on with {size}. Masks, "
+            f"partners in mixtures and (other than MoCo's groups) batch statistics are each process's own, so it is not the "
+            f"run that either number alone would give"
+        )
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
     return int(state["step"]), float(state["seconds"]), state["window"]
 

@@ -86,5 +86,11 @@ def open_sinks(
     if recipe.tensorboard:
         sinks.append(_TensorBoard(run, first_step))
     if recipe.wandb_project is not None:
-        sinks.append(_WandB(run, recipe.wandb_project, title, fingerprint, settings))
+        try:
+            sinks.append(_WandB(run, recipe.wandb_project, title, fingerprint, settings))
+        except Exception as error:  # no login, no network, no such project: wandb has an error of its own for each
+            raise ConfigError(
+                f"watch.wandb_project={recipe.wandb_project}: wandb does not start ({error}); run `wandb login`, set "
+                f"WANDB_MODE=offline, or leave the key out"
+            ) from None
     return sinks

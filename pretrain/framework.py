@@ -66,6 +66,7 @@ class Framework(nn.Module, ABC):
 
     not_shared: tuple[str, ...] = ()  # buffers that several processes keep equal themselves
     keys_have_gradient = False
+    asks_with_both_views = True
 
     @property
     @abstractmethod
@@ -78,14 +79,14 @@ class Framework(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
-        """(N, dim) queries and (N, dim) keys, row i of both from image i, to (N,) losses."""
+        """(N, dim) queries and (N, dim) keys, row i of both from image i, to (N,) losses on the scale of the clean loss."""
 
     @abstractmethod
     def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
         """The framework's loss on a batch.
 
         Args:
-            queries: Two views (N, 3, H, W) for the query side.
+            queries: Two views (N, 3, H, W) for the query side; only the first is looked at unless `asks_with_both_views`.
             keys: The same two views for the key side; the same tensors, unless the query side is erased.
             draws: For what the framework draws itself; equal on all processes.
         """

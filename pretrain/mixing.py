@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from engine.config import Recipe
+from engine.precision import to_device
 from engine.records import Method
 from pretrain.masks import PATTERNS, to_pixels
 
@@ -204,7 +205,7 @@ def random_permutation(num: int, device: torch.device, draws: random.Random) -> 
     """A uniform permutation."""
     order = list(range(num))
     draws.shuffle(order)
-    return torch.tensor(order, device=device)
+    return to_device(torch.tensor(order), device)
 
 
 def mix_by_mask(images: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ def mix_by_mask(images: Tensor, mask: Tensor, partner: Tensor) -> Tensor:
         mask: (H, W), (1, 1, H, W) or (N, 1, H, W) bool, True keeps the image itself.
         partner: (N,) permutation.
     """
-    return _like(torch.where(mask.to(images.device), images, images[partner]), images)
+    return _like(torch.where(to_device(mask, images.device), images, images[partner]), images)
 
 
 def _mixmask(recipe: MixMask | MixMaskUnMix, images: Tensor, reverse: bool, draws: random.Random) -> Mixture:
@@ -226,7 +227,7 @@ def _mixmask(recipe: MixMask | MixMaskUnMix, images: Tensor, reverse: bool, draw
     else:
         partner = random_permutation(num, images.device, draws)
     mixed = mix_by_mask(images, mask, partner)
-    return Mixture("mixmask", mixed, own.to(images.device).expand(num), partner, recipe.switch, mask)
+    return Mixture("mixmask", mixed, to_device(own, images.device).expand(num), partner, recipe.switch, mask)
 
 
 def cut_box(height: int, width: int, keep: float, centre_y: int, centre_x: int) -> tuple[int, int, int, int, float]:
@@ -307,11 +308,11 @@ def erase(recipe: Erase, images: Tensor, draws: random.Random) -> Tensor:
     num, _, height, width = images.shape
     mask, _ = draw_masks(recipe, num, height, width, draws)
     if recipe.fill == "noise":
-        generator = torch.Generator().manual_seed(draws.getrandbits(63))
-        filling = torch.randn(images.shape, generator=generator).to(images)
+        generator = torch.Generator(images.device).manual_seed(draws.getrandbits(63))
+        filling = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     else:
         filling = torch.zeros((), device=images.device, dtype=images.dtype)
-    return _like(torch.where(mask.to(images.device), images, filling), images)
+    return _like(torch.where(to_device(mask, images.device), images, filling), images)
 
 
 def _like(mixed: Tensor, images: Tensor) -> Tensor:

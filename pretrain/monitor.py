@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.datasets import ImageSet
+from engine.distributed import world
 from engine.knn import extract_features, knn_accuracy
 from engine.loader import ImageSource, open_source
 from pretrain.recipe import PretrainRecipe
@@ -15,12 +16,15 @@ class Monitor:
     """kNN accuracy of the trunk as it stands, on the test split against the training split."""
 
     def __init__(
-        self, recipe: PretrainRecipe, trunk: nn.Module, train: ImageSet, test: ImageSet, device: torch.device
+        self, recipe: PretrainRecipe, trunk: nn.Module, training: ImageSource, test: ImageSet, device: torch.device
     ) -> None:
         assert recipe.monitor is not None
         self.recipe, self.settings, self.trunk = recipe, recipe.monitor, trunk
-        self.num_classes = len(train.classes)
-        self.bank = self._open(train, recipe.monitor.max_bank, device)
+        self.num_classes = len(training.images.classes)
+        whole = (
+            recipe.monitor.max_bank is None and world().size == 1
+        )  # then what is resident already serves as the bank
+        self.bank = training if whole else self._open(training.images, recipe.monitor.max_bank, device)
         self.queries = self._open(test, recipe.monitor.max_queries, device)
 
     def _open(self, images: ImageSet, limit: int | None, device: torch.device) -> ImageSource:

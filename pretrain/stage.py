@@ -100,8 +100,7 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     check_precision(device, recipe.precision)
     check_watch(recipe.watch)
     _check_batch(recipe, device)
-    with torch.device("meta"):  # without its weights: what cannot be built is said now
-        recipe.framework.build(recipe.backbone)
+    _check_network(recipe)
     train_images = open_split(recipe.data, "train")
     test_images = open_split(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:
@@ -139,6 +138,28 @@ def _check_batch(recipe: PretrainRecipe, device: torch.device) -> None:
         raise ConfigError(str(error)) from None
 
 
+def _check_network(recipe: PretrainRecipe) -> None:
+    """Build the network without its weights, so that what cannot be built or used is said now."""
+    with torch.device("meta"), torch.no_grad():
+        model = recipe.framework.build(recipe.backbone).eval()
+        for view in recipe.views:
+            try:
+                model.trunk(torch.empty(2, 3, view.crop, view.crop))
+            except (RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"backbone.arch {recipe.backbone.arch} cannot take images of {view.crop} pixels: {reason}"
+                ) from None
+    if recipe.sync_bn:
+        plain = (nn.BatchNorm1d, nn.BatchNorm2d)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
+                raise ConfigError(
+                    f"sync_bn: {recipe.backbone.arch} fuses {type(module).__name__} with its activation, which "
+                    f"SyncBatchNorm would drop; leave sync_bn out"
+                )
+
+
 def run(plan: PretrainPlan) -> Path:
     """Carry out a plan, from its checkpoint if there is one.
 
@@ -147,6 +168,7 @@ def run(plan: PretrainPlan) -> Path:
     """
     recipe, directory = plan.recipe, plan.run
     data: dict[str, Any] = {"train": plan.train_images.summary()["listing"]}
+    distributed.agreed(lambda: distributed.require_same(directory.is_finished, str(directory.record_file)))
     if directory.is_finished:
         require_same_data(directory, finished_record(directory).data, data)
         say(f"{recipe.name}: finished before, see {directory.path}")
@@ -230,7 +252,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
     if plan.test_images is not None:
-        monitor = Monitor(recipe, model.trunk, plan.train_images, plan.test_images, plan.device)
+        monitor = Monitor(recipe, model.trunk, source, plan.test_images, plan.device)
     job = Job(
         title=recipe.name,
         run=plan.run,
@@ -267,8 +289,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     started = time.monotonic()
     result = train(job, batches, losses)
     say(f"{recipe.name}: trained in {time.monotonic() - started:,.0f} s")
-    distributed.first_only(lambda: None)  # the log is complete before anyone reads it
-    last = _last_logged(plan.run, ("loss", "feature_std", "rank_me"))
+    last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}
     return {**last, **result}
 
 

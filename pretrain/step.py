@@ -120,7 +120,9 @@ class StepLosses:
         mix = self.recipe.mix
         assert isinstance(mix, Erase)
         first, second, *small = self.make_views()
-        hidden = erase(mix, first, self.own), erase(mix, second, self.own)
+        hidden = erase(mix, first, self.own), second
+        if self.framework.asks_with_both_views:
+            hidden = hidden[0], erase(mix, second, self.own)
         clean = self.framework.clean(hidden, (first, second), self.shared)
         self.key = clean.key
         self.small = [erase(mix, view, self.own) for view in small]

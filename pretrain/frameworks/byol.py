@@ -74,14 +74,18 @@ class BYOL(Framework):
         return unit(self.target(images))
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
-        """The squared distance of unit vectors, 2 - 2 · cos (arXiv:2006.07733, equation 2), in [0, 4]."""
-        return 2 - 2 * (query * key).sum(dim=1)
+        """Twice the squared distance of unit vectors (arXiv:2006.07733, equation 2), 4 - 4 · cos, in [0, 8].
+
+        The paper's loss is the sum over both directions. `clean` is the mean of two of these, so that one query against its
+        key weighs as much as the clean loss, as it does in the other frameworks: mixing an image with itself gives it.
+        """
+        return 4 - 4 * (query * key).sum(dim=1)
 
     def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; the sum of both directions (section 3.1, "we symmetrize the loss")."""
+        """See `Framework.clean`; the sum of both directions' squared distances (section 3.1, "we symmetrize the loss")."""
         first, second = self.query(queries[0]), self.query(queries[1])
         key_first, key_second = self.key(keys[0]), self.key(keys[1])
-        losses = self.loss(first, key_second) + self.loss(second, key_first)
+        losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
         return Clean(losses, first, key_second)
 
     def after_step(self, progress: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm
 from engine.distributed import gather, world
+from engine.precision import to_device
 from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, move_average, unit, width_of
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
@@ -21,7 +22,8 @@ class MoCoRecipe(FrameworkRecipe):
     """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
 
     ``bn_splits`` is the number of groups of a batch in which batch statistics are taken (1 switches it off on one device).
-    Of several processes each takes its share of the groups, so that their number does not change the result.
+    Of several processes each takes its share of the groups, so that up to that many processes do not change them; more than
+    that take statistics of their own.
     """
 
     kind: Literal["mocov2", "moco"] = "mocov2"
@@ -64,6 +66,7 @@ class MoCo(Framework):
     """Query encoder, its momentum copy for the keys, and the queue of negative keys."""
 
     not_shared = ("queue", "queue_position")
+    asks_with_both_views = False
     queue: Tensor
     queue_position: Tensor
 
@@ -81,6 +84,8 @@ class MoCo(Framework):
         self.register_buffer("queue", unit(torch.randn(recipe.queue_size, recipe.dim)))  # (K, dim)
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
         self.fresh: list[Tensor] = []  # this step's keys, which enter the queue when its gradients are done
+        self.position: int | None = None  # the host's copy: reading the buffer would make it wait for the device
+        self.register_load_state_dict_post_hook(_forget_position)  # type: ignore[no-untyped-call]
 
     @property
     def trunk(self) -> nn.Module:
@@ -108,9 +113,9 @@ class MoCo(Framework):
         everyone = gather(images)
         order = torch.randperm(len(everyone), generator=draws)
         mine = world().share(len(everyone))
-        shuffled = everyone[order[mine].to(images.device)].contiguous(memory_format=torch.channels_last)
+        shuffled = everyone[to_device(order[mine], images.device)].contiguous(memory_format=torch.channels_last)
         embedding = gather(unit(self.key_encoder(shuffled)))
-        return embedding[torch.argsort(order)[mine].to(images.device)]
+        return embedding[to_device(torch.argsort(order)[mine], images.device)]
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """InfoNCE of each query against its key and the queue (arXiv:1911.05722, equation 1)."""
@@ -140,9 +145,16 @@ class MoCo(Framework):
 
         The paper moves it before the keys are computed; the first step's move changes nothing, and every later one is this.
         """
+        if self.position is None:
+            self.position = int(self.queue_position)
         for key in self.fresh:
-            start = int(self.queue_position)
-            self.queue[start : start + len(key)] = key
-            self.queue_position.fill_((start + len(key)) % self.recipe.queue_size)
+            self.queue[self.position : self.position + len(key)] = key
+            self.position = (self.position + len(key)) % self.recipe.queue_size
+            self.queue_position.fill_(self.position)
         self.fresh.clear()
         move_average(self.key_encoder, self.query_encoder, self.recipe.momentum)
+
+
+def _forget_position(module: nn.Module, incompatible: object) -> None:
+    assert isinstance(module, MoCo)
+    module.position = None

@@ -34,6 +34,7 @@ class SimCLR(Framework):
     """One encoder for both views; every embedding has a gradient."""
 
     keys_have_gradient = True
+    asks_with_both_views = False
 
     def __init__(self, recipe: SimCLRRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()

@@ -127,3 +127,11 @@ def test_a_wrong_checksum_is_refused_before_anything_is_unpickled(tmp_path: Path
     (folder / "test").unlink()
     with pytest.raises(DataError, match=r"test: missing from cifar-100-python; unpack cifar-100-python\.tar\.gz again"):
         open_split(recipe(tmp_path / "unpacked"), "test")
+
+
+def test_two_archives_in_one_folder_are_not_guessed_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [write(tmp_path, kind, np.random.default_rng(0)) for kind in cifar.KINDS]
+    monkeypatch.setattr(cifar, "KINDS", tuple(checked(kind, folder) for kind, folder in zip(cifar.KINDS, folders)))
+    with pytest.raises(DataError, match="name one of them as data"):
+        open_split(recipe(tmp_path), "train")
+    assert len(open_split(recipe(folders[1]), "train")) == 6

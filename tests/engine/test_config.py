@@ -73,6 +73,14 @@ def test_unknown_key_names_the_file_and_lists_valid_ones(tmp_path: Path) -> None
     assert "ratio" in message
 
 
+def test_a_wrong_key_of_one_of_several_kinds_is_told_that_kinds_keys() -> None:
+    message = error(CIFAR, "framework.queue_sze=100")
+    assert message.startswith("command line: unknown key 'framework.queue_sze'")
+    assert "Did you mean 'queue_size'?" in message
+    assert "bn_splits" in message
+    assert "projector" not in message
+
+
 def test_override_errors_name_the_command_line() -> None:
     assert error(CIFAR, "epochs=ten").startswith("command line: epochs:")
     assert "given: 'ten'" in error(CIFAR, "epochs=ten")

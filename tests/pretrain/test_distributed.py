@@ -21,6 +21,7 @@ from tests.processes import finish, processes, python
 
 CONFIG = """
 name: tiny
+device: cpu
 data: {name: shapes, root: ROOT, train: train, test: val, storage: STORAGE, num_workers: 1}
 backbone: {arch: resnet18, stem: standard}
 framework: {kind: mocov2, dim: 16, queue_size: 32, momentum: 0.9, temperature: 0.2, bn_splits: 2}
@@ -158,6 +159,66 @@ def test_ranks_share_the_data_and_end_with_equal_weights_and_queues(config: Path
 
 
 @pytest.mark.slow
+def test_the_queue_of_two_processes_is_the_queue_of_one(config: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    states = []
+    for count in (1, 2):
+        runs = tmp_path / str(count)
+        runs.mkdir()
+        done = python(count, script, str(config), str(runs), "max_steps=1", "monitor=null")
+        assert [code for code, _, _ in done] == [0] * count, done
+        states += [torch.load(runs / f"rank{rank}.pt")["state"] for rank in range(count)]
+    one, first, second = states
+    assert torch.allclose(one["queue"], first["queue"], atol=1e-5)
+    assert torch.equal(first["queue"], second["queue"])
+    assert int(one["queue_position"]) == int(first["queue_position"]) == int(second["queue_position"]) == 16
+
+
+PARTS = """
+import sys, torch
+from pathlib import Path
+from engine import distributed
+from tests.engine.test_training import error_of, job
+from engine.training import train
+
+with distributed.session() as world:
+    one = job(Path(sys.argv[1]) / f"{world.size}", log_every=1)
+
+    def batches(first):
+        for step in range(first, 100):
+            yield torch.randn(8, 4, generator=torch.Generator().manual_seed(step))[world.share(8)]
+
+    def losses(rows, step):
+        return [lambda part=part: {"loss": error_of(one.model, part) / 2} for part in rows.chunk(2)]
+
+    train(one, batches, losses)
+    torch.save(one.model.state_dict(), f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
+"""
+
+
+def test_the_gradients_of_all_parts_on_all_processes_are_averaged(tmp_path: Path) -> None:
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS)
+    for count in (1, 2):
+        done = python(count, script, str(tmp_path))
+        assert [code for code, _, _ in done] == [0] * count, done
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for state in two:
+        for name, value in one.items():
+            assert torch.allclose(state[name], value, atol=1e-6), name
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_failure_is_said_once(config: Path, tmp_path: Path) -> None:
+    done = finish(processes(2, "pretrain", str(config), "optimizer.lr=1e30", "monitor=null", "--runs", str(tmp_path)))
+    assert [code for code, _, _ in done] == [1, 1]
+    assert done[0][2].count("the loss is not finite at step") == 1
+    assert done[1][2] == ""
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     base = ["pretrain", str(config), "mix.kind=mixmask", "mix.grid=4", "max_steps=30", "epochs=5", "monitor=null"]
@@ -207,7 +268,10 @@ def test_launchers_are_read_from_their_environment() -> None:
     assert launch is not None
     assert (launch.world.rank, launch.world.size, launch.world.local_rank) == (3, 4, 1)
     assert launch.address == "n7"
-    assert launch.port == 15000 + 123456 % 20000
+    assert 15000 <= launch.port < 35000
+    beside = read_launch({**slurm, "SLURM_STEP_ID": "1"})
+    assert beside is not None
+    assert beside.port != launch.port
     assert read_launch({**slurm, "SLURM_STEP_NUM_TASKS": "1"}) is None
     inside_sbatch = {name: value for name, value in slurm.items() if not name.startswith("SLURM_STEP")}
     assert read_launch(inside_sbatch) is None

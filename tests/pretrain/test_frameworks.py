@@ -18,6 +18,7 @@ from pretrain.frameworks.byol import BYOLRecipe
 from pretrain.frameworks.moco import MoCo, MoCoRecipe
 from pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
 from pretrain.frameworks.simsiam import SimSiamRecipe
+from pretrain.mixing import Mixture, mixture_loss
 from pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
@@ -97,7 +98,7 @@ def test_simclr_loss(num: int, seed: int) -> None:
 def test_byol_and_simsiam_losses() -> None:
     query, key = rows(5, 8, 0), rows(5, 8, 1)
     distances = [sum((float(a) - float(b)) ** 2 for a, b in zip(q, k)) for q, k in zip(query, key)]
-    assert build("byol").loss(query, key).tolist() == pytest.approx(distances)
+    assert build("byol").loss(query, key).tolist() == pytest.approx([2 * distance for distance in distances])
     cosines = [-dot(q, k) for q, k in zip(query, key)]
     assert build("simsiam").loss(query, key).tolist() == pytest.approx(cosines)
 
@@ -105,8 +106,10 @@ def test_byol_and_simsiam_losses() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_loss_gradients(name: str) -> None:
     framework = build(name).double()
-    query, key = rows(3, 8, 0).requires_grad_(), rows(3, 8, 1)
-    assert torch.autograd.gradcheck(lambda q: framework.loss(F.normalize(q, dim=1), key), query)
+    query, key = rows(3, 8, 0).requires_grad_(), rows(3, 8, 1).requires_grad_(framework.keys_have_gradient)
+    assert torch.autograd.gradcheck(
+        lambda q, k: framework.loss(F.normalize(q, dim=1), F.normalize(k, dim=1)), (query, key)
+    )
 
 
 def test_lightly_agrees_on_moco_and_simclr(moco: MoCo) -> None:
@@ -147,10 +150,22 @@ def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
     else:
         encoder: Any = framework.target if name == "byol" else framework.encoder
         k1, key = F.normalize(encoder(first), dim=1), F.normalize(encoder(second), dim=1)
-        expected = framework.loss(q1, key) + framework.loss(q2, k1)
-        expected = expected if name == "byol" else expected / 2
+        expected = (framework.loss(q1, key) + framework.loss(q2, k1)) / 2
+        if name == "byol":  # the paper's: the squared distances of both directions, added
+            assert torch.allclose(expected, ((q1 - key) ** 2).sum(1) + ((q2 - k1) ** 2).sum(1), atol=1e-5)
     assert torch.allclose(clean.losses, expected, atol=1e-5)
     assert torch.allclose(clean.key, key, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_image_mixed_with_itself_gives_the_clean_loss(name: str) -> None:
+    framework = build(name).eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    clean = framework.clean((images, images), (images, images), generator(0))
+    mixture = Mixture("x", images, torch.rand(4), torch.arange(4))
+    mixed = framework.query(mixture.images)
+    losses = framework.loss(mixed, clean.key), framework.loss(mixed[mixture.switched], clean.key)
+    assert float(mixture_loss(*losses, mixture)) == pytest.approx(float(clean.losses.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import DataError
-from engine.loader import from_workers
+from engine.loader import from_workers, ignore_stop_signals
 from engine.randomness import generator
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.boxes import nonempty
@@ -134,6 +134,7 @@ def training_batches(
         batch_sampler=_keys(pictures, recipe, seed, first, last),
         num_workers=recipe.data.num_workers,
         collate_fn=_collate,
+        worker_init_fn=ignore_stop_signals,
     )
     yield from from_workers(loader)
 
@@ -158,6 +159,10 @@ def _unchanged(item: T) -> T:
 def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
     """Every picture once: resized (3, H, W) uint8, its index, and its own (width, height)."""
     loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
-        _Testing(pictures, recipe), batch_size=None, num_workers=recipe.data.num_workers, collate_fn=_unchanged
+        _Testing(pictures, recipe),
+        batch_size=None,
+        num_workers=recipe.data.num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=ignore_stop_signals,
     )
     yield from from_workers(loader)
