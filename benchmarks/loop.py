@@ -13,6 +13,8 @@ ResNet-18 with the CIFAR stem at 32 pixels, MoCo, batch 256 (128 without a GPU),
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,10 @@ from pretrain.recipe import PretrainRecipe
 from pretrain.step import batch_parts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def show_help() -> None:
+    subprocess.run([sys.executable, "-m", "launch.cli", "--help"], capture_output=True, check=True)
 
 
 def main() -> None:
@@ -115,6 +121,7 @@ def main() -> None:
             "range": measured["loop"]["over_bare_range"],
         },
         {"question": "share of a step that the resident loader takes", "data_wait_share": waits},
+        {"question": "seconds of `mixmask --help`", **interleaved({"help": show_help}, given.repeats, "help")["help"]},
     ]
     report("loop", f"python -m benchmarks.loop --steps {steps}", answers, given.out)
 
