@@ -62,7 +62,10 @@ class BackboneRecipe(Recipe):
     @model_validator(mode="after")
     def _resnet_options(self) -> BackboneRecipe:
         if self.arch.startswith(TIMM) and (self.stem != "standard" or self.zero_init_residual):
-            raise ValueError(f"stem and zero_init_residual are options of the ResNets, not of {self.arch}")
+            raise ValueError(
+                f"stem and zero_init_residual are options of the ResNets, not of {self.arch}: "
+                f"set backbone.stem=standard backbone.zero_init_residual=false"
+            )
         return self
 
 

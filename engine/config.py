@@ -233,6 +233,9 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
         if ".".join(keys[:depth]) in sources:
             source = sources[".".join(keys[:depth])]
             break
+    else:
+        if any(sources[key] == "command line" for key in sources if key.startswith(f"{dotted}.")):
+            source = "command line"
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)

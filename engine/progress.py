@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,7 @@ class StepProgress:
         self.announce_end = announce_end
         self.title, self.total, self.first, self.images_per_step = title, total, first, images_per_step
         self.done = first
+        self.idle = 0.0
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         self.silent = StepProgress.shown
@@ -76,10 +78,23 @@ class StepProgress:
             self.bar.stop()
 
     @property
+    def seconds(self) -> float:
+        """Time spent on steps by this process: pauses do not count."""
+        return time.monotonic() - self.started - self.idle
+
+    @property
     def images_per_second(self) -> float:
-        """Mean since the start of this process."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return (self.done - self.first) * self.images_per_step / seconds
+        """Mean over the steps of this process."""
+        return (self.done - self.first) * self.images_per_step / max(self.seconds, 1e-9)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is no step (an evaluation): it does not count in the rate or the time left."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.idle += time.monotonic() - before
 
     def advance(self, status: str = "") -> None:
         """One more step is done."""
@@ -92,7 +107,7 @@ class StepProgress:
             return
         now = time.monotonic()
         if now - self.last_line >= PLAIN_EVERY_SECONDS or (self.announce_end and self.done == self.total):
-            left = (self.total - self.done) * (now - self.started) / max(self.done - self.first, 1)
+            left = (self.total - self.done) * self.seconds / max(self.done - self.first, 1)
             shown = f"{status}, " if status else ""
             say(f"{self.title}: step {self.done}/{self.total}, {shown}{rate}, {left:,.0f} s left")
             self.last_line = now

@@ -117,24 +117,43 @@ def train(
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
         Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
     """
-    first, seconds_before, sums = distributed.agreed(lambda: _resume(job))
+    start = distributed.agreed(lambda: _resume(job))
+    first = start.step
     compute = distributed.parallel(_Losses(job.model), job.device, job.not_shared)
     sinks = distributed.agreed(lambda: job.open_sinks(first) if distributed.world().is_writer else ())
     started = time.monotonic()
     evaluated: dict[str, float] = {}
-    window = _Window(job, sums)
+    window = _Window(job, start.window)
     waited, warned = 0.0, False
     job.model.train()
     remaining = batches(first)
 
     def elapsed() -> float:
-        return seconds_before + time.monotonic() - started
+        return start.seconds + time.monotonic() - started
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(StepProgress(job.title, job.num_steps, first, job.images_per_step))
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(_StopSignals())
         for sink in sinks:
             stack.callback(sink.close)
+
+        def evaluate(done: int) -> dict[str, float]:
+            assert job.evaluate is not None
+            window.settle()
+            distributed.share_buffers(job.model, job.not_shared)
+            with progress.paused():
+                try:
+                    with stop.at_once():
+                        values = job.evaluate()
+                except _StopNow:
+                    _save(job, done, elapsed(), window.sums, to_evaluate=True)
+                    raise _interrupted(job, done, signal.Signals(stop.received[0])) from None
+            _log(job, sinks, done, values)
+            say(f"{job.title}: step {done}, " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
+            return values
+
+        if start.to_evaluate:
+            evaluated = evaluate(first)
         for step in range(first, job.num_steps):
             for group, rate in zip(job.optimizer.param_groups, job.base_rates, strict=True):
                 group["lr"] = rate if group.get("fixed_lr") else rate * job.schedule(step)
@@ -154,21 +173,12 @@ def train(
 
             done = step + 1
             progress.advance(window.status)
-            if (
-                job.evaluate is not None
-                and job.evaluate_every
-                and (done % job.evaluate_every == 0 or done == job.num_steps)
-            ):
-                distributed.share_buffers(job.model, job.not_shared)
-                evaluated = job.evaluate()
-                _log(job, sinks, done, evaluated)
-                say(f"{job.title}: step {done}, " + ", ".join(f"{k} {v:.2f}" for k, v in evaluated.items()))
             if done % job.log_every == 0 or done == job.num_steps:
                 line = {
                     **window.means(),
                     "lr": job.optimizer.param_groups[0]["lr"],
                     "images_per_second": round(progress.images_per_second, 2),
-                    "data_wait_share": round(waited / max(elapsed() - seconds_before, 1e-9), 4),
+                    "data_wait_share": round(waited / max(progress.seconds, 1e-9), 4),
                     "seconds": round(elapsed(), 3),
                 }
                 _log(job, sinks, done, line)
@@ -176,16 +186,15 @@ def train(
                 if warning is not None and not warned:  # said again only if it had stopped
                     say(f"{job.title}: step {done}: warning: {warning}")
                 warned = warning is not None
-            stopped_by = stop() if done < job.num_steps else None
+            due = job.evaluate_every and (done % job.evaluate_every == 0 or done == job.num_steps)
+            if due and job.evaluate is not None:
+                evaluated = evaluate(done)
+            stopped_by = stop.asked() if done < job.num_steps else None
             if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
                 window.settle()
                 _save(job, done, elapsed(), window.sums)
             if stopped_by is not None:
-                raise Interrupted(
-                    f"{job.title}: stopped at step {done} of {job.num_steps} by {stopped_by.name}; "
-                    f"the same command goes on from {job.run.checkpoint_file}",
-                    stopped_by,
-                )
+                raise _interrupted(job, done, stopped_by)
         rate = progress.images_per_second
     distributed.share_buffers(job.model, job.not_shared)
     _require_finite(job, job.num_steps)
@@ -274,40 +283,79 @@ def _log(job: Job, sinks: Sequence[Sink], step: int, values: Mapping[str, float]
             sink.log(step, values)
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Turn the signals that ask a process to stop into a question that the loop asks after every step.
+def _interrupted(job: Job, step: int, number: signal.Signals) -> Interrupted:
+    return Interrupted(
+        f"{job.title}: stopped at step {step} of {job.num_steps} by {number.name}; "
+        f"the same command goes on from {job.run.checkpoint_file}",
+        number,
+    )
+
+
+class _StopNow(BaseException):
+    """Raised inside an evaluation by a stop signal."""
+
+
+class _StopSignals:
+    """Turns the signals that ask a process to stop into a question that the loop asks after every step.
 
     With several processes all get the same answer, whichever of them was signalled.
     """
-    received: list[int] = []
-    previous: dict[int, Any] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+        self.urgent = False
 
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
 
-    def asked() -> signal.Signals | None:
-        own = received[0] if received else 0
-        if distributed.any_of(bool(received)):
-            return signal.Signals(own or signal.SIGTERM)
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self.urgent:
+            raise _StopNow
+
+    def asked(self) -> signal.Signals | None:
+        """The signal that asked for a stop, or None. Every process must ask."""
+        if distributed.any_of(bool(self.received)):
+            return signal.Signals(self.received[0] if self.received else signal.SIGTERM)
         return None
 
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Do not wait for the end of what runs in here, which changes no state; one process alone can do that."""
+        if self.received and distributed.world().size == 1:
+            raise _StopNow
+        self.urgent = distributed.world().size == 1
+        try:
+            yield
+        finally:
+            self.urgent = False
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _save(job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]]) -> None:
+@dataclass(frozen=True)
+class _Start:
+    """Where a run goes on: its step, the seconds behind it, the log window it was in, and whether it was evaluating."""
+
+    step: int = 0
+    seconds: float = 0.0
+    window: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    to_evaluate: bool = False
+
+
+def _save(
+    job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]], to_evaluate: bool = False
+) -> None:
     distributed.share_buffers(job.model, job.not_shared)
-    distributed.first_only(lambda: _write(job, step, seconds, sums))
+    distributed.first_only(lambda: _write(job, _Start(step, seconds, sums, to_evaluate)))
 
 
 def _require_finite(job: Job, step: int) -> None:
@@ -320,14 +368,16 @@ def _require_finite(job: Job, step: int) -> None:
         )
 
 
-def _write(job: Job, step: int, seconds: float, sums: Mapping[str, tuple[float, int]]) -> None:
+def _write(job: Job, reached: _Start) -> None:
+    step = reached.step
     _require_finite(job, step)
     state = {
         "fingerprint": job.fingerprint,
         "data": dict(job.data),
         "step": step,
-        "seconds": seconds,
-        "window": dict(sums),
+        "seconds": reached.seconds,
+        "window": dict(reached.window),
+        "to_evaluate": reached.to_evaluate,
         "world_size": distributed.world().size,
         "model": job.model.state_dict(),
         "optimizer": job.optimizer.state_dict(),
@@ -360,12 +410,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _resume(job: Job) -> tuple[int, float, Mapping[str, tuple[float, int]]]:
+def _resume(job: Job) -> _Start:
     distributed.require_same(job.run.checkpoint_file.is_file(), f"{job.run.checkpoint_file}")
     if not job.run.checkpoint_file.is_file():
         if distributed.world().is_writer:
             job.run.rewind_log(0)
-        return 0, 0.0, {}
+        return _Start()
     state = read_checkpoint(job.run.checkpoint_file)
     if state["fingerprint"] != job.fingerprint:
         raise RunDirectoryError(
@@ -385,7 +435,7 @@ def _resume(job: Job) -> tuple[int, float, Mapping[str, tuple[float, int]]]:
             f"run that either number alone would give"
         )
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
-    return int(state["step"]), float(state["seconds"]), state["window"]
+    return _Start(int(state["step"]), float(state["seconds"]), state["window"], state["to_evaluate"])
 
 
 def require_same_data(run: RunDirectory, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:

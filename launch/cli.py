@@ -95,7 +95,9 @@ def check_data(
     split: Annotated[
         list[str] | None, typer.Option(help="A folder in it; may be given several times. Default: train, val, test.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Headers and ends of files only; decodes nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Headers and ends of files; decodes only what looks damaged.")
+    ] = False,
 ) -> None:
     """Count classes and images, report sizes, and find unreadable files: before a long run does. Reads with all cores.
 
@@ -201,6 +203,10 @@ def tables(
     if dry_run:
         typer.echo(f"{len(collection.records)} records would be tabulated")
         return
+    if not any(record.stage == "transfer" for record in collection.records):
+        typer.echo(
+            f"no transfer results yet among {len(collection.records)} finished runs: see mixmask transfer", err=True
+        )
     text = render(methods_by_protocols(collection.records), form)
     if out is None:
         typer.echo(text, nl=False)

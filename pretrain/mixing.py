@@ -115,15 +115,17 @@ class Erase(MaskOptions):
 
     The erased view takes the clean one's place on the query side and counts fully, whatever its area: the "symmetric" loss
     of the paper's footnote 1. ``mask`` names the patterns of which one is drawn at each step: ``random`` cells, ``focal``
-    (one rectangle kept), ``channelwise`` (random cells, for each colour channel on its own). ``fill`` is zero (the mean
-    colour) or standard normal noise. ``extra_crops`` small views, erased too, are further queries; the loss is the mean over
+    (one rectangle kept), ``channelwise`` (random cells, for each colour channel on its own). ``fill`` is standard normal
+    noise or zero (the mean colour). ``extra_crops`` small views, erased too, are further queries; the loss is the mean over
     the query views.
     """
 
     kind: Literal["erase"] = "erase"
     num_mixtures: ClassVar[int] = 0
-    mask: tuple[Literal["random", "focal", "channelwise"], ...] = Field(("random",), min_length=1)
-    fill: Literal["zero", "noise"] = "zero"
+    mask: tuple[Literal["random", "focal", "channelwise"], ...] = Field(
+        ("random", "focal", "channelwise"), min_length=1
+    )
+    fill: Literal["zero", "noise"] = "noise"
     mask_per: Literal["batch", "sample"] = "sample"
     extra_crops: int = Field(0, ge=0, le=8)
     extra_crop: int = Field(96, ge=8, description="side of the small views in pixels")

@@ -67,7 +67,8 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
             masks = mixture.mask.expand(num, 3, -1, -1).float()
             columns.append((f"{label} mask", list(masks), none))
         shown = _shown(mixture.images)
-        columns.append((f"{label} mixture", shown, [f"λ {own[i]:.2f}, with {partner[i] + 1}" for i in range(num)]))
+        partners = ["itself" if partner[i] == i else str(partner[i] + 1) for i in range(num)]
+        columns.append((f"{label} mixture", shown, [f"λ {own[i]:.2f}, with {partners[i]}" for i in range(num)]))
         if mixture.switch:
             captions = [f"1 - λ = {1 - own[switched[i]]:.2f}" for i in range(num)]
             columns.append((f"{label} switch", [shown[switched[i]] for i in range(num)], captions))

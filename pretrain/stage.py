@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine import distributed
-from engine.backbones import BackboneInfo, save_backbone
+from engine.backbones import TIMM, BackboneInfo, save_backbone
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
@@ -70,16 +70,29 @@ class PretrainPlan:
         size = distributed.world().size
         shares = f" over {size} processes" * (size > 1) + f" in {recipe.accumulate} parts" * (recipe.accumulate > 1)
         lines = [
-            f"{recipe.framework.kind}, {recipe.method}, {recipe.backbone.arch} ({recipe.backbone.stem} stem)",
+            f"{recipe.framework.kind}, {recipe.method}, {recipe.backbone.arch}"
+            + f" ({recipe.backbone.stem} stem)" * (not recipe.backbone.arch.startswith(TIMM)),
             f"data      {recipe.data.name}: {len(self.train_images):,} images from {self.train_images.root}",
             f"length    {recipe.epochs} epochs × {plan.steps_per_epoch} steps of {recipe.batch_size}{shares} = "
             f"{self.num_steps:,} steps on {self.device}, {recipe.precision}",
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
+            *self._monitoring(),
             f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             f"product   {self.product}",
         ]
         return "\n".join(lines)
+
+    def _monitoring(self) -> list[str]:
+        monitor = self.recipe.monitor
+        if monitor is None or self.test_images is None or not self.recipe.epochs:
+            return []
+        bank = min(monitor.max_bank or len(self.train_images), len(self.train_images))
+        queries = min(monitor.max_queries or len(self.test_images), len(self.test_images))
+        return [
+            f"monitor   kNN of {queries:,} test against {bank:,} training images every {monitor.every_epochs} epochs and at "
+            f"the end (monitor.max_bank, monitor.max_queries bound it; monitor=null leaves it out)"
+        ]
 
 
 def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> PretrainPlan:
@@ -108,7 +121,10 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
     steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
     if recipe.epochs and warmup >= steps:
-        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} are {warmup} steps, the run has only {steps}")
+        raise ConfigError(
+            f"warmup_epochs {recipe.warmup_epochs} are {warmup} steps, the run has only {steps}: "
+            f"shorten the warm-up, too (warmup_epochs=0 leaves it out)"
+        )
     if recipe.epochs:
         for view in recipe.views:
             check_crop(train_images, recipe.data, view)

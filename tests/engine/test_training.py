@@ -107,6 +107,33 @@ def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on(tmp_path: Path,
     assert [line["loss"] for line in log(again)] == [line["loss"] for line in log(whole)]
 
 
+@pytest.mark.parametrize("when", [5, 10])
+def test_a_signal_does_not_wait_for_the_end_of_an_evaluation(tmp_path: Path, when: int) -> None:
+    calls: list[int] = []
+
+    def evaluate() -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == when // 5:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            raise AssertionError("the evaluation went on")
+        return {"knn/top1": 50.0}
+
+    settings = {"evaluate_every": 5, "evaluate": evaluate}
+    with pytest.raises(Interrupted, match=rf"stopped at step {when} of 10 by SIGUSR2"):
+        run(job(tmp_path / "broken", **settings))
+    assert read_checkpoint(tmp_path / "broken" / "checkpoint.pt")["step"] == when
+    calls.extend([1] * 5)
+    again, whole = job(tmp_path / "broken", **settings), job(tmp_path / "whole", **settings)
+    assert run(again)["knn/top1"] == 50.0
+    run(whole)
+    assert weights(again) == weights(whole)
+    kept = [
+        [{key: line[key] for key in ("step", "loss", "knn/top1") if key in line} for line in log(one)]
+        for one in (again, whole)
+    ]
+    assert kept[0] == kept[1]
+
+
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path: Path) -> None:
     last = job(tmp_path)
     run(last, stop_at=9)

@@ -211,12 +211,12 @@ def test_without_the_switch_term_only_the_own_part_counts() -> None:
 
 def test_erasing_hides_cells_behind_zeros_or_noise() -> None:
     images = torch.full((8, 3, 32, 32), 5.0)
-    erased = erase(Erase(grid=4, ratio=0.5, exact_ratio=True), images, random.Random(0))
+    erased = erase(Erase(grid=4, mask=("random",), fill="zero", ratio=0.5, exact_ratio=True), images, random.Random(0))
     assert set(erased.unique().tolist()) == {0.0, 5.0}
     assert float((erased == 5).double().mean()) == 0.5
     assert torch.equal(erased[:, 0], erased[:, 1])  # all channels alike
     assert not torch.equal(erased[0], erased[1])  # each image its own
-    noisy = erase(Erase(grid=4, exact_ratio=True, fill="noise"), images, random.Random(0))
+    noisy = erase(Erase(grid=4, mask=("random",), exact_ratio=True, fill="noise"), images, random.Random(0))
     hidden = noisy[noisy != 5]
     assert len(hidden) == images.numel() // 2
     assert float(hidden.mean()) == pytest.approx(0, abs=0.05)
