@@ -11,6 +11,7 @@ import math
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,14 +193,21 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Let a worker process live through the signals that ask the run to stop.
+def outlive_stop_signals(worker: int) -> None:
+    """Let a worker process live through the signals that ask the run to stop, unless its own parent sends them.
 
     Launchers signal whole groups of processes; a worker that died of it would take the run down before its checkpoint is
-    written. Workers end when the run does.
+    written. The parent ends its workers with SIGTERM, too, so the sender decides.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Views(Dataset[tuple[list[Tensor], int]]):
@@ -261,7 +269,7 @@ class StreamSource:
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=outlive_stop_signals,
         )
         for views, labels in from_workers(loader):
             yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device, non_blocking=True)

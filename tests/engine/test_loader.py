@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,32 @@ def test_a_truncated_file_is_named_by_workers_too(shapes: Path, tmp_path: Path, 
         next(iter(StreamSource(damaged, workers, CPU).training(plan, [RECIPE], 0, 1)))
     assert str(caught.value).startswith(str(broken))
     assert "Traceback" not in str(caught.value)
+
+
+WORKERS = """
+import os, signal, subprocess, sys, time
+from torch.utils.data import DataLoader
+from engine.loader import outlive_stop_signals
+
+class Numbers:
+    def __getitem__(self, index):
+        return index, os.getpid()
+    def __len__(self):
+        return 1000
+
+batches = iter(DataLoader(Numbers(), batch_size=1, num_workers=1, worker_init_fn=outlive_stop_signals))
+worker = int(next(batches)[1])
+for number in ("TERM", "USR2"):
+    subprocess.run(["kill", f"-{number}", str(worker)], check=True)  # from another process than the parent
+for _ in range(100):
+    next(batches)
+os.kill(worker, 0)
+print("alive", flush=True)
+kept = batches  # an iterator that is never closed: at exit, the parent ends the worker with SIGTERM and waits for it
+sys.modules["kept"] = kept
+"""
+
+
+def test_workers_outlive_signals_of_others_and_obey_their_parent() -> None:
+    done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr

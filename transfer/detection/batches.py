@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import DataError
-from engine.loader import from_workers, ignore_stop_signals
+from engine.loader import from_workers, outlive_stop_signals
 from engine.randomness import generator
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.boxes import nonempty
@@ -134,7 +134,7 @@ def training_batches(
         batch_sampler=_keys(pictures, recipe, seed, first, last),
         num_workers=recipe.data.num_workers,
         collate_fn=_collate,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=outlive_stop_signals,
     )
     yield from from_workers(loader)
 
@@ -163,6 +163,6 @@ def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[
         batch_size=None,
         num_workers=recipe.data.num_workers,
         collate_fn=_unchanged,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=outlive_stop_signals,
     )
     yield from from_workers(loader)
