@@ -4,8 +4,8 @@
 
 ResNet-18 with the CIFAR stem at 32 pixels, MoCo, batch 256 (128 without a GPU), on drawn pictures that live on the device:
 
-- loop: seconds of `engine.training.train` (loader, losses, log, progress, checks) over the seconds of the bare steps on
-  batches that are already there, interleaved;
+- loop: seconds of `engine.training.train` (losses, log, progress, checks) over the seconds of the bare steps, on the same
+  batches that are already there, interleaved; and with the loader;
 - loader: the share of a step that waits for the loader (``data_wait_share`` of the log; the loader has no workers, so it is
   all of its work).
 """
@@ -82,7 +82,7 @@ def main() -> None:
 
     waits: list[float] = []
 
-    def loop() -> None:
+    def loop(with_loader: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(
                 title="loop",
@@ -101,24 +101,27 @@ def main() -> None:
             )
 
             def batches(first: int) -> Iterator[Batch]:
-                return source.training(plan, recipe.views, first, steps)
+                return source.training(plan, recipe.views, first, steps) if with_loader else iter(ready)
 
             def losses(batch: Batch, step: int) -> list[Part]:
                 return batch_parts(model, recipe, batch, step, diagnosed=(step + 1) % job.log_every == 0)
 
             train(job, batches, losses)
             last = json.loads(job.run.log_file.read_text().splitlines()[-1])
-            waits.append(last["data_wait_share"])
+            if with_loader:
+                waits.append(last["data_wait_share"])
 
-    measured = interleaved({"bare": bare, "loop": loop}, given.repeats, "bare")
+    calls = {"bare": bare, "loop": lambda: loop(False), "loop_and_loader": lambda: loop(True)}
+    measured = interleaved(calls, given.repeats, "bare")
     answers = [
         {
-            "question": "the loop and the loader together over the bare steps",
+            "question": "the loop on the same batches, and the loop with the loader, over the bare steps",
             "batch": batch_size,
             "precision": precision,
             "images_per_second": steps * batch_size / measured["loop"]["seconds"],
             "loop_over_bare": measured["loop"]["over_bare"],
             "range": measured["loop"]["over_bare_range"],
+            "loop_and_loader_over_bare": measured["loop_and_loader"]["over_bare"],
         },
         {"question": "share of a step that the resident loader takes", "data_wait_share": waits},
         {"question": "seconds of `mixmask --help`", **interleaved({"help": show_help}, given.repeats, "help")["help"]},
