@@ -25,10 +25,11 @@ from benchmarks.measure import interleaved, parser, report
 from engine.backbones import BackboneRecipe
 from engine.config import load_recipe
 from engine.datasets import ImageSet
+from engine.job import Job, Part
 from engine.loader import Batch, BatchPlan, ResidentSource
 from engine.precision import Precision, autocast, fast_bf16
 from engine.storage import RunDirectory
-from engine.training import Job, Part, train
+from engine.training import train
 from launch.builtin import configs_folder
 from pretrain.optimizers import build_optimizer
 from pretrain.recipe import PretrainRecipe

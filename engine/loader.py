@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +26,9 @@ from engine.distributed import world
 from engine.errors import ConfigError, DataError
 from engine.precision import to_device
 from engine.randomness import derived_seed, generator
+from engine.stopping import outlive_stop_signals
 
 T = TypeVar("T")
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
 
 @dataclass(frozen=True)
@@ -191,23 +188,6 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         yield from batches
     except DataError as error:
         raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
-
-
-def outlive_stop_signals(worker: int) -> None:
-    """Let a worker process live through the signals that ask the run to stop, unless its own parent sends them.
-
-    Launchers signal whole groups of processes; a worker that died of it would take the run down before its checkpoint is
-    written. The parent ends its workers with SIGTERM, too, so the sender decides.
-    """
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Views(Dataset[tuple[list[Tensor], int]]):

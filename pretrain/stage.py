@@ -14,9 +14,11 @@ from torch import nn
 
 from engine import distributed
 from engine.backbones import TIMM, BackboneInfo, save_backbone
+from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
+from engine.job import Job, Part
 from engine.loader import Batch, BatchPlan, check_crop, open_source
 from engine.precision import check_precision, resolve_device
 from engine.progress import say
@@ -24,7 +26,7 @@ from engine.randomness import derived_seed
 from engine.records import Record, environment, finished_record
 from engine.schedule import cosine_factor
 from engine.storage import RunDirectory, locate_run
-from engine.training import Job, Part, require_same_data, train
+from engine.training import train
 from engine.watching import check_watch, open_sinks
 from pretrain.diagnostics import collapse_warning
 from pretrain.framework import Framework

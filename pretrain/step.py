@@ -10,9 +10,9 @@ from torch import Tensor
 
 from engine.augment import Photometric
 from engine.distributed import world
+from engine.job import Part
 from engine.loader import Batch
 from engine.randomness import generator, python_generator
-from engine.training import Part
 from pretrain.diagnostics import diagnose
 from pretrain.framework import Clean, Framework
 from pretrain.mixing import Erase, Mixture, draw_mixtures, erase, mixture_loss

@@ -15,6 +15,7 @@ from engine.backbones import build_trunk
 from engine.datasets import ImageSet
 from engine.distributed import gather
 from engine.errors import RunFailure
+from engine.job import Job, Part
 from engine.knn import extract_features, knn_accuracy
 from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
 from engine.precision import autocast
@@ -22,7 +23,7 @@ from engine.progress import say, track
 from engine.randomness import derived_seed
 from engine.schedule import cosine_factor, step_factor
 from engine.storage import RunDirectory
-from engine.training import Job, Part, train
+from engine.training import train
 from transfer.checkpoints.layouts import Source
 from transfer.recipe import EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
 

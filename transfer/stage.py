@@ -10,6 +10,7 @@ import torch
 
 from engine import distributed
 from engine.backbones import TIMM
+from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
 from engine.errors import ConfigError
@@ -18,7 +19,6 @@ from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.records import Record, environment, finished_record
 from engine.storage import RunDirectory, locate_run
-from engine.training import require_same_data
 from transfer import classify
 from transfer.checkpoints.layouts import Source, read_source
 from transfer.detection.annotations import DetectionSet, open_detection

@@ -100,7 +100,7 @@ def test_a_truncated_file_is_named_by_workers_too(shapes: Path, tmp_path: Path, 
 WORKERS = """
 import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
-from engine.loader import outlive_stop_signals
+from engine.stopping import outlive_stop_signals
 
 class Numbers:
     def __getitem__(self, index):

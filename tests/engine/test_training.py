@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint import read_checkpoint
 from engine.errors import Interrupted, RunFailure
+from engine.job import Job, Part
 from engine.storage import RunDirectory
-from engine.training import Job, Part, read_checkpoint, train
+from engine.training import train
 
 CPU = torch.device("cpu")
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from engine.backbones import load_backbone
+from engine.checkpoint import read_checkpoint
 from engine.config import load_recipe
 from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
+from engine.job import Part
 from engine.randomness import python_generator
 from engine.records import Record
-from engine.training import Part, read_checkpoint
 from pretrain import stage
 from pretrain.mixing import draw_mixtures
 from pretrain.recipe import PretrainRecipe

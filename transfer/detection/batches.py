@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import DataError
-from engine.loader import from_workers, outlive_stop_signals
+from engine.loader import from_workers
 from engine.randomness import generator
+from engine.stopping import outlive_stop_signals
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.boxes import nonempty
 from transfer.detection.recipe import DetectRecipe

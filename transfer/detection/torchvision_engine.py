@@ -12,12 +12,13 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe
+from engine.job import Job, Part
 from engine.precision import Precision, autocast
 from engine.progress import say, track
 from engine.randomness import derived_seed, generator
 from engine.schedule import step_factor, warmup_factor
 from engine.storage import RunDirectory
-from engine.training import Job, Part, train
+from engine.training import train
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
 from transfer.detection.c4 import C4Detector

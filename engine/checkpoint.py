@@ -1,0 +1,140 @@
+"""The checkpoint of an unfinished run: everything that has to be there for it to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import distributed
+from engine.errors import CheckpointError, RunDirectoryError, RunFailure
+from engine.job import Job
+from engine.progress import say
+from engine.storage import RunDirectory, write_atomic
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: its step, the seconds behind it, the log window it was in, and whether it was evaluating."""
+
+    step: int = 0
+    seconds: float = 0.0
+    window: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    to_evaluate: bool = False
+
+
+def save(job: Job, reached: Start) -> None:
+    """Write the checkpoint whole or not at all; every process must call it, the first one writes.
+
+    Raises:
+        RunFailure: If a weight is not finite or the file cannot be written; the checkpoint before it stays.
+    """
+    distributed.share_buffers(job.model, job.not_shared)
+    distributed.first_only(lambda: _write(job, reached))
+
+
+def require_finite(job: Job, step: int) -> None:
+    """Refuse weights that are not finite after ``step`` steps.
+
+    Raises:
+        RunFailure: With the names of the first.
+    """
+    broken = [name for name, value in job.model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if broken:
+        kept = " The checkpoint before it is kept." if job.run.checkpoint_file.exists() else ""
+        raise RunFailure(
+            f"{job.title}: weights that are not finite after step {step - 1} ({', '.join(broken[:3])}); they were not "
+            f"written.{kept} Likely causes: a learning rate too high, or gradients that need clip_norm"
+        )
+
+
+def _write(job: Job, reached: Start) -> None:
+    step = reached.step
+    require_finite(job, step)
+    state = {
+        "fingerprint": job.fingerprint,
+        "data": dict(job.data),
+        "step": step,
+        "seconds": reached.seconds,
+        "window": dict(reached.window),
+        "to_evaluate": reached.to_evaluate,
+        "world_size": distributed.world().size,
+        "model": job.model.state_dict(),
+        "optimizer": job.optimizer.state_dict(),
+        "scaler": job.scaler.state_dict(),
+    }
+    try:
+        write_atomic(job.run.checkpoint_file, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        kept = "The checkpoint before it is untouched; " if job.run.checkpoint_file.exists() else ""
+        raise RunFailure(
+            f"{job.title}: cannot write {job.run.checkpoint_file} at step {step} ({str(cause).splitlines()[0]}). {kept}"
+            f"when there is room, the same command goes on"
+        ) from None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint written by the loop.
+
+    Raises:
+        CheckpointError: If it is truncated or something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises anything at all on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason}); delete it to start over") from None
+    if not isinstance(state, dict) or not {"fingerprint", "step", "model", "optimizer"} <= state.keys():
+        raise CheckpointError(f"{path}: not a training checkpoint of this project; delete it to start over")
+    return state
+
+
+def resume(job: Job) -> Start:
+    """Put a job where its checkpoint left it, or at its start if there is none; every process must call it.
+
+    Raises:
+        UserError: If the checkpoint is damaged, belongs to another run or other data, or is not seen by every process.
+    """
+    distributed.require_same(job.run.checkpoint_file.is_file(), f"{job.run.checkpoint_file}")
+    if not job.run.checkpoint_file.is_file():
+        if distributed.world().is_writer:
+            job.run.rewind_log(0)
+        return Start()
+    state = read_checkpoint(job.run.checkpoint_file)
+    if state["fingerprint"] != job.fingerprint:
+        raise RunDirectoryError(
+            f"{job.run.checkpoint_file}: written by the run {state['fingerprint']}, this one is {job.fingerprint}"
+        )
+    require_same_data(job.run, state["data"], job.data)
+    job.model.load_state_dict(state["model"])
+    job.optimizer.load_state_dict(state["optimizer"])
+    job.scaler.load_state_dict(state["scaler"])
+    if distributed.world().is_writer:
+        job.run.rewind_log(state["step"])
+    size = distributed.world().size
+    if state["world_size"] != size:
+        say(
+            f"{job.title}: warning: this run was begun with {state['world_size']} processes and goes on with {size}. Masks, "
+            f"partners in mixtures and (other than MoCo's groups) batch statistics are each process's own, so it is not the "
+            f"run that either number alone would give"
+        )
+    say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
+    return Start(int(state["step"]), float(state["seconds"]), state["window"], state["to_evaluate"])
+
+
+def require_same_data(run: RunDirectory, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to go on with (or to reuse) a run that was made from other images under the same data set name.
+
+    Raises:
+        RunDirectoryError: With what differs.
+    """
+    differing = [f"{key}: {found.get(key)} -> {given.get(key)}" for key in given if found.get(key) != given.get(key)]
+    if differing:
+        raise RunDirectoryError(
+            f"{run.path}: was made from other data under the same data.name ({'; '.join(differing)}). "
+            f"Give the other data another data.name"
+        )

@@ -1,0 +1,73 @@
+"""What the training loop trains: models, optimizer, length, and where the run is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.precision import Precision
+from engine.storage import RunDirectory
+from engine.watching import Sink
+
+Part = Callable[[], dict[str, Tensor]]
+
+
+@dataclass
+class Job:
+    """What the loop trains, and where it keeps it.
+
+    Attributes:
+        title: Shown with the progress.
+        run: Where the log and the checkpoint go.
+        fingerprint: Identity of the recipe, kept in the checkpoint.
+        data: Identity of the data (`ImageSet.summary`), kept in the checkpoint.
+        model: Everything that has state besides the optimizer: weights, buffers, queues.
+        optimizer: Its groups' ``lr`` at the start are the base rates that the schedule scales; a group with
+            ``fixed_lr: True`` keeps its rate.
+        schedule: Step to factor of the base rates.
+        num_steps: Length of the run.
+        images_per_step: For the rate in the log; over all processes.
+        seed: From it, the seed of torch's global generator at every step (dropout and the like).
+        precision: Number format of the forward pass.
+        log_every: Steps between two log lines.
+        checkpoint_every: Steps between two checkpoints.
+        evaluate: Called after every ``evaluate_every`` steps and after the last, by every process; its values are logged.
+        evaluate_every: Steps between two evaluations; 0 means never.
+        clip_norm: Largest gradient norm, or None.
+        after_step: Called with the step after the optimizer's step: momentum encoders and queues move here.
+        not_shared: Suffixes of buffers that the processes keep equal themselves.
+        watch: From a log line and its step to a warning, or None.
+        open_sinks: From the first step to places that the log goes to besides ``log.jsonl``.
+    """
+
+    title: str
+    run: RunDirectory
+    fingerprint: str
+    data: Mapping[str, Any]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    num_steps: int
+    images_per_step: int
+    device: torch.device
+    seed: int
+    precision: Precision = "fp32"
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate_every: int = 0
+    clip_norm: float | None = None
+    after_step: Callable[[int], None] | None = None
+    not_shared: tuple[str, ...] = ()
+    watch: Callable[[Mapping[str, float], int], str | None] | None = None
+    open_sinks: Callable[[int], Sequence[Sink]] = lambda first: ()
+    base_rates: list[float] = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -1,0 +1,79 @@
+"""The signals that ask a run to stop: what the loop does on them, and why its workers do not die of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from engine import distributed
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
+
+
+class StopNow(BaseException):
+    """Raised inside an evaluation by a stop signal."""
+
+
+class StopSignals:
+    """Turns the signals that ask a process to stop into a question that the loop asks after every step.
+
+    With several processes all get the same answer, whichever of them was signalled.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.previous: dict[int, Any] = {}
+        self.urgent = False
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self.urgent:
+            raise StopNow
+
+    def asked(self) -> signal.Signals | None:
+        """The signal that asked for a stop, or None. Every process must ask."""
+        if distributed.any_of(bool(self.received)):
+            return signal.Signals(self.received[0] if self.received else signal.SIGTERM)
+        return None
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Do not wait for the end of what runs in here, which changes no state; one process alone can do that."""
+        if self.received and distributed.world().size == 1:
+            raise StopNow
+        self.urgent = distributed.world().size == 1
+        try:
+            yield
+        finally:
+            self.urgent = False
+
+
+def outlive_stop_signals(worker: int) -> None:
+    """Let a worker process live through the signals that ask the run to stop, unless its own parent sends them.
+
+    Launchers signal whole groups of processes; a worker that died of it would take the run down before its checkpoint is
+    written. The parent ends its workers with SIGTERM, too, so the sender decides.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
