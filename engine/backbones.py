@@ -104,6 +104,13 @@ def _timm_trunk(arch: str) -> nn.Module:
     return built
 
 
+def width_of(trunk: nn.Module) -> int:
+    """Features per image of a trunk."""
+    width = trunk.num_features
+    assert isinstance(width, int)
+    return width
+
+
 def replace_batch_norm(module: nn.Module, build: Callable[[int], nn.BatchNorm2d]) -> None:
     """Put another BatchNorm2d in the place of every one, in place, with the same weights and statistics.
 

@@ -94,10 +94,11 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
     )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     address = environment.get("MASTER_ADDR") or _first_node(nodes)
-    own_port = (
-        15000 + (97 * job + _number(environment, "SLURM_STEP_ID")) % 20000
-    )  # steps of one job may run side by side
-    return Launch(World(rank, size, local), address, int(environment.get("MASTER_PORT", own_port)))
+    if "MASTER_PORT" in environment:
+        port = _number(environment, "MASTER_PORT")
+    else:  # steps of one job may run side by side
+        port = 15000 + (97 * job + _number(environment, "SLURM_STEP_ID")) % 20000
+    return Launch(World(rank, size, local), address, port)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -171,9 +172,9 @@ def agreed(call: Callable[[], T]) -> T:
     if _world.size == 1:
         return call()
     problem: tuple[int, str] | None = None
-    result: T | None = None
+    results: list[T] = []
     try:
-        result = call()
+        results.append(call())
     except UserError as error:
         problem = 2, f"error: {error}"
     except (RunFailure, OSError) as error:
@@ -187,7 +188,7 @@ def agreed(call: Callable[[], T]) -> T:
                 print(message if rank == 0 else f"process {rank}: {message}", file=sys.stderr, flush=True)
             dist.barrier()
             raise SystemExit(code)
-    return result  # type: ignore[return-value]
+    return results[0]
 
 
 def require_same(value: object, what: str) -> None:

@@ -102,3 +102,36 @@ def knn_accuracy(
     """Top-1 accuracy of `knn_predict` in percent."""
     predicted = knn_predict(bank, bank_labels, queries, num_classes=num_classes, k=k, temperature=temperature)
     return 100.0 * float((predicted == query_labels).double().mean())
+
+
+def knn_of_sources(
+    title: str,
+    trunk: nn.Module,
+    bank: ImageSource,
+    queries: ImageSource,
+    *,
+    batch_size: int,
+    resize: int | None,
+    crop: int,
+    precision: Precision,
+    k: int,
+    temperature: float,
+) -> float:
+    """Top-1 accuracy in percent of the query images against the bank's, by the trunk's features.
+
+    Args: as `extract_features` and `knn_predict` take them.
+    """
+    (features, labels), (asked, answers) = (
+        extract_features(
+            f"{title}: kNN features",
+            trunk,
+            source,
+            batch_size=batch_size,
+            resize=resize,
+            crop=crop,
+            precision=precision,
+        )
+        for source in (bank, queries)
+    )
+    num_classes = len(bank.images.classes)
+    return knn_accuracy(features, labels, asked, answers, num_classes=num_classes, k=k, temperature=temperature)

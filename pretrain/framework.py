@@ -18,14 +18,14 @@ from engine.config import Recipe
 Views = tuple[Tensor, Tensor]
 
 
-class FrameworkRecipe(Recipe):
+class FrameworkRecipe(Recipe, ABC):
     """Base of the frameworks' recipes; ``kind`` names the framework in configs, records and tables."""
 
     kind: str
 
+    @abstractmethod
     def build(self, backbone: BackboneRecipe) -> Framework:
         """The framework with fresh weights from torch's global generator."""
-        raise NotImplementedError
 
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         """Refuse a batch that the framework cannot use.
@@ -117,11 +117,6 @@ class Encoder(nn.Module):
         """Embed."""
         embedding: Tensor = self.projector(self.trunk(images))
         return embedding.float()
-
-
-def width_of(trunk: nn.Module) -> int:
-    """Features per image of a trunk."""
-    return int(trunk.num_features)  # type: ignore[arg-type]
 
 
 def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:

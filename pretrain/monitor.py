@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.datasets import ImageSet
 from engine.distributed import world
-from engine.knn import extract_features, knn_accuracy
+from engine.knn import knn_of_sources
 from engine.loader import ImageSource, open_source
 from pretrain.recipe import PretrainRecipe
 
@@ -20,7 +20,6 @@ class Monitor:
     ) -> None:
         assert recipe.monitor is not None
         self.recipe, self.settings, self.trunk = recipe, recipe.monitor, trunk
-        self.num_classes = len(training.images.classes)
         whole = (
             recipe.monitor.max_bank is None and world().size == 1
         )  # then what is resident already serves as the bank
@@ -34,24 +33,15 @@ class Monitor:
 
     def __call__(self) -> dict[str, float]:
         """``knn/top1`` in percent."""
-        (bank, bank_labels), (queries, query_labels) = (
-            extract_features(
-                f"{self.recipe.name}: kNN features",
-                self.trunk,
-                source,
-                batch_size=self.settings.batch_size,
-                resize=self.settings.resize,
-                crop=self.recipe.augment.crop,
-                precision=self.recipe.precision,
-            )
-            for source in (self.bank, self.queries)
-        )
-        accuracy = knn_accuracy(
-            bank,
-            bank_labels,
-            queries,
-            query_labels,
-            num_classes=self.num_classes,
+        accuracy = knn_of_sources(
+            self.recipe.name,
+            self.trunk,
+            self.bank,
+            self.queries,
+            batch_size=self.settings.batch_size,
+            resize=self.settings.resize,
+            crop=self.recipe.augment.crop,
+            precision=self.recipe.precision,
             k=self.settings.k,
             temperature=self.settings.temperature,
         )

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.augment import normalize
-from engine.backbones import build_trunk
+from engine.backbones import build_trunk, width_of
 from engine.datasets import ImageSet
 from engine.distributed import gather
 from engine.errors import RunFailure
 from engine.job import Job, Part
-from engine.knn import extract_features, knn_accuracy
+from engine.knn import knn_of_sources
 from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
 from engine.precision import autocast
 from engine.progress import say, track
@@ -49,25 +49,15 @@ def _trunk(setting: Setting) -> nn.Module:
 
 def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
     """kNN top-1 of the test split against the training split, in percent."""
-    trunk = _trunk(setting).eval()
-    (bank, bank_labels), (queries, labels) = (
-        extract_features(
-            f"{recipe.name}: features",
-            trunk,
-            open_source(images.shard(), recipe.data, setting.device),
-            batch_size=recipe.evaluation.batch_size,
-            resize=recipe.evaluation.resize,
-            crop=recipe.evaluation.crop,
-            precision=recipe.precision,
-        )
-        for images in (setting.train_images, setting.test_images)
-    )
-    accuracy = knn_accuracy(
-        bank,
-        bank_labels,
-        queries,
-        labels,
-        num_classes=len(setting.train_images.classes),
+    accuracy = knn_of_sources(
+        recipe.name,
+        _trunk(setting).eval(),
+        open_source(setting.train_images.shard(), recipe.data, setting.device),
+        open_source(setting.test_images.shard(), recipe.data, setting.device),
+        batch_size=recipe.evaluation.batch_size,
+        resize=recipe.evaluation.resize,
+        crop=recipe.evaluation.crop,
+        precision=recipe.precision,
         k=recipe.k,
         temperature=recipe.temperature,
     )
@@ -84,7 +74,7 @@ class Classifier(nn.Module):
     def __init__(self, trunk: nn.Module, num_classes: int, frozen: bool) -> None:
         super().__init__()
         self.trunk, self.frozen = trunk, frozen
-        self.head = nn.Linear(int(trunk.num_features), num_classes)  # type: ignore[arg-type]
+        self.head = nn.Linear(width_of(trunk), num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         trunk.requires_grad_(not frozen)

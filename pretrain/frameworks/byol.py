@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk
+from engine.backbones import BackboneRecipe, build_trunk, width_of
 from pretrain.framework import (
     Clean,
     Encoder,
@@ -21,7 +21,6 @@ from pretrain.framework import (
     mlp,
     move_average,
     unit,
-    width_of,
 )
 
 

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm
+from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
 from engine.distributed import gather, world
 from engine.precision import to_device
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, move_average, unit, width_of
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, move_average, unit
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
 

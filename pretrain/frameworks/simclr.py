@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk
+from engine.backbones import BackboneRecipe, build_trunk, width_of
 from engine.distributed import gather_with_gradient, world
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit, width_of
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit
 
 
 class SimCLRRecipe(FrameworkRecipe):

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit, width_of
+from engine.backbones import BackboneRecipe, build_trunk, width_of
+from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit
 
 
 class SimSiamRecipe(FrameworkRecipe):

@@ -25,7 +25,7 @@ def test_resnets_have_torchvisions_names_and_their_width(arch: str, width: int, 
     names = {name for name in theirs.state_dict() if not name.startswith("fc.")}
     assert set(trunk.state_dict()) == names
     assert trunk.num_features == width
-    assert trunk.get_submodule("conv1").kernel_size == ((3, 3) if stem == "cifar" else (7, 7))  # type: ignore[comparison-overlap]
+    assert trunk.get_submodule("conv1").kernel_size == ((3, 3) if stem == "cifar" else (7, 7))
 
 
 def test_cifar_stem_keeps_the_resolution() -> None:

@@ -76,8 +76,7 @@ def test_unpacked_and_packed_archives_are_read_alike(
     monkeypatch.setattr(cifar, "KINDS", (checked(kind, folder, tarball),))
     for split, files in (("train", kind.train), ("test", kind.test)):
         sets = [
-            open_split(recipe(root), split)  # type: ignore[arg-type]
-            for root in (tmp_path / "unpacked", folder, tmp_path / "packed", tarball)
+            open_split(recipe(root), split) for root in (tmp_path / "unpacked", folder, tmp_path / "packed", tarball)
         ]
         raw = [pickle.loads((folder / name).read_bytes()) for name in files]
         for images in sets:

@@ -279,5 +279,7 @@ def test_launchers_are_read_from_their_environment() -> None:
         read_launch({"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"})
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', a number"):
         read_launch({"WORLD_SIZE": "two"})
+    with pytest.raises(ConfigError, match="MASTER_PORT is 'x', a number"):
+        read_launch({**slurm, "MASTER_PORT": "x"})
     with pytest.raises(ConfigError, match="set MASTER_ADDR"):
         read_launch({name: value for name, value in slurm.items() if name != "MASTER_ADDR"})

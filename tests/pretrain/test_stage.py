@@ -53,6 +53,23 @@ def plan(config: Path, where: Path, *overrides: str) -> stage.PretrainPlan:
     return stage.plan(load_recipe(PretrainRecipe, config, overrides), where)
 
 
+def interrupt_at(step: int, broken: stage.PretrainPlan) -> None:
+    """Run a plan and break it off inside a step."""
+    original = stage.batch_parts
+
+    def failing(*args: Any, **kwargs: Any) -> list[Part]:
+        if args[-1] == step:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    stage.batch_parts = failing
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(broken)
+    finally:
+        stage.batch_parts = original
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(2)
@@ -103,21 +120,10 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     whole = plan(config, tmp_path / "whole", *resident)
     stage.run(whole)
     expected, _ = load_backbone(whole.product)
-    original = stage.batch_parts
     for stop in (1, 2, 5):
         broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
 
-        def failing(*args: Any, _stop: int = stop, **kwargs: Any) -> list[Part]:
-            if args[-1] == _stop:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        stage.batch_parts = failing
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                stage.run(broken)
-        finally:
-            stage.batch_parts = original
+        interrupt_at(stop, broken)
         stage.run(broken)
         state, _ = load_backbone(broken.product)
         assert all(torch.equal(expected[name], state[name]) for name in expected)
@@ -321,19 +327,7 @@ def test_an_accumulated_run_resumes_to_the_same_weights(config: Path, tmp_path: 
     last = json.loads(whole.run.log_file.read_text().splitlines()[-1])
     assert last["loss"] == pytest.approx(last["clean"] + last["mixmask"], rel=1e-5)
     broken = plan(config, tmp_path / "broken", *overrides)
-    original = stage.batch_parts
-
-    def failing(*args: Any, **kwargs: Any) -> list[Part]:
-        if args[-1] == 2:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    stage.batch_parts = failing
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            stage.run(broken)
-    finally:
-        stage.batch_parts = original
+    interrupt_at(2, broken)
     stage.run(broken)
     ours, theirs = load_backbone(whole.product)[0], load_backbone(broken.product)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
