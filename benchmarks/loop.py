@@ -4,8 +4,8 @@
 
 ResNet-18 with the CIFAR stem at 32 pixels, MoCo, batch 256 (128 without a GPU), on drawn pictures that live on the device:
 
-- loop: seconds of `engine.training.train` (losses, log, progress, checks) over the seconds of the bare steps, on the same
-  batches that are already there, interleaved; and with the loader;
+- loop: seconds of a step of `engine.training.train` (losses, log, progress, checks) over those of a bare step on the same
+  batch, one after the other in the same run, so that both meet the same state of the machine and of the heap;
 - loader: the share of a step that waits for the loader (``data_wait_share`` of the log; the loader has no workers, so it is
   all of its work).
 """
@@ -13,10 +13,12 @@ ResNet-18 with the CIFAR stem at 32 pixels, MoCo, batch 256 (128 without a GPU),
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -66,24 +68,40 @@ def main() -> None:
     model = recipe.framework.build(BackboneRecipe(arch="resnet18", stem="cifar")).to(DEVICE)
     model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(recipe.optimizer, model, batch_size)
-    ready = list(source.training(plan, recipe.views, 0, steps))
 
-    def bare() -> None:
-        model.train()
-        for batch in ready:
-            optimizer.zero_grad(set_to_none=True)
-            for part in batch_parts(model, recipe, batch, batch.step):
-                with autocast(DEVICE, precision):
-                    loss = part()["loss"]
-                loss.backward()
-            optimizer.step()
-            model.after_step(0.5)
+    def bare(batch: Batch) -> float:
+        started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        for part in batch_parts(model, recipe, batch, batch.step):
+            with autocast(DEVICE, precision):
+                loss = part()["loss"]
+            loss.backward()
+        optimizer.step()
+        model.after_step(0.5)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - started
 
+    bare_seconds: list[float] = []
+    loop_seconds: list[float] = []
     waits: list[float] = []
 
-    def loop(with_loader: bool) -> None:
+    def load(first: int) -> Iterator[Batch]:
+        return source.training(plan, recipe.views, first, steps)
+
+    def in_turn(first: int) -> Iterator[Batch]:
+        """Before each of the loop's steps, a bare one; the loop's is all that happens until it asks for the next batch."""
+        *most, last = load(first)
+        for batch in most:
+            bare_seconds.append(bare(batch))
+            handed = time.perf_counter()
+            yield batch
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            loop_seconds.append(time.perf_counter() - handed)
+        yield last  # after it the loop asks for nothing
+
+    def loop(batches: Callable[[int], Iterator[Batch]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(
                 title="loop",
@@ -101,30 +119,36 @@ def main() -> None:
                 after_step=lambda step: model.after_step(0.5),
             )
 
-            def batches(first: int) -> Iterator[Batch]:
-                return source.training(plan, recipe.views, first, steps) if with_loader else iter(ready)
-
             def losses(batch: Batch, step: int) -> list[Part]:
                 return batch_parts(model, recipe, batch, step, diagnosed=(step + 1) % job.log_every == 0)
 
             train(job, batches, losses)
-            last = json.loads(job.run.log_file.read_text().splitlines()[-1])
-            if with_loader:
-                waits.append(last["data_wait_share"])
+            waits.append(json.loads(job.run.log_file.read_text().splitlines()[-1])["data_wait_share"])
 
-    calls = {"bare": bare, "loop": lambda: loop(False), "loop_and_loader": lambda: loop(True)}
-    measured = interleaved(calls, given.repeats, "bare")
+    loop(load)  # a warm-up
+    waits.clear()
+    for _ in range(given.repeats):
+        loop(load)
+    resident = [*waits]
+    loop(in_turn)  # a warm-up
+    for list_ in (bare_seconds, loop_seconds):
+        list_.clear()
+    for _ in range(given.repeats):
+        loop(in_turn)
+    ratios = [a / b for a, b in zip(loop_seconds, bare_seconds, strict=True)]
     answers = [
         {
-            "question": "the loop on the same batches, and the loop with the loader, over the bare steps",
+            "question": "a step of the loop over a bare step on the same batch, in turn",
             "batch": batch_size,
             "precision": precision,
-            "images_per_second": steps * batch_size / measured["loop"]["seconds"],
-            "loop_over_bare": measured["loop"]["over_bare"],
-            "range": measured["loop"]["over_bare_range"],
-            "loop_and_loader_over_bare": measured["loop_and_loader"]["over_bare"],
+            "steps": len(ratios),
+            "loop_seconds": statistics.median(loop_seconds),
+            "bare_seconds": statistics.median(bare_seconds),
+            "loop_over_bare_mean": sum(loop_seconds) / sum(bare_seconds),
+            "loop_over_bare_median": statistics.median(ratios),
+            "quartiles": statistics.quantiles(ratios)[::2],
         },
-        {"question": "share of a step that the resident loader takes", "data_wait_share": waits},
+        {"question": "share of a step that the resident loader takes", "data_wait_share": resident},
         {"question": "seconds of `mixmask --help`", **interleaved({"help": show_help}, given.repeats, "help")["help"]},
     ]
     report("loop", f"python -m benchmarks.loop --steps {steps}", answers, given.out)
