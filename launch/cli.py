@@ -32,6 +32,19 @@ RunDir = Annotated[Path | None, typer.Option(help="Run directory; by default nam
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
 
 
+Layout = Annotated[
+    str | None, typer.Option("--as", help="The source's layout, where its keys do not tell it: moco, simsiam, swav, …")
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="What stands before the trunk's names in the source, with its containers; '' for nothing."),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="timm/ and the name of a ConvNet of timm, if the source is one; ResNets are recognised."),
+]
+
+
 @app.command()
 def pretrain(
     config: Config,
@@ -117,25 +130,62 @@ def check_data(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Our backbone.safetensors, or a checkpoint of a known layout.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint of a known layout, or our backbone.safetensors.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
-    to: Annotated[Literal["detectron2", "torchvision", "timm"], typer.Option(help="Whose names and format to write.")],
+    to: Annotated[
+        Literal["detectron2", "torchvision", "timm", "mixmask"], typer.Option(help="Whose names and format to write.")
+    ],
+    layout: Layout = None,
+    prefix: Prefix = None,
+    arch: Arch = None,
+    verify: Annotated[
+        bool, typer.Option(help="Read the file back with the library it is for and compare features with the source's.")
+    ] = True,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a trunk for another library, with an account of every tensor, and read it back to be sure.
+    """Write a trunk for another library, with an account of every tensor of the source.
+
+    The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
+    timm, torchvision and Detectron2 are recognised by their keys. A tensor that is missing or unexplained stops it.
 
     \b
     Examples:
       mixmask convert runs/pretrain/x/backbone.safetensors backbone.pkl --to detectron2
       mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
+      mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
     """
     from transfer.checkpoints.export import check_export, export
-    from transfer.checkpoints.layouts import read_source
+    from transfer.checkpoints.source import Reading, read_source
 
-    found = read_source(source)
+    found = read_source(source, Reading(layout, prefix, arch))
     check_export(found, out, to)
-    result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to)}"
+    result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
     typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    layout: Layout = None,
+    prefix: Prefix = None,
+    arch: Arch = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with what becomes of it.")] = False,
+) -> None:
+    """Say what a checkpoint holds: its layout, its network, and what becomes of every tensor; writes nothing.
+
+    Exit code 2 if `mixmask convert` would refuse it.
+
+    \b
+    Example:
+      mixmask inspect moco_v2_800ep_pretrain.pth.tar
+    """
+    from transfer.checkpoints.source import Reading
+    from transfer.checkpoints.source import inspect as look
+
+    text, problem = look(source, Reading(layout, prefix, arch), tensors)
+    typer.echo(text)
+    if problem is not None:
+        raise problem
 
 
 @app.command()

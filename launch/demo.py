@@ -20,8 +20,8 @@ from launch.builtin import configs_folder
 from pretrain import stage as pretrain_stage
 from pretrain.recipe import PretrainRecipe
 from transfer import stage as transfer_stage
-from transfer.checkpoints.export import TARGETS, export
-from transfer.checkpoints.layouts import read_source
+from transfer.checkpoints.export import SUFFIXES, TARGETS, export
+from transfer.checkpoints.source import read_source
 from transfer.recipe import load_transfer_recipe
 
 METHODS = {"random": ["epochs=0"], "vanilla": ["mix.kind=none"], "mixmask": []}
@@ -52,8 +52,7 @@ def run_demo(out: Path, dry_run: bool) -> None:
         ]
         trunks[method] = _pretrain(folder / "pretrain.yaml", overrides, out / "runs", dry_run)
     for target in TARGETS:
-        suffix = {"detectron2": "pkl", "torchvision": "pth", "timm": "safetensors"}[target]
-        product = out / "converted" / f"mixmask-{target}.{suffix}"
+        product = out / "converted" / f"mixmask-{target}{SUFFIXES[target][0]}"
         _command(f"mixmask convert {trunks['mixmask']} {product} --to {target}")
         if not dry_run:
             say(export(read_source(trunks["mixmask"]), product, target))

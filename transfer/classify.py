@@ -24,7 +24,7 @@ from engine.randomness import derived_seed
 from engine.schedule import cosine_factor, step_factor
 from engine.storage import RunDirectory
 from engine.training import train
-from transfer.checkpoints.layouts import Source
+from transfer.checkpoints.source import Source
 from transfer.recipe import EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
 
 

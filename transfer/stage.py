@@ -20,7 +20,7 @@ from engine.progress import say
 from engine.records import Record, environment, finished_record
 from engine.storage import RunDirectory, locate_run
 from transfer import classify
-from transfer.checkpoints.layouts import Source, read_source
+from transfer.checkpoints.source import Source, read_source
 from transfer.detection.annotations import DetectionSet, open_detection
 from transfer.recipe import (
     DetectTransferRecipe,

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 import pickle
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.backbones import BackboneRecipe, build_trunk, load_backbone
 from engine.errors import CheckpointError
 from tests.conftest import make_backbone
-from transfer.checkpoints.export import export, from_detectron2, to_detectron2
-from transfer.checkpoints.layouts import COUNTER, read_source
+from transfer.checkpoints.export import WRITERS, export
+from transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
+from transfer.checkpoints.safe_read import read_tensors
+from transfer.checkpoints.source import Reading, _tensors, inspect, read_source
 
 
 def moco_checkpoint(path: Path, state: dict[str, Tensor], **extra: Tensor) -> Path:
@@ -71,7 +80,7 @@ def test_a_resnet50_has_265_tensors_for_detectron2(resnet50: Path, tmp_path: Pat
     assert written["matching_heuristics"] is True
     assert len(written["model"]) == 265
     assert "265 tensors" in message
-    assert "53 ×" in message
+    assert "without 53 batch counters" in message
     for name, array in written["model"].items():
         assert torch.equal(torch.from_numpy(array), source.state[from_detectron2(name)])
 
@@ -98,7 +107,7 @@ def test_a_moco_checkpoint_is_accounted_for_tensor_by_tensor(resnet50: Path, tmp
     account = source.account
     assert sum(1 for name in account.used.values() if not name.endswith(COUNTER)) == 265
     assert len(account.used) + len(account.left_out) == 2 * (len(state) + 4) + 2
-    assert set(account.left_out.values()) == {"head", "momentum encoder", "queue of negatives"}
+    assert set(account.left_out.values()) == {"head", "momentum or averaged copy", "queue of negatives"}
     assert "265 tensors, and 53 batch counters" in account.summary()
 
 
@@ -120,21 +129,25 @@ def test_what_is_refused(resnet18: Path, tmp_path: Path) -> None:
     missing = {name: value for name, value in state.items() if name != "layer3.1.conv2.weight"}
     with pytest.raises(CheckpointError, match=r"closest is resnet18, with missing \['layer3\.1\.conv2\.weight'\]"):
         read_source(save(tmp_path, missing))
-    with pytest.raises(CheckpointError, match=r"unexpected \['decoder\.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"does not explain: decoder\.weight$"):
         read_source(save(tmp_path, {**state, "decoder.weight": torch.zeros(1)}))
+    with pytest.raises(
+        CheckpointError, match=r"closest is resnet18, with missing \[\] and unexpected \['layer1\.2\.x'\]"
+    ):
+        read_source(save(tmp_path, {**state, "layer1.2.x": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"layer1\.0\.conv1\.weight has shape \(1,\)"):
         read_source(save(tmp_path, {**state, "layer1.0.conv1.weight": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"not finite in bn1\.weight"):
         read_source(save(tmp_path, {**state, "bn1.weight": torch.full((64,), float("nan"))}))
-    with pytest.raises(CheckpointError, match="unknown layout"):
-        read_source(save(tmp_path, {f"model.{name}": value for name, value in state.items()}))
-    with pytest.raises(CheckpointError, match="no dictionary of tensors"):
+    with pytest.raises(CheckpointError, match=r"unknown layout.* stands behind 'a\.b\.'"):
+        read_source(save(tmp_path, {f"a.b.{name}": value for name, value in state.items()}))
+    with pytest.raises(CheckpointError, match="holds no tensors"):
         read_source(save(tmp_path, {"epoch": 3}))
     vit = torchvision.models.vit_b_32(weights=None, image_size=32).state_dict()
     with pytest.raises(CheckpointError, match="unknown layout"):
         read_source(save(tmp_path, vit))
     other = moco_checkpoint(tmp_path / "m.pth", state, **{"module.decoder": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"does not explain: module\.decoder"):
+    with pytest.raises(CheckpointError, match=r"does not explain: state_dict\.module\.decoder"):
         read_source(other)
 
 
@@ -146,7 +159,7 @@ def test_other_number_formats_and_memory_layouts_are_read(resnet18: Path, tmp_pa
     export(source, tmp_path / "out.pkl", "detectron2")
     export(source, tmp_path / "out.safetensors", "timm")
     for keys in ({1: torch.zeros(1)}, {"state_dict": {**state, 3: torch.zeros(1)}}):
-        with pytest.raises(CheckpointError, match="no dictionary of tensors"):
+        with pytest.raises(CheckpointError, match=r"unknown layout|does not explain: state_dict\.3"):
             read_source(save(tmp_path, keys))
 
 
@@ -168,13 +181,371 @@ def test_damaged_files_are_named(resnet18: Path, tmp_path: Path) -> None:
 
 class Hostile:
     def __reduce__(self) -> tuple[object, tuple[str, ...]]:
-        return (Path.touch, (Path("/tmp/mixmask-was-here"),))
+        return (os.system, ("touch /tmp/mixmask-was-here",))
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="refused, it holds more than tensors"):
-        read_source(save(tmp_path, {"state_dict": Hostile()}))
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_runs_code_is_refused_by_name(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pkl"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"model": Hostile()}))
+    else:
+        torch.save({"state_dict": Hostile()}, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError, match=r"refused, it holds more than tensors.*: (posix|os)\.system"):
+        read_source(path)
     assert not Path("/tmp/mixmask-was-here").exists()
+
+
+def test_a_hostile_function_of_numpy_is_refused(tmp_path: Path) -> None:
+    class Loads:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return (np.loadtxt, ("/etc/hostname",))
+
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": Loads()}))
+    with pytest.raises(CheckpointError, match=r"refused.*: numpy\S*\.loadtxt"):
+        read_source(tmp_path / "x.pkl")
+
+
+def test_settings_beside_the_tensors_do_no_harm(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    content = {"state_dict": state, "args": Namespace(lr=0.1), "best": np.float64(3.5), "where": tmp_path, "epoch": 3}
+    for legacy in (False, True):
+        torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+        assert len(read_source(tmp_path / "x.pth").account.used) == len(state)
+
+
+def test_large_files_are_mapped(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    torch.save({"state_dict": state, "optimizer": {"state": [torch.zeros(10_000_000)]}}, tmp_path / "big.pth")
+    save_file(state, tmp_path / "big.safetensors")
+    for name in ("big.pth", "big.safetensors"):
+        content = read_tensors(tmp_path / name)
+        assert name in Path("/proc/self/maps").read_text()
+        del content
+
+
+def sequential(state: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+    places = dict(zip(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), map(str, numbers), strict=True))
+    return {f"{places[name.split('.')[0]]}.{name.split('.', 1)[1]}": value for name, value in state.items()}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+ONE = torch.zeros(1)
+MLP = {"0.weight": torch.zeros(2, 2), "0.bias": ONE, "1.running_mean": ONE, "1.num_batches_tracked": ONE.long()}
+OPTIMIZER = {"state": {0: {"momentum_buffer": ONE, "step": torch.zeros(())}}, "param_groups": [{"lr": 0.1}]}
+
+
+def in_the_wild(state: dict[str, Tensor]) -> dict[str, tuple[str, str, Any]]:
+    """File name to (layout, framework, content as the project of that name saves it)."""
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    plain = {**state, "fc.weight": torch.zeros(10, 2), "fc.bias": ONE}
+    listed = sequential(state, (0, 1, 4, 5, 6, 7))
+    cifar_like = {
+        name.replace("downsample", "shortcut"): tensor for name, tensor in sequential(state, (0, 1, 2, 3, 4, 5)).items()
+    }
+    arrays = {to_detectron2(name): tensor.numpy() for name, tensor in state.items() if not name.endswith(COUNTER)}
+    detector = {
+        **{
+            f"{'roi_heads' if name.startswith('res5') else 'backbone'}.{name}": torch.from_numpy(array)
+            for name, array in arrays.items()
+        },
+        **under("proposal_generator.rpn_head.conv.", {"weight": ONE}),
+        **under("roi_heads.", {"res5.norm.weight": ONE, "box_predictor.cls_score.weight": ONE}),
+    }
+    moco1 = {
+        **under("module.encoder_q.", {**state, "fc.weight": ONE, "fc.bias": ONE}),
+        **under("module.encoder_k.", {**other, "fc.weight": ONE, "fc.bias": ONE}),
+        "module.queue": ONE,
+        "module.queue_ptr": ONE,
+    }
+    trunk = {"trunk": {"_feature_blocks": state}, "heads": under("0.clf.", MLP)}
+    return {
+        "moco_v1.pth.tar": ("moco", "moco", {"epoch": 200, "arch": "x", "state_dict": moco1, "optimizer": OPTIMIZER}),
+        "moco_v3.pth.tar": (
+            "mocov3",
+            "mocov3",
+            {
+                "state_dict": {
+                    **under("module.base_encoder.", {**state, **under("fc.", MLP)}),
+                    **under("module.momentum_encoder.", other),
+                    **under("module.predictor.", MLP),
+                }
+            },
+        ),
+        "simsiam.pth.tar": (
+            "simsiam",
+            "simsiam",
+            {
+                "state_dict": {
+                    **under("module.encoder.", {**state, **under("fc.", MLP)}),
+                    **under("module.predictor.", MLP),
+                },
+                "optimizer": OPTIMIZER,
+            },
+        ),
+        "barlow_full.pth": (
+            "barlowtwins",
+            "barlowtwins",
+            {
+                "epoch": 1,
+                "model": {
+                    **under("module.backbone.", state),
+                    **under("module.projector.", MLP),
+                    "module.bn.running_mean": ONE,
+                    "module.bn.running_var": ONE,
+                },
+                "optimizer": OPTIMIZER,
+            },
+        ),
+        "barlow_resnet50.pth": ("plain", "unknown", state),
+        "swav.pth.tar": (
+            "swav",
+            "swav",
+            {**under("module.", state), **under("module.projection_head.", MLP), "module.prototypes.weight": ONE},
+        ),
+        "swav_ckp.pth": (
+            "swav",
+            "swav",
+            {
+                "state_dict": {
+                    **under("module.", state),
+                    **under("module.projection_head.", MLP),
+                    "module.prototypes.weight": ONE,
+                },
+                "optimizer": OPTIMIZER,
+                "amp": {"loss_scaler0": {"loss_scale": 1.0}},
+            },
+        ),
+        "byol_a.pth": (
+            "byol",
+            "byol",
+            {**under("online_network.", state), **under("target_network.", other), **under("predictor.", MLP)},
+        ),
+        "byol_b.pth": (
+            "byol",
+            "byol",
+            {
+                "model": {
+                    **under("module.online_encoder.", {**state, **under("projector.", MLP)}),
+                    **under("module.target_encoder.", other),
+                    **under("module.online_predictor.", MLP),
+                }
+            },
+        ),
+        "byol_c.pth": (
+            "byol",
+            "byol",
+            {
+                "online_network_state_dict": {**under("encoder.", listed), **under("projetion.", MLP)},
+                "target_network_state_dict": other,
+                "optimizer_state_dict": OPTIMIZER,
+            },
+        ),
+        "vicreg.pth": (
+            "vicreg",
+            "vicreg",
+            {
+                "epoch": 1,
+                "model": {**under("module.backbone.", state), **under("module.projector.", MLP)},
+                "optimizer": OPTIMIZER,
+            },
+        ),
+        "dino.pth": (
+            "dino",
+            "dino",
+            {
+                "student": {**under("module.backbone.", other), **under("module.head.", MLP)},
+                "teacher": {**under("module.backbone.", state), **under("module.head.", MLP)},
+                "optimizer": OPTIMIZER,
+                "args": Namespace(arch="x"),
+                "dino_loss": {"center": ONE},
+            },
+        ),
+        "dino_one_gpu.pth": (
+            "dino",
+            "dino",
+            {
+                "student": under("module.backbone.", other),
+                "teacher": {**under("backbone.", state), **under("head.", MLP)},
+            },
+        ),
+        "vissl.torch": (
+            "vissl",
+            "unknown",
+            {
+                "phase_idx": 3,
+                "classy_state_dict": {
+                    "base_model": {"model": trunk, "meta": {}},
+                    "optimizer": OPTIMIZER,
+                    "losses": ONE,
+                },
+            },
+        ),
+        "solo.ckpt": (
+            "solo-learn",
+            "unknown",
+            {
+                "epoch": 1,
+                "pytorch-lightning_version": "1",
+                "state_dict": {
+                    **under("backbone.", state),
+                    **under("momentum_backbone.", other),
+                    **under("projector.", MLP),
+                    **under("momentum_projector.", MLP),
+                    **under("classifier.", {"weight": ONE}),
+                    "queue": ONE,
+                },
+                "optimizer_states": [OPTIMIZER],
+                "lr_schedulers": [],
+                "callbacks": {},
+            },
+        ),
+        "lightly.ckpt": (
+            "lightly",
+            "unknown",
+            {
+                "state_dict": {
+                    **under("backbone.", listed),
+                    **under("backbone_momentum.", listed),
+                    **under("projection_head.layers.", MLP),
+                    **under("projection_head_momentum.layers.", MLP),
+                    "criterion.memory_bank.bank": ONE,
+                },
+                "optimizer_states": [OPTIMIZER],
+            },
+        ),
+        "lightly_small.ckpt": (
+            "lightly",
+            "unknown",
+            {"state_dict": {**under("backbone.", cifar_like), **under("prediction_head.layers.", MLP)}},
+        ),
+        "timm.pth.tar": (
+            "plain",
+            "unknown",
+            {"arch": "x", "state_dict": plain, "state_dict_ema": plain, "optimizer": OPTIMIZER},
+        ),
+        "torchvision.pth": ("plain", "unknown", plain),
+        "compiled.pth": ("plain", "unknown", under("module._orig_mod.", plain)),
+        "detectron2.pkl": (
+            "detectron2",
+            "unknown",
+            {"model": {**arrays, "stem.fc.0.weight": np.zeros(2)}, "__author__": "x"},
+        ),
+        "detector.pth": ("detectron2", "unknown", {"model": detector, "optimizer": OPTIMIZER, "iteration": 7}),
+        "ours.pt": (
+            "mixmask-checkpoint",
+            "unknown",
+            {
+                "fingerprint": "x",
+                "step": 3,
+                "model": {
+                    **under("query_encoder.trunk.", state),
+                    **under("query_encoder.projector.", MLP),
+                    **under("key_encoder.trunk.", other),
+                    **under("key_encoder.projector.", MLP),
+                    "queue": ONE,
+                    "queue_position": ONE,
+                },
+                "optimizer": OPTIMIZER,
+            },
+        ),
+    }
+
+
+def test_every_layout_is_recognised_and_accounted_for(resnet50: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet50)
+    for name, (layout, framework, content) in in_the_wild(state).items():
+        path = tmp_path / name
+        if path.suffix == ".pkl":
+            path.write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, path)
+        source = read_source(path)
+        account = source.account
+        assert account.layout.startswith(f"{layout}: "), (name, account.layout)
+        assert source.info.framework == framework, name
+        assert source.info.arch == "resnet50"
+        assert not account.warnings
+        for key in state:
+            if not key.endswith(COUNTER):
+                assert torch.equal(source.state[key], state[key]), (name, key)
+        assert len(account.used) + len(account.left_out) == len(dict(_tensors(read_tensors(path)))), name
+        assert not account.used.keys() & account.left_out.keys()
+        text, problem = inspect(path, every=True)
+        assert problem is None
+        assert all(f"  {whole}  " in text for whole in account.used)
+        path.unlink()
+
+
+def test_what_the_keys_cannot_tell(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    path = save(tmp_path, {**under("a.net.", state), **under("b.net.", other), "c.weight": ONE})
+    with pytest.raises(CheckpointError, match=r"unknown layout.*behind 'a\.net\.', 'b\.net\.'; --prefix says"):
+        read_source(path)
+    text, problem = inspect(path)
+    assert problem is not None
+    assert "a.net.conv1.weight" in text
+    source = read_source(path, Reading(prefix="a.net."))
+    assert all(torch.equal(source.state[name], state[name]) for name in state)
+    assert set(source.account.left_out.values()) == {"outside the given prefix"}
+    assert len(source.account.left_out) == len(state) + 1
+    with pytest.raises(
+        CheckpointError, match=r"no first convolution .* behind the prefix 'a\.': there stand net\.bn1"
+    ):
+        read_source(path, Reading(prefix="a."))
+    with pytest.raises(CheckpointError, match=r"--as moko: valid: .*did you mean 'moco'"):
+        read_source(path, Reading(layout="moko"))
+    with pytest.raises(CheckpointError, match="the layout 'moco' does not fit"):
+        read_source(path, Reading(layout="moco"))
+    path = save(tmp_path, {"state_dict": under("module.encoder.", state)})  # SimSiam's, without its predictor
+    assert read_source(path, Reading(layout="simsiam")).info.framework == "simsiam"
+    two = {**under("online_network.encoder.", state), **under("online_network.net.", state)}
+    with pytest.raises(CheckpointError, match="fits in more than one place"):
+        read_source(save(tmp_path, two))
+
+
+def test_a_network_of_timm_is_read_when_it_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = build_trunk(BackboneRecipe(arch="timm/convnext_atto")).state_dict()
+    content = {"state_dict": {**under("module.", state), "module.head.fc.weight": ONE}}
+    with pytest.raises(CheckpointError, match="unknown layout"):
+        read_source(save(tmp_path, content))
+    source = read_source(save(tmp_path, content), Reading(arch="timm/convnext_atto"))
+    assert set(source.account.left_out.values()) == {"head"}
+    said = export(source, tmp_path / "own.safetensors", "mixmask")
+    assert "same features" in said
+    back = read_source(tmp_path / "own.safetensors")
+    assert back.info == source.info
+    assert all(torch.equal(back.state[name], state[name]) for name in state)
+    assert "timm's convnext_atto loads them" in export(source, tmp_path / "timm.safetensors", "timm")
+    with pytest.raises(CheckpointError, match=r"--arch timm/convnext_ato: .*did you mean timm/convnext_atto"):
+        read_source(save(tmp_path, content), Reading(arch="timm/convnext_ato"))
+
+
+def test_statistics_of_a_network_that_never_trained_are_warned_of(tmp_path: Path) -> None:
+    fresh = build_trunk(BackboneRecipe(arch="resnet18")).state_dict()
+    (warning,) = read_source(save(tmp_path, fresh)).account.warnings
+    assert "20 of 20 batch normalisations have the statistics of initialisation (bn1, layer1.0.bn1 …" in warning
+
+
+def test_a_file_that_gives_other_features_is_not_written(
+    resnet18: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read_source(resnet18)
+    monkeypatch.setattr(torchvision.models, "resnet18", torchvision.models.resnet34)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        export(source, tmp_path / "out.pth", "torchvision")
+    monkeypatch.undo()
+    wrong = dataclasses.replace(source, state={name: tensor * 2 for name, tensor in source.state.items()})
+    monkeypatch.setitem(WRITERS, "timm", lambda _, out: WRITERS["torchvision"](wrong, out))
+    with pytest.raises(CheckpointError, match="gives other features than the source"):
+        export(source, tmp_path / "out.safetensors", "timm")
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert "not verified" in export(source, tmp_path / "out.safetensors", "timm", verify=False)
 
 
 def test_what_cannot_be_exported(resnet18: Path, tmp_path: Path) -> None:

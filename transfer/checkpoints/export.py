@@ -1,69 +1,36 @@
-"""Writing a trunk in the formats of other libraries, and reading it back to be sure."""
+"""Writing a trunk in the formats of other libraries, and reading it back with them to be sure."""
 
 from __future__ import annotations
 
-import io
+import os
 import pickle
-import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torchvision
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from engine.backbones import TIMM, BackboneInfo, build_trunk
+from engine.backbones import TIMM, build_trunk, load_backbone, save_backbone
 from engine.errors import CheckpointError
 from engine.storage import require_output_file, write_atomic
-from transfer.checkpoints.layouts import COUNTER, Source
+from transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
+from transfer.checkpoints.safe_read import read_tensors
+from transfer.checkpoints.source import Source
 
-Target = Literal["detectron2", "torchvision", "timm"]
+Target = Literal["detectron2", "torchvision", "timm", "mixmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 SUFFIXES = {
     "detectron2": (".pkl",),
     "torchvision": (".pth", ".pt", ".safetensors"),
     "timm": (".safetensors",),
+    "mixmask": (".safetensors",),
 }
-
-
-def to_detectron2(name: str) -> str:
-    """Detectron2's name of a trunk tensor: ``layer1.0.bn1.weight`` is ``res2.0.conv1.norm.weight``.
-
-    Raises:
-        KeyError: If the name is not a ResNet trunk's.
-    """
-    stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", name)
-    if stem:
-        return f"stem.conv1.{'norm.' if stem[1] == 'bn1' else ''}{stem[2]}"
-    block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)", name)
-    if not block:
-        raise KeyError(name)
-    stage, index, kind, number, leaf = block.groups()
-    where = f"res{int(stage) + 1}.{index}"
-    if kind == "downsample.":
-        return f"{where}.shortcut.{'norm.' if number == '1' else ''}{leaf}"
-    return f"{where}.conv{number}.{'norm.' if kind == 'bn' else ''}{leaf}"
-
-
-def from_detectron2(name: str) -> str:
-    """The inverse of `to_detectron2`.
-
-    Raises:
-        KeyError: If the name is not a Detectron2 ResNet's.
-    """
-    stem = re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name)
-    if stem:
-        return f"{'bn1' if stem[1] else 'conv1'}.{stem[2]}"
-    block = re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name)
-    if not block:
-        raise KeyError(name)
-    stage, index, part, number, norm, leaf = block.groups()
-    where = f"layer{int(stage) - 1}.{index}"
-    if part == "shortcut":
-        return f"{where}.downsample.{1 if norm else 0}.{leaf}"
-    return f"{where}.{'bn' if norm else 'conv'}{number}.{leaf}"
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+TOLERANCE = 1e-5
 
 
 def check_export(source: Source, out: Path, target: Target) -> None:
@@ -77,6 +44,8 @@ def check_export(source: Source, out: Path, target: Target) -> None:
     require_output_file(out)
     if out.resolve() == source.path.resolve():
         raise CheckpointError(f"{out}: is the source itself; name another file")
+    if target == "mixmask":
+        return
     if source.info.arch.startswith(TIMM) and target != "timm":
         raise CheckpointError(f"{source.path}: is {source.info.arch}, which {target} does not have; use --to timm")
     if source.info.stem == "cifar":
@@ -85,66 +54,149 @@ def check_export(source: Source, out: Path, target: Target) -> None:
         )
 
 
-def export(source: Source, out: Path, target: Target) -> str:
-    """Write a trunk for another library, after its bytes have been read back and compared.
+def export(source: Source, out: Path, target: Target, verify: bool = True) -> str:
+    """Write a trunk for another library; the file takes its name when that library has read it back.
 
     Args:
         source: What was read.
         out: The file to write; its suffix must fit the target.
         target: ``detectron2`` (a pickle of numpy arrays under Detectron2's names), ``torchvision`` (a state dict for
-            ``torchvision.models``, without ``fc``) or ``timm`` (the same tensors as safetensors, for ``num_classes=0``).
+            ``torchvision.models``, without ``fc``), ``timm`` (the same tensors as safetensors, for ``num_classes=0``) or
+            ``mixmask`` (this project's own file, which every stage takes).
+        verify: Load the written file with the target library and compare features with the source's on a fixed input.
 
     Returns:
         What was written and verified, in words.
 
     Raises:
-        UserError: As `check_export`, or if the bytes do not read back equal; then nothing is written.
+        UserError: As `check_export`, or if the file gives other tensors or features; then nothing is written.
     """
     check_export(source, out, target)
-    if target == "detectron2":
-        return _write_detectron2(source.state, out)
-    return _write_plain(source.state, source.info, out, target)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        written = Path(folder) / out.name
+        said = WRITERS[target](source, written)
+        said += f"; {VERIFIERS[target](source, written)}" if verify else "; not verified"
+        os.replace(written, out)
+    return f"{out}: {said}"
 
 
-def _write_detectron2(state: dict[str, Tensor], out: Path) -> str:
-    model = {to_detectron2(name): tensor.numpy() for name, tensor in state.items() if not name.endswith(COUNTER)}
-    counters = len(state) - len(model)
-    payload = pickle.dumps({"model": model, "__author__": "mixmask", "matching_heuristics": True}, protocol=4)
-    written = pickle.loads(payload)["model"]  # our own bytes, made above
-    back = {from_detectron2(name): torch.from_numpy(array) for name, array in written.items()}
-    different = [name for name, tensor in back.items() if not torch.equal(tensor, state[name])]
-    if different or len(back) + counters != len(state):
-        raise CheckpointError(f"{out}: does not read back equal ({', '.join(different[:5]) or 'tensors are missing'})")
-    write_atomic(out, lambda file: file.write(payload))
-    return (
-        f"{out}: {len(model)} tensors under Detectron2's names, read back equal; "
-        f"left out {counters} × batch counter, which Detectron2 does not load"
-    )
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_plain(state: dict[str, Tensor], info: BackboneInfo, out: Path, target: Target) -> str:
+def _write_detectron2(source: Source, out: Path) -> str:
+    model = {to_detectron2(name): tensor.numpy() for name, tensor in source.state.items() if not name.endswith(COUNTER)}
+    content = {"model": model, "__author__": "mixmask", "matching_heuristics": True}
+    write_atomic(out, lambda file: pickle.dump(content, file, protocol=4))
+    counters = len(source.state) - len(model)
+    return f"{len(model)} tensors under Detectron2's names without {counters} batch counters, which it does not load"
+
+
+def _write_plain(source: Source, out: Path) -> str:
     if out.suffix == ".safetensors":
-        payload = save_safetensors(state, metadata={"format": "pt"})
-        back = load_safetensors(payload)
+        payload = save(source.state, metadata={"format": "pt"})
+        write_atomic(out, lambda file: file.write(payload))
     else:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getvalue()
-        back = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    if target == "timm":
-        import timm
+        write_atomic(out, lambda file: torch.save(source.state, file))
+    return f"{len(source.state)} tensors"
 
-        theirs = timm.create_model(info.arch.removeprefix(TIMM), pretrained=False, num_classes=0)
-    else:
-        theirs = getattr(torchvision.models, info.arch)(weights=None)
-        theirs.fc = torch.nn.Identity()
-    theirs.load_state_dict(back, strict=True)
-    ours = build_trunk(info.recipe)
-    ours.load_state_dict(state)
-    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+def _write_own(source: Source, out: Path) -> str:
+    save_backbone(out, source.state, source.info)
+    return f"{len(source.state)} tensors with where they come from"
+
+
+WRITERS: dict[Target, Callable[[Source, Path], str]] = {
+    "detectron2": _write_detectron2,
+    "torchvision": _write_plain,
+    "timm": _write_plain,
+    "mixmask": _write_own,
+}
+
+# --- reading back ----------------------------------------------------------------------------------------------------
+
+
+def _verify_torchvision(source: Source, written: Path) -> str:
+    theirs: Any = getattr(torchvision.models, source.info.arch)(weights=None)
+    theirs.fc = nn.Identity()
+    state = load_file(written) if written.suffix == ".safetensors" else torch.load(written, weights_only=True)
+    theirs.load_state_dict(state, strict=True)
+    _require_same_features(source, theirs, written)
+    return f"torchvision's {source.info.arch} loads them strictly and gives the same features"
+
+
+def _verify_timm(source: Source, written: Path) -> str:
+    import timm
+
+    name = source.info.arch.removeprefix(TIMM)
+    _require_same_features(source, timm.create_model(name, num_classes=0, checkpoint_path=str(written)), written)
+    return f"timm's {name} loads them strictly and gives the same features"
+
+
+def _verify_own(source: Source, written: Path) -> str:
+    state, info = load_backbone(written)
+    trunk = build_trunk(info.recipe)
+    trunk.load_state_dict(state, strict=True)
+    _require_same_features(source, trunk, written)
+    return "they load strictly and give the same features"
+
+
+def _verify_detectron2(source: Source, written: Path) -> str:
+    arrays = read_tensors(written)["model"]
+    back = {from_detectron2(name): torch.from_numpy(array) for name, array in arrays.items()}
+    expected = {name: tensor for name, tensor in source.state.items() if not name.endswith(COUNTER)}
+    different = [n for n in expected.keys() | back.keys() if n not in back or not torch.equal(back[n], expected[n])]
+    if different:
+        raise CheckpointError(f"{written.name}: does not read back equal ({', '.join(different[:5])})")
+    try:
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+    except ImportError:
+        return "they read back equal; Detectron2 does not import here, so its own ResNet was not asked"
+    depth = int(source.info.arch.removeprefix("resnet"))
+    theirs = ResNet(
+        BasicStem(norm="BN"),
+        ResNet.make_default_stages(depth, norm="BN", **({} if depth < 50 else {"stride_in_1x1": False})),
+        out_features=["res2", "res3", "res4", "res5"],
+    )
+    DetectionCheckpointer(theirs.eval()).load(str(written))
+    ours, images = _trunk(source), _images()
     with torch.no_grad():
-        difference = float((theirs.eval()(images) - ours.eval()(images)).abs().max())
-    if difference > 1e-5:
-        raise CheckpointError(f"{out}: {target}'s {info.arch} gives other features (largest difference {difference:g})")
-    write_atomic(out, lambda file: file.write(payload))
-    return f"{out}: {len(state)} tensors; {target}'s {info.arch} loads them strictly and gives the same features"
+        found: dict[str, Tensor] = theirs(images)
+        features: Tensor = ours.maxpool(ours.relu(ours.bn1(ours.conv1(images))))
+        for number, stage in enumerate(STAGES, start=2):
+            features = ours.get_submodule(stage)(features)
+            _require_close(found[f"res{number}"], features, written, f"Detectron2's res{number}")
+    return "Detectron2's own ResNet loads them and gives the same features at res2 … res5"
+
+
+VERIFIERS: dict[Target, Callable[[Source, Path], str]] = {
+    "detectron2": _verify_detectron2,
+    "torchvision": _verify_torchvision,
+    "timm": _verify_timm,
+    "mixmask": _verify_own,
+}
+
+
+def _images() -> Tensor:
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+
+
+def _trunk(source: Source) -> Any:
+    trunk = build_trunk(source.info.recipe)
+    trunk.load_state_dict(source.state)
+    return trunk.eval()
+
+
+def _require_same_features(source: Source, theirs: nn.Module, written: Path) -> None:
+    with torch.no_grad():
+        _require_close(theirs.eval()(_images()), _trunk(source)(_images()), written, "the library's network")
+
+
+def _require_close(found: Tensor, wanted: Tensor, written: Path, where: str) -> None:
+    difference, scale = float((found - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
+    if not difference <= TOLERANCE * scale:
+        raise CheckpointError(
+            f"{written.name}: {where} gives other features than the source (largest difference {difference:g}, largest "
+            f"feature {scale:g}); nothing was written"
+        )

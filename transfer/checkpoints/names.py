@@ -1,0 +1,141 @@
+"""How other libraries name the tensors of a ResNet trunk, and the way to torchvision's names and back."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+COUNTER = "num_batches_tracked"
+
+
+def to_detectron2(name: str) -> str:
+    """Detectron2's name of a trunk tensor: ``layer1.0.bn1.weight`` is ``res2.0.conv1.norm.weight``.
+
+    Raises:
+        KeyError: If the name is not a ResNet trunk's.
+    """
+    stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", name)
+    if stem:
+        return f"stem.conv1.{'norm.' if stem[1] == 'bn1' else ''}{stem[2]}"
+    block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)", name)
+    if not block:
+        raise KeyError(name)
+    stage, index, kind, number, leaf = block.groups()
+    where = f"res{int(stage) + 1}.{index}"
+    if kind == "downsample.":
+        return f"{where}.shortcut.{'norm.' if number == '1' else ''}{leaf}"
+    return f"{where}.conv{number}.{'norm.' if kind == 'bn' else ''}{leaf}"
+
+
+def from_detectron2(name: str) -> str:
+    """The inverse of `to_detectron2`.
+
+    Raises:
+        KeyError: If the name is not a Detectron2 ResNet's.
+    """
+    stem = re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name)
+    if stem:
+        return f"{'bn1' if stem[1] else 'conv1'}.{stem[2]}"
+    block = re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name)
+    if not block:
+        raise KeyError(name)
+    stage, index, part, number, norm, leaf = block.groups()
+    where = f"layer{int(stage) - 1}.{index}"
+    if part == "shortcut":
+        return f"{where}.downsample.{1 if norm else 0}.{leaf}"
+    return f"{where}.{'bn' if norm else 'conv'}{number}.{leaf}"
+
+
+class Names(ABC):
+    """A way to name the tensors of a trunk.
+
+    Attributes:
+        anchor: The name of its first tensor, by which it is found.
+    """
+
+    anchor: str
+
+    @abstractmethod
+    def trunk_name(self, name: str) -> str | None:
+        """Our name of a source's tensor (what stands before it cut off), or None if it is no trunk tensor."""
+
+    def among(self, names: Iterable[str]) -> Names:
+        """The same scheme for a file that holds ``names`` (what stands before them cut off)."""
+        del names
+        return self
+
+    def is_beyond(self, name: str) -> bool:
+        """Whether the scheme itself says that a tensor comes after the trunk."""
+        del name
+        return False
+
+
+class TorchvisionNames(Names):
+    """``conv1.weight`` … ``layer4.2.bn3.running_var``."""
+
+    anchor = "conv1.weight"
+
+    def trunk_name(self, name: str) -> str | None:
+        """See `Names.trunk_name`."""
+        return name if re.fullmatch(r"(conv1|bn1|layer\d)\..+", name) else None
+
+
+class SequentialNames(Names):
+    """The children of a ResNet in a ``Sequential``: ``0.weight``, ``1.bias``, ``4.0.conv1.weight``.
+
+    The four numbers that hold blocks are the layers, whether or not activations and pooling were counted before them.
+    """
+
+    anchor = "0.weight"
+
+    def __init__(self, layers: Sequence[int] = ()) -> None:
+        self.layers = {str(number): f"layer{place}" for place, number in enumerate(layers, start=1)}
+
+    def among(self, names: Iterable[str]) -> Names:
+        """See `Names.among`."""
+        return SequentialNames(sorted({int(m[1]) for name in names if (m := re.match(r"(\d+)\.\d+\.conv1\.", name))}))
+
+    def trunk_name(self, name: str) -> str | None:
+        """See `Names.trunk_name`."""
+        number, _, rest = name.partition(".")
+        if number in self.layers:
+            return f"{self.layers[number]}.{rest.replace('shortcut.', 'downsample.')}"
+        return {"0": f"conv1.{rest}", "1": f"bn1.{rest}"}.get(number)
+
+    def is_beyond(self, name: str) -> bool:
+        """See `Names.is_beyond`."""
+        number = name.partition(".")[0]
+        return number.isdigit() and int(number) > max(map(int, self.layers), default=0)
+
+
+class Detectron2Names(Names):
+    """``stem.conv1.weight`` … ``res5.2.conv3.norm.running_var``; in a C4 detector, res5 stands with the regions' head."""
+
+    anchor = "stem.conv1.weight"
+
+    def trunk_name(self, name: str) -> str | None:
+        """See `Names.trunk_name`."""
+        try:
+            return from_detectron2(name)
+        except KeyError:
+            return None
+
+
+class ListedNames(Names):
+    """The names of one network, for which no scheme is known here.
+
+    Args:
+        names: All of them, the first one first.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.listed = tuple(names)
+        self.anchor = self.listed[0]
+
+    def trunk_name(self, name: str) -> str | None:
+        """See `Names.trunk_name`."""
+        return name if name in self.listed else None
+
+
+TORCHVISION, SEQUENTIAL, DETECTRON2 = TorchvisionNames(), SequentialNames(), Detectron2Names()
