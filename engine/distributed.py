@@ -211,6 +211,24 @@ def first_only(call: Callable[[], object]) -> None:
     agreed(lambda: call() if _world.is_writer else None)
 
 
+def from_first(value: T) -> T:
+    """The first process's value, on all."""
+    if _world.size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def from_all(value: T) -> list[T]:
+    """Every process's value, in the order of their numbers."""
+    if _world.size == 1:
+        return [value]
+    values = [value] * _world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
 # --- exchange --------------------------------------------------------------------------------------------------------
 
 

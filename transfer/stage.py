@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from engine import distributed
-from engine.backbones import TIMM
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
@@ -22,6 +21,8 @@ from engine.storage import RunDirectory, locate_run
 from transfer import classify
 from transfer.checkpoints.source import Source, read_source
 from transfer.detection.annotations import DetectionSet, open_detection
+from transfer.detection.run import check_engine, run_detection
+from transfer.detection.setting import Setting
 from transfer.recipe import (
     DetectTransferRecipe,
     KnnRecipe,
@@ -87,14 +88,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     if isinstance(recipe, DetectTransferRecipe):
-        if distributed.world().size > 1:
-            raise ConfigError(
-                "detection with engine: torchvision runs in one process; start it without torchrun or srun"
-            )
-        if source.info.arch.startswith(TIMM):
-            raise ConfigError(f"{source.path}: detection (R50-C4) needs a ResNet, this trunk is {source.info.arch}")
-        if source.info.stem != "standard":
-            raise ConfigError(f"{source.path}: detection needs the standard stem, this trunk has the CIFAR stem")
+        check_engine(recipe, info.recipe, device, recipe.precision)
         train_set, test_set = open_detection(recipe)
         return TransferPlan(recipe, fingerprint, run, device, source, train_set, test_set)
     train, test = open_split(recipe.data, "train"), open_split(recipe.data, "test")
@@ -230,17 +224,17 @@ def _settings(plan: TransferPlan) -> dict[str, Any]:
         "iterations": recipe.scaled_length(recipe.iterations),
         "batch_size": recipe.batch_size,
         "lr": recipe.scaled_lr,
+        "recipe_iterations": recipe.iterations,
+        "recipe_batch_size": recipe.reference_batch_size or recipe.batch_size,
     }
 
 
 def _run(plan: TransferPlan) -> dict[str, float]:
     recipe = plan.recipe
     if isinstance(recipe, DetectTransferRecipe):
-        from transfer.detection import torchvision_engine
-
         assert isinstance(plan.train, DetectionSet)
         assert isinstance(plan.test, DetectionSet)
-        setting = torchvision_engine.Setting(
+        setting = Setting(
             run=plan.run,
             fingerprint=plan.fingerprint,
             data=plan.data,
@@ -250,10 +244,12 @@ def _run(plan: TransferPlan) -> dict[str, float]:
             title=recipe.name,
             log_every=recipe.log_every,
             checkpoint_every=recipe.checkpoint_every,
+            backbone=plan.source.info.recipe,
+            state=plan.source.state,
+            train_set=plan.train,
+            test_set=plan.test,
         )
-        return torchvision_engine.run_detection(
-            recipe, setting, plan.source.info.recipe, plan.source.state, plan.train, plan.test
-        )
+        return run_detection(recipe, setting)
     assert isinstance(plan.train, ImageSet)
     assert isinstance(plan.test, ImageSet)
     given = classify.Setting(plan.run, plan.fingerprint, plan.data, plan.device, plan.source, plan.train, plan.test)

@@ -493,9 +493,7 @@ def test_what_the_keys_cannot_tell(resnet18: Path, tmp_path: Path) -> None:
     assert all(torch.equal(source.state[name], state[name]) for name in state)
     assert set(source.account.left_out.values()) == {"outside the given prefix"}
     assert len(source.account.left_out) == len(state) + 1
-    with pytest.raises(
-        CheckpointError, match=r"no first convolution .* behind the prefix 'a\.': there stand net\.bn1"
-    ):
+    with pytest.raises(CheckpointError, match=r"no first convolution .* behind the prefix 'a\.': there stand net\.bn1"):
         read_source(path, Reading(prefix="a."))
     with pytest.raises(CheckpointError, match=r"--as moko: valid: .*did you mean 'moco'"):
         read_source(path, Reading(layout="moko"))

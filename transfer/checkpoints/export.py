@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,12 +84,18 @@ def export(source: Source, out: Path, target: Target, verify: bool = True) -> st
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_detectron2(source: Source, out: Path) -> str:
-    model = {to_detectron2(name): tensor.numpy() for name, tensor in source.state.items() if not name.endswith(COUNTER)}
+def write_detectron2(path: Path, state: Mapping[str, Tensor]) -> int:
+    """Write a trunk as Detectron2's ``MODEL.WEIGHTS``; gives the number of tensors, which are all but the batch counters."""
+    model = {to_detectron2(name): tensor.numpy() for name, tensor in state.items() if not name.endswith(COUNTER)}
     content = {"model": model, "__author__": "mixmask", "matching_heuristics": True}
-    write_atomic(out, lambda file: pickle.dump(content, file, protocol=4))
-    counters = len(source.state) - len(model)
-    return f"{len(model)} tensors under Detectron2's names without {counters} batch counters, which it does not load"
+    write_atomic(path, lambda file: pickle.dump(content, file, protocol=4))
+    return len(model)
+
+
+def _write_detectron2(source: Source, out: Path) -> str:
+    num = write_detectron2(out, source.state)
+    counters = len(source.state) - num
+    return f"{num} tensors under Detectron2's names without {counters} batch counters, which it does not load"
 
 
 def _write_plain(source: Source, out: Path) -> str:

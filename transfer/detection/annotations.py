@@ -68,6 +68,11 @@ class DetectionSet:
         objects = sum(len(picture.instances) for picture in self.pictures)
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
 
+    def uncounted_classes(self) -> list[str]:
+        """Classes of which there is no object that counts in an evaluation."""
+        counted = {i.label for picture in self.pictures for i in picture.instances if not (i.difficult or i.crowd)}
+        return [name for label, name in enumerate(self.classes) if label not in counted]
+
     def for_training(self, masks: bool) -> DetectionSet:
         """Without crowds, and without pictures that then have no object (Detectron2's FILTER_EMPTY_ANNOTATIONS).
 

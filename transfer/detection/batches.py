@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from engine.distributed import world
 from engine.errors import DataError
 from engine.loader import from_workers
 from engine.randomness import generator
@@ -119,7 +120,7 @@ def _keys(
         if step >= last:
             return
         if step >= first:
-            yield [(step, index) for index in batch]
+            yield [(step, index) for index in batch[world().share(recipe.batch_size)]]
 
 
 def _collate(items: list[tuple[Tensor, Targets]]) -> DetectionBatch:
@@ -129,7 +130,10 @@ def _collate(items: list[tuple[Tensor, Targets]]) -> DetectionBatch:
 def training_batches(
     pictures: DetectionSet, recipe: DetectRecipe, seed: int, first: int, last: int
 ) -> Iterator[DetectionBatch]:
-    """The batches of the steps ``first`` … ``last - 1``; a step's batch does not depend on where the run started."""
+    """This process's share of the batches of the steps ``first`` … ``last - 1``.
+
+    A step's batch does not depend on where the run started, nor on the number of processes.
+    """
     loader: DataLoader[tuple[Tensor, Targets]] = DataLoader(
         _Training(pictures, recipe, seed),
         batch_sampler=_keys(pictures, recipe, seed, first, last),
@@ -143,14 +147,16 @@ def training_batches(
 class _Testing(Dataset[tuple[Tensor, int, tuple[int, int]]]):
     def __init__(self, pictures: DetectionSet, recipe: DetectRecipe) -> None:
         self.pictures, self.recipe = pictures, recipe
+        self.indices = range(world().rank, len(pictures), world().size)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, tuple[int, int]]:
+    def __getitem__(self, number: int) -> tuple[Tensor, int, tuple[int, int]]:
+        index = self.indices[number]
         image = read_rgb(self.pictures.pictures[index].path)
         width, height = shortest_edge(*image.size, self.recipe.min_size_test, self.recipe.max_size_test)
         return _to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)), index, image.size
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.indices)
 
 
 def _unchanged(item: T) -> T:
@@ -158,7 +164,7 @@ def _unchanged(item: T) -> T:
 
 
 def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
-    """Every picture once: resized (3, H, W) uint8, its index, and its own (width, height)."""
+    """This process's share of the pictures, each once: resized (3, H, W) uint8, its index, and its own (width, height)."""
     loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
         _Testing(pictures, recipe),
         batch_size=None,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.augment import IMAGENET_MEAN, IMAGENET_STD
-from engine.backbones import BackboneRecipe, build_trunk
-from engine.errors import CheckpointError
+from engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
+from engine.errors import ConfigError
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import Detections, Res5RoIHeads
 from transfer.detection.rpn import RPN, Targets
@@ -20,32 +20,49 @@ PIXEL_MEAN = tuple(255 * value for value in IMAGENET_MEAN)
 PIXEL_STD = tuple(255 * value for value in IMAGENET_STD)
 
 
+def check_backbone(backbone: BackboneRecipe) -> None:
+    """Refuse a trunk from which no C4 detector can be made.
+
+    Raises:
+        ConfigError: If it is not a ResNet with stride 16 after its third stage and batch normalisation.
+    """
+    if backbone.stem != "standard":
+        raise ConfigError(
+            "detection (C4) needs a trunk with the standard stem (stride 16 after layer3); this one has the CIFAR stem"
+        )
+    if backbone.arch.startswith(TIMM):
+        from timm.models.resnet import ResNet
+
+        with torch.device("meta"):
+            trunk = build_trunk(backbone)
+        fits = isinstance(trunk, ResNet) and [stage["reduction"] for stage in trunk.feature_info] == [2, 4, 8, 16, 32]
+        if not fits or not isinstance(trunk.get_submodule("layer4.0.bn1"), nn.BatchNorm2d):
+            raise ConfigError(
+                f"detection (C4) puts the regions through a ResNet's last stage: {backbone.arch} is no ResNet with "
+                f"batch normalisation and strides 4, 8, 16, 32; timm/resnet50, timm/resnext50_32x4d and the like are"
+            )
+
+
 class C4Detector(nn.Module):
     """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map; BatchNorm everywhere and trained.
 
     Args:
-        backbone: A standard-stem ResNet.
-        state: The pretrained trunk under torchvision's names; every tensor must land.
+        backbone: A ResNet that `check_backbone` lets pass.
+        state: The pretrained trunk under torchvision's (or timm's) names; every tensor must land.
         num_classes: Foreground classes.
         recipe: The detection recipe.
-
-    Raises:
-        CheckpointError: If the trunk has the CIFAR stem, whose strides C4 cannot use.
     """
 
     def __init__(
         self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, recipe: DetectRecipe
     ) -> None:
         super().__init__()
-        if backbone.stem != "standard":
-            raise CheckpointError(
-                "detection needs a trunk with the standard stem (stride 16 after layer3); this one has the CIFAR stem"
-            )
         trunk: Any = build_trunk(backbone)
         trunk.load_state_dict(state, strict=True)
-        self.stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
+        activation = trunk.act1 if backbone.arch.startswith(TIMM) else trunk.relu
+        self.stem = nn.Sequential(trunk.conv1, trunk.bn1, activation, trunk.maxpool)
         self.res2, self.res3, self.res4 = trunk.layer1, trunk.layer2, trunk.layer3
-        channels = trunk.num_features
+        channels = width_of(trunk)
         self.rpn = RPN(channels // 2, recipe.rpn)
         self.roi_heads = Res5RoIHeads(trunk.layer4, channels, num_classes, recipe.masks, recipe.roi)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
@@ -82,14 +99,22 @@ class C4Detector(nn.Module):
         features: Tensor = self.res4(self.res3(self.res2(self.stem(self.batch(images)))))
         return features
 
-    def losses(self, images: list[Tensor], targets: list[Targets], generator: torch.Generator) -> dict[str, Tensor]:
-        """The losses of one batch, each a scalar; their sum is what is minimised."""
+    def losses(self, images: list[Tensor], targets: list[Targets], draws: list[torch.Generator]) -> dict[str, Tensor]:
+        """The losses of one batch, each a scalar; their sum is what is minimised.
+
+        Args:
+            images: (3, H, W) uint8 RGB each.
+            targets: Their objects.
+            draws: A generator for the samples of each image.
+        """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         features = self.features(images)
         anchors, logits, deltas = self.rpn(features)
-        losses: dict[str, Tensor] = self.rpn.losses(anchors, logits, deltas, targets, generator)
+        losses: dict[str, Tensor] = self.rpn.losses(
+            anchors, logits, deltas, targets, self.rpn.sample(anchors, targets, draws)
+        )
         proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
-        losses.update(self.roi_heads.losses(features, proposals, targets, generator))
+        losses.update(self.roi_heads.losses(features, targets, self.roi_heads.sample(proposals, targets, draws)))
         return losses
 
     @torch.no_grad()

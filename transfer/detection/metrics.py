@@ -60,26 +60,27 @@ def eleven_point_ap(recall: Floats, precision: Floats) -> float:
 def voc_class_ap(
     detections: Sequence[Found], truth: dict[int, tuple[Floats, npt.NDArray[np.bool_]]], threshold: float
 ) -> float:
-    """AP of one class at one overlap, in [0, 1]; NaN if the class has no object that counts.
+    """AP of one class at one overlap, in [0, 1]; 0 if the class has no object that counts, as Detectron2 has it.
 
-    Each object is found once: by the most confident detection that overlaps it most among all objects and reaches the
+    Each object is found once: by the most confident detection that overlaps it most among all objects and exceeds the
     threshold. Detections of difficult objects count neither way. Overlaps use VOC's inclusive pixels: a box from 3 to 5
-    is 3 wide.
+    is 3 wide. As in the devkit's result files, and in Detectron2, a score has three decimals and a corner one.
 
     Args:
-        detections: Of this class, any order.
+        detections: Of this class, in the order of the pictures.
         truth: Picture index to boxes (G, 4) in VOC's 1-based inclusive corners and difficult flags (G,).
-        threshold: Least overlap (IoU).
+        threshold: Overlap (IoU) to exceed.
     """
     num_objects = sum(int((~difficult).sum()) for _, difficult in truth.values())
     if num_objects == 0:
-        return float("nan")
-    ordered = sorted(detections, key=lambda d: -d.score)  # stable, as the devkit's sort by decreasing confidence
+        return 0.0
+    scores = np.array([float(f"{detection.score:.3f}") for detection in detections])
+    order = np.argsort(-scores)  # the order of equal scores is numpy's, as it is Detectron2's
     taken = {picture: np.zeros(len(boxes), dtype=bool) for picture, (boxes, _) in truth.items()}
-    true_positive, false_positive = np.zeros(len(ordered)), np.zeros(len(ordered))
-    for number, detection in enumerate(ordered):
+    true_positive, false_positive = np.zeros(len(order)), np.zeros(len(order))
+    for number, detection in enumerate(detections[index] for index in order):
         boxes, difficult = truth.get(detection.picture, (np.zeros((0, 4)), np.zeros(0, dtype=bool)))
-        overlaps = _voc_overlaps(np.asarray(detection.box) + [1, 1, 0, 0], boxes)
+        overlaps = _voc_overlaps(_as_written(detection.box), boxes)
         best = int(overlaps.argmax()) if len(overlaps) else -1
         if best < 0 or overlaps[best] <= threshold:
             false_positive[number] = 1
@@ -94,6 +95,12 @@ def voc_class_ap(
     return eleven_point_ap(found / num_objects, precision)
 
 
+def _as_written(box: tuple[float, float, float, float]) -> Floats:
+    """A box as it would stand in a devkit's result file: corners from 1, one decimal."""
+    left, top, right, bottom = np.asarray(box, dtype=np.float32) + np.array([1, 1, 0, 0], dtype=np.float32)
+    return np.array([float(f"{value:.1f}") for value in (left, top, right, bottom)])
+
+
 def _voc_overlaps(box: Floats, boxes: Floats) -> Floats:
     """IoU of one box with (G, 4) boxes, corners inclusive."""
     width = np.maximum(np.minimum(boxes[:, 2], box[2]) - np.maximum(boxes[:, 0], box[0]) + 1, 0)
@@ -106,31 +113,34 @@ def _voc_overlaps(box: Floats, boxes: Floats) -> Floats:
 
 
 def voc_metrics(detections: Sequence[Found], pictures: DetectionSet) -> dict[str, float]:
-    """``bbox/AP`` (mean over overlaps 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and AP50 per class, in percent.
+    """VOC's average precision in percent.
 
-    Classes without a counted object are left out of the means.
+    ``bbox/AP`` (mean over overlaps 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and ``bbox/AP/cat``, ``bbox/AP50/cat`` …
+    per class.
     """
-    per_class: dict[int, dict[int, tuple[Floats, npt.NDArray[np.bool_]]]] = {}
+    per_class: dict[int, dict[int, tuple[Floats, npt.NDArray[np.bool_]]]] = {
+        n: {} for n in range(len(pictures.classes))
+    }
     for number, picture in enumerate(pictures.pictures):
         for label in {i.label for i in picture.instances}:
             own = [i for i in picture.instances if i.label == label]
             boxes = np.array([i.box for i in own], dtype=np.float64) + [1, 1, 0, 0]
             flags = np.array([i.difficult for i in own], dtype=bool)
-            per_class.setdefault(label, {})[number] = (boxes, flags)
+            per_class[label][number] = (boxes, flags)
     by_class: dict[int, list[Found]] = {}
     for detection in detections:
         by_class.setdefault(detection.label, []).append(detection)
     table = np.array(
         [
             [voc_class_ap(by_class.get(label, []), truth, threshold) for threshold in IOU_THRESHOLDS]
-            for label, truth in sorted(per_class.items())
+            for label, truth in per_class.items()
         ]
     )
-    mean = 100 * np.nanmean(table, axis=0)
+    mean = 100 * table.mean(axis=0)
     metrics = {"bbox/AP": float(mean.mean()), "bbox/AP50": float(mean[0]), "bbox/AP75": float(mean[5])}
-    for label, row in zip(sorted(per_class), table, strict=True):
-        if not np.isnan(row[0]):
-            metrics[f"bbox/AP50/{pictures.classes[label]}"] = float(100 * row[0])
+    for name, row in zip(pictures.classes, table, strict=True):
+        metrics[f"bbox/AP/{name}"] = float(100 * row.mean())
+        metrics[f"bbox/AP50/{name}"] = float(100 * row[0])
     return metrics
 
 
@@ -140,7 +150,10 @@ COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: bool) -> dict[str, float]:
-    """COCOeval's box (and mask) AP, AP50, AP75, APs, APm and APl in percent; sizes without objects are left out."""
+    """COCOeval's average precision in percent: boxes as ``bbox/…``, masks as ``segm/…``.
+
+    AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = _merged(pictures)
@@ -158,6 +171,13 @@ def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: boo
             evaluation.summarize()
             values = zip(COCO_NAMES, evaluation.stats[:6].tolist(), strict=True)
             metrics.update({f"{kind}/{name}": 100 * value for name, value in values if value >= 0})
+            precision = evaluation.eval["precision"][
+                ..., 0, -1
+            ]  # (overlaps, recalls, classes), all sizes, 100 detections
+            for number, name in enumerate(pictures.classes):
+                of_class = precision[:, :, number]
+                if (of_class > -1).any():
+                    metrics[f"{kind}/AP/{name}"] = float(100 * of_class[of_class > -1].mean())
     return metrics
 
 

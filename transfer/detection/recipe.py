@@ -70,6 +70,7 @@ class DetectRecipe(Recipe):
 
     ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` hold at ``reference_batch_size`` images per iteration;
     another ``batch_size`` scales the rate linearly and the lengths inversely. A null reference takes them as they stand.
+    ``save_predictions`` keeps the detections of the test pictures, ``save_detector`` the trained network.
     """
 
     protocol: Literal["detect_voc", "detect_coco"]
@@ -93,14 +94,8 @@ class DetectRecipe(Recipe):
     precise_bn_iterations: int = Field(200, ge=0)
     rpn: RPNRecipe = RPNRecipe()
     roi: RoIRecipe = RoIRecipe()
-
-    @model_validator(mode="after")
-    def _engine_exists(self) -> DetectRecipe:
-        if self.engine == "detectron2":
-            raise ValueError(
-                "engine 'detectron2' is planned and not built yet; engine=torchvision runs the same network and procedure"
-            )
-        return self
+    save_predictions: bool = operational(True)
+    save_detector: bool = operational(False)
 
     @property
     def masks(self) -> bool:

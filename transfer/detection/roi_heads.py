@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,21 @@ class Detections:
     scores: Tensor
     labels: Tensor
     masks: Tensor | None
+
+
+@dataclass(frozen=True)
+class SampledBoxes:
+    """The boxes of one image that a loss is taken of.
+
+    Attributes:
+        boxes: (S, 4).
+        classes: (S,) int64; the number of classes is the background.
+        matched: (S,) index of the object that each foreground box is to find.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    matched: Tensor
 
 
 class MaskHead(nn.Module):
@@ -92,14 +108,14 @@ class Res5RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, proposals: list[Tensor], targets: list[Targets], generator: torch.Generator
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Sampled boxes, their classes (``num_classes`` is background) and matched objects, per image.
+        self, proposals: Sequence[Tensor], targets: Sequence[Targets], draws: Sequence[torch.Generator]
+    ) -> list[SampledBoxes]:
+        """The boxes that a loss is taken of, per image; each image has a generator of its own.
 
         The objects themselves are added to the proposals, so that there are positives from the first step.
         """
-        boxes, classes, matched = [], [], []
-        for candidates, target in zip(proposals, targets, strict=True):
+        sampled = []
+        for candidates, target, generator in zip(proposals, targets, draws, strict=True):
             candidates = torch.cat([candidates, target.boxes])
             threshold = self.recipe.iou_positive
             index, labels = match(
@@ -115,33 +131,23 @@ class Res5RoIHeads(nn.Module):
             chosen = torch.cat([positive, negative])
             truth = torch.full((len(chosen),), self.num_classes, device=chosen.device)
             truth[: len(positive)] = target.labels[index[positive]]
-            boxes.append(candidates[chosen])
-            classes.append(truth)
-            matched.append(index[chosen])
-        return boxes, classes, matched
+            sampled.append(SampledBoxes(candidates[chosen], truth, index[chosen]))
+        return sampled
 
     def losses(
-        self, features: Tensor, proposals: list[Tensor], targets: list[Targets], generator: torch.Generator
+        self, features: Tensor, targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> dict[str, Tensor]:
-        """Cross-entropy over the sampled boxes, L1 of the foreground ones, and the mask loss."""
-        boxes, classes, matched = self.sample(proposals, targets, generator)
-        return self.losses_of(features, boxes, classes, matched, targets)
-
-    def losses_of(
-        self,
-        features: Tensor,
-        boxes: list[Tensor],
-        classes: list[Tensor],
-        matched: list[Tensor],
-        targets: list[Targets],
-    ) -> dict[str, Tensor]:
-        """The losses of given samples; see `sample`."""
-        pooled = self.pool(features, boxes)
+        """Cross-entropy over the sampled boxes, L1 of the foreground ones over all of them, and the mask loss."""
+        pooled = self.pool(features, [chosen.boxes for chosen in sampled])
         logits, deltas = self.predict(pooled)
-        truth = torch.cat(classes)
+        truth = torch.cat([chosen.classes for chosen in sampled])
         foreground = (truth < self.num_classes).nonzero().flatten()
-        objects = torch.cat([t.boxes[i] if len(t.boxes) else b for t, i, b in zip(targets, matched, boxes)])
-        wanted = encode_boxes(torch.cat(boxes)[foreground], objects[foreground], WEIGHTS)
+        boxes, objects = [], []
+        for target, chosen in zip(targets, sampled, strict=True):
+            own = chosen.classes < self.num_classes
+            boxes.append(chosen.boxes[own])
+            objects.append(target.boxes[chosen.matched[own]])
+        wanted = encode_boxes(torch.cat(boxes), torch.cat(objects), WEIGHTS)
         given = deltas.view(len(truth), self.num_classes, 4)[foreground, truth[foreground]]
         losses = {
             "roi_class": F.cross_entropy(logits, truth),
@@ -149,28 +155,22 @@ class Res5RoIHeads(nn.Module):
         }
         if self.mask_head is not None:
             masks = self.mask_head(pooled[foreground])
-            losses["roi_mask"] = self._mask_loss(masks, truth[foreground], boxes, classes, matched, targets)
+            losses["roi_mask"] = self._mask_loss(masks, truth[foreground], targets, sampled)
         return losses
 
     def _mask_loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        boxes: list[Tensor],
-        classes: list[Tensor],
-        matched: list[Tensor],
-        targets: list[Targets],
+        self, logits: Tensor, labels: Tensor, targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> Tensor:
         if len(labels) == 0:
             return logits.sum() * 0
         wanted = []
-        for image_boxes, image_classes, index, target in zip(boxes, classes, matched, targets, strict=True):
-            for box, label, which in zip(image_boxes.tolist(), image_classes.tolist(), index.tolist(), strict=True):
-                if label < self.num_classes:
-                    wanted.append(rasterise(target.polygons[which], box, logits.shape[-1]))
+        for target, chosen in zip(targets, sampled, strict=True):
+            own = chosen.classes < self.num_classes
+            for box, which in zip(chosen.boxes[own].tolist(), chosen.matched[own].tolist(), strict=True):
+                wanted.append(rasterise(target.polygons[which], box, logits.shape[-1]))
         truth = torch.from_numpy(np.stack(wanted)).to(logits.device, logits.dtype)
-        own = logits[torch.arange(len(labels), device=labels.device), labels]
-        return F.binary_cross_entropy_with_logits(own, truth)
+        own_class = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(own_class, truth)
 
     @torch.no_grad()
     def detect(self, features: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,21 @@ class Targets:
     boxes: Tensor
     labels: Tensor
     polygons: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The anchors of one image that a loss is taken of.
+
+    Attributes:
+        positive: (P,) indices of anchors.
+        negative: (Q,) indices of anchors.
+        matched: (P,) index of the object that each positive one is to find.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    matched: Tensor
 
 
 class RPN(nn.Module):
@@ -78,19 +94,12 @@ class RPN(nn.Module):
             result.append(boxes[nms(boxes, scores, self.recipe.nms_threshold)[:after]])
         return result
 
-    def losses(
-        self,
-        anchors: Tensor,
-        logits: Tensor,
-        deltas: Tensor,
-        targets: list[Targets],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
-        """Binary cross-entropy of sampled anchors and L1 of the positive ones, both over the number of sampled anchors."""
+    @torch.no_grad()
+    def sample(self, anchors: Tensor, targets: Sequence[Targets], draws: Sequence[torch.Generator]) -> list[Sampled]:
+        """The anchors that a loss is taken of, per image; each image has a generator of its own."""
         recipe = self.recipe
-        objectness = logits.new_zeros(())
-        location = logits.new_zeros(())
-        for image_logits, image_deltas, target in zip(logits, deltas, targets, strict=True):
+        sampled = []
+        for target, generator in zip(targets, draws, strict=True):
             index, labels = match(
                 target.boxes,
                 anchors,
@@ -105,12 +114,22 @@ class RPN(nn.Module):
                 recipe.positive_fraction,
                 generator,
             )
-            chosen = torch.cat([positive, negative])
-            truth = torch.zeros(len(chosen), device=chosen.device)
-            truth[: len(positive)] = 1
-            objectness = objectness + F.binary_cross_entropy_with_logits(image_logits[chosen], truth, reduction="sum")
-            if len(positive):
-                wanted = encode_boxes(anchors[positive], target.boxes[index[positive]], WEIGHTS)
-                location = location + (image_deltas[positive] - wanted).abs().sum()
-        normaliser = recipe.batch_per_image * len(targets)
+            sampled.append(Sampled(positive, negative, index[positive]))
+        return sampled
+
+    def losses(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[Targets], sampled: Sequence[Sampled]
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy of sampled anchors and L1 of the positive ones, both over the number of sampled anchors."""
+        objectness = logits.new_zeros(())
+        location = logits.new_zeros(())
+        for image_logits, image_deltas, target, chosen in zip(logits, deltas, targets, sampled, strict=True):
+            both = torch.cat([chosen.positive, chosen.negative])
+            truth = torch.zeros(len(both), device=both.device)
+            truth[: len(chosen.positive)] = 1
+            objectness = objectness + F.binary_cross_entropy_with_logits(image_logits[both], truth, reduction="sum")
+            if len(chosen.positive):
+                wanted = encode_boxes(anchors[chosen.positive], target.boxes[chosen.matched], WEIGHTS)
+                location = location + (image_deltas[chosen.positive] - wanted).abs().sum()
+        normaliser = self.recipe.batch_per_image * len(targets)
         return {"rpn_objectness": objectness / normaliser, "rpn_box": location / normaliser}

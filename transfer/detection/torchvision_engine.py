@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe
+from engine.distributed import from_all, from_first, world
+from engine.distributed import mean as average
 from engine.job import Job, Part
-from engine.precision import Precision, autocast
+from engine.precision import autocast
 from engine.progress import say, track
 from engine.randomness import derived_seed, generator
 from engine.schedule import step_factor, warmup_factor
-from engine.storage import RunDirectory
 from engine.training import train
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
@@ -26,46 +24,22 @@ from transfer.detection.metrics import Found, coco_metrics, voc_metrics
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import Detections, paste_mask
 from transfer.detection.rpn import Targets
+from transfer.detection.setting import Outcome, Setting
+from transfer.detection.weights import detector_to_detectron2
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a detection run is given besides its recipe."""
-
-    run: RunDirectory
-    fingerprint: str
-    data: dict[str, Any]
-    device: torch.device
-    precision: Precision
-    seed: int
-    title: str
-    log_every: int
-    checkpoint_every: int
-
-
-def run_detection(
-    recipe: DetectRecipe,
-    setting: Setting,
-    backbone: BackboneRecipe,
-    state: dict[str, Tensor],
-    train_set: DetectionSet,
-    test_set: DetectionSet,
-) -> dict[str, float]:
-    """Train a detector from a trunk and evaluate it.
-
-    Returns:
-        Metrics in percent, ``seconds`` and ``images_per_second``.
-    """
+def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
+    """Train a detector from a trunk and evaluate it, in as many processes as there are."""
     torch.manual_seed(derived_seed(setting.seed, "detector"))
-    detector = C4Detector(backbone, state, len(train_set.classes), recipe)
+    detector = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
     detector.to(setting.device).to(memory_format=torch.channels_last)
+    if world().size > 1 and setting.device.type == "cuda":
+        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # type: ignore[no-untyped-call]
+    elif world().size > 1:
+        say(f"{setting.title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
     iterations = recipe.scaled_length(recipe.iterations)
     milestones = [recipe.scaled_length(m) for m in recipe.milestones]
     warmup = recipe.scaled_length(recipe.warmup_iterations)
-    say(
-        f"{setting.title}: {iterations} iterations of {recipe.batch_size}, lr {recipe.scaled_lr:g}, steps {milestones}, "
-        f"warm-up {warmup} (recipe: {recipe.iterations} at {recipe.reference_batch_size or recipe.batch_size} images)"
-    )
     job = Job(
         title=setting.title,
         run=setting.run,
@@ -87,13 +61,12 @@ def run_detection(
     )
 
     def batches(first: int) -> Iterator[DetectionBatch]:
-        return training_batches(train_set, recipe, setting.seed, first, iterations)
+        return training_batches(setting.train_set, recipe, setting.seed, first, iterations)
 
     def losses(batch: DetectionBatch, step: int) -> list[Part]:
         def detection() -> dict[str, Tensor]:
-            draws = generator(setting.seed, "detection-sampling", step)
             images, targets = _to(batch, setting.device)
-            terms = detector.losses(images, targets, draws)
+            terms = detector.losses(images, targets, draws_of(recipe, setting.seed, step))
             return {"loss": torch.stack([*terms.values()]).sum(), **{k: v.detach() for k, v in terms.items()}}
 
         return [detection]
@@ -102,13 +75,25 @@ def run_detection(
     if recipe.precise_bn_iterations:
         say(f"{setting.title}: batch statistics over {recipe.precise_bn_iterations} training batches (PreciseBN)")
         last = iterations + recipe.precise_bn_iterations
-        _precise_bn(detector, training_batches(train_set, recipe, setting.seed, iterations, last), setting)
-    detections = find_objects(detector, test_set, recipe, setting)
-    if recipe.masks:
-        metrics = coco_metrics(detections, test_set, masks=True)
-    else:
-        metrics = voc_metrics(detections, test_set)
-    return {**metrics, **result}
+        _precise_bn(
+            detector, training_batches(setting.train_set, recipe, setting.seed, iterations, last), recipe, setting
+        )
+    shares = from_all(find_objects(detector, recipe, setting))
+    found = sorted((one for share in shares for one in share), key=lambda one: one.picture)
+    metrics = from_first(measure(recipe, found, setting.test_set) if world().is_writer else {})
+    state = detector_to_detectron2({name: tensor.cpu() for name, tensor in detector.state_dict().items()})
+    return Outcome({**metrics, **result}, found, state)
+
+
+def measure(recipe: DetectRecipe, found: Sequence[Found], pictures: DetectionSet) -> dict[str, float]:
+    """The protocol's metrics, in percent."""
+    return coco_metrics(found, pictures, masks=True) if recipe.masks else voc_metrics(found, pictures)
+
+
+def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator]:
+    """A generator for each of this process's images of a step, the same one whichever process has the image."""
+    share = world().share(recipe.batch_size)
+    return [generator(seed, "detection-sampling", step, row) for row in range(share.start, share.stop)]
 
 
 def _to(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
@@ -127,43 +112,45 @@ def _optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
 
 
 @torch.no_grad()
-def _precise_bn(detector: C4Detector, batches: Iterator[DetectionBatch], setting: Setting) -> None:
+def _precise_bn(
+    detector: C4Detector, batches: Iterator[DetectionBatch], recipe: DetectRecipe, setting: Setting
+) -> None:
     """Replace running statistics by those of the population, estimated over many batches with the weights fixed.
 
-    The mean is the mean of the batch means; the variance is the mean square minus its square (arXiv:2105.07576, 3.1).
+    The mean is the mean of the batch means; the variance is the mean square minus its square (arXiv:2105.07576, 3.1). Every
+    process sees other batches; what they found is averaged, so that all evaluate the same network.
     """
-    layers = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
     momenta = [layer.momentum for layer in layers]
-    means = [torch.zeros_like(layer.running_mean) for layer in layers]  # type: ignore[arg-type]
-    squares = [torch.zeros_like(layer.running_var) for layer in layers]  # type: ignore[arg-type]
+    means = [torch.zeros_like(layer.get_buffer("running_mean")) for layer in layers]
+    squares = [torch.zeros_like(mean) for mean in means]
     detector.train()
     for layer in layers:
         layer.momentum = 1.0
     count = 0
+    first = recipe.scaled_length(recipe.iterations)
     for count, batch in enumerate(batches, start=1):
         images, targets = _to(batch, setting.device)
         with autocast(setting.device, setting.precision):
-            detector.losses(images, targets, generator(setting.seed, "precise-bn", count))
+            detector.losses(images, targets, draws_of(recipe, setting.seed, first + count))
         for layer, mean, square in zip(layers, means, squares, strict=True):
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            mean += layer.running_mean
-            square += layer.running_var + layer.running_mean**2
+            mean += layer.get_buffer("running_mean")
+            square += layer.get_buffer("running_var") + layer.get_buffer("running_mean") ** 2
     for layer, momentum, mean, square in zip(layers, momenta, means, squares, strict=True):
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
+        mean, square = average(mean / count), average(square / count)
         layer.momentum = momentum
-        layer.running_mean.copy_(mean / count)
-        layer.running_var.copy_((square / count - (mean / count) ** 2).clamp(min=0))
+        layer.get_buffer("running_mean").copy_(mean)
+        layer.get_buffer("running_var").copy_((square - mean**2).clamp(min=0))
 
 
 @torch.no_grad()
-def find_objects(detector: C4Detector, pictures: DetectionSet, recipe: DetectRecipe, setting: Setting) -> list[Found]:
-    """Detections of every test picture, in its own pixels."""
+def find_objects(detector: C4Detector, recipe: DetectRecipe, setting: Setting) -> list[Found]:
+    """Detections of this process's share of the test pictures, each in its own pixels."""
     detector.eval()
     found: list[Found] = []
-    images = evaluation_images(pictures, recipe)
-    for image, index, (width, height) in track(f"{setting.title}: test pictures", images, len(pictures), 1):
+    images = evaluation_images(setting.test_set, recipe)
+    total = len(range(world().rank, len(setting.test_set), world().size))
+    for image, index, (width, height) in track(f"{setting.title}: test pictures", images, total, 1):
         with autocast(setting.device, setting.precision):
             (detections,) = detector.detect([image.to(setting.device)])
         found += _in_original_pixels(detections, index, image.shape[1:], width, height)

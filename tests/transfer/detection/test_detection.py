@@ -90,7 +90,9 @@ def test_training_learns_a_picture_by_heart(voc: Path, tmp_path: Path, resnet18:
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9)
     losses = []
     for step in range(25):
-        loss = torch.stack([*detector.losses(batch.images, batch.targets, generator(0, step)).values()]).sum()
+        loss = torch.stack(
+            [*detector.losses(batch.images, batch.targets, [generator(0, step, row) for row in range(2)]).values()]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)

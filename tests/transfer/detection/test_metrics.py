@@ -57,12 +57,13 @@ def test_overlap_counts_inclusive_pixels() -> None:
     assert voc_class_ap(shifted, truth, 0.49) == pytest.approx(1.0)
 
 
-def test_classes_without_objects_are_left_out_of_the_mean() -> None:
+def test_classes_without_counted_objects_count_as_zero() -> None:
     truth = DetectionSet((picture(0, box(10, 10), box(60, 60, label=1, difficult=True)),), ("a", "b", "c"))
     metrics = voc_metrics([found(0, 0.9, 10, 10), found(0, 0.9, 150, 150, label=2)], truth)
-    assert metrics["bbox/AP50"] == pytest.approx(100.0)
-    assert "bbox/AP50/b" not in metrics
-    assert "bbox/AP50/c" not in metrics
+    assert metrics["bbox/AP50/a"] == pytest.approx(100.0)
+    assert metrics["bbox/AP50/b"] == metrics["bbox/AP50/c"] == 0.0
+    assert metrics["bbox/AP50"] == pytest.approx(100.0 / 3)
+    assert truth.uncounted_classes() == ["b", "c"]
 
 
 def test_order_of_detections_does_not_matter() -> None:

@@ -1,0 +1,186 @@
+"""A detection recipe as a Detectron2 config, and what that engine cannot do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.backbones import RESNETS, BackboneRecipe
+from engine.errors import ConfigError
+from engine.precision import Precision
+from engine.storage import write_text
+from transfer.detection.annotations import DetectionSet
+from transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
+from transfer.detection.recipe import DetectRecipe
+
+INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2"'
+HEADS = "Res5ROIHeadsExtraNorm"
+BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, below its $DETECTRON2_DATASETS
+    "2007/trainval": "voc_2007_trainval",
+    "2007/train": "voc_2007_train",
+    "2007/val": "voc_2007_val",
+    "2007/test": "voc_2007_test",
+    "2012/trainval": "voc_2012_trainval",
+    "2012/train": "voc_2012_train",
+    "2012/val": "voc_2012_val",
+    "train2017": "coco_2017_train",
+    "val2017": "coco_2017_val",
+}
+
+
+def require_detectron2() -> None:
+    """Refuse to go on without Detectron2.
+
+    Raises:
+        ConfigError: With how to get it and what runs without it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own use of torch
+            import detectron2.engine  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"engine: detectron2 does not import here ({error}). Install it with\n  {INSTALL}\n"
+            f"or put its source tree on PYTHONPATH; engine=torchvision runs the same network and procedure without it"
+        ) from None
+
+
+def check_recipe(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
+    """Refuse what Detectron2 cannot do.
+
+    Raises:
+        ConfigError: With the key, and what would do.
+    """
+    require_detectron2()
+    if backbone.arch not in RESNETS:
+        raise ConfigError(f"engine: detectron2 has ResNets only, this trunk is {backbone.arch}; use engine=torchvision")
+    if precision == "bf16" or (precision == "fp16" and device.type == "cpu"):
+        raise ConfigError(
+            f"precision: Detectron2 has fp32, and fp16 on a GPU; {precision} on this device needs engine=torchvision"
+        )
+    if recipe.clip_norm is not None:
+        raise ConfigError(
+            "clip_norm: Detectron2 clips each parameter by itself; leave it null or use engine=torchvision"
+        )
+    if len(recipe.data.test) > 1:
+        raise ConfigError(
+            f"data.test: Detectron2 evaluates each of {', '.join(recipe.data.test)} by itself: name one; engine=torchvision "
+            f"takes them as one test set"
+        )
+
+
+def make_config(
+    recipe: DetectRecipe,
+    backbone: BackboneRecipe,
+    num_classes: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    seed: int,
+    weights: Path,
+    output: Path,
+    train: Sequence[str],
+    test: Sequence[str],
+    num_workers: int,
+    checkpoint_every: int,
+) -> Any:
+    """The recipe as a Detectron2 ``CfgNode``.
+
+    Args:
+        recipe: The detection recipe, whose rate and lengths are scaled to its batch size.
+        backbone: A ResNet.
+        num_classes: Foreground classes.
+        device: Where it runs; on a CPU, where there is no synchronised BatchNorm, the plain one.
+        precision: ``fp32`` or ``fp16``.
+        seed: Detectron2's ``SEED``.
+        weights: The trunk as Detectron2's ``.pkl``.
+        output: Detectron2's output folder.
+        train: Names of the training sets in its catalogue.
+        test: Names of the test sets.
+        num_workers: Loader workers of a process.
+        checkpoint_every: Iterations between two checkpoints.
+    """
+    from detectron2.config import get_cfg
+
+    cfg = get_cfg()
+    model, solver = cfg.MODEL, cfg.SOLVER
+    model.DEVICE, model.WEIGHTS, model.MASK_ON = device.type, str(weights), recipe.masks
+    model.PIXEL_MEAN, model.PIXEL_STD = list(PIXEL_MEAN), list(PIXEL_STD)
+    model.BACKBONE.FREEZE_AT = 0
+    model.RESNETS.DEPTH = int(backbone.arch.removeprefix("resnet"))
+    model.RESNETS.RES2_OUT_CHANNELS = 64 if model.RESNETS.DEPTH < 50 else 256
+    model.RESNETS.NORM = "SyncBN" if device.type == "cuda" else "BN"
+    model.RESNETS.STRIDE_IN_1X1 = False
+    model.ANCHOR_GENERATOR.SIZES = [list(recipe.rpn.anchor_sizes)]
+    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(recipe.rpn.aspect_ratios)]
+    model.RPN.IOU_THRESHOLDS = [recipe.rpn.iou_negative, recipe.rpn.iou_positive]
+    model.RPN.BATCH_SIZE_PER_IMAGE = recipe.rpn.batch_per_image
+    model.RPN.POSITIVE_FRACTION = recipe.rpn.positive_fraction
+    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TRAIN = recipe.rpn.pre_nms_train, recipe.rpn.post_nms_train
+    model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TEST = recipe.rpn.pre_nms_test, recipe.rpn.post_nms_test
+    model.RPN.NMS_THRESH = recipe.rpn.nms_threshold
+    heads = model.ROI_HEADS
+    heads.NAME, heads.NUM_CLASSES = HEADS, num_classes
+    heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION = recipe.roi.batch_per_image, recipe.roi.positive_fraction
+    heads.IOU_THRESHOLDS = [recipe.roi.iou_positive]
+    heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST = recipe.roi.score_threshold, recipe.roi.nms_threshold
+    model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pooler_resolution
+    model.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = recipe.min_size_train, recipe.max_size_train
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = recipe.min_size_test, recipe.max_size_test
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), tuple(test)
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    solver.IMS_PER_BATCH, solver.BASE_LR = recipe.batch_size, recipe.scaled_lr
+    solver.MOMENTUM, solver.WEIGHT_DECAY, solver.GAMMA = recipe.momentum, recipe.weight_decay, recipe.gamma
+    solver.MAX_ITER = recipe.scaled_length(recipe.iterations)
+    solver.STEPS = tuple(recipe.scaled_length(m) for m in recipe.milestones)
+    solver.WARMUP_ITERS = recipe.scaled_length(recipe.warmup_iterations)
+    solver.WARMUP_FACTOR = recipe.warmup_factor
+    solver.CHECKPOINT_PERIOD = checkpoint_every
+    solver.AMP.ENABLED = precision == "fp16"
+    cfg.TEST.DETECTIONS_PER_IMAGE = recipe.roi.detections_per_image
+    cfg.TEST.PRECISE_BN.ENABLED = recipe.precise_bn_iterations > 0
+    cfg.TEST.PRECISE_BN.NUM_ITER = max(recipe.precise_bn_iterations, 1)
+    cfg.SEED, cfg.OUTPUT_DIR = seed, str(output)
+    return cfg
+
+
+def dump_config(
+    recipe: DetectRecipe, backbone: BackboneRecipe, pictures: DetectionSet, seed: int, weights: Path, file: Path
+) -> None:
+    """Write the recipe as YAML for Detectron2's own tools, for its GPUs and its own names of the data sets.
+
+    Raises:
+        ConfigError: If Detectron2 does not import here or cannot do what the recipe asks.
+    """
+    device = torch.device("cuda")
+    check_recipe(recipe, backbone, device, "fp32")
+    unknown = [split for split in (*recipe.data.train, *recipe.data.test) if split not in BUILT_IN]
+    if unknown:
+        raise ConfigError(
+            f"data: Detectron2 has no name of its own for {', '.join(unknown)}; it knows {', '.join(BUILT_IN)}"
+        )
+    cfg = make_config(
+        recipe,
+        backbone,
+        len(pictures.classes),
+        device=device,
+        precision="fp32",
+        seed=seed,
+        weights=weights,
+        output=Path("output"),
+        train=[BUILT_IN[split] for split in recipe.data.train],
+        test=[BUILT_IN[split] for split in recipe.data.test],
+        num_workers=recipe.data.num_workers,
+        checkpoint_every=5000,
+    )
+    head = (
+        f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}. MODEL.ROI_HEADS.NAME has one more BatchNorm\n"
+        f"# after res5 than Detectron2's own: `import transfer.detection.detectron2_heads` in your program registers it.\n"
+    )
+    write_text(file, head + cfg.dump())

@@ -1,0 +1,306 @@
+"""Detection with Detectron2: its model, data, trainer and evaluators, under our run directory and record.
+
+Detectron2 is imported when this module is: `detectron2_config.check_recipe` has made sure before that it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.pascal_voc import register_pascal_voc
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import update_bn_stats
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
+from engine import distributed
+from engine.errors import Interrupted, RunFailure
+from engine.progress import StepProgress, say, track
+from engine.stopping import StopSignals
+from transfer.checkpoints.names import COUNTER, to_detectron2
+from transfer.detection.detectron2_config import make_config
+from transfer.detection.metrics import Found, voc_metrics
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.setting import Outcome, Setting
+
+# Detectron2's names of the losses, and the ones that both engines log.
+LOSSES = {
+    "total_loss": "loss",
+    "loss_rpn_cls": "rpn_objectness",
+    "loss_rpn_loc": "rpn_box",
+    "loss_cls": "roi_class",
+    "loss_box_reg": "roi_box",
+    "loss_mask": "roi_mask",
+}
+
+
+def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
+    """Train a detector from a trunk with Detectron2, from its last checkpoint if there is one, and evaluate it.
+
+    Args:
+        recipe: The recipe.
+        setting: Where and from what.
+        weights: The trunk as Detectron2's ``.pkl``.
+
+    Raises:
+        RunFailure: If a loss is not finite, or a trunk tensor did not land in the detector.
+        Interrupted: After a stop signal, with a checkpoint written.
+    """
+    folder = setting.run.path / "detectron2"
+    folder.mkdir(parents=True, exist_ok=True)
+    _log_to(folder / "log.txt")
+    names = {split: _register(recipe, setting, split) for split in (*recipe.data.train, *recipe.data.test)}
+    cfg = make_config(
+        recipe,
+        setting.backbone,
+        len(setting.train_set.classes),
+        device=setting.device,
+        precision=setting.precision,
+        seed=setting.seed,
+        weights=weights,
+        output=folder,
+        train=[names[split] for split in recipe.data.train],
+        test=[names[split] for split in recipe.data.test],
+        num_workers=recipe.data.num_workers,
+        checkpoint_every=setting.checkpoint_every,
+    )
+    seed_all_rng(setting.seed + distributed.world().rank)
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(weights))
+    require_landed(model, setting.state)
+    seconds, rate = _train(cfg, model, recipe, setting)
+    metrics, found = evaluate(cfg, model, recipe, setting)
+    detector = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if distributed.world().is_writer:
+        shutil.rmtree(folder)
+    metrics |= {"seconds": seconds, "images_per_second": rate}
+    return Outcome(metrics, found, detector)
+
+
+def _log_to(file: Path) -> None:
+    """Detectron2's own messages go to a file of the run; the terminal has ours."""
+    warnings.filterwarnings("ignore", module=r"torch\.functional|detectron2\.")  # of its use of torch and numpy
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    for name in ("detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(logging.FileHandler(file) if distributed.world().is_writer else logging.NullHandler())
+
+
+def _register(recipe: DetectRecipe, setting: Setting, split: str) -> str:
+    """Enter a split in Detectron2's catalogue, read by its own functions; returns its name there."""
+    name = f"mixmask_{recipe.data.name}_{split.replace('/', '_')}"
+    root = Path(recipe.data.root).expanduser()
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    if recipe.masks:
+        register_coco_instances(name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split))
+    else:
+        year, _, images = split.partition("/")
+        # Its evaluator takes the 11-point AP for the year 2007 only, and that is the protocol's for every split.
+        register_pascal_voc(name, str(root / f"VOC{year}"), images, 2007, list(setting.train_set.classes))
+    return name
+
+
+def require_landed(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Make sure that every trunk tensor is in the detector: a half-loaded one trains to a plausible, wrong AP.
+
+    Raises:
+        RunFailure: With the tensors that are missing or different.
+    """
+    theirs = model.state_dict()
+    lost = []
+    for name, tensor in state.items():
+        if not name.endswith(COUNTER):
+            place = to_detectron2(name)
+            place = f"{'roi_heads' if place.startswith('res5') else 'backbone'}.{place}"
+            if place not in theirs or not torch.equal(theirs[place].cpu(), tensor):
+                lost.append(place)
+    if lost:
+        raise RunFailure(f"{len(lost)} trunk tensors did not land in Detectron2's model: {', '.join(lost[:5])}")
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -> tuple[float, float]:
+    """Returns seconds and images per second of this process's training."""
+    gpu = [setting.device.index] if setting.device.type == "cuda" else None
+    parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=gpu)
+    optimizer = build_optimizer(cfg, model)
+    loader = build_detection_train_loader(cfg)
+    trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(parallel, loader, optimizer)
+    trainer.register_hooks([hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer))])
+    checkpointer = DetectionCheckpointer(parallel, cfg.OUTPUT_DIR, trainer=trainer)
+    checkpointer.resume_or_load("", resume=True)
+    resumed = checkpointer.has_checkpoint()
+    first, last = (trainer.iter + 1 if resumed else 0), cfg.SOLVER.MAX_ITER
+    if distributed.world().is_writer:
+        setting.run.rewind_log(first)
+    if resumed:
+        say(f"{setting.title}: resuming at step {first} of {last} from {checkpointer.get_checkpoint_file()}")
+    with (
+        StepProgress(setting.title, last, first, recipe.batch_size) as progress,
+        StopSignals() as stop,
+    ):
+        if first < last:
+            periodic = hooks.PeriodicCheckpointer(checkpointer, setting.checkpoint_every, max_to_keep=1)
+            ours = [_Log(setting, progress), *([periodic] if distributed.world().is_writer else [])]
+            if recipe.precise_bn_iterations:
+                ours.insert(1, _PreciseStatistics(cfg, model, setting))
+            trainer.register_hooks([*ours, _Stop(setting, checkpointer, stop)])
+            try:
+                trainer.train(first, last)
+            except FloatingPointError as error:
+                kept = f" The checkpoints in {cfg.OUTPUT_DIR} are kept." if checkpointer.has_checkpoint() else ""
+                message = f"{setting.title}: {' '.join(str(error).split())}{kept}"
+                if distributed.world().size > 1:  # only the first process looks; the others would wait for it forever
+                    print(f"failed: {message}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                raise RunFailure(message) from None
+        return progress.seconds, progress.images_per_second
+
+
+class _Log(HookBase):  # type: ignore[misc]
+    """The losses, rate and learning rate, under the names that both engines log."""
+
+    def __init__(self, setting: Setting, progress: StepProgress) -> None:
+        self.setting, self.progress = setting, progress
+        self.sums: dict[str, list[float]] = {}
+
+    def after_step(self) -> None:
+        values = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
+        self.progress.advance(f"loss {values['total_loss']:.3f}" if "total_loss" in values else "")
+        for name in LOSSES.keys() & values.keys():
+            self.sums.setdefault(LOSSES[name], []).append(values[name])
+        done = self.trainer.iter + 1
+        if distributed.world().is_writer and (done % self.setting.log_every == 0 or done == self.trainer.max_iter):
+            means = {name: float(np.mean(self.sums[name])) for name in LOSSES.values() if name in self.sums}
+            rate = round(self.progress.images_per_second, 2)
+            line = {"step": done, **means, "lr": values["lr"], "images_per_second": rate}
+            self.setting.run.log(line)
+            self.sums.clear()
+
+
+class _PreciseStatistics(HookBase):  # type: ignore[misc]
+    """PreciseBN after the last iteration, on the first process's batches; then its buffers are everyone's."""
+
+    def __init__(self, cfg: Any, model: nn.Module, setting: Setting) -> None:
+        self.cfg, self.model, self.setting = cfg, model, setting
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            return
+        num = self.cfg.TEST.PRECISE_BN.NUM_ITER
+        say(f"{self.setting.title}: batch statistics over {num} training batches (PreciseBN)")
+        batches = itertools.islice(build_detection_train_loader(self.cfg), num)
+        with EventStorage(), torch.no_grad():
+            update_bn_stats(self.model, batches, num)
+        distributed.share_buffers(self.model, ())
+
+
+class _Stop(HookBase):  # type: ignore[misc]
+    """After a stop signal, finish the step, write a checkpoint, and end."""
+
+    def __init__(self, setting: Setting, checkpointer: Any, stop: StopSignals) -> None:
+        self.setting, self.checkpointer, self.stop = setting, checkpointer, stop
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        last = done == self.trainer.max_iter
+        asked = self.stop.asked()
+        if asked is not None and not last:
+            if distributed.world().is_writer:
+                self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            raise Interrupted(
+                f"{self.setting.title}: stopped at step {done} of {self.trainer.max_iter} by {asked.name}; the same "
+                f"command goes on from {self.checkpointer.get_checkpoint_file()}",
+                asked,
+            )
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting
+) -> tuple[dict[str, float], list[Found]]:
+    """Detectron2's evaluation of the test pictures: metrics in percent on every process, and what was found on the first."""
+    (name,) = cfg.DATASETS.TEST
+    judge = COCOEvaluator(name, output_dir=None) if recipe.masks else PascalVOCDetectionEvaluator(name)
+    collector = _Collector(recipe, setting)
+    loader = build_detection_test_loader(cfg, name)
+    model.eval()
+    judge.reset()
+    with torch.no_grad():
+        for inputs in track(f"{setting.title}: test pictures", loader, len(loader), 1):
+            outputs = model(inputs)
+            judge.process(inputs, outputs)
+            collector.process(inputs, outputs)
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO's evaluation prints its table
+        results = judge.evaluate() or {}
+    found = sorted((one for share in comm.gather(collector.found) for one in share), key=lambda one: one.picture)
+    metrics = flat_metrics(results)
+    if not recipe.masks and distributed.world().is_writer:
+        metrics = {
+            **voc_metrics(found, setting.test_set),
+            **metrics,
+        }  # for its classes, of which Detectron2 says nothing
+    return distributed.from_first(metrics), found
+
+
+class _Collector:
+    """Detectron2's outputs as our detections."""
+
+    def __init__(self, recipe: DetectRecipe, setting: Setting) -> None:
+        self.before = "" if recipe.masks else recipe.data.test[0].partition("/")[0] + "/"
+        self.numbers = {picture.key: number for number, picture in enumerate(setting.test_set.pictures)}
+        self.found: list[Found] = []
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
+        for picture, output in zip(inputs, outputs, strict=True):
+            number = self.numbers[f"{self.before}{picture['image_id']}"]
+            instances = output["instances"].to("cpu")
+            boxes = instances.pred_boxes.tensor.tolist()
+            masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(boxes)
+            for box, score, label, mask in zip(
+                boxes, instances.scores.tolist(), instances.pred_classes.tolist(), masks, strict=True
+            ):
+                coded = None if mask is None else coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+                self.found.append(Found(number, label, score, tuple(box), coded))
+
+
+def flat_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """``{"bbox": {"AP": 1, "AP-cat": 2}}`` to ``{"bbox/AP": 1, "bbox/AP/cat": 2}``; what was not measured is left out."""
+    return {
+        f"{kind}/{name.replace('AP-', 'AP/', 1)}": float(value)
+        for kind, values in results.items()
+        for name, value in values.items()
+        if np.isfinite(value)
+    }

@@ -1,0 +1,65 @@
+"""The detections of a run, kept beside its record: what pictures, comparisons and per-image statistics are made from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import DataError
+from engine.storage import write_atomic
+from transfer.detection.annotations import DetectionSet
+from transfer.detection.metrics import Found
+
+NAME = "detections.json.gz"
+FORMAT = "mixmask-detections-1"
+
+
+def save_detections(path: Path, found: Sequence[Found], pictures: DetectionSet) -> None:
+    """Write detections as compressed JSON: picture keys, class names, and rows of picture, label, score, box and mask."""
+    rows = [
+        [
+            d.picture,
+            d.label,
+            d.score,
+            list(d.box),
+            None if d.mask is None else [d.mask["size"], _text(d.mask["counts"])],
+        ]
+        for d in found
+    ]
+    content = {
+        "format": FORMAT,
+        "pictures": [picture.key for picture in pictures.pictures],
+        "classes": list(pictures.classes),
+        "detections": rows,
+    }
+    write_atomic(path, lambda file: file.write(gzip.compress(json.dumps(content).encode(), mtime=0)))
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def load_detections(path: Path, pictures: DetectionSet) -> list[Found]:
+    """Read detections of these pictures.
+
+    Raises:
+        DataError: If the file is missing or damaged, or was made from other pictures or classes.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a finished detection run with save_predictions: true has one")
+    try:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        if content["format"] != FORMAT:
+            raise DataError(f"{path}: of the format {content['format']!r}, {FORMAT!r} was expected")
+        keys, classes, rows = content["pictures"], content["classes"], content["detections"]
+        found = [
+            Found(picture, label, score, tuple(box), None if mask is None else {"size": mask[0], "counts": mask[1]})
+            for picture, label, score, box, mask in rows
+        ]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    if keys != [picture.key for picture in pictures.pictures] or classes != list(pictures.classes):
+        raise DataError(f"{path}: its pictures or classes are not those that data.root holds now")
+    return found

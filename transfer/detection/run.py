@@ -1,0 +1,88 @@
+"""One detection recipe, two engines: choosing, running and keeping what they found."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from engine import distributed
+from engine.backbones import BackboneRecipe
+from engine.errors import ConfigError
+from engine.precision import Precision
+from engine.progress import say
+from engine.storage import write_atomic
+from transfer.checkpoints.export import write_detectron2
+from transfer.detection.c4 import check_backbone
+from transfer.detection.predictions import NAME, save_detections
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.setting import Outcome, Setting
+
+
+def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
+    """Refuse what the recipe's engine cannot do, before anything is read or written.
+
+    Raises:
+        ConfigError: If the engine does not import, the trunk does not fit, or the batch cannot be shared out.
+    """
+    check_backbone(backbone)
+    size = distributed.world().size
+    if recipe.batch_size % size:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} cannot be shared by {size} processes: choose a multiple of {size}"
+        )
+    if recipe.engine == "detectron2":
+        from transfer.detection.detectron2_config import check_recipe
+
+        check_recipe(recipe, backbone, device, precision)
+
+
+def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
+    """Train and evaluate a detector with the recipe's engine; the metrics are given to every process.
+
+    Files in the run directory: ``detections.json.gz`` with ``save_predictions``, and with ``save_detector``
+    ``detector.pth``, a checkpoint of Detectron2's that its own tools load.
+    """
+    say(f"{setting.title}: {recipe.engine}, {describe_schedule(recipe)}")
+    unseen = setting.test_set.uncounted_classes()
+    if unseen:
+        counted = "left out of the means" if recipe.masks else "counted with an AP of 0 (as Detectron2 does)"
+        say(f"{setting.title}: warning: classes without a test object that counts are {counted}: {', '.join(unseen)}")
+    outcome = _with_engine(recipe, setting)
+    if distributed.world().is_writer:
+        if recipe.save_predictions:
+            save_detections(setting.run.path / NAME, outcome.found, setting.test_set)
+        if recipe.save_detector:
+            content = {"model": outcome.detector, "__author__": "mixmask"}
+            write_atomic(setting.run.path / "detector.pth", lambda file: torch.save(content, file))
+    return outcome.metrics
+
+
+def _with_engine(recipe: DetectRecipe, setting: Setting) -> Outcome:
+    if recipe.engine == "torchvision":
+        from transfer.detection import torchvision_engine
+
+        return torchvision_engine.run(recipe, setting)
+    from transfer.detection import detectron2_engine
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "trunk.pkl"
+        write_detectron2(weights, setting.state)
+        return detectron2_engine.run(recipe, setting, weights)
+
+
+def describe_schedule(recipe: DetectRecipe) -> str:
+    """Iterations, rate, steps and warm-up in force, and what they were scaled from."""
+    milestones = ", ".join(str(recipe.scaled_length(m)) for m in recipe.milestones) or "none"
+    text = (
+        f"{recipe.scaled_length(recipe.iterations):,} iterations of {recipe.batch_size} images, lr {recipe.scaled_lr:g}, "
+        f"steps {milestones}, warm-up {recipe.scaled_length(recipe.warmup_iterations)}"
+    )
+    if recipe.scale == 1:
+        return text
+    steps = ", ".join(str(m) for m in recipe.milestones) or "none"
+    return (
+        f"{text} (scaled linearly from {recipe.iterations:,} of {recipe.reference_batch_size}, lr {recipe.lr:g}, steps "
+        f"{steps}, warm-up {recipe.warmup_iterations})"
+    )

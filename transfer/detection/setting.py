@@ -1,0 +1,65 @@
+"""What an engine is given besides the recipe, and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.backbones import BackboneRecipe
+from engine.precision import Precision
+from engine.storage import RunDirectory
+from transfer.detection.annotations import DetectionSet
+from transfer.detection.metrics import Found
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a detection run happens and what it starts from.
+
+    Attributes:
+        run: Its folder.
+        fingerprint: Identity of the recipe and the trunk.
+        data: Identity of the data.
+        device: This process's device.
+        precision: Number format.
+        seed: From it, every draw.
+        title: Shown with the progress.
+        log_every: Iterations between two log lines.
+        checkpoint_every: Iterations between two checkpoints.
+        backbone: The trunk's architecture.
+        state: The trunk under torchvision's names.
+        train_set: Pictures to train on.
+        test_set: Pictures to evaluate on.
+    """
+
+    run: RunDirectory
+    fingerprint: str
+    data: dict[str, Any]
+    device: torch.device
+    precision: Precision
+    seed: int
+    title: str
+    log_every: int
+    checkpoint_every: int
+    backbone: BackboneRecipe
+    state: dict[str, Tensor]
+    train_set: DetectionSet
+    test_set: DetectionSet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an engine gives back, on every process.
+
+    Attributes:
+        metrics: In percent; ``seconds`` and ``images_per_second`` of training among them.
+        found: The detections of all test pictures; empty on processes that do not write.
+        detector: The trained detector under Detectron2's names; empty on processes that do not write.
+    """
+
+    metrics: dict[str, float]
+    found: list[Found]
+    detector: dict[str, Tensor]
