@@ -195,6 +195,10 @@ def transfer(
     runs: Runs = Path("runs"),
     run_dir: RunDir = None,
     dry_run: DryRun = False,
+    dump_detectron2_config: Annotated[
+        Path | None,
+        typer.Option(help="Write a detection recipe as Detectron2's YAML, with the trunk beside it, and run nothing."),
+    ] = None,
 ) -> None:
     """Measure a backbone: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
 
@@ -205,13 +209,21 @@ def transfer(
     Examples:
       mixmask transfer configs/transfer/knn.yaml backbone=backbone.safetensors data.root=/data/cifar10
       mixmask transfer configs/transfer/detect_voc.yaml backbone=backbone.safetensors data.root=/data/VOCdevkit
+      mixmask transfer configs/transfer/detect_coco.yaml backbone=b.safetensors engine=detectron2 data.root=/data/coco
     """
     from engine.config import to_yaml
     from engine.distributed import agreed, session
     from engine.progress import say
+    from engine.storage import require_output_file
     from transfer import stage
+    from transfer.detection.summary import per_class_table
     from transfer.recipe import load_transfer_recipe
 
+    if dump_detectron2_config is not None:
+        require_output_file(dump_detectron2_config)
+        plan = stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir)
+        typer.echo(stage.dump_detectron2_config(plan, dump_detectron2_config))
+        return
     with session() as world:
         plan = agreed(lambda: stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir))
         if dry_run:
@@ -222,8 +234,31 @@ def transfer(
         record = stage.run(plan)
         if world.is_writer:
             for name, value in record.metrics.items():
-                typer.echo(f"{name} {value:.2f}")
+                if name.count("/") < 2:
+                    typer.echo(f"{name} {value:.2f}")
+            table = per_class_table(record.metrics)
+            typer.echo(f"\n{table}\n" if table else "", nl=False)
             typer.echo(plan.run.record_file)
+
+
+@app.command("show-detections")
+def show_detections(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished detection run.")],
+    out: Annotated[Path, typer.Option(help="The .png or .html to write.")] = Path("detections.png"),
+    num: Annotated[int, typer.Option(help="Number of pictures, spread over the test set.", min=1, max=500)] = 16,
+    score: Annotated[float, typer.Option(help="Leave out detections with a lower score.", min=0, max=1)] = 0.3,
+) -> None:
+    """Draw test pictures with the boxes, masks, names and scores that a run found, beside what is there.
+
+    \b
+    Example:
+      mixmask show-detections runs/transfer/voc-detect-1a2b3c4d5e6f --num 16 --out detections.html
+    """
+    from engine.storage import require_output_file
+    from transfer import stage
+
+    require_output_file(out)
+    typer.echo(stage.show_detections(run, out, num, score))
 
 
 @app.command()

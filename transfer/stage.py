@@ -12,7 +12,7 @@ from engine import distributed
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, open_split, require_same_classes
-from engine.errors import ConfigError
+from engine.errors import ConfigError, RunDirectoryError
 from engine.loader import check_crop
 from engine.precision import check_precision, resolve_device
 from engine.progress import say
@@ -21,7 +21,7 @@ from engine.storage import RunDirectory, locate_run
 from transfer import classify
 from transfer.checkpoints.source import Source, read_source
 from transfer.detection.annotations import DetectionSet, open_detection
-from transfer.detection.run import check_engine, run_detection
+from transfer.detection.run import check_annotations, check_engine, run_detection
 from transfer.detection.setting import Setting
 from transfer.recipe import (
     DetectTransferRecipe,
@@ -29,6 +29,7 @@ from transfer.recipe import (
     LinearRecipe,
     SemisupRecipe,
     TransferRecipe,
+    load_transfer_recipe,
 )
 from transfer.subsets import balanced_subset, listed_subset
 
@@ -90,6 +91,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     if isinstance(recipe, DetectTransferRecipe):
         check_engine(recipe, info.recipe, device, recipe.precision)
         train_set, test_set = open_detection(recipe)
+        check_annotations(recipe)
         return TransferPlan(recipe, fingerprint, run, device, source, train_set, test_set)
     train, test = open_split(recipe.data, "train"), open_split(recipe.data, "test")
     require_same_classes(train, test)
@@ -258,3 +260,40 @@ def _run(plan: TransferPlan) -> dict[str, float]:
     if isinstance(recipe, LinearRecipe):
         return classify.run_linear(recipe, given)
     return classify.run_semisup(recipe, given)
+
+
+def dump_detectron2_config(plan: TransferPlan, file: Path) -> str:
+    """Write a detection plan for Detectron2's own tools: a YAML file, and the trunk as ``.pkl`` beside it.
+
+    Raises:
+        ConfigError: If the recipe is not one of detection, or Detectron2 cannot do it or does not import.
+    """
+    if not isinstance(plan.recipe, DetectTransferRecipe):
+        raise ConfigError(f"protocol {plan.recipe.protocol}: only detection has a Detectron2 config")
+    from transfer.checkpoints.export import write_detectron2
+    from transfer.detection.detectron2_config import dump_config
+
+    assert isinstance(plan.test, DetectionSet)
+    weights = file.with_suffix(".pkl")
+    dump_config(plan.recipe, plan.source.info.recipe, plan.test, plan.recipe.seed, weights.resolve(), file)
+    num = write_detectron2(weights, plan.source.state)
+    return f"{file}: Detectron2 config\n{weights}: {num} tensors of the trunk, its MODEL.WEIGHTS"
+
+
+def show_detections(folder: Path, out: Path, num: int, least_score: float) -> str:
+    """Draw what a finished detection run found; see `transfer.detection.show`.
+
+    Raises:
+        UserError: If the folder is not that of a finished detection run.
+    """
+    from transfer.detection.show import show_detections as draw
+
+    directory = RunDirectory(folder)
+    if not directory.recipe_file.is_file():
+        raise RunDirectoryError(f"{folder}: no run directory (no recipe.yaml in it)")
+    recipe = load_transfer_recipe(directory.recipe_file)
+    if not isinstance(recipe, DetectTransferRecipe):
+        raise RunDirectoryError(f"{folder}: a run of {recipe.protocol}, not of detection")
+    if not directory.is_finished:
+        raise RunDirectoryError(f"{folder}: not finished; the command that started it goes on")
+    return draw(recipe, recipe.name, folder, out, num, least_score)

@@ -25,7 +25,7 @@ def refused(*arguments: object) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("command", ["pretrain", "convert", "transfer", "tables", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["pretrain", "convert", "inspect", "transfer", "tables", "demo", "doctor"])
 def test_help_has_an_example(command: str) -> None:
     done = mixmask(command, "--help")
     assert done.returncode == 0
@@ -128,6 +128,6 @@ def test_demo_dry_run_lists_every_stage(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stderr.splitlines() if line.startswith("$ mixmask")]
     assert len([c for c in commands if " pretrain " in c]) == 3
-    assert len([c for c in commands if " convert " in c]) == 3
+    assert len([c for c in commands if " convert " in c]) == 4
     assert len([c for c in commands if " transfer " in c]) == 3 * 5 + 2 * 2
     assert not (tmp_path / "demo").exists()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from PIL import Image, UnidentifiedImageError
+
 from engine.datasets import check_files
 from engine.errors import DataError
 from transfer.detection.recipe import DetectRecipe
+
+EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,68 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
     """Read the training and the test pictures of a recipe, and check every annotation and image file.
 
     Raises:
-        DataError: If a folder, list, annotation or image is missing or damaged, or a class is unknown.
+        DataError: If a folder, list, annotation or image is missing or damaged, an image has another size than its
+            annotation says, or a class is unknown.
     """
-    root = Path(recipe.data.root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root}: no such data folder (data.root of '{recipe.data.name}')")
-    classes = recipe.data.classes
-    if recipe.protocol == "detect_coco":
-        train, test = _read_coco(root, recipe.data.train, classes), _read_coco(root, recipe.data.test, classes)
-    else:
-        if classes is None:  # a rare class may stand in one split only
-            classes = _read_voc(root, (*recipe.data.train, *recipe.data.test), None).classes
-        train, test = _read_voc(root, recipe.data.train, classes), _read_voc(root, recipe.data.test, classes)
+    root = _root(recipe)
+    train, test = _read(recipe, recipe.data.train), open_test(recipe)
     if train.classes != test.classes:
         raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
-    check_files([picture.path for split in (train, test) for picture in split.pictures])
+    pictures = {picture.path: picture for split in (train, test) for picture in split.pictures}
+    check_files(list(pictures))
+    _check_sizes(list(pictures.values()))
     if not any(not (i.difficult or i.crowd) for picture in test.pictures for i in picture.instances):
         raise DataError(f"{root}: the test pictures of {', '.join(recipe.data.test)} have no object to be found")
     return train.for_training(recipe.masks), test
+
+
+def open_test(recipe: DetectRecipe) -> DetectionSet:
+    """Read the annotations of the test pictures.
+
+    Raises:
+        DataError: If a folder, list or annotation is missing or damaged, or a class is unknown.
+    """
+    return _read(recipe, recipe.data.test)
+
+
+def _root(recipe: DetectRecipe) -> Path:
+    root = Path(recipe.data.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: no such data folder (data.root of '{recipe.data.name}')")
+    return root
+
+
+def _read(recipe: DetectRecipe, splits: Sequence[str]) -> DetectionSet:
+    root, classes = _root(recipe), recipe.data.classes
+    if recipe.protocol == "detect_coco":
+        return _read_coco(root, splits, classes)
+    if classes is None:  # a rare class may stand in one split only
+        classes = _read_voc(root, (*recipe.data.train, *recipe.data.test), None).classes
+    return _read_voc(root, splits, classes)
+
+
+def _check_sizes(pictures: Sequence[Picture]) -> None:
+    """Compare each image's size, upright, with its annotation's: a box for another size trains on nothing."""
+
+    def problem(picture: Picture) -> str | None:
+        try:
+            with Image.open(picture.path) as image:
+                turned = image.getexif().get(EXIF_ORIENTATION, 1) in SIDEWAYS
+                width, height = image.size[::-1] if turned else image.size
+        except (OSError, SyntaxError, UnidentifiedImageError) as error:
+            return f"{picture.path}: not a readable image ({error})"
+        if (width, height) != (picture.width, picture.height):
+            return (
+                f"{picture.path}: is {width}×{height} pixels, its annotation says {picture.width}×{picture.height}: "
+                f"its boxes belong to another image"
+            )
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        problems = [found for found in pool.map(problem, pictures) if found is not None]
+    if problems:
+        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError("\n".join(problems[:10]) + more)
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------

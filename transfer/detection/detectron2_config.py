@@ -73,6 +73,29 @@ def check_recipe(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
         )
 
 
+def check_annotations(recipe: DetectRecipe) -> None:
+    """Let Detectron2's VOC evaluation read the test annotations before training: it is stricter than its training.
+
+    Raises:
+        ConfigError: With the first file that it cannot read.
+    """
+    if recipe.masks:
+        return
+    from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+
+    year, _, split = recipe.data.test[0].partition("/")
+    folder = Path(recipe.data.root).expanduser() / f"VOC{year}"
+    for line in (folder / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines():
+        file = folder / "Annotations" / f"{line.split()[0]}.xml"
+        try:
+            parse_rec(str(file))
+        except (AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"{file}: Detectron2's VOC evaluation cannot read it ({error}): it wants whole numbers, and <pose>, "
+                f"<truncated> and <difficult> of every object; engine=torchvision reads it"
+            ) from None
+
+
 def make_config(
     recipe: DetectRecipe,
     backbone: BackboneRecipe,

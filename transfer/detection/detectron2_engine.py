@@ -92,7 +92,8 @@ def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
     require_landed(model, setting.state)
     seconds, rate = _train(cfg, model, recipe, setting)
     metrics, found = evaluate(cfg, model, recipe, setting)
-    detector = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    kept = model.state_dict() if recipe.save_detector else {}
+    detector = {name: tensor.detach().cpu() for name, tensor in kept.items()}
     if distributed.world().is_writer:
         shutil.rmtree(folder)
     metrics |= {"seconds": seconds, "images_per_second": rate}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine import distributed
-from engine.backbones import BackboneRecipe
+from engine.backbones import TIMM, BackboneRecipe
 from engine.errors import ConfigError
 from engine.precision import Precision
 from engine.progress import say
@@ -32,10 +32,26 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
         raise ConfigError(
             f"batch_size {recipe.batch_size} cannot be shared by {size} processes: choose a multiple of {size}"
         )
+    if recipe.save_detector and backbone.arch.startswith(TIMM):
+        raise ConfigError(
+            f"save_detector: the file has Detectron2's names, which {backbone.arch} has not; leave it false"
+        )
     if recipe.engine == "detectron2":
         from transfer.detection.detectron2_config import check_recipe
 
         check_recipe(recipe, backbone, device, precision)
+
+
+def check_annotations(recipe: DetectRecipe) -> None:
+    """Refuse annotations that the recipe's engine would stumble over after training.
+
+    Raises:
+        ConfigError: With the file.
+    """
+    if recipe.engine == "detectron2":
+        from transfer.detection import detectron2_config
+
+        detectron2_config.check_annotations(recipe)
 
 
 def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:

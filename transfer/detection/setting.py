@@ -57,7 +57,7 @@ class Outcome:
     Attributes:
         metrics: In percent; ``seconds`` and ``images_per_second`` of training among them.
         found: The detections of all test pictures; empty on processes that do not write.
-        detector: The trained detector under Detectron2's names; empty on processes that do not write.
+        detector: The trained detector under Detectron2's names, if the recipe has ``save_detector``.
     """
 
     metrics: dict[str, float]

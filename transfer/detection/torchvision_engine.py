@@ -81,7 +81,8 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     shares = from_all(find_objects(detector, recipe, setting))
     found = sorted((one for share in shares for one in share), key=lambda one: one.picture)
     metrics = from_first(measure(recipe, found, setting.test_set) if world().is_writer else {})
-    state = detector_to_detectron2({name: tensor.cpu() for name, tensor in detector.state_dict().items()})
+    kept = detector.state_dict() if recipe.save_detector else {}
+    state = detector_to_detectron2({name: tensor.cpu() for name, tensor in kept.items()})
     return Outcome({**metrics, **result}, found, state)
 
 

@@ -1,0 +1,177 @@
+"""A grid of test pictures with what a run found beside what is there."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
+
+from engine.errors import DataError
+from engine.storage import write_atomic
+from transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
+from transfer.detection.batches import read_rgb
+from transfer.detection.metrics import Found
+from transfer.detection.predictions import NAME, load_detections
+from transfer.detection.recipe import DetectRecipe
+
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#f0e442",
+)  # told apart by colour-blind eyes
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+  body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #222; background: #fff }
+  main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); gap: 1.2rem }
+  figure { margin: 0; border: 1px solid #ccc; border-radius: 6px; padding: .6rem }
+  img { width: 100%; height: auto } figcaption { overflow-wrap: anywhere }
+  table { border-collapse: collapse; font-size: 13px } td, th { padding: .1rem .6rem .1rem 0; text-align: left }
+  @media (prefers-color-scheme: dark) { body { color: #ddd; background: #161616 } figure { border-color: #444 } }
+</style>
+<h1>{{ title }}</h1><p>{{ about }}</p>
+<main>{% for item in items %}
+<figure><img src="data:image/png;base64,{{ item.image }}" alt="Picture {{ item.key }}: found and true objects">
+<figcaption><b>{{ item.key }}</b>: {{ item.rows | length }} found, {{ item.num_true }} there
+{% if item.rows %}<details><summary>found</summary><table><tr><th>class<th>score<th>left, top, right, bottom</tr>
+{% for row in item.rows %}<tr><td>{{ row[0] }}<td>{{ row[1] }}<td>{{ row[2] }}</tr>{% endfor %}</table></details>{% endif %}
+</figcaption></figure>{% endfor %}
+</main></html>
+"""
+
+
+def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: int, least_score: float) -> str:
+    """Draw test pictures of a finished run with found (left) and true objects (right), and write a PNG or HTML file.
+
+    Args:
+        recipe: The run's recipe.
+        name: Its name.
+        run: Its folder.
+        out: Ends in ``.png`` or ``.html``.
+        num: Number of pictures, spread evenly over the test set.
+        least_score: Detections with a lower score are left out.
+
+    Returns:
+        What was drawn, in words.
+
+    Raises:
+        DataError: If the suffix is another, or the run kept no detections, or its pictures are not there any more.
+    """
+    if out.suffix not in (".png", ".html"):
+        raise DataError(f"{out}: name a .png or .html file")
+    pictures = open_test(recipe)
+    found = load_detections(run / NAME, pictures)
+    chosen = np.linspace(0, len(pictures) - 1, min(num, len(pictures))).round().astype(int).tolist()
+    shown = {index: [d for d in found if d.picture == index and d.score >= least_score] for index in chosen}
+    if out.suffix == ".png":
+        payload = _figure([(pictures.pictures[index], shown[index]) for index in chosen], pictures, name)
+    else:
+        payload = _page(chosen, shown, pictures, name, least_score).encode()
+    write_atomic(out, lambda file: file.write(payload))
+    drawn = sum(map(len, shown.values()))
+    text = f"{out}: {len(chosen)} pictures, {drawn} detections with a score of {least_score:g} or more"
+    best = max((d.score for d in found), default=None)
+    if not drawn and best is not None:
+        text += f"; the best of all pictures has {best:.2f}: --score {max(best / 2, 0.01):.2f} shows more"
+    return text
+
+
+def _page(
+    chosen: Sequence[int], shown: dict[int, list[Found]], pictures: DetectionSet, name: str, least_score: float
+) -> str:
+    items = []
+    for index in chosen:
+        picture = pictures.pictures[index]
+        rows = [
+            (pictures.classes[d.label], f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box))
+            for d in shown[index]
+        ]
+        image = base64.b64encode(_figure([(picture, shown[index])], pictures, "")).decode()
+        items.append({"key": picture.key, "image": image, "rows": rows, "num_true": len(picture.instances)})
+    about = (
+        f"{len(chosen)} of {len(pictures)} test pictures; left what was found with a score of {least_score:g} or more, "
+        f"right what is there (dashed: difficult or a crowd, which does not count)."
+    )
+    environment = jinja2.Environment(autoescape=True)
+    return environment.from_string(PAGE).render(title=f"Detections of {name}", about=about, items=items)
+
+
+def _figure(rows: Sequence[tuple[Picture, list[Found]]], pictures: DetectionSet, title: str) -> bytes:
+    """One picture in a row for a page, two pairs in a row for a sheet."""
+    from matplotlib.figure import Figure
+
+    pairs = 1 if len(rows) == 1 else 2
+    lines = -(-len(rows) // pairs)
+    figure = Figure(figsize=(5.2 * 2 * pairs, 4.0 * lines + 0.4), dpi=80, layout="constrained")
+    grid = figure.subplots(lines, 2 * pairs, squeeze=False)
+    figure.suptitle(title, fontsize=12)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    for number, (picture, found) in enumerate(rows):
+        image = np.asarray(read_rgb(picture.path))
+        left, right = grid[number // pairs][2 * (number % pairs) :][:2]
+        for axes, heading in ((left, f"{picture.key}: found"), (right, "true")):
+            axes.imshow(image)
+            axes.set_title(heading, fontsize=9)
+        for detection in reversed(found):  # the best on top
+            label = f"{pictures.classes[detection.label]} {detection.score:.2f}"
+            mask = None if detection.mask is None else coco_mask.decode(detection.mask).astype(bool)
+            _draw(left, detection.box, label, _colour(detection.label), mask)
+        for instance in picture.instances:
+            mask = _outline_mask(instance, picture)
+            dashed = instance.difficult or instance.crowd
+            _draw(right, instance.box, pictures.classes[instance.label], _colour(instance.label), mask, dashed)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _colour(label: int) -> str:
+    return COLOURS[label % len(COLOURS)]
+
+
+def _outline_mask(instance: Instance, picture: Picture) -> npt.NDArray[np.bool_] | None:
+    if not instance.polygons:
+        return None
+    outlines = [list(polygon) for polygon in instance.polygons]
+    coded = coco_mask.merge(coco_mask.frPyObjects(outlines, picture.height, picture.width))
+    mask: npt.NDArray[np.bool_] = coco_mask.decode(coded).astype(bool)
+    return mask
+
+
+def _draw(
+    axes: Any,
+    box: tuple[float, float, float, float],
+    label: str,
+    colour: str,
+    mask: npt.NDArray[np.bool_] | None,
+    dashed: bool = False,
+) -> None:
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    if mask is not None:
+        layer = np.zeros((*mask.shape, 4))
+        layer[mask] = (*to_rgb(colour), 0.45)
+        axes.imshow(layer)
+    style = "--" if dashed else "-"
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.8, ls=style))
+    ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
+    dark = colour in ("#f0e442", "#56b4e9", "#e69f00")
+    axes.text(
+        left, max(top, 0), label, fontsize=7, color="black" if dark else "white", va="bottom", bbox=ground, clip_on=True
+    )
