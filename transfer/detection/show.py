@@ -31,6 +31,8 @@ COLOURS = (
     "#f0e442",
 )  # told apart by colour-blind eyes
 
+LIGHT = ("#f0e442", "#56b4e9", "#e69f00")
+
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
@@ -171,7 +173,7 @@ def _draw(
     style = "--" if dashed else "-"
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.8, ls=style))
     ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
-    dark = colour in ("#f0e442", "#56b4e9", "#e69f00")
-    axes.text(
-        left, max(top, 0), label, fontsize=7, color="black" if dark else "white", va="bottom", bbox=ground, clip_on=True
-    )
+    ink = "black" if colour in LIGHT else "white"
+    inside = top < 0.08 * axes.get_ylim()[0]  # above the box there is no room for its label
+    place = "top" if inside else "bottom"
+    axes.text(max(left, 0), max(top, 0), label, fontsize=7, color=ink, va=place, bbox=ground, clip_on=True)
