@@ -14,12 +14,16 @@ SOURCE ?= $(BACKBONE)
 OUT ?= backbone.pkl
 TO ?= detectron2
 LABELS ?= 1
+ENGINE ?= torchvision
+SEEDS ?= 0 1 2 3 4
+SCHEDULE ?= 1x
+COCO_2x := _2x
 RUNS ?= runs
 FORMAT ?= md
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint pretrain convert knn linear semisup detect-voc detect-coco suite status tables report bench doctor
+.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report bench doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +47,10 @@ lint: $(READY) ## Formatting, lint, types, and the three floors
 pretrain: $(READY) ## Pretrain a backbone: CONFIG=… ARGS="data.root=… key=value"
 	$(MIXMASK) pretrain $(CONFIG) --runs $(RUNS) $(ARGS)
 
-convert: $(READY) ## Convert a checkpoint: SOURCE=… OUT=… TO=detectron2|torchvision|timm
+inspect: $(READY) ## What a checkpoint holds: SOURCE=…
+	$(MIXMASK) inspect $(SOURCE) $(ARGS)
+
+convert: $(READY) ## Convert a checkpoint: SOURCE=… OUT=… TO=detectron2|torchvision|timm|mixmask
 	$(MIXMASK) convert $(SOURCE) $(OUT) --to $(TO) $(ARGS)
 
 knn: $(READY) ## kNN accuracy: BACKBONE=… ARGS="data.root=…"
@@ -55,11 +62,16 @@ linear: $(READY) ## Linear probe: BACKBONE=… ARGS="data.root=…"
 semisup: $(READY) ## Finetune on a share of the labels: LABELS=1|10|100 BACKBONE=… ARGS="data.root=…"
 	$(MIXMASK) transfer configs/transfer/semisup_$(LABELS).yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
 
-detect-voc: $(READY) ## Faster R-CNN on VOC: BACKBONE=… ARGS="data.root=…"
-	$(MIXMASK) transfer configs/transfer/detect_voc.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+detect-voc: $(READY) ## Faster R-CNN on VOC, five seeds: BACKBONE=… ENGINE=torchvision|detectron2 SEEDS="0 1" ARGS="data.root=…"
+	set -e; for seed in $(SEEDS); do $(MIXMASK) transfer configs/transfer/detect_voc.yaml backbone=$(BACKBONE) \
+		engine=$(ENGINE) seed=$$seed --runs $(RUNS) $(ARGS); done
 
-detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ARGS="data.root=…"
-	$(MIXMASK) transfer configs/transfer/detect_coco.yaml backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
+detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ENGINE=torchvision|detectron2 SCHEDULE=1x|2x ARGS="data.root=…"
+	$(MIXMASK) transfer configs/transfer/detect_coco$(COCO_$(SCHEDULE)).yaml backbone=$(BACKBONE) \
+		engine=$(ENGINE) --runs $(RUNS) $(ARGS)
+
+show-detections: $(READY) ## What a detection run found, beside the truth: RUN=runs/transfer/… ARGS="--out found.html"
+	$(MIXMASK) show-detections $(RUN) $(ARGS)
 
 suite: ## (not built yet) Submit a grid of runs to SLURM
 	@echo "make suite: not built yet; run the stages one by one with make pretrain, knn, linear, …" >&2; exit 2

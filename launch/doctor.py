@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -24,9 +25,6 @@ PACKAGES = (
     "matplotlib",
     "tensorboard",
     "wandb",
-)
-DETECTRON2_LINE = (
-    'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
 )
 
 
@@ -66,14 +64,16 @@ def _devices() -> list[str]:
 
 
 def _engines() -> list[str]:
+    from transfer.detection.detectron2_config import INSTALL
+
     lines = ["detection     engine torchvision: ready"]
     try:
-        importlib.import_module("detectron2")
-        lines.append(
-            "detectron2    imports: converted backbones can be loaded with it (engine: detectron2 is not built yet)"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("detectron2.engine")
+        lines.append("detection     engine detectron2: ready")
     except Exception as error:  # whatever its import raises is the answer to the question
-        lines.append(f"detectron2    does not import ({error}). To install it: {DETECTRON2_LINE}")
+        lines.append(f"detection     engine detectron2: does not import ({error}). To install it: {INSTALL}")
     return lines
 
 

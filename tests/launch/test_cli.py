@@ -120,7 +120,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it() -> None:
     assert done.returncode == 0, done.stderr
     assert "engine torchvision: ready" in done.stdout
     assert "torch " in done.stdout
-    assert "imports" in done.stdout or "To install it: pip install --no-build-isolation" in done.stdout
+    assert "engine detectron2: ready" in done.stdout or "To install it: pip install --no-build-isolation" in done.stdout
 
 
 def test_demo_dry_run_lists_every_stage(tmp_path: Path) -> None:

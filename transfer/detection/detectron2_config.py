@@ -17,7 +17,7 @@ from transfer.detection.annotations import DetectionSet
 from transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
 from transfer.detection.recipe import DetectRecipe
 
-INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2"'
+INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
 HEADS = "Res5ROIHeadsExtraNorm"
 BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, below its $DETECTRON2_DATASETS
     "2007/trainval": "voc_2007_trainval",
