@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from engine.datasets import check_files
@@ -20,26 +22,29 @@ from transfer.detection.recipe import DetectRecipe
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
-@dataclass(frozen=True)
+Outline = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Instance:
     """One annotated object.
 
     Attributes:
         box: Left, top, right, bottom in continuous pixels (VOC's 1-based corners are shifted by one).
         label: Index into the classes.
-        polygons: Outlines as flat x, y lists; empty where there are none.
+        polygons: Outlines, each (2n,) float64 of x, y in turn: COCO has millions of points. Empty where there are none.
         difficult: VOC's flag: neither counted nor punished in evaluation.
         crowd: COCO's flag: not trained on.
     """
 
     box: tuple[float, float, float, float]
     label: int
-    polygons: tuple[tuple[float, ...], ...] = ()
+    polygons: tuple[Outline, ...] = ()
     difficult: bool = False
     crowd: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Picture:
     """An image file with its objects. ``key`` is VOC's name or COCO's image id."""
 
@@ -276,9 +281,9 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
         left, top, width, height = (float(v) for v in item["bbox"])
         crowd = bool(item.get("iscrowd", 0))
         outline = item.get("segmentation", [])
-        polygons: tuple[tuple[float, ...], ...] = ()
+        polygons: tuple[Outline, ...] = ()
         if isinstance(outline, list):
-            polygons = tuple(tuple(float(v) for v in p) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
+            polygons = tuple(np.array(p, dtype=np.float64) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
         elif outline and not crowd:
             raise DataError(
                 f"{file}: annotation {item['id']} has a run-length mask and is no crowd; training needs polygons"

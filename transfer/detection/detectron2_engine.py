@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
 from engine import distributed
 from engine.errors import Interrupted, RunFailure
 from engine.progress import StepProgress, say, track
-from engine.stopping import StopSignals
+from engine.stopping import StopSignals, outlive_stop_signals
 from transfer.checkpoints.names import COUNTER, to_detectron2
 from transfer.detection.detectron2_config import make_config
 from transfer.detection.metrics import Found, voc_metrics
@@ -156,6 +157,7 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -
     parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=gpu)
     optimizer = build_optimizer(cfg, model)
     loader = build_detection_train_loader(cfg)
+    _let_workers_outlive(loader.dataset)
     trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(parallel, loader, optimizer)
     trainer.register_hooks([hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer))])
     checkpointer = DetectionCheckpointer(parallel, cfg.OUTPUT_DIR, trainer=trainer)
@@ -186,6 +188,16 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -
                     os._exit(1)
                 raise RunFailure(message) from None
         return progress.seconds, progress.images_per_second
+
+
+def _let_workers_outlive(loader: Any) -> None:
+    """Let the workers of a `DataLoader` live through the signals that ask the run to stop."""
+    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+
+
+def _start_worker(theirs: Callable[[int], None], worker: int) -> None:
+    outlive_stop_signals(worker)
+    theirs(worker)
 
 
 class _Log(HookBase):  # type: ignore[misc]
