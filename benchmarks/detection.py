@@ -52,6 +52,7 @@ def main() -> None:
     arguments.add_argument("--train", default=None, help="the training split; the recipe's by default")
     arguments.add_argument("--short", type=int, default=None, help="short side in pixels; the recipe's by default")
     arguments.add_argument("--batch", type=int, default=16 if DEVICE.type == "cuda" else 2)
+    arguments.add_argument("--arch", default="resnet50")
     arguments.add_argument("overrides", nargs="*", help="keys of the recipe, for example roi.batch_per_image=64")
     given = arguments.parse_args()
     require_detectron2()
@@ -70,7 +71,7 @@ def main() -> None:
     recipe = load_transfer_recipe(configs_folder() / "transfer" / f"{given.protocol}.yaml", overrides)
     assert isinstance(recipe, DetectRecipe)
     pictures, _ = open_detection(recipe)
-    backbone = BackboneRecipe(arch="resnet50")
+    backbone = BackboneRecipe(arch=given.arch)
     torch.manual_seed(0)
     ours = C4Detector(backbone, build_trunk(backbone).state_dict(), len(pictures.classes), recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +91,7 @@ def main() -> None:
         )
     theirs = build_model(cfg)
     theirs.load_state_dict(detector_to_detectron2(ours.state_dict()), strict=False)
-    ours = ours.to(DEVICE).to(memory_format=torch.channels_last).train()
+    ours.train()
     theirs.train()
     batch = next(training_batches(pictures, recipe, 0, 0, 1))
     inputs = their_batch(batch)
@@ -108,6 +109,7 @@ def main() -> None:
             torch.cuda.synchronize()
 
     def torchvision(precision: Any) -> None:
+        ours.arrange(DEVICE, precision)
         draws = [generator(0, row) for row in range(given.batch)]
         with autocast(DEVICE, precision):
             losses = ours.losses(images, targets, draws)

@@ -98,7 +98,9 @@ class Res5RoIHeads(nn.Module):
         """(N, C, H, W) and boxes per image to (R, C', S, S): aligned RoIAlign with adaptive sampling, then res5."""
         size = self.recipe.pooler_resolution
         rois = roi_align(features.float(), boxes, size, 1.0 / STRIDE, sampling_ratio=0, aligned=True)
-        pooled: Tensor = self.norm(self.res5(rois.contiguous(memory_format=torch.channels_last)))
+        if features.is_contiguous(memory_format=torch.channels_last):  # RoIAlign's output never is
+            rois = rois.contiguous(memory_format=torch.channels_last)
+        pooled: Tensor = self.norm(self.res5(rois))
         return pooled
 
     def predict(self, pooled: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     """Train a detector from a trunk and evaluate it, in as many processes as there are."""
     torch.manual_seed(derived_seed(setting.seed, "detector"))
     detector = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
-    detector.to(setting.device).to(memory_format=torch.channels_last)
+    detector.arrange(setting.device, setting.precision)
     if world().size > 1 and setting.device.type == "cuda":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # type: ignore[no-untyped-call]
     elif world().size > 1:
