@@ -220,13 +220,13 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def from_all(value: T) -> list[T]:
-    """Every process's value, in the order of their numbers."""
+def to_first(value: T) -> list[T]:
+    """On the first process every process's value, in the order of their numbers; nothing on the others."""
     if _world.size == 1:
         return [value]
-    values = [value] * _world.size
-    dist.all_gather_object(values, value)
-    return values
+    values = [value] * _world.size if _world.is_writer else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 # --- exchange --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ class RunDirectory:
         self.log_file = path / "log.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.record_file = path / "record.json"
+        self.scratch = path / "scratch"  # of an engine with files of its own
 
     @property
     def is_finished(self) -> bool:
@@ -139,6 +141,12 @@ class RunDirectory:
                 path.unlink()
         if not self.recipe_file.exists():
             write_text(self.recipe_file, f"{_header(fingerprint)}\n{to_yaml(recipe)}")
+
+    def discard_checkpoints(self) -> None:
+        """Delete what a finished run needs no more; the record must have been written."""
+        assert self.is_finished
+        self.checkpoint_file.unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""

@@ -81,7 +81,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     source = read_source(Path(recipe.backbone).expanduser())
     info = source.info
     for key, given, known in (("framework", recipe.framework, info.framework), ("method", recipe.method, info.method)):
-        if given is not None and known not in ("unknown", given):
+        if given is not None and source.labelled and known not in ("unknown", given):
             raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
     fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=info.fingerprint)
     run = locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
@@ -91,7 +91,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     if isinstance(recipe, DetectTransferRecipe):
         check_engine(recipe, info.recipe, device, recipe.precision)
         train_set, test_set = open_detection(recipe)
-        check_annotations(recipe)
+        check_annotations(recipe, test_set.classes)
         return TransferPlan(recipe, fingerprint, run, device, source, train_set, test_set)
     train, test = open_split(recipe.data, "train"), open_split(recipe.data, "test")
     require_same_classes(train, test)
@@ -158,7 +158,7 @@ def run(plan: TransferPlan) -> Record:
     )
     if distributed.world().is_writer:
         record.write(directory.record_file)
-        directory.checkpoint_file.unlink(missing_ok=True)
+        directory.discard_checkpoints()
     return record
 
 
@@ -172,12 +172,9 @@ def _prepare(plan: TransferPlan) -> None:
 
 
 def _labels(plan: TransferPlan) -> dict[str, Any]:
-    """Framework and method: what the backbone file says, or, where it cannot, what the user says."""
+    """Framework and method: what the user says (who must not contradict a file that says it itself), or what is known."""
     info, recipe = plan.source.info, plan.recipe
-    return {
-        "framework": info.framework if info.framework != "unknown" else recipe.framework or "unknown",
-        "method": info.method if info.method != "unknown" else recipe.method or "unknown",
-    }
+    return {"framework": recipe.framework or info.framework, "method": recipe.method or info.method}
 
 
 def _relabelled(record: Record, plan: TransferPlan) -> Record:
@@ -274,8 +271,14 @@ def dump_detectron2_config(plan: TransferPlan, file: Path) -> str:
     from transfer.detection.detectron2_config import dump_config
 
     assert isinstance(plan.test, DetectionSet)
+    if file.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{file}: Detectron2's configs end in .yaml")
     weights = file.with_suffix(".pkl")
-    dump_config(plan.recipe, plan.source.info.recipe, plan.test, plan.recipe.seed, weights.resolve(), file)
+    if weights.exists():
+        raise ConfigError(f"{weights}: is there already, and the trunk goes there; name another file")
+    recipe = plan.recipe
+    trunk = plan.source.info.recipe
+    dump_config(recipe, trunk, plan.test, recipe.precision, recipe.seed, weights.resolve(), file)
     num = write_detectron2(weights, plan.source.state)
     return f"{file}: Detectron2 config\n{weights}: {num} tensors of the trunk, its MODEL.WEIGHTS"
 

@@ -65,6 +65,7 @@ LAYOUTS = (
         "dino",
         "DINO's full checkpoint, of which the teacher is taken",
         rf"teacher\.{W}(?:backbone\.)?",
+        signs=(r"student\..*backbone\..*|dino_loss\..*",),
         others=((r"student\..*", "student network"), (r"dino_loss\..*", STATE)),
         framework="dino",
     ),
@@ -72,7 +73,11 @@ LAYOUTS = (
         "vissl",
         "VISSL",
         r"classy_state_dict\.base_model\.model\.trunk\.(?:base_model\.)?(?:_feature_blocks\.)?",
-        others=((r"classy_state_dict\.base_model\.model\.heads\..*", HEAD), (r"classy_state_dict\..*", STATE)),
+        others=(
+            (r"classy_state_dict\.base_model\.model\.heads\..*", HEAD),
+            (r"classy_state_dict\.loss\..*(encoder|momentum|teacher).*", EMA),
+            (r"classy_state_dict\.(?!base_model\.model\.trunk\.).*", STATE),
+        ),
     ),
     Layout(
         "swav",
@@ -106,15 +111,19 @@ LAYOUTS = (
     ),
     Layout(
         "solo-learn",
-        "solo-learn",
+        "solo-learn, or another Lightning module",
         rf"{C}{W}backbone\.",
-        others=((rf"{C}{W}momentum_\w+\..*", EMA), (rf"{C}{W}\w*queue\w*", QUEUE)),
+        others=(
+            (rf"{C}{W}momentum_\w+\..*", EMA),
+            (rf"{C}{W}\w*(queue|memory)\w*", QUEUE),
+            (rf"{C}{W}\w*loss\w*\..*", STATE),
+        ),
         namings=(TORCHVISION,),
     ),
     Layout(
         "lightly",
         "lightly",
-        rf"{C}{W}backbone\.",
+        rf"{C}{W}(?:query_|student_)?backbone\.",
         others=(
             (rf"{C}{W}(backbone|projection_head)_momentum\..*", EMA),
             (rf"{C}{W}(momentum|teacher|target)_\w+\..*", EMA),
@@ -148,7 +157,7 @@ ANYWHERE = (
     ),
     (
         r"(.*\.)?(fc|heads?|classifiers?|projectors?|projection|projetion|projection_head|prediction_head|mlp_head"
-        r"|predictor|online_predictor|prototypes|linear\w*|contrastive_head|stem\.fc)\..*",
+        r"|predictor|online_predictor|online_classifier|classification_head|prototypes|linear\w*|contrastive_head|stem\.fc)\..*",
         HEAD,
     ),
 )

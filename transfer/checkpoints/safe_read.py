@@ -10,6 +10,7 @@ import argparse
 import collections
 import hashlib
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,70 @@ INERT = (
     "typing.Any",
 )
 
-_reconstruct = np.empty(0).__reduce__()[0]
-_scalar = np.float64(0).__reduce__()[0]
 
-# Names in pickles of numpy 1 and 2, and what they mean.
+class _DType:
+    """The description of a number format in a pickle; only numbers and truth values are admitted."""
+
+    def __init__(self, code: str, *flags: object) -> None:
+        del flags
+        if not re.fullmatch(r"[<>|=]?[biuf]\d+|\?", str(code)):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r})")
+        self.code, self.order = str(code), ""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else ""
+
+    def real(self) -> np.dtype[Any]:
+        return np.dtype(f"{self.order}{self.code.lstrip('<>|=')}")
+
+
+class _Array:
+    """An array in a pickle: what numpy itself would restore from bytes, it is given as bytes and shape."""
+
+    def __init__(self, *arguments: object) -> None:
+        del arguments
+        self.value = np.empty(0)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes | str):
+            raise pickle.UnpicklingError("GLOBAL numpy.ndarray of objects")
+        content = data.encode("latin1") if isinstance(data, str) else data
+        flat = np.frombuffer(content, dtype.real())
+        self.value = flat.reshape(tuple(int(side) for side in shape), order="F" if fortran else "C")
+
+
+def _from_buffer(content: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(content)))
+    return array
+
+
+def _scalar(dtype: _DType, content: bytes | str) -> float:
+    data = content.encode("latin1") if isinstance(content, str) else content
+    return float(np.frombuffer(data, dtype.real())[0])
+
+
+class _NoArray:
+    """What a pickle calls numpy.ndarray; the arrays are made by `_Array`."""
+
+
+def _encode(text: str, coding: str) -> bytes:
+    if coding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in the coding {coding!r}")
+    return text.encode("latin1")
+
+
+# Names in pickles of numpy 1 and 2, and what is carried out instead: numpy's own functions trust their input.
 ARRAYS: dict[str, Any] = {
-    **{f"{module}.multiarray._reconstruct": _reconstruct for module in ("numpy.core", "numpy._core")},
+    **{f"{module}.multiarray._reconstruct": _Array for module in ("numpy.core", "numpy._core")},
     **{f"{module}.multiarray.scalar": _scalar for module in ("numpy.core", "numpy._core")},
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "_codecs.encode": lambda text, coding: text.encode("latin1") if coding == "latin1" else _unknown_coding(coding),
+    **{f"{module}.numeric._frombuffer": _from_buffer for module in ("numpy.core", "numpy._core")},
+    "numpy.ndarray": _NoArray,
+    "numpy.dtype": _DType,
+    "_codecs.encode": _encode,
     "collections.OrderedDict": collections.OrderedDict,
 }
-
-
-def _unknown_coding(coding: object) -> bytes:
-    raise pickle.UnpicklingError(f"bytes in the coding {coding!r}")
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -98,6 +147,10 @@ def read_tensors(path: Path) -> Any:
         return _arrays(path)
     except pickle.UnpicklingError as error:
         asked = next((line.split("GLOBAL", 1)[1] for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if asked is None and "weights_only" in str(error):  # torch's words, with advice that is not ours
+            raise CheckpointError(
+                f"{path}: refused or damaged: it is no file of tensors and plain containers"
+            ) from None
         if asked is None:
             raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
         name = asked.split(" was not")[0].strip()
@@ -121,15 +174,24 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 def _torch_file(path: Path) -> Any:
     inert = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in INERT]
     arrays = [(value, name) for name, value in ARRAYS.items() if not name.startswith("collections")]
-    kinds = [(type(np.dtype(code)), f"numpy.dtypes.{type(np.dtype(code)).__name__}") for code in "?bBhHiIlLefd"]
-    allowed: list[Any] = [argparse.Namespace, collections.defaultdict, *inert, *arrays, *kinds]
+    allowed: list[Any] = [argparse.Namespace, collections.defaultdict, *inert, *arrays]
     with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return _restored(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
 
 
 def _arrays(path: Path) -> Any:
     with path.open("rb") as file:
-        return _ArraysOnly(file, encoding="latin1").load()
+        return _restored(_ArraysOnly(file, encoding="latin1").load())
+
+
+def _restored(content: Any) -> Any:
+    if isinstance(content, _Array):
+        return content.value
+    if isinstance(content, dict):
+        return {key: _restored(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_restored(value) for value in content]
+    return content
 
 
 def digest(path: Path) -> str:

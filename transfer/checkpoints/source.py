@@ -7,6 +7,7 @@ it was left out. A tensor that nothing explains, or a trunk tensor without a sou
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,12 +91,21 @@ class Account:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been read: a complete trunk, where it comes from, and the account of its tensors."""
+    """A checkpoint that has been read.
+
+    Attributes:
+        path: The file.
+        state: The complete trunk.
+        info: Where it comes from.
+        account: What became of every tensor.
+        labelled: Whether the file itself says its framework and method; else the framework is a guess from names.
+    """
 
     path: Path
     state: dict[str, Tensor]
     info: BackboneInfo
     account: Account
+    labelled: bool = False
 
 
 def read_source(path: Path, reading: Reading = Reading()) -> Source:
@@ -108,14 +118,18 @@ def read_source(path: Path, reading: Reading = Reading()) -> Source:
     if path.is_file() and path.suffix == ".safetensors" and is_backbone_file(path):
         state, info = load_backbone(path)
         account = Account("this project's backbone file (by its metadata)", {name: name for name in state}, {})
+        labelled = True
     else:
         if path.is_file() and path.name == "backbone.safetensors":
             load_backbone(path)  # for its message: a truncated file of ours is not a file of another layout
         state, info, account = _foreign(path, reading)
+        labelled = False
     broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"{path}: values that are not finite in {', '.join(broken[:5])}")
-    return Source(path, state, info, replace(account, warnings=_warnings(state)))
+    return Source(
+        path, state, info, replace(account, warnings=(*account.warnings, *_fresh_statistics(state))), labelled
+    )
 
 
 def inspect(path: Path, reading: Reading = Reading(), every: bool = False) -> tuple[str, CheckpointError | None]:
@@ -169,13 +183,17 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
             f"{path}: {len(account.unknown)} tensors that the layout '{found.layout.name}' does not explain: "
             f"{_some(account.unknown)}{remedy}"
         )
+    twice = [ours for ours, count in Counter(account.used.values()).items() if count > 1]
+    if twice:
+        both = [theirs for theirs, ours in account.used.items() if ours == twice[0]]
+        raise CheckpointError(f"{path}: {len(twice)} trunk tensors have two sources each, for example {_some(both)}")
     state = {ours: _plain(tensors[theirs]) for theirs, ours in account.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else _named(reading.arch)
     expected = _expected(recipe)
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
     state.update({name: torch.zeros((), dtype=torch.int64) for name in filled})
     check_trunk_state(state, recipe, str(path))
-    content_digest = digest(path)
+    content_digest = _identity(path, found.prefix, recipe)
     framework = found.layout.framework
     if framework == "moco" and f"{found.prefix}fc.2.weight" in tensors:
         framework = "mocov2"
@@ -187,13 +205,23 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
         fingerprint=content_digest,
         lineage=content_digest,
     )
-    return {name: state[name] for name in expected}, info, replace(account, filled=filled)
+    warnings = _assumptions(found, recipe)
+    return {name: state[name] for name in expected}, info, replace(account, filled=filled, warnings=warnings)
+
+
+def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
+    """A file may hold several networks: which one was taken is part of what it is."""
+    return hashlib.sha256(f"{digest(path)} {prefix} {recipe.arch}".encode()).hexdigest()[:12]
 
 
 def _all_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = dict(_tensors(read_tensors(path)))
+    listed = list(_tensors(read_tensors(path)))
+    tensors = dict(listed)
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
+    if len(tensors) < len(listed):
+        twice = [name for name, count in Counter(name for name, _ in listed).items() if count > 1]
+        raise CheckpointError(f"{path}: several tensors have the same way through its containers: {_some(twice)}")
     return tensors
 
 
@@ -202,7 +230,7 @@ def _tensors(content: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, Tensor):
         yield where, content
     elif isinstance(content, np.ndarray) and content.dtype.kind in "fiub":
-        yield where, torch.from_numpy(np.ascontiguousarray(content))
+        yield where, torch.from_numpy(np.ascontiguousarray(content)).reshape(content.shape)
     elif isinstance(content, Mapping):
         for key, value in content.items():
             yield from _tensors(value, f"{where}.{key}" if where else str(key))
@@ -369,7 +397,23 @@ def _architecture(state: Mapping[str, Tensor], path: Path) -> BackboneRecipe:
     raise CheckpointError(f"{path}: not a trunk of {' or '.join(RESNETS)}: {closest}")
 
 
-def _warnings(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _assumptions(found: _Found, recipe: BackboneRecipe) -> tuple[str, ...]:
+    """What the tensors do not show and had to be taken for granted."""
+    taken = []
+    if recipe.stem == "cifar":
+        padding = (
+            "; solo-learn pads by 2, so features at the borders differ" if found.layout.name == "solo-learn" else ""
+        )
+        taken.append(f"the 3×3 stem is taken to have stride 1, padding 1 and a ReLU, without pooling{padding}")
+    if found.names is DETECTRON2:
+        taken.append(
+            "taken to be trained on RGB with the stride in the 3×3 convolutions (STRIDE_IN_1X1 False); Detectron2's own "
+            "models from Caffe weights are not, and are then another network"
+        )
+    return tuple(taken)
+
+
+def _fresh_statistics(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     means = [name for name in state if name.endswith("running_mean")]
     fresh = [
         name.removesuffix(".running_mean")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,10 +72,14 @@ class DetectionSet:
         return len(self.pictures)
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and a digest of pictures and boxes."""
+        """Counts, and a digest of the pictures and all that is annotated."""
         digest = hashlib.sha256()
         for picture in self.pictures:
-            digest.update(repr((picture.key, [(i.box, i.label) for i in picture.instances])).encode())
+            digest.update(picture.key.encode())
+            for i in picture.instances:
+                digest.update(repr((i.box, i.label, i.difficult, i.crowd)).encode())
+                for outline in i.polygons:
+                    digest.update(outline.tobytes())
         objects = sum(len(picture.instances) for picture in self.pictures)
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
 
@@ -140,7 +145,7 @@ def _root(recipe: DetectRecipe) -> Path:
 def _read(recipe: DetectRecipe, splits: Sequence[str]) -> DetectionSet:
     root, classes = _root(recipe), recipe.data.classes
     if recipe.protocol == "detect_coco":
-        return _read_coco(root, splits, classes)
+        return _read_coco(root, splits, classes, evaluated=tuple(splits) == recipe.data.test)
     if classes is None:  # a rare class may stand in one split only
         classes = _read_voc(root, (*recipe.data.train, *recipe.data.test), None).classes
     return _read_voc(root, splits, classes)
@@ -241,7 +246,8 @@ def _text(node: ElementTree.Element, tag: str) -> str:
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None) -> DetectionSet:
+def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None, evaluated: bool) -> DetectionSet:
+    """Read COCO json; ``evaluated`` asks for all that COCO's evaluation needs of it, which is more than training does."""
     pictures: list[Picture] = []
     names: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
@@ -254,12 +260,45 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None)
             if names and found != names:
                 raise DataError(f"{file}: its categories differ from those of {files[0]}")
             names, ids = found, tuple(int(c["id"]) for c in categories)
-            pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file)
+            _check_ids(document, file)
+            if evaluated:
+                _check_evaluated(document, file)
+            pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file, evaluated)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: not a COCO annotation file ({type(error).__name__}: {error})") from None
+    if evaluated and len({picture.key for picture in pictures}) < len(pictures):
+        raise DataError(
+            f"{files[0]} and the other test files number their images alike: evaluate one of them at a time"
+        )
     if classes is not None and tuple(classes) != names:
         raise DataError(f"{files[0]}: its {len(names)} categories are not the {len(classes)} classes of the recipe")
     return DetectionSet(tuple(pictures), names, files, ids)
+
+
+def _check_ids(document: Any, file: Path) -> None:
+    """Image and annotation ids tell them apart, so they must differ; COCO's evaluation takes an annotation 0 for none."""
+    for kind, least in (("images", 0), ("annotations", 1)):
+        ids = [item["id"] for item in document[kind]]
+        wrong = next((i for i in ids if not isinstance(i, int) or i < least), None)
+        if wrong is not None:
+            raise DataError(f"{file}: {kind} with the id {wrong!r}; whole numbers from {least} are valid")
+        if len(set(ids)) < len(ids):
+            twice = next(i for i, count in Counter(ids).items() if count > 1)
+            raise DataError(f"{file}: several {kind} have the id {twice}")
+
+
+def _check_evaluated(document: Any, file: Path) -> None:
+    for item in document["annotations"]:
+        absent = [key for key in ("area", "iscrowd", "segmentation", "bbox", "category_id") if key not in item]
+        if absent:
+            raise DataError(
+                f"{file}: annotation {item['id']} has no {', '.join(absent)}, which COCO's evaluation needs"
+            )
+        outline = item["segmentation"]
+        if isinstance(outline, list) and not (outline and all(len(p) >= 6 and len(p) % 2 == 0 for p in outline)):
+            raise DataError(
+                f"{file}: annotation {item['id']} has an outline of fewer than three points: no mask to evaluate"
+            )
 
 
 def _load_json(path: Path) -> Any:
@@ -271,7 +310,7 @@ def _load_json(path: Path) -> Any:
         raise DataError(f"{path}: truncated or not JSON ({error})") from None
 
 
-def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Path) -> list[Picture]:
+def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Path, evaluated: bool) -> list[Picture]:
     objects: dict[int, list[Instance]] = {int(image["id"]): [] for image in document["images"]}
     for item in document["annotations"]:
         if int(item["image_id"]) not in objects:
@@ -284,7 +323,7 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
         polygons: tuple[Outline, ...] = ()
         if isinstance(outline, list):
             polygons = tuple(np.array(p, dtype=np.float64) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
-        elif outline and not crowd:
+        elif outline and not crowd and not evaluated:
             raise DataError(
                 f"{file}: annotation {item['id']} has a run-length mask and is no crowd; training needs polygons"
             )

@@ -99,7 +99,10 @@ class _Training(Dataset[tuple[Tensor, Targets]]):
 
 
 def _grouped(pictures: DetectionSet, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of pictures that are all wide or all tall, each pass over the set in a new order."""
+    """Endless batches of pictures that are all wide or all tall, each pass over the set in a new order.
+
+    A whole step's batch is of one kind, on any number of processes; in Detectron2 each process's share is by itself.
+    """
     wide = [picture.width > picture.height for picture in pictures.pictures]
     waiting: dict[bool, list[int]] = {True: [], False: []}
     epoch = 0

@@ -37,7 +37,7 @@ def check_backbone(backbone: BackboneRecipe) -> None:
         with torch.device("meta"):
             trunk = build_trunk(backbone)
         fits = isinstance(trunk, ResNet) and [stage["reduction"] for stage in trunk.feature_info] == [2, 4, 8, 16, 32]
-        if not fits or not isinstance(trunk.get_submodule("layer4.0.bn1"), nn.BatchNorm2d):
+        if not fits or type(trunk.get_submodule("bn1")) is not nn.BatchNorm2d:
             raise ConfigError(
                 f"detection (C4) puts the regions through a ResNet's last stage: {backbone.arch} is no ResNet with "
                 f"batch normalisation and strides 4, 8, 16, 32; timm/resnet50, timm/resnext50_32x4d and the like are"

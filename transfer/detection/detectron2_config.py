@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,27 +75,49 @@ def check_recipe(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
         )
 
 
-def check_annotations(recipe: DetectRecipe) -> None:
-    """Let Detectron2's VOC evaluation read the test annotations before training: it is stricter than its training.
+def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
+    """Let Detectron2 read all annotations before training: its readers are stricter than ours, its evaluator strictest.
 
     Raises:
-        ConfigError: With the first file that it cannot read.
+        ConfigError: With what it cannot read.
     """
-    if recipe.masks:
-        return
+    root = Path(recipe.data.root).expanduser()
+    for split in (*recipe.data.train, *recipe.data.test):
+        try:
+            if recipe.masks:
+                _load_coco(root, split)
+            else:
+                _load_voc(root, split, classes, split in recipe.data.test)
+        except (AttributeError, AssertionError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{root}, {split}: Detectron2 cannot read it ({reason}); engine=torchvision can"
+            ) from None
+
+
+def _load_coco(root: Path, split: str) -> None:
+    from detectron2.data.datasets import load_coco_json
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        load_coco_json(str(root / "annotations" / f"instances_{split}.json"), str(root / split))
+
+
+def _load_voc(root: Path, split: str, classes: Sequence[str], evaluated: bool) -> None:
+    from detectron2.data.datasets.pascal_voc import load_voc_instances
     from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
-    year, _, split = recipe.data.test[0].partition("/")
-    folder = Path(recipe.data.root).expanduser() / f"VOC{year}"
-    for line in (folder / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines():
-        file = folder / "Annotations" / f"{line.split()[0]}.xml"
-        try:
-            parse_rec(str(file))
-        except (AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"{file}: Detectron2's VOC evaluation cannot read it ({error}): it wants whole numbers, and <pose>, "
-                f"<truncated> and <difficult> of every object; engine=torchvision reads it"
-            ) from None
+    year, _, images = split.partition("/")
+    folder = root / f"VOC{year}"
+    load_voc_instances(str(folder), images, list(classes))
+    if evaluated:  # by the whole line, and with every field of every object
+        for line in (folder / "ImageSets" / "Main" / f"{images}.txt").read_text().splitlines():
+            file = folder / "Annotations" / f"{line.strip()}.xml"
+            try:
+                parse_rec(str(file))
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}: {error}; it wants whole numbers, and <pose>, <truncated> and <difficult> of every object"
+                ) from None
 
 
 def make_config(
@@ -162,7 +186,7 @@ def make_config(
     solver.MOMENTUM, solver.WEIGHT_DECAY, solver.GAMMA = recipe.momentum, recipe.weight_decay, recipe.gamma
     solver.MAX_ITER = recipe.scaled_length(recipe.iterations)
     solver.STEPS = tuple(recipe.scaled_length(m) for m in recipe.milestones)
-    solver.WARMUP_ITERS = recipe.scaled_length(recipe.warmup_iterations)
+    solver.WARMUP_ITERS = recipe.warmup_in_force
     solver.WARMUP_FACTOR = recipe.warmup_factor
     solver.CHECKPOINT_PERIOD = checkpoint_every
     solver.AMP.ENABLED = precision == "fp16"
@@ -174,7 +198,13 @@ def make_config(
 
 
 def dump_config(
-    recipe: DetectRecipe, backbone: BackboneRecipe, pictures: DetectionSet, seed: int, weights: Path, file: Path
+    recipe: DetectRecipe,
+    backbone: BackboneRecipe,
+    pictures: DetectionSet,
+    precision: Precision,
+    seed: int,
+    weights: Path,
+    file: Path,
 ) -> None:
     """Write the recipe as YAML for Detectron2's own tools, for its GPUs and its own names of the data sets.
 
@@ -182,18 +212,27 @@ def dump_config(
         ConfigError: If Detectron2 does not import here or cannot do what the recipe asks.
     """
     device = torch.device("cuda")
-    check_recipe(recipe, backbone, device, "fp32")
+    check_recipe(recipe, backbone, device, precision)
     unknown = [split for split in (*recipe.data.train, *recipe.data.test) if split not in BUILT_IN]
     if unknown:
         raise ConfigError(
             f"data: Detectron2 has no name of its own for {', '.join(unknown)}; it knows {', '.join(BUILT_IN)}"
+        )
+    if any(split.startswith("2012") for split in recipe.data.test):
+        raise ConfigError(
+            "data.test: under its own name, Detectron2 takes another average precision for 2012 than for 2007"
+        )
+    usual = 80 if recipe.masks else 20
+    if len(pictures.classes) != usual:
+        raise ConfigError(
+            f"data: holds {len(pictures.classes)} classes, the sets that Detectron2 knows under these names have {usual}"
         )
     cfg = make_config(
         recipe,
         backbone,
         len(pictures.classes),
         device=device,
-        precision="fp32",
+        precision=precision,
         seed=seed,
         weights=weights,
         output=Path("output"),

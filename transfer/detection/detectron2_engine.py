@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,9 +37,12 @@ from torch import Tensor, nn
 
 import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
 from engine import distributed
-from engine.errors import Interrupted, RunFailure
+from engine.checkpoint import require_same_data
+from engine.errors import CheckpointError, Interrupted, RunFailure
 from engine.progress import StepProgress, say, track
+from engine.randomness import derived_seed
 from engine.stopping import StopSignals, outlive_stop_signals
+from engine.storage import write_text
 from transfer.checkpoints.names import COUNTER, to_detectron2
 from transfer.detection.detectron2_config import make_config
 from transfer.detection.metrics import Found, voc_metrics
@@ -69,7 +72,7 @@ def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
         RunFailure: If a loss is not finite, or a trunk tensor did not land in the detector.
         Interrupted: After a stop signal, with a checkpoint written.
     """
-    folder = setting.run.path / "detectron2"
+    folder = setting.run.scratch
     folder.mkdir(parents=True, exist_ok=True)
     _log_to(folder / "log.txt")
     names = {split: _register(recipe, setting, split) for split in (*recipe.data.train, *recipe.data.test)}
@@ -87,7 +90,7 @@ def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
         num_workers=recipe.data.num_workers,
         checkpoint_every=setting.checkpoint_every,
     )
-    seed_all_rng(setting.seed + distributed.world().rank)
+    seed_all_rng(derived_seed(setting.seed, "detector") % 2**31)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(str(weights))
     require_landed(model, setting.state)
@@ -95,8 +98,6 @@ def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
     metrics, found = evaluate(cfg, model, recipe, setting)
     kept = model.state_dict() if recipe.save_detector else {}
     detector = {name: tensor.detach().cpu() for name, tensor in kept.items()}
-    if distributed.world().is_writer:
-        shutil.rmtree(folder)
     metrics |= {"seconds": seconds, "images_per_second": rate}
     return Outcome(metrics, found, detector)
 
@@ -152,20 +153,26 @@ def require_landed(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -> tuple[float, float]:
-    """Returns seconds and images per second of this process's training."""
+    """Returns the seconds of training over all sessions of the run, and images per second of this one."""
     gpu = [setting.device.index] if setting.device.type == "cuda" else None
     parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=gpu)
     optimizer = build_optimizer(cfg, model)
-    loader = build_detection_train_loader(cfg)
-    _let_workers_outlive(loader.dataset)
-    trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(parallel, loader, optimizer)
+    trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(parallel, (), optimizer)
     trainer.register_hooks([hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer))])
     checkpointer = DetectionCheckpointer(parallel, cfg.OUTPUT_DIR, trainer=trainer)
-    checkpointer.resume_or_load("", resume=True)
-    resumed = checkpointer.has_checkpoint()
-    first, last = (trainer.iter + 1 if resumed else 0), cfg.SOLVER.MAX_ITER
+    resumed = distributed.agreed(lambda: _can_resume(checkpointer, setting))
+    first, last = 0, cfg.SOLVER.MAX_ITER
+    if resumed:
+        distributed.agreed(lambda: _resume(checkpointer))
+        first = trainer.iter + 1
+    # The order of the pictures is not kept: a resumed run draws another one, not the same beginning again.
+    seed_all_rng(derived_seed(setting.seed, "detectron2", first, distributed.world().rank) % 2**31)
+    trainer.data_loader = build_detection_train_loader(cfg)
+    _let_workers_outlive(trainer.data_loader.dataset)
+    before = 0.0
     if distributed.world().is_writer:
         setting.run.rewind_log(first)
+        before = _logged_seconds(setting)
     if resumed:
         say(f"{setting.title}: resuming at step {first} of {last} from {checkpointer.get_checkpoint_file()}")
     with (
@@ -173,21 +180,56 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -
         StopSignals() as stop,
     ):
         if first < last:
-            periodic = hooks.PeriodicCheckpointer(checkpointer, setting.checkpoint_every, max_to_keep=1)
-            ours = [_Log(setting, progress), *([periodic] if distributed.world().is_writer else [])]
-            if recipe.precise_bn_iterations:
-                ours.insert(1, _PreciseStatistics(cfg, model, setting))
-            trainer.register_hooks([*ours, _Stop(setting, checkpointer, stop)])
+            statistics = [_PreciseStatistics(cfg, model, setting)] if recipe.precise_bn_iterations else []
+            keep = _Checkpoints(setting, checkpointer, stop)
+            trainer.register_hooks([_Log(setting, progress, before), *statistics, keep])
             try:
                 trainer.train(first, last)
             except FloatingPointError as error:
                 kept = f" The checkpoints in {cfg.OUTPUT_DIR} are kept." if checkpointer.has_checkpoint() else ""
                 message = f"{setting.title}: {' '.join(str(error).split())}{kept}"
-                if distributed.world().size > 1:  # only the first process looks; the others would wait for it forever
+                if distributed.world().size > 1:  # one process alone may meet it; the others would wait for it forever
                     print(f"failed: {message}", file=sys.stderr, flush=True)
                     os._exit(1)
                 raise RunFailure(message) from None
-        return progress.seconds, progress.images_per_second
+        return before + progress.seconds, progress.images_per_second
+
+
+def _can_resume(checkpointer: Any, setting: Setting) -> bool:
+    """Whether there is a checkpoint of this very run; the same answer on every process.
+
+    Raises:
+        UserError: If the processes see different files, or the run was begun on other data.
+    """
+    found = bool(checkpointer.has_checkpoint())
+    distributed.require_same(found, str(setting.run.scratch))
+    identity = setting.run.scratch / "data.json"
+    if found:
+        try:
+            begun = json.loads(identity.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{identity}: damaged ({error}); delete {setting.run.scratch} to start over"
+            ) from None
+        require_same_data(setting.run, begun, setting.data)
+    elif distributed.world().is_writer:
+        write_text(identity, json.dumps(setting.data))
+    return found
+
+
+def _resume(checkpointer: Any) -> None:
+    try:
+        checkpointer.resume_or_load("", resume=True)
+    except Exception as error:  # torch's reader raises anything at all on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{checkpointer.get_checkpoint_file()}: truncated or no checkpoint ({reason}); delete its folder to begin anew"
+        ) from None
+
+
+def _logged_seconds(setting: Setting) -> float:
+    lines = setting.run.log_file.read_text().splitlines() if setting.run.log_file.is_file() else []
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
 
 def _let_workers_outlive(loader: Any) -> None:
@@ -203,8 +245,8 @@ def _start_worker(theirs: Callable[[int], None], worker: int) -> None:
 class _Log(HookBase):  # type: ignore[misc]
     """The losses, rate and learning rate, under the names that both engines log."""
 
-    def __init__(self, setting: Setting, progress: StepProgress) -> None:
-        self.setting, self.progress = setting, progress
+    def __init__(self, setting: Setting, progress: StepProgress, before: float) -> None:
+        self.setting, self.progress, self.before = setting, progress, before
         self.sums: dict[str, list[float]] = {}
 
     def after_step(self) -> None:
@@ -217,6 +259,7 @@ class _Log(HookBase):  # type: ignore[misc]
             means = {name: float(np.mean(self.sums[name])) for name in LOSSES.values() if name in self.sums}
             rate = round(self.progress.images_per_second, 2)
             line = {"step": done, **means, "lr": values["lr"], "images_per_second": rate}
+            line["seconds"] = round(self.before + self.progress.seconds, 3)
             self.setting.run.log(line)
             self.sums.clear()
 
@@ -238,24 +281,37 @@ class _PreciseStatistics(HookBase):  # type: ignore[misc]
         distributed.share_buffers(self.model, ())
 
 
-class _Stop(HookBase):  # type: ignore[misc]
-    """After a stop signal, finish the step, write a checkpoint, and end."""
+class _Checkpoints(HookBase):  # type: ignore[misc]
+    """A checkpoint from time to time, at the end, and after a stop signal, which ends the run."""
 
     def __init__(self, setting: Setting, checkpointer: Any, stop: StopSignals) -> None:
         self.setting, self.checkpointer, self.stop = setting, checkpointer, stop
 
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        last = done == self.trainer.max_iter
-        asked = self.stop.asked()
-        if asked is not None and not last:
-            if distributed.world().is_writer:
-                self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        done, last = self.trainer.iter + 1, self.trainer.max_iter
+        asked = self.stop.asked() if done < last else None
+        if done % self.setting.checkpoint_every == 0 or done == last or asked is not None:
+            distributed.first_only(self._save)
+        if asked is not None:
             raise Interrupted(
-                f"{self.setting.title}: stopped at step {done} of {self.trainer.max_iter} by {asked.name}; the same "
+                f"{self.setting.title}: stopped at step {done} of {last} by {asked.name}; the same "
                 f"command goes on from {self.checkpointer.get_checkpoint_file()}",
                 asked,
             )
+
+    def _save(self) -> None:
+        """The new one first; then the one before it goes."""
+        old = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else None
+        try:
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+        except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            raise RunFailure(
+                f"{self.setting.title}: cannot write a checkpoint in {self.setting.run.scratch} "
+                f"({str(cause).splitlines()[0]}). When there is room, the same command goes on"
+            ) from None
+        if old is not None and old != self.checkpointer.get_checkpoint_file():
+            Path(old).unlink(missing_ok=True)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -285,6 +341,9 @@ def evaluate(
             **voc_metrics(found, setting.test_set),
             **metrics,
         }  # for its classes, of which Detectron2 says nothing
+    if not found:  # of nothing, Detectron2's average precision is no number
+        kinds = ("bbox", "segm") if recipe.masks else ("bbox",)
+        metrics = {f"{kind}/{name}": 0.0 for kind in kinds for name in ("AP", "AP50", "AP75")} | metrics
     return distributed.from_first(metrics), found
 
 

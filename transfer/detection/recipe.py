@@ -112,6 +112,11 @@ class DetectRecipe(Recipe):
         """Learning rate at this batch size."""
         return self.lr * self.scale
 
+    @property
+    def warmup_in_force(self) -> int:
+        """Iterations of warm-up at this batch size: no longer than to the first milestone or the end of a short run."""
+        return self.scaled_length(min(self.warmup_iterations, self.iterations, *self.milestones))
+
     def scaled_length(self, iterations: int) -> int:
         """A number of iterations at this batch size."""
         return max(1, round(iterations / self.scale)) if iterations else 0

@@ -128,8 +128,7 @@ class RPN(nn.Module):
             truth = torch.zeros(len(both), device=both.device)
             truth[: len(chosen.positive)] = 1
             objectness = objectness + F.binary_cross_entropy_with_logits(image_logits[both], truth, reduction="sum")
-            if len(chosen.positive):
-                wanted = encode_boxes(anchors[chosen.positive], target.boxes[chosen.matched], WEIGHTS)
-                location = location + (image_deltas[chosen.positive] - wanted).abs().sum()
+            wanted = encode_boxes(anchors[chosen.positive], target.boxes[chosen.matched], WEIGHTS)
+            location = location + (image_deltas[chosen.positive] - wanted).abs().sum()  # of none, 0 with a gradient
         normaliser = self.recipe.batch_per_image * len(targets)
         return {"rpn_objectness": objectness / normaliser, "rpn_box": location / normaliser}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
         check_recipe(recipe, backbone, device, precision)
 
 
-def check_annotations(recipe: DetectRecipe) -> None:
+def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
     """Refuse annotations that the recipe's engine would stumble over after training.
 
     Raises:
@@ -51,7 +52,7 @@ def check_annotations(recipe: DetectRecipe) -> None:
     if recipe.engine == "detectron2":
         from transfer.detection import detectron2_config
 
-        detectron2_config.check_annotations(recipe)
+        detectron2_config.check_annotations(recipe, classes)
 
 
 def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
@@ -93,7 +94,7 @@ def describe_schedule(recipe: DetectRecipe) -> str:
     milestones = ", ".join(str(recipe.scaled_length(m)) for m in recipe.milestones) or "none"
     text = (
         f"{recipe.scaled_length(recipe.iterations):,} iterations of {recipe.batch_size} images, lr {recipe.scaled_lr:g}, "
-        f"steps {milestones}, warm-up {recipe.scaled_length(recipe.warmup_iterations)}"
+        f"steps {milestones}, warm-up {recipe.warmup_in_force}"
     )
     if recipe.scale == 1:
         return text

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.distributed import from_all, from_first, world
-from engine.distributed import mean as average
+from engine.distributed import from_first, to_first, world
 from engine.job import Job, Part
 from engine.precision import autocast
 from engine.progress import say, track
@@ -21,6 +21,7 @@ from transfer.detection.annotations import DetectionSet
 from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
 from transfer.detection.c4 import C4Detector
 from transfer.detection.metrics import Found, coco_metrics, voc_metrics
+from transfer.detection.precise_bn import estimate_statistics
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import Detections, paste_mask
 from transfer.detection.rpn import Targets
@@ -39,7 +40,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
         say(f"{setting.title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
     iterations = recipe.scaled_length(recipe.iterations)
     milestones = [recipe.scaled_length(m) for m in recipe.milestones]
-    warmup = recipe.scaled_length(recipe.warmup_iterations)
+    warmup = recipe.warmup_in_force
     job = Job(
         title=setting.title,
         run=setting.run,
@@ -75,10 +76,16 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     if recipe.precise_bn_iterations:
         say(f"{setting.title}: batch statistics over {recipe.precise_bn_iterations} training batches (PreciseBN)")
         last = iterations + recipe.precise_bn_iterations
-        _precise_bn(
-            detector, training_batches(setting.train_set, recipe, setting.seed, iterations, last), recipe, setting
-        )
-    shares = from_all(find_objects(detector, recipe, setting))
+        more = enumerate(training_batches(setting.train_set, recipe, setting.seed, iterations, last), start=iterations)
+
+        def look(item: tuple[int, DetectionBatch]) -> None:
+            images, targets = _to(item[1], setting.device)
+            with autocast(setting.device, setting.precision):
+                detector.losses(images, targets, draws_of(recipe, setting.seed, item[0]))
+
+        detector.train()
+        estimate_statistics(detector, more, look)
+    shares = to_first(find_objects(detector, recipe, setting))
     found = sorted((one for share in shares for one in share), key=lambda one: one.picture)
     metrics = from_first(measure(recipe, found, setting.test_set) if world().is_writer else {})
     kept = detector.state_dict() if recipe.save_detector else {}
@@ -105,43 +112,11 @@ def _to(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list
 
 def _optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
     """SGD; the parameters of normalisation layers have no weight decay (Detectron2's WEIGHT_DECAY_NORM 0)."""
-    norms = [p for m in detector.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters(recurse=False)]
+    norms = [p for m in detector.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     of_norms = {id(p) for p in norms}
     rest = [p for p in detector.parameters() if id(p) not in of_norms]
     groups = [{"params": rest, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=recipe.scaled_lr, momentum=recipe.momentum)
-
-
-@torch.no_grad()
-def _precise_bn(
-    detector: C4Detector, batches: Iterator[DetectionBatch], recipe: DetectRecipe, setting: Setting
-) -> None:
-    """Replace running statistics by those of the population, estimated over many batches with the weights fixed.
-
-    The mean is the mean of the batch means; the variance is the mean square minus its square (arXiv:2105.07576, 3.1). Every
-    process sees other batches; what they found is averaged, so that all evaluate the same network.
-    """
-    layers = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    means = [torch.zeros_like(layer.get_buffer("running_mean")) for layer in layers]
-    squares = [torch.zeros_like(mean) for mean in means]
-    detector.train()
-    for layer in layers:
-        layer.momentum = 1.0
-    count = 0
-    first = recipe.scaled_length(recipe.iterations)
-    for count, batch in enumerate(batches, start=1):
-        images, targets = _to(batch, setting.device)
-        with autocast(setting.device, setting.precision):
-            detector.losses(images, targets, draws_of(recipe, setting.seed, first + count))
-        for layer, mean, square in zip(layers, means, squares, strict=True):
-            mean += layer.get_buffer("running_mean")
-            square += layer.get_buffer("running_var") + layer.get_buffer("running_mean") ** 2
-    for layer, momentum, mean, square in zip(layers, momenta, means, squares, strict=True):
-        mean, square = average(mean / count), average(square / count)
-        layer.momentum = momentum
-        layer.get_buffer("running_mean").copy_(mean)
-        layer.get_buffer("running_var").copy_((square - mean**2).clamp(min=0))
 
 
 @torch.no_grad()

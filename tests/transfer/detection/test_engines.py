@@ -253,7 +253,7 @@ def test_detectron2_goes_on_after_a_stop_signal(voc: Path, tmp_path: Path, resne
     assert "resuming at step" in again.stderr
     (log,) = (tmp_path / "runs").rglob("log.jsonl")
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 31))
-    assert not (log.parent / "detectron2").exists()
+    assert not (log.parent / "scratch").exists()
 
 
 @needs_detectron2
@@ -271,7 +271,7 @@ def test_what_detectron2_cannot_do_is_refused(voc: Path, coco: Path, tmp_path: P
     name = (tmp_path / "devkit/VOC2007/ImageSets/Main/test.txt").read_text().split()[0]
     annotation = tmp_path / "devkit/VOC2007/Annotations" / f"{name}.xml"
     annotation.write_text(annotation.read_text().replace("</xmin>", ".5</xmin>"))
-    with pytest.raises(ConfigError, match=r"VOC evaluation cannot read it .*engine=torchvision reads it"):
+    with pytest.raises(ConfigError, match=r"Detectron2 cannot read it .*wants whole numbers.*engine=torchvision can"):
         plan(VOC, tmp_path / "devkit", tmp_path, resnet18, "engine=detectron2")
     plan(VOC, tmp_path / "devkit", tmp_path, resnet18)
 
@@ -285,9 +285,22 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
     import transfer.detection.detectron2_heads  # noqa: F401
     from transfer.detection.detectron2_engine import require_landed
 
-    ready = plan(COCO, coco, tmp_path, resnet50, "reference_batch_size=16", "lr=0.02", "iterations=90000")
+    with pytest.raises(ConfigError, match="holds 10 classes, the sets that Detectron2 knows under these names have 80"):
+        stage.dump_detectron2_config(plan(COCO, coco, tmp_path, resnet50), tmp_path / "coco.yaml")
+    shutil.copytree(coco, tmp_path / "full")
+    for file in (tmp_path / "full" / "annotations").iterdir():
+        document = json.loads(file.read_text())
+        known = {c["id"] for c in document["categories"]}
+        document["categories"] += [{"id": 1000 + n, "name": f"c{n}"} for n in range(80 - len(known))]
+        file.write_text(json.dumps(document))
+    keys = ["reference_batch_size=16", "lr=0.02", "iterations=90000"]
+    ready = plan(COCO, tmp_path / "full", tmp_path, resnet50, *keys)
+    with pytest.raises(ConfigError, match=r"configs end in \.yaml"):
+        stage.dump_detectron2_config(ready, tmp_path / "coco.pkl")
     said = stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     assert "265 tensors" in said
+    with pytest.raises(ConfigError, match=r"coco\.pkl: is there already"):
+        stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "out" / "coco.yaml"))
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",)

@@ -82,7 +82,7 @@ def test_coco_metrics_of_the_truth_are_perfect(coco: Path) -> None:
 
     from transfer.detection.annotations import _read_coco
 
-    truth = _read_coco(coco, ["val2017"], None)
+    truth = _read_coco(coco, ["val2017"], None, evaluated=True)
     detections = []
     for number, item in enumerate(truth.pictures):
         for instance in item.instances:
