@@ -170,11 +170,6 @@ def test_unknown_protocol_lists_the_known_ones(tmp_path: Path) -> None:
         load_transfer_recipe(config)
 
 
-def test_the_other_detection_engine_says_that_it_is_not_built() -> None:
-    with pytest.raises(ConfigError, match="engine 'detectron2' is planned and not built yet"):
-        load_transfer_recipe(CONFIGS / "transfer" / "detect_voc.yaml", ["backbone=x", "engine=detectron2"])
-
-
 def test_a_preset_without_rates_for_the_share_says_so() -> None:
     with pytest.raises(ConfigError, match=r"preset 'swav' has learning rates for 1, 10 % of labels, not for 100"):
         load_transfer_recipe(CONFIGS / "transfer" / "semisup_100.yaml", ["backbone=x", "preset=swav"])

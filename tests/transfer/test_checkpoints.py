@@ -592,3 +592,57 @@ def test_detectron2_loads_every_trunk_weight(resnet50: Path, tmp_path: Path) -> 
         assert torch.equal(theirs[place], tensor), place
         landed += 1
     assert landed == 265
+
+
+def test_two_networks_of_one_file_are_two(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    path = moco_checkpoint(tmp_path / "m.pth", state)
+    query, key = (read_source(path, Reading(prefix=f"state_dict.module.encoder_{which}.")) for which in "qk")
+    assert query.info.fingerprint != key.info.fingerprint
+    assert read_source(path).info.fingerprint == query.info.fingerprint
+    assert not query.labelled
+
+
+def test_two_sources_for_one_tensor_are_refused(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    theirs = {f"backbone.{to_detectron2(name)}": tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
+    theirs["roi_heads.res5.0.conv1.weight"] = torch.zeros_like(state["layer4.0.conv1.weight"])
+    with pytest.raises(CheckpointError, match=r"1 trunk tensors have two sources each, for example .*roi_heads\.res5"):
+        read_source(save(tmp_path, {"model": theirs}))
+    with pytest.raises(CheckpointError, match="the same way through its containers"):
+        read_source(save(tmp_path, {"a": {"b": ONE}, "a.b": ONE}))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_of_every_plain_kind_are_restored(protocol: int, tmp_path: Path) -> None:
+    arrays = {
+        f"{kind}{order}": np.asfortranarray(np.arange(6).reshape(2, 3).astype(f"{order}{kind}"))
+        for kind in ("f4", "f8", "f2", "i8", "u1")
+        for order in "<>"
+    }
+    arrays |= {"empty": np.zeros((0, 3), dtype=np.float32), "none": np.array(7), "sure": np.array([True, False])}
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "score": np.float64(2.5)}, protocol=protocol))
+    back = read_tensors(path)
+    assert back["score"] == 2.5
+    for name, array in arrays.items():
+        assert back["model"][name].shape == array.shape
+        assert np.array_equal(back["model"][name], array), name
+
+
+def test_arrays_that_hold_objects_are_refused(tmp_path: Path) -> None:
+    """numpy's own restoring takes a pointer out of such a file."""
+    for value in (np.array([{}], dtype=object), np.zeros(1, dtype=[("a", "O")]), np.zeros(2, dtype="V8")):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": value}))
+        with pytest.raises(CheckpointError, match=r"refused.*: numpy\.dtype"):
+            read_tensors(tmp_path / "x.pkl")
+
+
+def test_detectron2_files_with_batch_counters_are_read(resnet18: Path, tmp_path: Path) -> None:
+    """MoCo's converter keeps them, as arrays without dimensions."""
+    state, _ = load_backbone(resnet18)
+    model = {to_detectron2(name): tensor.numpy() for name, tensor in state.items()}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": model, "__author__": "MOCO"}))
+    source = read_source(tmp_path / "x.pkl")
+    assert all(torch.equal(source.state[name], state[name]) for name in state)
+    assert not source.account.filled

@@ -102,6 +102,12 @@ def _encode(text: str, coding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes(*content: object) -> bytes:
+    if content:
+        raise pickle.UnpicklingError("GLOBAL bytes")
+    return b""
+
+
 # Names in pickles of numpy 1 and 2, and what is carried out instead: numpy's own functions trust their input.
 ARRAYS: dict[str, Any] = {
     **{f"{module}.multiarray._reconstruct": _Array for module in ("numpy.core", "numpy._core")},
@@ -110,6 +116,7 @@ ARRAYS: dict[str, Any] = {
     "numpy.ndarray": _NoArray,
     "numpy.dtype": _DType,
     "_codecs.encode": _encode,
+    "__builtin__.bytes": _no_bytes,
     "collections.OrderedDict": collections.OrderedDict,
 }
 

@@ -17,8 +17,11 @@ from transfer import stage
 from transfer.detection.annotations import open_detection
 from transfer.detection.batches import evaluation_images, read_rgb, shortest_edge, training_batches
 from transfer.detection.c4 import C4Detector
+from transfer.detection.precise_bn import estimate_statistics
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import paste_mask, rasterise
+from transfer.detection.rpn import Targets
+from transfer.detection.torchvision_engine import _optimizer
 from transfer.recipe import load_transfer_recipe
 
 SMALL = """
@@ -294,3 +297,76 @@ def test_scaling_to_another_batch_size(voc: Path, tmp_path: Path) -> None:
     assert recipe.scaled_lr == pytest.approx(0.005)
     assert recipe.scaled_length(recipe.iterations) == 96000
     assert recipe.scaled_length(0) == 0
+
+
+def test_statistics_are_those_of_all_positions(resnet18: Path) -> None:
+    """Against all positions of all batches at once, for batches of different sizes."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    unused = torch.nn.BatchNorm2d(2)
+    network.add_module("unused", unused)
+    batches = [torch.randn(num, 3, side, side) * scale for num, side, scale in ((2, 3, 1.0), (5, 7, 3.0), (1, 2, 0.5))]
+    momenta = [m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    network.train()
+    used = network[:3]
+    assert estimate_statistics(network, batches, used) == 3
+    seen = torch.cat([network[0](batch).permute(0, 2, 3, 1).reshape(-1, 4) for batch in batches]).double()
+    torch.testing.assert_close(network[1].running_mean.double(), seen.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network[1].running_var.double(), seen.var(0, correction=0), rtol=1e-4, atol=1e-5)
+    assert torch.equal(unused.running_var, torch.ones(2))
+    assert [m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)] == momenta
+
+
+def test_normalisation_has_no_weight_decay_synchronised_or_not(voc: Path, tmp_path: Path, resnet18: Path) -> None:
+    recipe = recipe_of(VOC, voc, tmp_path)
+    state, info = load_backbone(resnet18)
+    detector = C4Detector(info.recipe, state, 3, recipe)
+    for model in (detector, torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)):
+        rest, norms = _optimizer(model, recipe).param_groups
+        assert (rest["weight_decay"], norms["weight_decay"]) == (recipe.weight_decay, 0.0)
+        assert len(norms["params"]) == 2 * 21
+        assert all(p.ndim == 1 for p in norms["params"])
+
+
+def test_pictures_without_boxes_leave_every_parameter_a_gradient(voc: Path, tmp_path: Path, resnet18: Path) -> None:
+    """Several processes wait for each other's gradients; one whose boxes all vanished must have some, too."""
+    recipe = recipe_of(VOC, voc, tmp_path)
+    state, info = load_backbone(resnet18)
+    detector = C4Detector(info.recipe, state, 3, recipe).train()
+    none = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [])
+    images = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(2)]
+    losses = detector.losses(images, [none, none], [generator(0, 1), generator(0, 2)])
+    torch.stack([*losses.values()]).sum().backward()
+    assert [name for name, parameter in detector.named_parameters() if parameter.grad is None] == []
+    assert float(losses["rpn_box"]) == float(losses["roi_box"]) == 0
+
+
+def test_warm_up_is_no_longer_than_the_run(voc: Path, tmp_path: Path) -> None:
+    keys = ["iterations=300", "warmup_iterations=1000"]
+    assert recipe_of(VOC, voc, tmp_path, *keys).warmup_in_force == 300
+    assert recipe_of(VOC, voc, tmp_path, *keys, "milestones=[200,280]").warmup_in_force == 200
+    assert recipe_of(VOC, voc, tmp_path, "iterations=300", "warmup_iterations=100").warmup_in_force == 100
+
+
+def test_what_cocos_evaluation_would_stumble_over_is_found_before_training(coco: Path, tmp_path: Path) -> None:
+    shutil.copytree(coco, tmp_path / "mine")
+    recipe = recipe_of(COCO, tmp_path / "mine", tmp_path)
+    file = tmp_path / "mine" / "annotations" / "instances_val2017.json"
+    whole = json.loads(file.read_text())
+    first, *rest = whole["annotations"]
+
+    def expect(message: str, **changes: object) -> None:
+        file.write_text(json.dumps({**whole, **changes}))
+        with pytest.raises(DataError, match=message):
+            open_detection(recipe)
+
+    expect("annotations with the id 0; whole numbers from 1", annotations=[{**first, "id": 0}, *rest])
+    expect("several annotations have the id", annotations=[first, first, *rest])
+    expect("images with the id 'x'", images=[{**whole["images"][0], "id": "x"}, *whole["images"][1:]])
+    for key in ("area", "iscrowd", "segmentation"):
+        expect(f"has no {key}", annotations=[{k: v for k, v in first.items() if k != key}, *rest])
+    expect("no mask to evaluate", annotations=[{**first, "segmentation": []}, *rest])
+    size = next([i["height"], i["width"]] for i in whole["images"] if i["id"] == first["image_id"])
+    rle = {"size": size, "counts": [0, size[0] * size[1]]}
+    file.write_text(json.dumps({**whole, "annotations": [{**first, "segmentation": rle}, *rest]}))
+    open_detection(recipe)

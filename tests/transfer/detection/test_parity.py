@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -40,6 +41,7 @@ from transfer.detection.batches import DetectionBatch, _Training, read_rgb, trai
 from transfer.detection.c4 import C4Detector
 from transfer.detection.detectron2_config import make_config
 from transfer.detection.metrics import Found, coco_metrics, voc_metrics
+from transfer.detection.precise_bn import estimate_statistics
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import SampledBoxes
 from transfer.detection.setting import Setting
@@ -527,3 +529,19 @@ def test_same_average_precision_for_the_same_detections(
     assert theirs["bbox/AP"] > 1
     for metric, value in theirs.items():
         assert ours[metric] == pytest.approx(value, abs=1e-6), metric
+
+
+def test_same_precise_statistics() -> None:
+    from fvcore.nn.precise_bn import update_bn_stats
+
+    torch.manual_seed(0)
+    batches = [torch.randn(num, 3, side, side) for num, side in ((2, 5), (4, 3), (3, 8))]
+    ours = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), torch.nn.ReLU(), torch.nn.BatchNorm2d(6)
+    )
+    theirs = copy.deepcopy(ours)
+    estimate_statistics(ours, batches, ours)
+    update_bn_stats(theirs, batches, len(batches))
+    for name, tensor in theirs.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
