@@ -71,7 +71,7 @@ detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ENGINE=torchvision|det
 		engine=$(ENGINE) --runs $(RUNS) $(ARGS)
 
 show-detections: $(READY) ## What a detection run found, beside the truth: RUN=runs/transfer/… ARGS="--out found.html"
-	$(MIXMASK) show-detections $(RUN) $(ARGS)
+	$(if $(RUN),,$(error make show-detections: which run? RUN=runs/transfer/…))$(MIXMASK) show-detections $(RUN) $(ARGS)
 
 suite: ## (not built yet) Submit a grid of runs to SLURM
 	@echo "make suite: not built yet; run the stages one by one with make pretrain, knn, linear, …" >&2; exit 2

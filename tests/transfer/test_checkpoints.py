@@ -493,7 +493,9 @@ def test_what_the_keys_cannot_tell(resnet18: Path, tmp_path: Path) -> None:
     state, _ = load_backbone(resnet18)
     other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     path = save(tmp_path, {**under("a.net.", state), **under("b.net.", other), "c.weight": ONE})
-    with pytest.raises(CheckpointError, match=r"unknown layout.*behind 'a\.net\.', 'b\.net\.'; --prefix says"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown layout.*behind 'a\.net\.', 'b\.net\.'\. `mixmask convert .* --prefix PREFIX"
+    ):
         read_source(path)
     text, problem = inspect(path)
     assert problem is not None

@@ -77,7 +77,7 @@ class _Array:
         if not isinstance(dtype, _DType) or not isinstance(data, bytes | str):
             raise pickle.UnpicklingError("GLOBAL numpy.ndarray of objects")
         content = data.encode("latin1") if isinstance(data, str) else data
-        flat = np.frombuffer(content, dtype.real())
+        flat = np.frombuffer(content, dtype.real()).copy()  # which may be written to, as torch wants it
         self.value = flat.reshape(tuple(int(side) for side in shape), order="F" if fortran else "C")
 
 
@@ -159,7 +159,7 @@ def read_tensors(path: Path) -> Any:
                 f"{path}: refused or damaged: it is no file of tensors and plain containers"
             ) from None
         if asked is None:
-            raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
+            raise CheckpointError(f"{path}: truncated or not a checkpoint") from None
         name = asked.split(" was not")[0].strip()
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors, arrays and plain containers: {name}. Nothing of it was run. If "

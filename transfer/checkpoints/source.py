@@ -323,16 +323,24 @@ def _candidates(tensors: Mapping[str, Tensor]) -> str:
 
 def _begins_network(name: str, naming: Names, tensors: Mapping[str, Tensor]) -> bool:
     named = name == naming.anchor or name.endswith(f".{naming.anchor}")
-    return named and tensors[name].ndim == 4 and tensors[name].shape[1] == 3
+    copied = re.search(r"encoder_k\.|momentum|target|_ema\b", name) is not None
+    return named and not copied and tensors[name].ndim == 4 and tensors[name].shape[1] == 3
 
 
 def _unrecognised(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> str:
-    tried = f"the layout '{reading.layout}' does not fit" if reading.layout else "unknown layout"
+    if reading.layout is not None:
+        try:
+            found = _recognise(tensors, replace(reading, layout=None), path)
+            looks = f"; it looks like '{found.layout.name}', leave --as out"
+        except CheckpointError:
+            looks = ""
+        return f"{path}: the layout '{reading.layout}' does not fit{looks}. {_candidates(tensors)}"
     groups = Counter(".".join(name.split(".")[:3]) for name in tensors)
     shown = ", ".join(f"{group} (×{count})" for group, count in groups.most_common(6))
     return (
-        f"{path}: {tried}: no trunk where one of {', '.join(known.name for known in LAYOUTS)} has it. "
-        f"{_candidates(tensors)}; --prefix says where the trunk's names begin. Its tensors: {shown}"
+        f"{path}: unknown layout: no trunk where one of {', '.join(known.name for known in LAYOUTS)} has it. "
+        f"{_candidates(tensors)}. `mixmask convert {path} own.safetensors --to mixmask --prefix PREFIX` takes what stands "
+        f"behind a prefix, and the result goes anywhere. Its tensors: {shown}"
     )
 
 

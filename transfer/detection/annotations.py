@@ -206,7 +206,9 @@ def _read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] | None) 
         instances = []
         for name, box, difficult in objects:
             if name not in index:
-                raise DataError(f"{xml}: unknown class '{name}'; valid: {', '.join(classes)}")
+                raise DataError(
+                    f"{xml}: unknown class '{name}'; valid: {', '.join(classes)} (data.classes; null takes all there are)"
+                )
             left, top, right, bottom = box
             if not (0 <= left < right <= width and 0 <= top < bottom <= height):
                 raise DataError(

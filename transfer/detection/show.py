@@ -31,6 +31,7 @@ COLOURS = (
     "#f0e442",
 )  # told apart by colour-blind eyes
 
+MOST = 20  # detections drawn in a picture
 LIGHT = ("#f0e442", "#56b4e9", "#e69f00")
 
 PAGE = """<!doctype html>
@@ -64,7 +65,7 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
         run: Its folder.
         out: Ends in ``.png`` or ``.html``.
         num: Number of pictures, spread evenly over the test set.
-        least_score: Detections with a lower score are left out.
+        least_score: Detections with a lower score are left out, and of a picture's others all but the best twenty.
 
     Returns:
         What was drawn, in words.
@@ -78,6 +79,7 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
     found = load_detections(run / NAME, pictures)
     chosen = np.linspace(0, len(pictures) - 1, min(num, len(pictures))).round().astype(int).tolist()
     shown = {index: [d for d in found if d.picture == index and d.score >= least_score] for index in chosen}
+    shown = {index: sorted(own, key=lambda d: -d.score)[:MOST] for index, own in shown.items()}
     if out.suffix == ".png":
         payload = _figure([(pictures.pictures[index], shown[index]) for index in chosen], pictures, name)
     else:
