@@ -67,7 +67,7 @@ detect-voc: $(READY) ## Faster R-CNN on VOC, five seeds: BACKBONE=… ENGINE=tor
 		engine=$(ENGINE) seed=$$seed --runs $(RUNS) $(ARGS); done
 
 detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ENGINE=torchvision|detectron2 SCHEDULE=1x|2x ARGS="data.root=…"
-	$(MIXMASK) transfer configs/transfer/detect_coco$(COCO_$(SCHEDULE)).yaml backbone=$(BACKBONE) \
+	$(if $(filter 1x 2x,$(SCHEDULE)),,$(error SCHEDULE=$(SCHEDULE): 1x and 2x are valid))$(MIXMASK) transfer configs/transfer/detect_coco$(COCO_$(SCHEDULE)).yaml backbone=$(BACKBONE) \
 		engine=$(ENGINE) --runs $(RUNS) $(ARGS)
 
 show-detections: $(READY) ## What a detection run found, beside the truth: RUN=runs/transfer/… ARGS="--out found.html"

@@ -95,8 +95,8 @@ def main() -> None:
     theirs.train()
     batch = next(training_batches(pictures, recipe, 0, 0, 1))
     inputs = their_batch(batch)
-    images, targets = torchvision_engine._to(batch, DEVICE)
-    mine, other = torchvision_engine._optimizer(ours, recipe), build_optimizer(cfg, theirs)
+    images, targets = torchvision_engine.to_device(batch, DEVICE)
+    mine, other = torchvision_engine.build_optimizer(ours, recipe), build_optimizer(cfg, theirs)
     for optimizer in (mine, other):
         for group in optimizer.param_groups:
             group["lr"] = 1e-4

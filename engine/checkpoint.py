@@ -13,7 +13,7 @@ from engine import distributed
 from engine.errors import CheckpointError, RunDirectoryError, RunFailure
 from engine.job import Job
 from engine.progress import say
-from engine.storage import RunDirectory, write_atomic
+from engine.storage import RunDirectory, disk_problem, write_atomic
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,10 @@ def _write(job: Job, reached: Start) -> None:
     }
     try:
         write_atomic(job.run.checkpoint_file, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
-        cause = error if isinstance(error, OSError) else error.__context__ or error
+    except (OSError, RuntimeError) as error:
         kept = "The checkpoint before it is untouched; " if job.run.checkpoint_file.exists() else ""
         raise RunFailure(
-            f"{job.title}: cannot write {job.run.checkpoint_file} at step {step} ({str(cause).splitlines()[0]}). {kept}"
+            f"{job.title}: cannot write {job.run.checkpoint_file} at step {step} ({disk_problem(error)}). {kept}"
             f"when there is room, the same command goes on"
         ) from None
 

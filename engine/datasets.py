@@ -18,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from engine import cifar
 from engine.config import Recipe, operational
 from engine.distributed import world
-from engine.errors import DataError
+from engine.errors import DataError, listed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -229,8 +229,7 @@ def check_files(paths: Sequence[Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         problems = [found for found in pool.map(file_problem, paths) if found is not None]
     if problems:
-        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError("\n".join(problems[:10]) + more)
+        raise DataError(listed(problems))
 
 
 def file_problem(path: Path) -> str | None:

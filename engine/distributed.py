@@ -304,6 +304,11 @@ def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...
     )
 
 
+def share_statistics(model: nn.Module) -> None:
+    """Let batch normalisation see the images of all processes, in place (on GPUs)."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+
+
 def environment() -> dict[str, Any]:
     """What a record says about the processes."""
     return {"world_size": _world.size, "backend": dist.get_backend() if _world.size > 1 else None}

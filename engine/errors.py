@@ -7,9 +7,17 @@ stops because it was asked to is `Interrupted`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user can put right. The message says what was given and what would be valid."""
+
+
+def listed(problems: Sequence[str], most: int = 10) -> str:
+    """Problems one to a line, the first ``most`` of them."""
+    rest = len(problems) - most
+    return "\n".join([*problems[:most], *([f"… and {rest} more"] if rest > 0 else [])])
 
 
 class ConfigError(UserError):

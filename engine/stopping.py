@@ -7,10 +7,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from engine import distributed
+from engine.errors import Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
@@ -60,6 +62,14 @@ class StopSignals:
             yield
         finally:
             self.urgent = False
+
+
+def stopped(title: str, step: int, num_steps: int, number: signal.Signals, checkpoint: Path) -> Interrupted:
+    """How a run ends that was asked to stop and has written its checkpoint."""
+    return Interrupted(
+        f"{title}: stopped at step {step} of {num_steps} by {number.name}; the same command goes on from {checkpoint}",
+        number,
+    )
 
 
 def outlive_stop_signals(worker: int) -> None:

@@ -49,6 +49,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def disk_problem(error: OSError | RuntimeError) -> str:
+    """What the system said when a file could not be written; torch's writer wraps it in an error of its own."""
+    cause = error if isinstance(error, OSError) else error.__context__ or error
+    return str(cause).splitlines()[0]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text whole or not at all."""
     write_atomic(path, lambda file: file.write(text.encode()))

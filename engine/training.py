@@ -19,7 +19,7 @@ from engine.job import Job, Part
 from engine.precision import autocast
 from engine.progress import StepProgress, say
 from engine.randomness import derived_seed
-from engine.stopping import StopNow, StopSignals
+from engine.stopping import StopNow, StopSignals, stopped
 from engine.watching import Sink
 
 B = TypeVar("B")
@@ -86,7 +86,7 @@ def train(
                         values = job.evaluate()
                 except StopNow:
                     save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
-                    raise _interrupted(job, done, signal.Signals(stop.received[0])) from None
+                    raise _stopped(job, done, signal.Signals(stop.received[0])) from None
             _log(job, sinks, done, values)
             say(f"{job.title}: step {done}, " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()))
             return values
@@ -133,7 +133,7 @@ def train(
                 window.settle()
                 save(job, Start(done, elapsed(), window.sums))
             if stopped_by is not None:
-                raise _interrupted(job, done, stopped_by)
+                raise _stopped(job, done, stopped_by)
         rate = progress.images_per_second
     distributed.share_buffers(job.model, job.not_shared)
     require_finite(job, job.num_steps)
@@ -222,9 +222,5 @@ def _log(job: Job, sinks: Sequence[Sink], step: int, values: Mapping[str, float]
             sink.log(step, values)
 
 
-def _interrupted(job: Job, step: int, number: signal.Signals) -> Interrupted:
-    return Interrupted(
-        f"{job.title}: stopped at step {step} of {job.num_steps} by {number.name}; "
-        f"the same command goes on from {job.run.checkpoint_file}",
-        number,
-    )
+def _stopped(job: Job, step: int, number: signal.Signals) -> Interrupted:
+    return stopped(job.title, step, job.num_steps, number, job.run.checkpoint_file)

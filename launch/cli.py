@@ -118,14 +118,14 @@ def check_data(
     Example:
       mixmask check-data /data/imagenet
     """
-    from engine.errors import DataError
+    from engine.errors import DataError, listed
     from engine.preflight import check_data, find_splits
 
     reports, problems = check_data(root, split or find_splits(root), quick)
     for report in reports:
         typer.echo(report.describe())
     if problems:
-        raise DataError("\n".join([*problems[:20], *([f"… and {len(problems) - 20} more"] * (len(problems) > 20))]))
+        raise DataError(listed(problems, 20))
 
 
 @app.command()

@@ -263,7 +263,7 @@ def _info(plan: PretrainPlan) -> BackboneInfo:
 def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[str, float]:
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
     if recipe.sync_bn and distributed.world().size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        distributed.share_statistics(model)
     if recipe.compile:
         for encoder in model.encoders():
             encoder.compile()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from engine.datasets import check_files
-from engine.errors import DataError
+from engine.errors import DataError, listed
 from transfer.detection.recipe import DetectRecipe
 
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
@@ -114,8 +114,8 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
         DataError: If a folder, list, annotation or image is missing or damaged, an image has another size than its
             annotation says, or a class is unknown.
     """
-    root = _root(recipe)
-    train, test = _read(recipe, recipe.data.train), open_test(recipe)
+    root, classes = _root(recipe), _classes(recipe)
+    train, test = _read(recipe, recipe.data.train, classes), _read(recipe, recipe.data.test, classes)
     if train.classes != test.classes:
         raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
     pictures = {picture.path: picture for split in (train, test) for picture in split.pictures}
@@ -132,7 +132,7 @@ def open_test(recipe: DetectRecipe) -> DetectionSet:
     Raises:
         DataError: If a folder, list or annotation is missing or damaged, or a class is unknown.
     """
-    return _read(recipe, recipe.data.test)
+    return _read(recipe, recipe.data.test, _classes(recipe))
 
 
 def _root(recipe: DetectRecipe) -> Path:
@@ -142,13 +142,17 @@ def _root(recipe: DetectRecipe) -> Path:
     return root
 
 
-def _read(recipe: DetectRecipe, splits: Sequence[str]) -> DetectionSet:
-    root, classes = _root(recipe), recipe.data.classes
-    if recipe.protocol == "detect_coco":
-        return _read_coco(root, splits, classes, evaluated=tuple(splits) == recipe.data.test)
-    if classes is None:  # a rare class may stand in one split only
-        classes = _read_voc(root, (*recipe.data.train, *recipe.data.test), None).classes
-    return _read_voc(root, splits, classes)
+def _classes(recipe: DetectRecipe) -> tuple[str, ...] | None:
+    """The recipe's classes. Without them, COCO says its own, and VOC's are those of all splits: one may lack a rare one."""
+    if recipe.data.classes is not None or recipe.masks:
+        return recipe.data.classes
+    return _read_voc(_root(recipe), (*recipe.data.train, *recipe.data.test), None).classes
+
+
+def _read(recipe: DetectRecipe, splits: tuple[str, ...], classes: Sequence[str] | None) -> DetectionSet:
+    if recipe.masks:
+        return _read_coco(_root(recipe), splits, classes, evaluated=splits == recipe.data.test)
+    return _read_voc(_root(recipe), splits, classes)
 
 
 def _check_sizes(pictures: Sequence[Picture]) -> None:
@@ -171,8 +175,7 @@ def _check_sizes(pictures: Sequence[Picture]) -> None:
     with ThreadPoolExecutor(8) as pool:
         problems = [found for found in pool.map(problem, pictures) if found is not None]
     if problems:
-        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError("\n".join(problems[:10]) + more)
+        raise DataError(listed(problems))
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
 from engine import distributed
 from engine.checkpoint import require_same_data
-from engine.errors import CheckpointError, Interrupted, RunFailure
+from engine.errors import CheckpointError, RunFailure
 from engine.progress import StepProgress, say, track
 from engine.randomness import derived_seed
-from engine.stopping import StopSignals, outlive_stop_signals
-from engine.storage import write_text
+from engine.stopping import StopSignals, outlive_stop_signals, stopped
+from engine.storage import disk_problem, write_text
 from transfer.checkpoints.names import COUNTER, to_detectron2
 from transfer.detection.detectron2_config import make_config
 from transfer.detection.metrics import Found, voc_metrics
@@ -242,11 +242,19 @@ def _start_worker(theirs: Callable[[int], None], worker: int) -> None:
     theirs(worker)
 
 
-class _Log(HookBase):  # type: ignore[misc]
+class _Hook(HookBase):  # type: ignore[misc]
+    """What Detectron2's trainer calls after every step."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+
+class _Log(_Hook):
     """The losses, rate and learning rate, under the names that both engines log."""
 
     def __init__(self, setting: Setting, progress: StepProgress, before: float) -> None:
-        self.setting, self.progress, self.before = setting, progress, before
+        super().__init__(setting)
+        self.progress, self.before = progress, before
         self.sums: dict[str, list[float]] = {}
 
     def after_step(self) -> None:
@@ -264,11 +272,12 @@ class _Log(HookBase):  # type: ignore[misc]
             self.sums.clear()
 
 
-class _PreciseStatistics(HookBase):  # type: ignore[misc]
+class _PreciseStatistics(_Hook):
     """PreciseBN after the last iteration, on the first process's batches; then its buffers are everyone's."""
 
     def __init__(self, cfg: Any, model: nn.Module, setting: Setting) -> None:
-        self.cfg, self.model, self.setting = cfg, model, setting
+        super().__init__(setting)
+        self.cfg, self.model = cfg, model
 
     def after_step(self) -> None:
         if self.trainer.iter + 1 < self.trainer.max_iter:
@@ -281,11 +290,12 @@ class _PreciseStatistics(HookBase):  # type: ignore[misc]
         distributed.share_buffers(self.model, ())
 
 
-class _Checkpoints(HookBase):  # type: ignore[misc]
+class _Checkpoints(_Hook):
     """A checkpoint from time to time, at the end, and after a stop signal, which ends the run."""
 
     def __init__(self, setting: Setting, checkpointer: Any, stop: StopSignals) -> None:
-        self.setting, self.checkpointer, self.stop = setting, checkpointer, stop
+        super().__init__(setting)
+        self.checkpointer, self.stop = checkpointer, stop
 
     def after_step(self) -> None:
         done, last = self.trainer.iter + 1, self.trainer.max_iter
@@ -293,22 +303,17 @@ class _Checkpoints(HookBase):  # type: ignore[misc]
         if done % self.setting.checkpoint_every == 0 or done == last or asked is not None:
             distributed.first_only(self._save)
         if asked is not None:
-            raise Interrupted(
-                f"{self.setting.title}: stopped at step {done} of {last} by {asked.name}; the same "
-                f"command goes on from {self.checkpointer.get_checkpoint_file()}",
-                asked,
-            )
+            raise stopped(self.setting.title, done, last, asked, Path(self.checkpointer.get_checkpoint_file()))
 
     def _save(self) -> None:
         """The new one first; then the one before it goes."""
         old = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else None
         try:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-        except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error in its own
-            cause = error if isinstance(error, OSError) else error.__context__ or error
+        except (OSError, RuntimeError) as error:
             raise RunFailure(
                 f"{self.setting.title}: cannot write a checkpoint in {self.setting.run.scratch} "
-                f"({str(cause).splitlines()[0]}). When there is room, the same command goes on"
+                f"({disk_problem(error)}). When there is room, the same command goes on"
             ) from None
         if old is not None and old != self.checkpointer.get_checkpoint_file():
             Path(old).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.distributed import from_first, to_first, world
+from engine.distributed import from_first, share_statistics, to_first, world
 from engine.job import Job, Part
 from engine.precision import autocast
 from engine.progress import say, track
@@ -35,7 +35,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     detector = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
     detector.arrange(setting.device, setting.precision)
     if world().size > 1 and setting.device.type == "cuda":
-        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # type: ignore[no-untyped-call]
+        share_statistics(detector)
     elif world().size > 1:
         say(f"{setting.title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
     iterations = recipe.scaled_length(recipe.iterations)
@@ -47,7 +47,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
         fingerprint=setting.fingerprint,
         data=setting.data,
         model=detector,
-        optimizer=_optimizer(detector, recipe),
+        optimizer=build_optimizer(detector, recipe),
         schedule=lambda step: (
             step_factor(step, milestones, recipe.gamma) * warmup_factor(step, warmup, recipe.warmup_factor)
         ),
@@ -66,7 +66,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
 
     def losses(batch: DetectionBatch, step: int) -> list[Part]:
         def detection() -> dict[str, Tensor]:
-            images, targets = _to(batch, setting.device)
+            images, targets = to_device(batch, setting.device)
             terms = detector.losses(images, targets, draws_of(recipe, setting.seed, step))
             return {"loss": torch.stack([*terms.values()]).sum(), **{k: v.detach() for k, v in terms.items()}}
 
@@ -79,7 +79,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
         more = enumerate(training_batches(setting.train_set, recipe, setting.seed, iterations, last), start=iterations)
 
         def look(item: tuple[int, DetectionBatch]) -> None:
-            images, targets = _to(item[1], setting.device)
+            images, targets = to_device(item[1], setting.device)
             with autocast(setting.device, setting.precision):
                 detector.losses(images, targets, draws_of(recipe, setting.seed, item[0]))
 
@@ -104,13 +104,14 @@ def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator
     return [generator(seed, "detection-sampling", step, row) for row in range(share.start, share.stop)]
 
 
-def _to(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
+def to_device(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
+    """A batch's images and objects on a device; outlines stay on the host, where masks are drawn from them."""
     images = [image.to(device, non_blocking=True) for image in batch.images]
     targets = [Targets(t.boxes.to(device), t.labels.to(device), t.polygons) for t in batch.targets]
     return images, targets
 
 
-def _optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
+def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
     """SGD; the parameters of normalisation layers have no weight decay (Detectron2's WEIGHT_DECAY_NORM 0)."""
     norms = [p for m in detector.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     of_norms = {id(p) for p in norms}

@@ -21,7 +21,7 @@ from transfer.detection.precise_bn import estimate_statistics
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.roi_heads import paste_mask, rasterise
 from transfer.detection.rpn import Targets
-from transfer.detection.torchvision_engine import _optimizer
+from transfer.detection.torchvision_engine import build_optimizer
 from transfer.recipe import load_transfer_recipe
 
 SMALL = """
@@ -322,7 +322,7 @@ def test_normalisation_has_no_weight_decay_synchronised_or_not(voc: Path, tmp_pa
     state, info = load_backbone(resnet18)
     detector = C4Detector(info.recipe, state, 3, recipe)
     for model in (detector, torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)):
-        rest, norms = _optimizer(model, recipe).param_groups
+        rest, norms = build_optimizer(model, recipe).param_groups
         assert (rest["weight_decay"], norms["weight_decay"]) == (recipe.weight_decay, 0.0)
         assert len(norms["params"]) == 2 * 21
         assert all(p.ndim == 1 for p in norms["params"])

@@ -26,9 +26,10 @@ from detectron2.data.transforms import AugmentationList
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from benchmarks.detection import their_batch
 from engine.backbones import load_backbone
 from engine.randomness import generator
 from engine.schedule import step_factor, warmup_factor
@@ -223,18 +224,6 @@ def batch_of(pair: Pair) -> DetectionBatch:
     return next(training_batches(pair.train, pair.recipe, 3, 0, 1))
 
 
-def their_batch(batch: DetectionBatch) -> list[dict[str, Any]]:
-    inputs = []
-    for image, target in zip(batch.images, batch.targets, strict=True):
-        instances = Instances((image.shape[1], image.shape[2]))
-        instances.gt_boxes = Boxes(target.boxes)
-        instances.gt_classes = target.labels
-        if any(target.polygons):
-            instances.gt_masks = PolygonMasks([[np.asarray(p) for p in one] for one in target.polygons])
-        inputs.append({"image": image, "instances": instances})
-    return inputs
-
-
 def first_of(positive: Tensor, negative: Tensor, num: int, fraction: float) -> tuple[Tensor, Tensor]:
     num_positive = min(len(positive), int(num * fraction))
     return positive[:num_positive], negative[: min(len(negative), num - num_positive)]
@@ -337,7 +326,7 @@ def test_a_short_training_on_the_same_batches_stays_together(voc: Path, tmp_path
         "lr=0.005",
         "warmup_iterations=4",
     )
-    optimizer = torchvision_engine._optimizer(pair.ours, pair.recipe)
+    optimizer = torchvision_engine.build_optimizer(pair.ours, pair.recipe)
     other = build_optimizer(pair.cfg, pair.theirs)
     schedule = build_lr_scheduler(pair.cfg, other)
     pair.ours.train()
@@ -369,7 +358,7 @@ def test_the_same_groups_of_parameters(pair: Pair) -> None:
 
     theirs = decays(build_optimizer(pair.cfg, pair.theirs), {id(p): n for n, p in pair.theirs.named_parameters()})
     mine = decays(
-        torchvision_engine._optimizer(pair.ours, pair.recipe), {id(p): n for n, p in pair.ours.named_parameters()}
+        torchvision_engine.build_optimizer(pair.ours, pair.recipe), {id(p): n for n, p in pair.ours.named_parameters()}
     )
     assert detector_to_detectron2({n: torch.tensor(d) for n, d in mine.items()}) == {
         n: torch.tensor(d) for n, d in theirs.items()
