@@ -154,8 +154,9 @@ def convert(
       mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
       mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
     """
+    from transfer.checkpoints.account import Reading
     from transfer.checkpoints.export import check_export, export
-    from transfer.checkpoints.source import Reading, read_source
+    from transfer.checkpoints.source import read_source
 
     found = read_source(source, Reading(layout, prefix, arch))
     check_export(found, out, to)
@@ -179,7 +180,7 @@ def inspect(
     Example:
       mixmask inspect moco_v2_800ep_pretrain.pth.tar
     """
-    from transfer.checkpoints.source import Reading
+    from transfer.checkpoints.account import Reading
     from transfer.checkpoints.source import inspect as look
 
     text, problem = look(source, Reading(layout, prefix, arch), tensors)

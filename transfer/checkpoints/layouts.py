@@ -156,7 +156,7 @@ ANYWHERE = (
         STATE,
     ),
     (
-        r"(.*\.)?(fc|heads?|classifiers?|projectors?|projection|projetion|projection_head|prediction_head|mlp_head"
+        r"(.*\.)?(fc|heads?|classifiers?|projectors?|projection|projetion|projection_head|prediction_head|mlp(_head)?"
         r"|predictor|online_predictor|online_classifier|classification_head|prototypes|linear\w*|contrastive_head|stem\.fc)\..*",
         HEAD,
     ),

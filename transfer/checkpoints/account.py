@@ -1,0 +1,237 @@
+"""What a checkpoint's tensors are: the layout that they are named by, and what becomes of each.
+
+Nothing is dropped in silence: an `Account` says of every tensor of the source whether it is the trunk's, and if not, why
+it is left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.backbones import BackboneRecipe, build_trunk
+from engine.errors import CheckpointError
+from transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, Layout
+from transfer.checkpoints.names import COUNTER, DETECTRON2, SEQUENTIAL, TORCHVISION, ListedNames, Names
+
+NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read what the keys alone do not say.
+
+    Attributes:
+        layout: The name of a layout; None recognises it.
+        prefix: All that stands before the trunk's names; tensors elsewhere are left out on the user's word.
+        arch: A network of timm (``timm/convnext_tiny``), whose names say nothing; ResNets are recognised.
+    """
+
+    layout: str | None = None
+    prefix: str | None = None
+    arch: str | None = None
+
+
+BY_KEYS = Reading()
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of every tensor of a source.
+
+    Attributes:
+        layout: The layout that was recognised, and why.
+        used: Source name to trunk name.
+        left_out: Source name to reason.
+        unknown: Source names that nothing explains.
+        filled: Trunk names that the source does not store and that have a defined value (counters).
+        warnings: What is odd and no error.
+    """
+
+    layout: str
+    used: Mapping[str, str]
+    left_out: Mapping[str, str]
+    unknown: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """A few lines for the user."""
+        weights = sum(1 for name in self.used.values() if not name.endswith(COUNTER))
+        lines = [
+            f"layout    {self.layout}",
+            f"trunk     {weights} tensors, and {len(self.used) - weights} batch counters",
+        ]
+        for reason, count in Counter(self.left_out.values()).items():
+            example = next(name for name, why in self.left_out.items() if why == reason)
+            lines.append(f"left out  {count} × {reason} ({example}{' …' if count > 1 else ''})")
+        if self.unknown:
+            lines.append(f"unknown   {len(self.unknown)}: {some(self.unknown)}")
+        if self.filled:
+            lines.append(f"filled    {len(self.filled)} batch counters that the source does not store, with 0")
+        return "\n".join([*lines, *(f"warning   {text}" for text in self.warnings)])
+
+
+def some(names: Sequence[str], num: int = 4) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:num]) + (f" … and {len(names) - num} more" if len(names) > num else "")
+
+
+# --- recognising -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout in a file: where its trunk stands, how it is named, and by what it was recognised."""
+
+    layout: Layout
+    prefix: str
+    names: Names
+    why: str
+
+
+def recognise(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> Found:
+    """Find the layout of a file's tensors.
+
+    Raises:
+        CheckpointError: If none fits, or one in several places, or the user asked for one that does not fit.
+    """
+    listed = None if reading.arch is None else (ListedNames(trunk_names(named_recipe(reading.arch))),)
+    if reading.prefix is not None:
+        return _given_prefix(tensors, reading.prefix, listed or NAMINGS, path)
+    known = {layout.name: layout for layout in LAYOUTS}
+    if reading.layout is not None and reading.layout not in known:
+        near = difflib.get_close_matches(reading.layout, known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CheckpointError(f"--as {reading.layout}: valid: {', '.join(known)}{hint}")
+    for layout in LAYOUTS if reading.layout is None else (known[reading.layout],):
+        signs = [next((name for name in tensors if re.fullmatch(sign, name)), None) for sign in layout.signs]
+        if None in signs and reading.layout is None:
+            continue
+        places = list(_places(tensors, layout.trunk, listed or layout.namings))
+        if len(places) > 1:
+            raise CheckpointError(
+                f"{path}: the layout '{layout.name}' fits in more than one place: "
+                f"{', '.join(repr(prefix) for prefix, _ in places)}; choose with --prefix"
+            )
+        if places:
+            prefix, names = places[0]
+            by = " and ".join(f"'{sign}'" for sign in [f"{prefix}{names.anchor}", *signs] if sign is not None)
+            because = "as you said" if reading.layout is not None else f"by {by}"
+            return Found(layout, prefix, names, f"{layout.name}: {layout.about} ({because})")
+    raise CheckpointError(_unrecognised(tensors, reading, path))
+
+
+def _places(tensors: Mapping[str, Tensor], trunk: str, namings: Sequence[Names]) -> Iterator[tuple[str, Names]]:
+    """Where a trunk could begin, and how its tensors are named there."""
+    for naming in namings:
+        whole = re.compile(f"({trunk}){re.escape(naming.anchor)}")
+        for name, tensor in tensors.items():
+            found = whole.fullmatch(name)
+            if found and tensor.ndim == 4:
+                yield found[1], naming.among(_behind(tensors, found[1]))
+
+
+def _behind(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    return [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
+
+
+def _given_prefix(tensors: Mapping[str, Tensor], prefix: str, namings: Sequence[Names], path: Path) -> Found:
+    own = _behind(tensors, prefix)
+    names = next((naming.among(own) for naming in namings if naming.anchor in own), None)
+    if names is None:
+        there = f"there stand {some(own)}" if own else "no tensor's name begins so"
+        raise CheckpointError(
+            f"{path}: no first convolution ({', '.join(n.anchor for n in namings)}) behind the prefix {prefix!r}: {there}. "
+            f"{_candidates(tensors)}"
+        )
+    layout = Layout("given", "", "", others=((rf"(?!{re.escape(prefix)}).*", "outside the given prefix"),))
+    return Found(layout, prefix, names, f"trunk behind the given prefix '{prefix}'")
+
+
+def _candidates(tensors: Mapping[str, Tensor]) -> str:
+    """Where in a file a ResNet's first convolution could be."""
+    found = sorted({name[: -len(n.anchor)] for n in NAMINGS for name in tensors if _begins_network(name, n, tensors)})
+    places = ", ".join(repr(prefix) for prefix in found[:5])
+    return f"A first convolution stands behind {places}" if places else "No tensor in it is named like one"
+
+
+def _begins_network(name: str, naming: Names, tensors: Mapping[str, Tensor]) -> bool:
+    named = name == naming.anchor or name.endswith(f".{naming.anchor}")
+    copied = re.search(r"encoder_k\.|momentum|target|_ema\b", name) is not None
+    return named and not copied and tensors[name].ndim == 4 and tensors[name].shape[1] == 3
+
+
+def _unrecognised(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> str:
+    if reading.layout is not None:
+        try:
+            found = recognise(tensors, replace(reading, layout=None), path)
+            looks = f"; it looks like '{found.layout.name}', leave --as out"
+        except CheckpointError:
+            looks = ""
+        return f"{path}: the layout '{reading.layout}' does not fit{looks}. {_candidates(tensors)}"
+    groups = Counter(".".join(name.split(".")[:3]) for name in tensors)
+    shown = ", ".join(f"{group} (×{count})" for group, count in groups.most_common(6))
+    return (
+        f"{path}: unknown layout: no trunk where one of {', '.join(known.name for known in LAYOUTS)} has it. "
+        f"{_candidates(tensors)}. `mixmask convert {path} own.safetensors --to mixmask --prefix PREFIX` takes what stands "
+        f"behind a prefix, and the result goes anywhere. Its tensors: {shown}"
+    )
+
+
+# --- sorting ---------------------------------------------------------------------------------------------------------
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], found: Found) -> Account:
+    """Say of every tensor what becomes of it in a layout."""
+    used: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    unknown: list[str] = []
+    rules = [(re.compile(pattern), reason) for pattern, reason in (*found.layout.others, *ANYWHERE)]
+    for name in tensors:
+        short = name[len(found.prefix) :] if name.startswith(found.prefix) else None
+        ours = found.names.trunk_name(short) if short is not None else None
+        if ours is None and found.names is DETECTRON2:
+            ours = _in_detector(name, found)
+        if ours is not None:
+            used[name] = ours
+            continue
+        reason = next((why for pattern, why in rules if pattern.fullmatch(name)), None)
+        if reason is None and short is not None and found.names.is_beyond(short):
+            reason = HEAD
+        if reason is None:
+            unknown.append(name)
+        else:
+            left_out[name] = reason
+    return Account(found.why, used, left_out, tuple(unknown))
+
+
+def _in_detector(name: str, found: Found) -> str | None:
+    """A whole C4 detector keeps the last stage in the regions' head; its extra normalisation is not the trunk's."""
+    whole = re.fullmatch(r"(.*?)roi_heads\.(res5\..*)", name)
+    return found.names.trunk_name(whole[2]) if whole and found.prefix == f"{whole[1]}backbone." else None
+
+
+def named_recipe(arch: str) -> BackboneRecipe:
+    """The network that ``--arch`` names.
+
+    Raises:
+        CheckpointError: If there is none of this name.
+    """
+    try:
+        return BackboneRecipe.model_validate({"arch": arch})
+    except ValueError as error:
+        raise CheckpointError(f"--arch {arch}: {str(error).splitlines()[2].strip()}") from None
+
+
+def trunk_names(recipe: BackboneRecipe) -> list[str]:
+    """The names of a trunk's tensors, in its own order."""
+    with torch.device("meta"):
+        return list(build_trunk(recipe).state_dict())
