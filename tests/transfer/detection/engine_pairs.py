@@ -1,0 +1,119 @@
+"""The same detector in both engines; importing this skips a test module where Detectron2 cannot be imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("detectron2", reason="Detectron2 cannot be imported")
+
+from detectron2.modeling import build_model
+
+from engine.backbones import load_backbone
+from engine.storage import RunDirectory
+from tests.transfer.detection.test_detection import recipe_of
+from transfer.detection import detectron2_engine
+from transfer.detection.annotations import DetectionSet, open_detection
+from transfer.detection.c4 import C4Detector
+from transfer.detection.detectron2_config import make_config
+from transfer.detection.recipe import DetectRecipe
+from transfer.detection.setting import Setting
+from transfer.detection.weights import detector_to_detectron2
+
+SIZES = [(192, 256), (176, 240)]
+
+
+@dataclasses.dataclass
+class Pair:
+    """The same network in both engines, with the same weights."""
+
+    recipe: DetectRecipe
+    ours: C4Detector
+    theirs: Any
+    cfg: Any
+    train: DetectionSet
+    test: DetectionSet
+
+
+def setting_of(recipe: DetectRecipe, backbone: Path, tmp_path: Path) -> Setting:
+    state, info = load_backbone(backbone)
+    train, test = open_detection(recipe)
+    return Setting(
+        RunDirectory(tmp_path / "run"),
+        "x",
+        {},
+        torch.device("cpu"),
+        "fp32",
+        0,
+        "test",
+        10,
+        500,
+        info.recipe,
+        state,
+        train,
+        test,
+    )
+
+
+def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> Pair:
+    recipe = recipe_of(text, root, tmp_path, "min_size_train=[128]", *overrides)
+    setting = setting_of(recipe, backbone, tmp_path)
+    names = [detectron2_engine._register(recipe, setting, split) for split in (*recipe.data.train, *recipe.data.test)]
+    cfg = make_config(
+        recipe,
+        setting.backbone,
+        len(setting.train_set.classes),
+        device=torch.device("cpu"),
+        precision="fp32",
+        seed=0,
+        weights=Path(),
+        output=tmp_path / "d2",
+        train=names[:1],
+        test=names[1:],
+        num_workers=0,
+        checkpoint_every=500,
+    )
+    torch.manual_seed(0)
+    ours = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
+    with torch.no_grad():  # so that scores, boxes and masks differ from place to place
+        ours.rpn.objectness.weight.normal_(std=0.05)
+        ours.rpn.deltas.weight.normal_(std=0.01)
+        ours.roi_heads.classifier.weight.normal_(std=0.1)
+        ours.roi_heads.regressor.weight.normal_(std=0.02)
+        if ours.roi_heads.mask_head is not None:
+            ours.roi_heads.mask_head.predictor.weight.normal_(std=0.1)
+    calibrate(ours)
+    theirs = build_model(cfg)
+    found = theirs.load_state_dict(detector_to_detectron2(ours.state_dict()), strict=False)
+    assert not found.unexpected_keys
+    assert not found.missing_keys
+    return Pair(recipe, ours, theirs, cfg, setting.train_set, setting.test_set)
+
+
+def calibrate(detector: C4Detector) -> None:
+    """Make random weights behave as trained ones: weak residual branches, and the batch statistics of pictures.
+
+    Without it values and gradients grow from layer to layer, and with them the rounding of fp32.
+    """
+    for name, parameter in detector.named_parameters():
+        if name.endswith("bn3.weight"):
+            parameter.data.fill_(0.25)
+    layers = [module for module in detector.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = 1.0
+    detector.train()
+    with torch.no_grad():
+        features = detector.features(pictures())
+        detector.roi_heads.pool(features, [torch.tensor([[8.0, 8, 60, 70], [20, 4, 100, 50], [2, 30, 40, 79]])] * 2)
+    for layer in layers:
+        layer.momentum = 0.1
+
+
+def pictures() -> list[Tensor]:
+    draws = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=draws) for size in SIZES]
