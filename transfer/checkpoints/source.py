@@ -138,6 +138,12 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     if twice:
         both = [theirs for theirs, ours in account.used.items() if ours == twice[0]]
         raise CheckpointError(f"{path}: {len(twice)} trunk tensors have two sources each, for example {some(both)}")
+    other = {name: tensors[name].dtype for name, ours in account.used.items() if not ours.endswith(COUNTER)}
+    odd = [
+        f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in other.items() if not dtype.is_floating_point
+    ]
+    if odd:
+        raise CheckpointError(f"{path}: weights that are no floating-point numbers: {some(odd)}")
     state = {ours: _plain(tensors[theirs]) for theirs, ours in account.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else named_recipe(reading.arch)
     expected = trunk_names(recipe)
