@@ -59,7 +59,7 @@ def test_what_is_refused(resnet18: Path, tmp_path: Path) -> None:
         read_source(save(tmp_path, {f"a.b.{name}": value for name, value in state.items()}))
     with pytest.raises(CheckpointError, match="holds no tensors"):
         read_source(save(tmp_path, {"epoch": 3}))
-    with pytest.raises(CheckpointError, match=r"no floating-point numbers: conv1\.weight \(int64\), bn1\.weight"):
+    with pytest.raises(CheckpointError, match=r"no floating-point numbers: bn1\.bias \(int64\), bn1\."):
         read_source(save(tmp_path, {n: t.long() for n, t in state.items()}))
     vit = torchvision.models.vit_b_32(weights=None, image_size=32).state_dict()
     with pytest.raises(CheckpointError, match="unknown layout"):
