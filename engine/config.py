@@ -187,7 +187,7 @@ def read_protocol(path: Path | str, overrides: Sequence[str], valid: Sequence[st
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, UnionType) or hasattr(annotation, "__metadata__"):
+    if get_origin(annotation) in (Union, UnionType, tuple, list, dict) or hasattr(annotation, "__metadata__"):
         return [m for arg in get_args(annotation) for m in _models_in(arg)]
     return []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,9 @@ class ImageSet:
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             digest.update(f"{self.classes[label]}/{path.name}\n".encode())
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
+
+
+OpenImages = Callable[[DataRecipe, Literal["train", "test"]], ImageSet]
 
 
 def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from engine import distributed
 from engine.errors import RunDirectoryError
+from engine.provenance import code
 from engine.storage import RunDirectory, write_text
 
 SCHEMA = 1
@@ -103,22 +103,5 @@ def _machine() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_threads": torch.get_num_threads(),
-        "git_commit": _git_commit(),
+        "git_commit": code().commit,
     }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, with ``+changes`` when it has uncommitted ones; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed somewhere inside another checkout
-        return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit

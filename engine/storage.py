@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from engine.config import differing_keys, identity, to_yaml
 from engine.errors import RunDirectoryError, UserError
+from engine.provenance import code
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -91,6 +92,9 @@ class RunDirectory:
         self.log_file = path / "log.jsonl"
         self.checkpoint_file = path / "checkpoint.pt"
         self.record_file = path / "record.json"
+        self.owner_file = path / "owner.json"  # who works here now
+        self.attempts_file = path / "attempts.jsonl"  # which jobs have worked here, and how they ended
+        self.patch_file = path / "changes.patch"  # of the code, where it had uncommitted changes
         self.scratch = path / "scratch"  # of an engine with files of its own
 
     @property
@@ -112,7 +116,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path}: is a file, a run directory was expected")
         if not self.recipe_file.is_file():
-            if self.path.is_dir() and any(not is_leftover(path) for path in self.path.iterdir()):
+            before_work = (self.owner_file, self.attempts_file)
+            if self.path.is_dir() and any(not is_leftover(p) and p not in before_work for p in self.path.iterdir()):
                 raise RunDirectoryError(
                     f"{self.path}: holds files but no recipe.yaml, so it is not a run directory; name an empty one"
                 )
@@ -144,7 +149,9 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
             if is_leftover(path):
-                path.unlink()
+                path.unlink(missing_ok=True)
+        if code().patch:
+            write_atomic(self.patch_file, lambda file: file.write(code().patch))
         if not self.recipe_file.exists():
             write_text(self.recipe_file, f"{_header(fingerprint)}\n{to_yaml(recipe)}")
 
@@ -172,5 +179,15 @@ class RunDirectory:
 
 
 def locate_run(runs: Path, stage: str, name: str, fingerprint: str, explicit: Path | None = None) -> RunDirectory:
-    """``runs/<stage>/<name>-<fingerprint>``, unless the user named a folder."""
-    return RunDirectory(explicit if explicit is not None else runs / stage / f"{name}-{fingerprint}")
+    """``runs/<stage>/<name>-<fingerprint>``, unless the user named a folder.
+
+    A name changes no numbers: where the same work lies under another name already, that is the place.
+    """
+    if explicit is not None:
+        return RunDirectory(explicit)
+    usual = runs / stage / f"{name}-{fingerprint}"
+    if not usual.is_dir():
+        for other in sorted((runs / stage).glob(f"*-{fingerprint}")):
+            if other.is_dir():
+                return RunDirectory(other)
+    return RunDirectory(usual)

@@ -217,7 +217,7 @@ def _not_finite(job: Job, step: int, values: Mapping[str, float]) -> str:
 
 def _log(job: Job, sinks: Sequence[Sink], step: int, values: Mapping[str, float]) -> None:
     if distributed.world().is_writer:
-        job.run.log({"step": step, **values})
+        job.run.log({"step": step, "of": job.num_steps, **values})
         for sink in sinks:
             sink.log(step, values)
 

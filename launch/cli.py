@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from engine.errors import Interrupted, RunFailure, UserError
+from launch import suite_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -299,6 +300,10 @@ def tables(
     else:
         write_text(out, text)
         typer.echo(out)
+
+
+for _command in (suite_commands.launch, suite_commands.status, suite_commands.cancel, suite_commands.logs):
+    app.command()(_command)
 
 
 @app.command()

@@ -16,10 +16,11 @@ from engine import distributed
 from engine.backbones import TIMM, BackboneInfo, save_backbone
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, open_split, require_same_classes
+from engine.datasets import ImageSet, OpenImages, open_split, require_same_classes
 from engine.errors import ConfigError
 from engine.job import Job, Part
 from engine.loader import Batch, BatchPlan, check_crop, open_source
+from engine.ownership import owned
 from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.randomness import derived_seed
@@ -108,16 +109,42 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     Raises:
         UserError: If the data, the sizes or the run directory do not fit.
     """
-    fingerprint = fingerprint_of({"stage": "pretrain", **identity(recipe)})
-    run = locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
+    fingerprint, run = locate(recipe, runs, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     check_watch(recipe.watch)
-    _check_batch(recipe, device)
+    if recipe.sync_bn and distributed.world().size > 1 and device.type != "cuda":
+        raise ConfigError("sync_bn: torch's SyncBatchNorm runs on GPUs only; leave it out on this machine")
     _check_network(recipe)
-    train_images = open_split(recipe.data, "train")
-    test_images = open_split(recipe.data, "test") if recipe.monitor is not None else None
+    return PretrainPlan(recipe, fingerprint, run, device, *check_inputs(recipe, distributed.world().size))
+
+
+def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
+    """The fingerprint and the run directory of a recipe; reads no data."""
+    fingerprint = fingerprint_of({"stage": "pretrain", **identity(recipe)})
+    return fingerprint, locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
+
+
+def check_inputs(
+    recipe: PretrainRecipe, processes: int, open_images: OpenImages = open_split
+) -> tuple[ImageSet, ImageSet | None, BatchPlan]:
+    """List the data, and refuse sizes that do not fit them or the number of processes.
+
+    Args:
+        recipe: What is to run.
+        processes: How many will share the batch.
+        open_images: Lists a split; the default reads the folders.
+
+    Returns:
+        The training images, the monitor's test images, and the batches.
+
+    Raises:
+        UserError: If the data are missing or the sizes do not fit.
+    """
+    _check_batch(recipe, processes)
+    train_images = open_images(recipe.data, "train")
+    test_images = open_images(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:
         require_same_classes(train_images, test_images)
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
@@ -130,28 +157,25 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     if recipe.epochs:
         for view in recipe.views:
             check_crop(train_images, recipe.data, view)
-    return PretrainPlan(recipe, fingerprint, run, device, train_images, test_images, batches)
+    return train_images, test_images, batches
 
 
-def _check_batch(recipe: PretrainRecipe, device: torch.device) -> None:
+def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
     """Refuse a batch that processes, parts or the framework cannot share."""
-    size = distributed.world().size
-    parts = size * recipe.accumulate
+    parts = processes * recipe.accumulate
     if recipe.batch_size % parts:
         near = max(recipe.batch_size // parts, 1) * parts
         raise ConfigError(
-            f"batch_size {recipe.batch_size} cannot be shared equally by {size} processes and {recipe.accumulate} "
+            f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes and {recipe.accumulate} "
             f"accumulated parts; valid: {near}, {near + parts}, …"
         )
     if recipe.epochs and recipe.batch_size // parts < 2:
         raise ConfigError(
             f"batch_size {recipe.batch_size} leaves {recipe.batch_size // parts} image per part; batch normalisation needs 2"
         )
-    if recipe.sync_bn and size > 1 and device.type != "cuda":
-        raise ConfigError("sync_bn: torch's SyncBatchNorm runs on GPUs only; leave it out on this machine")
     try:
         if recipe.epochs:
-            recipe.framework.check_batch(recipe.batch_size, recipe.accumulate, size)
+            recipe.framework.check_batch(recipe.batch_size, recipe.accumulate, processes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -184,13 +208,29 @@ def run(plan: PretrainPlan) -> Path:
     Returns:
         The path of ``backbone.safetensors``. A finished run is returned as it is.
     """
-    recipe, directory = plan.recipe, plan.run
-    data: dict[str, Any] = {"train": plan.train_images.summary()["listing"]}
+    if _is_finished(plan):
+        return plan.product
+    with owned(plan.run):
+        if not _is_finished(plan):  # while it was waited for
+            _run(plan)
+    return plan.product
+
+
+def _is_finished(plan: PretrainPlan) -> bool:
+    directory = plan.run
     distributed.agreed(lambda: distributed.require_same(directory.is_finished, str(directory.record_file)))
     if directory.is_finished:
-        require_same_data(directory, finished_record(directory).data, data)
-        say(f"{recipe.name}: finished before, see {directory.path}")
-        return plan.product
+        require_same_data(directory, finished_record(directory).data, _data(plan))
+        say(f"{plan.recipe.name}: finished before, see {directory.path}")
+    return directory.is_finished
+
+
+def _data(plan: PretrainPlan) -> dict[str, Any]:
+    return {"train": plan.train_images.summary()["listing"]}
+
+
+def _run(plan: PretrainPlan) -> None:
+    recipe, data = plan.recipe, _data(plan)
     distributed.first_only(lambda: _prepare(plan))
 
     torch.manual_seed(derived_seed(recipe.seed, "init"))
@@ -203,7 +243,6 @@ def run(plan: PretrainPlan) -> Path:
         metrics = result
     if distributed.world().is_writer:
         _finish(plan, model, data, metrics, seconds)
-    return plan.product
 
 
 def _prepare(plan: PretrainPlan) -> None:

@@ -11,9 +11,10 @@ import torch
 from engine import distributed
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, open_split, require_same_classes
+from engine.datasets import ImageSet, OpenImages, open_split, require_same_classes
 from engine.errors import ConfigError, RunDirectoryError
 from engine.loader import check_crop
+from engine.ownership import owned
 from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.records import Record, environment, finished_record
@@ -83,17 +84,34 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     for key, given, known in (("framework", recipe.framework, info.framework), ("method", recipe.method, info.method)):
         if given is not None and source.labelled and known not in ("unknown", given):
             raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
-    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=info.fingerprint)
-    run = locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
+    fingerprint, run = locate(recipe, info.fingerprint, runs, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     if isinstance(recipe, DetectTransferRecipe):
         check_engine(recipe, info.recipe, device, recipe.precision)
+    return TransferPlan(recipe, fingerprint, run, device, source, *open_data(recipe))
+
+
+def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
+    """The fingerprint and the run directory of a recipe on the backbone with the fingerprint ``parent``; reads nothing."""
+    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=parent)
+    return fingerprint, locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
+
+
+def open_data(
+    recipe: TransferRecipe, open_images: OpenImages = open_split
+) -> tuple[ImageSet, ImageSet] | tuple[DetectionSet, DetectionSet]:
+    """The training and the test images of a recipe, and that its sizes fit them.
+
+    Raises:
+        UserError: If the data are missing or damaged, or a size does not fit them.
+    """
+    if isinstance(recipe, DetectTransferRecipe):
         train_set, test_set = open_detection(recipe)
         check_annotations(recipe, test_set.classes)
-        return TransferPlan(recipe, fingerprint, run, device, source, train_set, test_set)
-    train, test = open_split(recipe.data, "train"), open_split(recipe.data, "test")
+        return train_set, test_set
+    train, test = open_images(recipe.data, "train"), open_images(recipe.data, "test")
     require_same_classes(train, test)
     if isinstance(recipe, SemisupRecipe):
         train = _labelled(recipe, train)
@@ -106,7 +124,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
         check_crop(train, recipe.data, recipe.augment)
     if isinstance(recipe, KnnRecipe) and recipe.k > len(train):
         raise ConfigError(f"k {recipe.k} is larger than the {len(train)} training images of '{recipe.data.name}'")
-    return TransferPlan(recipe, fingerprint, run, device, source, train, test)
+    return train, test
 
 
 def _labelled(recipe: SemisupRecipe, train: ImageSet) -> ImageSet:
@@ -123,15 +141,28 @@ def _labelled(recipe: SemisupRecipe, train: ImageSet) -> ImageSet:
 
 def run(plan: TransferPlan) -> Record:
     """Carry out a plan, from its checkpoint if there is one; a finished run is returned as it is."""
-    recipe, directory = plan.recipe, plan.run
-    if directory.is_finished:
-        record = finished_record(directory)
-        require_same_data(directory, record.data, plan.data)
-        record = _relabelled(record, plan)
-        say(f"{recipe.name}: finished before, see {directory.path}")
+    record = _finished(plan)
+    if record is not None:
         return record
+    with owned(plan.run):
+        return _finished(plan) or _run(plan)
+
+
+def _finished(plan: TransferPlan) -> Record | None:
+    directory = plan.run
+    if not directory.is_finished:
+        return None
+    record = finished_record(directory)
+    require_same_data(directory, record.data, plan.data)
+    record = _relabelled(record, plan)
+    say(f"{plan.recipe.name}: finished before, see {directory.path}")
+    return record
+
+
+def _run(plan: TransferPlan) -> Record:
+    recipe, directory = plan.recipe, plan.run
     distributed.first_only(lambda: _prepare(plan))
-    result = _run(plan)
+    result = _measure(plan)
     seconds = result.pop("seconds", 0.0)
     result.pop("images_per_second", None)
     info = plan.source.info
@@ -228,7 +259,7 @@ def _settings(plan: TransferPlan) -> dict[str, Any]:
     }
 
 
-def _run(plan: TransferPlan) -> dict[str, float]:
+def _measure(plan: TransferPlan) -> dict[str, float]:
     recipe = plan.recipe
     if isinstance(recipe, DetectTransferRecipe):
         assert isinstance(plan.train, DetectionSet)

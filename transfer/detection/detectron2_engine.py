@@ -266,7 +266,7 @@ class _Log(_Hook):
         if distributed.world().is_writer and (done % self.setting.log_every == 0 or done == self.trainer.max_iter):
             means = {name: float(np.mean(self.sums[name])) for name in LOSSES.values() if name in self.sums}
             rate = round(self.progress.images_per_second, 2)
-            line = {"step": done, **means, "lr": values["lr"], "images_per_second": rate}
+            line = {"step": done, "of": self.trainer.max_iter, **means, "lr": values["lr"], "images_per_second": rate}
             line["seconds"] = round(self.before + self.progress.seconds, 3)
             self.setting.run.log(line)
             self.sums.clear()

@@ -1,0 +1,54 @@
+"""Which code runs: its commit, and what was changed and not committed.
+
+A frozen copy of the packages (see `launch.snapshot`) carries both in files; elsewhere git is asked.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+COMMIT_FILE = "COMMIT"
+PATCH_FILE = "changes.patch"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The state of the code.
+
+    Attributes:
+        commit: With ``+changes`` if it has uncommitted ones; None outside a checkout.
+        patch: The uncommitted changes to tracked files, as git applies them; empty without any.
+    """
+
+    commit: str | None
+    patch: bytes
+
+
+@cache
+def code() -> Code:
+    """The state of the code that runs, as it was when it was first asked for."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / COMMIT_FILE).is_file():
+        commit = (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
+        patch = root / PATCH_FILE
+        return Code(commit or None, patch.read_bytes() if patch.is_file() else b"")
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed inside another checkout
+        return Code(None, b"")
+    commit = (_git(root, "rev-parse", "HEAD") or b"").decode().strip()
+    if not commit:
+        return Code(None, b"")
+    if not _git(root, "status", "--porcelain", "--untracked-files=no"):
+        return Code(commit, b"")
+    return Code(f"{commit}+changes", _git(root, "diff", "HEAD", "--binary") or b"")
+
+
+def _git(folder: Path, *arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,160 @@
+"""Cluster profiles: what a lab's cluster wants to be asked for, and how; nothing about anyone's cluster is in code."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from engine.config import Recipe, load_recipe
+
+
+class Resources(Recipe):
+    """What a job asks for; a key that is left out is taken from the suite's stage, then from the cluster's profile.
+
+    There is one task per GPU, or ``tasks_per_node`` of them where there are no GPUs.
+    """
+
+    nodes: int | None = Field(None, ge=1)
+    gpus_per_node: int | None = Field(None, ge=0)
+    tasks_per_node: int | None = Field(None, ge=1, description="without GPUs; with them it is their number")
+    cpus_per_task: int | None = Field(None, ge=1)
+    mem_gb: float | None = Field(None, gt=0, description="per node; null asks for the cluster's default")
+    time_min: int | None = Field(None, ge=1, description="minutes until the job is stopped and queued again")
+
+    def over(self, other: Resources) -> Resources:
+        """These, and where they say nothing the other's."""
+        return Resources(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of a job."""
+        return self.nodes or 1
+
+    @property
+    def tasks(self) -> int:
+        """Processes on a node."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def processes(self) -> int:
+        """Processes of a job."""
+        return self.num_nodes * self.tasks
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a job."""
+        return self.num_nodes * (self.gpus_per_node or 0)
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of a job."""
+        return self.processes * (self.cpus_per_task or 1)
+
+    @property
+    def minutes(self) -> int:
+        """Time limit."""
+        return self.time_min or DEFAULTS.time_min or 60
+
+    def describe(self) -> str:
+        """In words, for a dry run."""
+        nodes = f"{self.num_nodes} node" + "s" * (self.num_nodes > 1)
+        devices = f"{self.gpus_per_node} GPU" + "s" * (self.gpus_per_node != 1) if self.gpus_per_node else "no GPU"
+        memory = f", {self.mem_gb:g} GB" if self.mem_gb else ""
+        return (
+            f"{nodes} × ({devices}, {self.tasks} task{'s' * (self.tasks > 1)} × {self.cpus_per_task or 1} CPUs{memory}), "
+            f"{self.minutes // 60} h {self.minutes % 60:02d} min"
+        )
+
+
+DEFAULTS = Resources(nodes=1, gpus_per_node=0, cpus_per_task=1, time_min=60)
+
+
+class Profile(Recipe):
+    """A cluster.
+
+    ``data`` says where data sets lie, by their ``data.name``. ``setup`` lines run in the batch script before Python;
+    ``container`` stands before Python (``apptainer exec --nv image.sif``); ``local_cache`` is a folder on the node for
+    temporary and compiled files, in which ``$VARIABLES`` are replaced on the node. ``sbatch`` holds any other flag.
+    ``max_timeouts`` and ``max_requeues`` bound how often a job is queued again after its time limit and in all.
+    ``shared_check_s`` is how long `mixmask launch` waits for a job's proof that the nodes see the folder of runs.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    array_parallelism: int = Field(256, ge=1)
+    resources: Resources = Resources()
+    signal_delay_s: int = Field(120, ge=1, description="seconds before the time limit at which a job is told to stop")
+    max_timeouts: int = Field(20, ge=0)
+    max_requeues: int = Field(50, ge=0)
+    setup: tuple[str, ...] = ()
+    container: str | None = None
+    python: str | None = Field(None, description="the nodes' Python; by default the one that launches")
+    environment: dict[str, str] = Field({})
+    local_cache: str | None = None
+    data: dict[str, str] = Field({})
+    sbatch: dict[str, str | int | bool] = Field({})
+    shared_check_s: int = Field(60, ge=0, description="0 leaves the check out")
+
+    def resolve(self, resources: Resources) -> Resources:
+        """A job's resources with this cluster's defaults."""
+        return resources.over(self.resources).over(DEFAULTS)
+
+    def command(self, python: str) -> str:
+        """Python as a shell starts it on a node."""
+        interpreter = shlex.quote(self.python or python)
+        return f"{self.container} {interpreter}" if self.container else interpreter
+
+    def setup_lines(self, snapshot: Path) -> list[str]:
+        """Shell lines before Python: the profile's, its environment, and the frozen code first on the path."""
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return [*self.setup, *exports, f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+
+    def sbatch_parameters(self, resources: Resources, snapshot: Path, dependency: str | None) -> dict[str, Any]:
+        """What submitit is told of a job.
+
+        Args:
+            resources: After `resolve`.
+            snapshot: The folder of the frozen code, where the job starts.
+            dependency: As sbatch writes it, such as ``aftercorr:12``.
+        """
+        extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(snapshot), **self.sbatch}
+        named = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+            "cpus_per_task": resources.cpus_per_task,
+            "gpus_per_node": resources.gpus_per_node or None,
+            "mem": f"{round(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
+            "dependency": dependency,
+        }
+        return {
+            "time": resources.minutes,
+            "nodes": resources.num_nodes,
+            "ntasks_per_node": resources.tasks,
+            "array_parallelism": self.array_parallelism,
+            "signal_delay_s": self.signal_delay_s,
+            "stderr_to_stdout": True,
+            "setup": self.setup_lines(snapshot),
+            "srun_args": [
+                "--kill-on-bad-exit=1"
+            ],  # a killed process takes the others with it, instead of their waiting
+            "additional_parameters": {key: value for key, value in extra.items() if value is not False},
+            **{key: value for key, value in named.items() if value is not None},
+        }
+
+
+def load_profile(path: Path | None) -> Profile:
+    """Read a profile; None is a cluster that wants nothing special.
+
+    Raises:
+        ConfigError: As `load_recipe`.
+    """
+    return Profile() if path is None else load_recipe(Profile, path)

@@ -1,0 +1,47 @@
+"""What a suite ends with: its tables, and which cells are missing from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.records import Record
+from engine.storage import write_text
+from evaluate.tables import methods_by_protocols, render
+from launch.jobs import Attempts
+from launch.ledger import Launch, LaunchedCell
+
+
+def write_results(launch_file: Path) -> str:
+    """Write ``tables.md`` and ``tables.csv`` of a launch's finished cells into the suite's folder.
+
+    Returns:
+        The table, and one line for each cell that is not finished.
+    """
+    launch = Launch.model_validate_json(launch_file.read_text(encoding="utf-8"))
+    folder = launch.folder.parents[1]
+    records = [Record.read(cell.done[0]) for cell in launch.cells if cell.stage == "transfer" and cell.is_finished]
+    table = methods_by_protocols(records)
+    missing = [f"- {cell.id}: {_why(cell, launch)}" for cell in launch.cells if not cell.is_finished]
+    done = len(launch.cells) - len(missing)
+    text = f"# {launch.suite}\n\n{done} of {len(launch.cells)} cells are finished.\n\n{render(table, 'md')}"
+    if missing:
+        text += "\nNot finished:\n\n" + "\n".join(missing) + "\n"
+    write_text(folder / "tables.md", text)
+    write_text(folder / "tables.csv", render(table, "csv"))
+    return f"{text}\n{folder / 'tables.md'}"
+
+
+def _why(cell: LaunchedCell, launch: Launch) -> str:
+    """What is known of a cell without a result, from its folder alone."""
+    lines = Attempts(cell.run / "attempts.jsonl").read()
+    if not lines:
+        parent = next((other for other in launch.cells if other.id == cell.parent), None)
+        if parent is not None and not parent.is_finished:
+            return f"its backbone {parent.id} is not finished"
+        return "never started"
+    last = lines[-1]
+    if last["event"] == "failed":
+        return str(last.get("message") or "failed").splitlines()[0]
+    if last["event"] == "started":
+        return f"job {last['job']} ended without a word, as if killed"
+    return f"{last['event']} (job {last['job']})"

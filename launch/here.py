@@ -1,0 +1,101 @@
+"""Running a suite on this machine: one cell after another in this process, or as processes that submitit starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+
+import submitit
+
+from engine.progress import say
+from launch.arrays import Array
+from launch.cluster import Profile
+from launch.jobs import CellJob
+from launch.ledger import Launch
+from launch.suite import Cell
+
+
+def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, record: Launch) -> None:
+    """Run every array in turn; a cell without its backbone is left out, and a failed one does not stop the others.
+
+    Raises:
+        Interrupted: If this process was asked to stop.
+    """
+    for array in arrays:
+        ready = []
+        for cell in array.cells:
+            if array.after is not None and not all(file.is_file() for file in jobs[_parent(cell)].done):
+                say(f"{cell.id}: left out, because {cell.parent} is not finished")
+            else:
+                ready.append(cell)
+        if record.cluster == "inline":
+            for cell in ready:
+                _in_this_process(jobs[cell.id])
+        else:
+            _as_processes(array, ready, jobs, profile, record)
+
+
+def _parent(cell: Cell) -> str:
+    assert cell.parent is not None
+    return cell.parent
+
+
+def _in_this_process(job: CellJob) -> None:
+    say(f"\n{job.cell}")
+    with _unchanged():
+        try:
+            job()
+        except SystemExit as end:
+            say(f"{job.cell}: ended with exit code {end.code}")
+        except Exception:
+            traceback.print_exc()
+
+
+@contextlib.contextmanager
+def _unchanged() -> Iterator[None]:
+    """Leave the folder and the environment as they were."""
+    folder, environment = os.getcwd(), dict(os.environ)
+    try:
+        yield
+    finally:
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _as_processes(
+    array: Array, cells: Sequence[Cell], jobs: Mapping[str, CellJob], profile: Profile, record: Launch
+) -> None:
+    """As many at a time as the profile says (``array_parallelism``), or one."""
+    assert record.snapshot is not None
+    width = profile.array_parallelism if "array_parallelism" in profile.model_fields_set else 1
+    executor = submitit.LocalExecutor(
+        record.folder / "jobs" / array.name,
+        max_num_timeout=profile.max_timeouts,
+        python=profile.command(sys.executable),
+    )
+    executor.update_parameters(
+        timeout_min=array.resources.minutes,
+        gpus_per_node=array.resources.gpus_per_node or 0,
+        tasks_per_node=array.resources.tasks,
+        nodes=array.resources.num_nodes,
+        signal_delay_s=profile.signal_delay_s,
+        stderr_to_stdout=True,
+        setup=[*profile.setup_lines(record.snapshot), f"cd {shlex.quote(str(record.snapshot))}"],
+    )
+    for start in range(0, len(cells), width):
+        chosen = cells[start : start + width]
+        started = executor.submit_array([jobs[cell.id] for cell in chosen])
+        for cell, job in zip(chosen, started, strict=True):
+            log = job.paths.stdout
+            say(f"{cell.id}: process {job.job_id}, log {log}")
+            found = {"job": job.job_id, "log": log}
+            record.cells = tuple(c.model_copy(update=found) if c.id == cell.id else c for c in record.cells)
+        record.write()
+        for cell, job in zip(chosen, started, strict=True):
+            job.wait()
+            say(f"{cell.id}: {'done' if cell.is_finished else 'not finished, see its log'}")

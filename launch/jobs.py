@@ -1,0 +1,294 @@
+"""What runs in a job: one cell, the check of the shared folder, and the last job that writes the tables.
+
+submitit pickles these objects and starts them on the node, one task per process. submitit answers SLURM's signal by calling
+`checkpoint` and queueing the job again. While a cell trains, the training loop has put its own handler there, which only
+sets a flag; the loop saves at the next step and ends with `Interrupted`, and then the first process hands the signal on to
+submitit.
+
+Nothing here imports torch before it must: a cell that is finished ends at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import submitit
+from submitit.core.utils import DelayedSubmission
+
+from engine.errors import Interrupted, RunFailure, UserError
+from launch import queue
+
+if TYPE_CHECKING:
+    from transfer.checkpoints.export import Target
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job runs: its id, the number of this process, and its log. Outside submitit: this process."""
+
+    cluster: str
+    job: str
+    rank: int
+    log: str | None
+
+    @classmethod
+    def here(cls) -> Place:
+        """Of this process."""
+        if "SUBMITIT_EXECUTOR" not in os.environ:
+            return cls("inline", f"{socket.gethostname()}:{os.getpid()}", 0, None)
+        env = submitit.JobEnvironment()
+        return cls(env.cluster, env.job_id, env.global_rank, str(env.paths.stdout))
+
+
+class Attempts:
+    """``attempts.jsonl``: which jobs have worked on a cell and how they ended."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def write(self, place: Place, event: str, message: str = "") -> None:
+        """Add a line; only a job's first process does."""
+        if place.rank:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        line = {
+            "event": event,
+            "job": place.job,
+            "host": socket.gethostname(),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "log": place.log,
+        }
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line | ({"message": message} if message else {})) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines; one that a crash left half written is left out."""
+        if not self.file.is_file():
+            return []
+        found = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def requeues(self, job: str) -> int:
+        """How often a job has been queued again: its starts after the first."""
+        starts = [line for line in self.read() if line["event"] == "started" and line["job"] == job]
+        return max(len(starts) - 1, 0)
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """A cell, as a job runs it.
+
+    Attributes:
+        cell: Its id.
+        stage: What kind of work.
+        recipe: The resolved recipe as a file, of pretraining and transfer.
+        run: The run directory.
+        done: Files whose presence says that it is finished.
+        folder: The user's folder at the launch, which relative paths in recipes start from.
+        traces: Where the job leaves a mark that it has started.
+        max_requeues: How often it may be queued again.
+        local_cache: The node's folder for temporary files.
+        source: The backbone's file, of conversions.
+        target: The format, of conversions.
+    """
+
+    cell: str
+    stage: str
+    recipe: Path | None
+    run: Path
+    done: tuple[Path, ...]
+    folder: Path
+    traces: Path
+    max_requeues: int
+    local_cache: str | None = None
+    source: Path | None = None
+    target: Target | None = None
+
+    @property
+    def attempts(self) -> Attempts:
+        """What is known of earlier jobs."""
+        return Attempts(self.run / "attempts.jsonl")
+
+    def __call__(self) -> None:
+        """Do the work, or go on with it.
+
+        Raises:
+            SystemExit: 2 for a user's mistake, 1 for a failure, 128 + signal if it was stopped for good.
+        """
+        place = Place.here()
+        leave_trace(self.traces, place)
+        os.chdir(self.folder)
+        if all(file.is_file() for file in self.done):
+            print(f"{self.cell}: finished before, see {self.run}", flush=True)
+            return
+        self.attempts.write(place, "started")
+        try:
+            if self.attempts.requeues(place.job) > self.max_requeues:
+                raise RunFailure(f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)")
+            _use_local_cache(self.local_cache)
+            _name_local_processes(place)
+            self.work()
+        except Interrupted as stop:
+            self.stopped(place, stop.signal, str(stop))
+        except UserError as error:
+            self.failed(place, f"error: {error}", 2)
+        except RunFailure as error:
+            self.failed(place, f"failed: {error}", 1)
+        except SystemExit as end:  # several processes have agreed on it, and the first has said why
+            code = end.code if isinstance(end.code, int) else 1
+            if code <= 128:
+                self.attempts.write(place, "failed")
+                raise
+            self.stopped(place, code - 128, "")
+        except Exception as error:
+            self.attempts.write(place, "failed", traceback.format_exception_only(error)[-1].strip())
+            raise
+        else:
+            self.attempts.write(place, "done")
+
+    def work(self) -> None:
+        """The stage, in this process and those that share it."""
+        if self.stage == "convert":
+            self.convert()
+            return
+        from engine.config import load_recipe
+        from engine.distributed import agreed, session
+        from engine.progress import say
+        from pretrain import stage as pretrain_stage
+        from pretrain.recipe import PretrainRecipe
+        from transfer import stage as transfer_stage
+        from transfer.recipe import load_transfer_recipe
+
+        assert self.recipe is not None
+        recipe, runs = self.recipe, self.run.parents[1]
+        with session():
+            if self.stage == "pretrain":
+                plan = agreed(lambda: pretrain_stage.plan(load_recipe(PretrainRecipe, recipe), runs, self.run))
+                say(plan.describe())
+                pretrain_stage.run(plan)
+            else:
+                chosen = agreed(lambda: transfer_stage.plan(load_transfer_recipe(recipe), runs, self.run))
+                say(chosen.describe())
+                transfer_stage.run(chosen)
+
+    def convert(self) -> None:
+        """Write the backbone in another format, read back by the library it is for."""
+        from transfer.checkpoints.export import check_export, export
+        from transfer.checkpoints.source import read_source
+
+        assert self.source is not None
+        assert self.target is not None
+        found = read_source(self.source)
+        check_export(found, self.done[0], self.target)
+        print(
+            f"source    {self.source}\n{found.account.summary()}\nwritten   {export(found, self.done[0], self.target)}"
+        )
+
+    def failed(self, place: Place, message: str, code: int) -> None:
+        """End with a message instead of a traceback."""
+        self.attempts.write(place, "failed", message)
+        print(message, file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+    def stopped(self, place: Place, number: int, message: str) -> None:
+        """After a checkpoint: queue the job again, if nobody else does.
+
+        A job that is being cancelled, or that SLURM queues again itself (preemption), is no longer RUNNING. One that is
+        has been told to stop before its time limit or within a preemption's grace time; its first process hands the
+        signal on to submitit, which counts timeouts and calls `checkpoint`.
+        """
+        print(message or f"{self.cell}: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        if place.cluster == "inline":
+            self.attempts.write(place, "stopped")
+            raise Interrupted(message, number)
+        if place.rank:
+            return
+        if place.cluster == "slurm" and queue.state_of(place.job) != "RUNNING":
+            self.attempts.write(place, "stopped")
+            raise SystemExit(128 + number)
+        signal.raise_signal(submitit.JobEnvironment()._usr_sig())
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """What submitit queues again; None after too many times, and the job fails."""
+        place = Place.here()
+        if self.attempts.requeues(place.job) >= self.max_requeues:
+            self.attempts.write(place, "failed", f"failed: given up after {self.max_requeues} requeues (max_requeues)")
+            return None
+        self.attempts.write(place, "requeued")
+        return DelayedSubmission(self)
+
+
+def _use_local_cache(folder: str | None) -> None:
+    """Point what writes temporary files or compiles at the node's own disk; before torch is imported."""
+    if folder is None:
+        return
+    place = Path(os.path.expandvars(folder))
+    place.mkdir(parents=True, exist_ok=True)
+    names = {
+        "TMPDIR": "tmp",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+        "XDG_CACHE_HOME": "cache",
+    }
+    for variable, name in names.items():
+        (place / name).mkdir(exist_ok=True)
+        os.environ[variable] = str(place / name)
+
+
+def _name_local_processes(place: Place) -> None:
+    """Give the processes of a local job the names that torchrun would give them."""
+    count = int(os.environ.get("SUBMITIT_LOCAL_NTASKS", "1"))
+    if place.cluster != "local" or count == 1:
+        return
+    os.environ.update(
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.rank),
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(15000 + int(place.job) % 20000),
+    )
+
+
+def leave_trace(traces: Path, place: Place) -> None:
+    """A file that shows to those who see the folder that a job has started."""
+    if place.rank == 0:
+        traces.mkdir(parents=True, exist_ok=True)
+        (traces / place.job).touch()
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """Shows that the nodes write to the folder that the launching machine reads."""
+
+    traces: Path
+
+    def __call__(self) -> None:
+        """Leave a trace."""
+        leave_trace(self.traces, Place.here())
+
+
+@dataclass(frozen=True)
+class FinishJob:
+    """The last job of a launch: the tables, and which cells have none to show."""
+
+    launch: Path
+
+    def __call__(self) -> None:
+        """Write them."""
+        from launch.finish import write_results
+
+        print(write_results(self.launch), flush=True)

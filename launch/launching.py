@@ -1,0 +1,194 @@
+"""``mixmask launch``: from a suite to what is submitted, or said in a dry run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import RunDirectoryError, UserError
+from engine.ownership import Owner, read_owner
+from engine.progress import say
+from engine.provenance import code
+from engine.storage import write_text
+from launch import here, ledger, queue, slurm
+from launch.arrays import Array, plan_arrays
+from launch.cluster import Profile
+from launch.finish import write_results
+from launch.jobs import CellJob
+from launch.ledger import Cluster, Launch
+from launch.snapshot import freeze
+from launch.suite import Cell, Suite, check_cells, expand
+
+LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
+LARGEST_ARRAY = 1000  # SLURM's default, where it cannot be asked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch would do.
+
+    Attributes:
+        suite: What was asked for.
+        profile: Of the cluster.
+        cluster: Where it would run.
+        runs: Folder of all runs, absolute.
+        cells: Of the suite.
+        queued: Job ids of cells that wait or run already, by cell id.
+        arrays: What is left, in the order of submission.
+    """
+
+    suite: Suite
+    profile: Profile
+    cluster: Cluster
+    runs: Path
+    cells: tuple[Cell, ...]
+    queued: Mapping[str, str]
+    arrays: tuple[Array, ...]
+
+    @property
+    def finished(self) -> tuple[Cell, ...]:
+        """Cells with nothing left to do."""
+        return tuple(cell for cell in self.cells if cell.is_finished)
+
+    def describe(self) -> str:
+        """The graph, the counts and what is asked for, in words."""
+        new = sum(len(array.cells) for array in self.arrays)
+        lines = [
+            f"suite     {self.suite.name}: {len(self.cells)} cells, {len(self.finished)} finished, "
+            f"{len(self.queued)} queued or running, {new} to do in {len(self.arrays)} arrays"
+        ]
+        for array in self.arrays:
+            counts = Counter(
+                f"{cell.protocol} on {cell.dataset}" if cell.dataset else cell.protocol for cell in array.cells
+            )
+            what = ", ".join(f"{count} × {what}" for what, count in counts.items())
+            waits = f", each after its own cell of {array.after.name}" if array.after is not None else ""
+            waits += f", after job {', '.join(array.after_jobs)}" if array.after_jobs else ""
+            lines.append(f"  {array.name:<12} {len(array.cells)} cells ({what}){waits}")
+            lines.append(f"  {'':<12} {array.resources.describe()} each")
+        if self.arrays:
+            lines.append(f"  {'finish':<12} the tables, after all of them, however they end")
+        gpus = sum(len(array.cells) * array.resources.gpus * array.resources.minutes for array in self.arrays) / 60
+        cpus = sum(len(array.cells) * array.resources.cpus * array.resources.minutes for array in self.arrays) / 60
+        lines.append(f"asked for at most {gpus:,.0f} GPU-hours and {cpus:,.0f} CPU-hours")
+        return "\n".join(lines)
+
+
+def make_plan(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs: Path, check_data: bool) -> Plan:
+    """Expand a suite and see what is left of it.
+
+    Raises:
+        UserError: If the suite, a recipe, a checkpoint or data are not right.
+    """
+    runs = runs.resolve()
+    cells = expand(suite, folder, profile, runs)
+    waiting = _queued(cells, runs) if cluster == "slurm" else {}
+    left = [cell for cell in cells if not cell.is_finished and cell.id not in waiting]
+    if check_data:
+        check_cells(left)
+    limit = queue.largest_array() if cluster == "slurm" and left else LARGEST_ARRAY
+    return Plan(suite, profile, cluster, runs, cells, waiting, plan_arrays(left, waiting, limit))
+
+
+def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
+    """Jobs of earlier launches, of this or another suite, that still have a cell to do."""
+    states = queue.queued()
+    known: dict[str, list[str]] = {}
+    for launch in ledger.launches(runs):
+        for launched in launch.cells:
+            if launched.job is not None:
+                known.setdefault(launched.id, []).append(launched.job)
+    found = {}
+    for cell in cells:
+        owner = read_owner(cell.run / "owner.json")
+        jobs = known.get(cell.id, []) + ([str(owner["job"])] if owner is not None and owner.get("job") else [])
+        active = [job for job in jobs if job in states and states[job].is_active]
+        if active and not cell.is_finished:
+            found[cell.id] = active[-1]
+    return found
+
+
+def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs: Path, check_data: bool) -> bool:
+    """Submit what is left of a suite, or run it here.
+
+    Returns:
+        Whether every cell is finished, or has a job.
+
+    Raises:
+        UserError: If anything is wrong; nothing is left submitted then.
+        RunFailure: If SLURM refuses; nothing is left submitted then.
+    """
+    runs = runs.resolve()
+    lock = Owner(runs / ".launching.json", wait=LAUNCHING_SECONDS)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{runs}: the folder of runs cannot be written ({error.strerror})") from None
+    except RunDirectoryError as error:
+        raise UserError(f"another launch into this folder has not ended: {error}") from None
+    try:
+        plan = make_plan(suite, folder, profile, cluster, runs, check_data)
+        say(plan.describe())
+        record = _record(plan)
+        jobs = _jobs(plan, record)
+        if cluster == "slurm":
+            slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
+    finally:
+        lock.release()
+    if cluster == "slurm" and (plan.arrays or plan.queued):
+        return True
+    if cluster != "slurm":
+        here.run(plan.arrays, jobs, plan.profile, record)
+    print(write_results(record.file))
+    return all(cell.is_finished for cell in plan.cells)
+
+
+def _record(plan: Plan) -> Launch:
+    """Write down what is about to be launched, with the code that it runs frozen."""
+    folder, now = ledger.new_launch_folder(plan.runs, plan.suite.name)
+    cells = tuple(
+        cell.launched().model_copy(update={"job": plan.queued.get(cell.id), "log": None}) for cell in plan.cells
+    )
+    snapshot = None
+    if plan.cluster != "inline" and plan.arrays:
+        snapshot = freeze(ledger.suite_folder(plan.runs, plan.suite.name) / "code")
+    record = Launch(
+        suite=plan.suite.name,
+        created=now,
+        cluster=plan.cluster,
+        folder=folder,
+        commit=code().commit,
+        snapshot=snapshot,
+        cells=cells,
+    )
+    record.write()
+    return record
+
+
+def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
+    """What each cell's job is to do, with its resolved recipe written down."""
+    from engine.config import to_yaml
+
+    found = {}
+    for array in plan.arrays:
+        for cell in array.cells:
+            recipe = None
+            if cell.recipe is not None:
+                recipe = record.folder / "recipes" / cell.stage / f"{cell.run.name}.yaml"
+                write_text(recipe, to_yaml(cell.recipe))
+            found[cell.id] = CellJob(
+                cell=cell.id,
+                stage=cell.stage,
+                recipe=recipe,
+                run=cell.run,
+                done=cell.done,
+                folder=Path.cwd(),
+                traces=record.folder / "started",
+                max_requeues=plan.profile.max_requeues,
+                local_cache=plan.profile.local_cache,
+                source=cell.source,
+                target=cell.target,
+            )
+    return found

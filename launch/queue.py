@@ -1,0 +1,124 @@
+"""What SLURM says: its commands and how their output is read. With accounting or without."""
+
+from __future__ import annotations
+
+import getpass
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.errors import RunFailure, UserError
+
+ACTIVE = frozenset(
+    {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
+    | {"STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+)
+SECONDS = 60
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job, or a task of an array.
+
+    Attributes:
+        state: SLURM's word: PENDING, RUNNING, FAILED, TIMEOUT …
+        reason: Why it waits or ended, in SLURM's words.
+        node: Where it runs.
+        seconds: For how long it has run.
+    """
+
+    state: str
+    reason: str = ""
+    node: str = ""
+    seconds: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ACTIVE
+
+
+def run(command: list[str]) -> str:
+    """Run one of SLURM's commands.
+
+    Raises:
+        UserError: If the command is not installed.
+        RunFailure: With its message, if it fails.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]}: not found, so this is not a machine that can talk to SLURM; "
+            f"log in to the cluster, or use --cluster local or inline"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise RunFailure(f"{command[0]}: no answer within {SECONDS} s; is slurmctld up?") from None
+    if done.returncode:
+        raise RunFailure(f"{' '.join(command[:3])}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def queued() -> dict[str, JobState]:
+    """The user's jobs that wait, run, or ended a few minutes ago, by id (``12`` or ``12_3``)."""
+    fields = "%i|%T|%r|%N|%M"
+    text = run(["squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", f"--format={fields}"])
+    found = {}
+    for line in text.splitlines():
+        job, state, reason, node, elapsed = line.strip().split("|")
+        found[job] = JobState(state, "" if reason == "None" else reason, node, _seconds(elapsed))
+    return found
+
+
+def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
+    """What accounting knows of jobs that the queue has forgotten; nothing where accounting is off."""
+    ids = sorted({job.split("_")[0] for job in jobs}, key=int)
+    if not ids:
+        return {}
+    try:
+        text = run(
+            ["sacct", "--noheader", "--parsable2", "--allocations", "--array", f"--jobs={','.join(ids)}"]
+            + ["--format=JobID,State,ExitCode,NodeList,ElapsedRaw"]
+        )
+    except (UserError, RunFailure):
+        return {}
+    found = {}
+    for line in text.splitlines():
+        job, state, code, node, elapsed = line.split("|")
+        state, _, by = state.partition(" ")  # "CANCELLED by 1000"
+        reason = by or (f"exit code {code.split(':')[0]}" if state == "FAILED" else "")
+        found[job] = JobState(state, reason, node, int(elapsed or 0))
+    return found
+
+
+def state_of(job: str) -> str | None:
+    """A job's state as the controller sees it now, or None if it does not answer or know the job."""
+    try:
+        text = run(["scontrol", "show", "job", job])
+    except (UserError, RunFailure):
+        return None
+    match = re.search(r"JobState=(\w+)", text)
+    return match.group(1) if match else None
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs, waiting or running."""
+    ids = list(jobs)
+    if ids:
+        run(["scancel", *ids])
+
+
+def largest_array() -> int:
+    """Most tasks that an array may have."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]), re.MULTILINE)
+    return max(int(match.group(1)) - 1, 1) if match else 1000
+
+
+def _seconds(elapsed: str) -> int:
+    """``1-02:03:04``, ``2:03:04`` or ``3:04`` as seconds."""
+    days, _, clock = elapsed.rpartition("-")
+    total = 0
+    for part in clock.split(":"):
+        total = 60 * total + (int(part) if part.isdigit() else 0)
+    return total + 86400 * int(days or 0)

@@ -1,0 +1,258 @@
+"""``mixmask status``: how far every cell of a suite is, from the run directories and SLURM's queue."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from engine.errors import UserError
+from engine.ownership import describe_owner, read_owner
+from launch import queue
+from launch.jobs import Attempts
+from launch.ledger import Launch, LaunchedCell
+from launch.queue import JobState
+
+State = Literal["done", "running", "pending", "failed", "cancelled", "stopped", "not started"]
+COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "magenta"}
+UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
+HEADLINES = ("knn/top1", "linear/top1", "semisup/top1", "bbox/AP50", "loss")
+TAIL_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """A cell, and how far it is.
+
+    Attributes:
+        cell: Its id.
+        stage: pretrain, convert or transfer.
+        state: One word.
+        detail: Progress, the reason of a wait, the last error line, or the headline metric.
+        requeues: How often its job has been queued again.
+        job: Its SLURM job.
+        log: The log of its first process.
+        run: The run directory.
+    """
+
+    cell: str
+    stage: str
+    state: State
+    detail: str
+    requeues: int
+    job: str | None
+    log: str | None
+    run: str
+
+
+def status(launch: Launch) -> list[CellStatus]:
+    """The state of every cell of a launch.
+
+    Raises:
+        UserError: If SLURM's commands are not installed on this machine.
+        RunFailure: If SLURM does not answer.
+    """
+    states: dict[str, JobState] = {}
+    if launch.cluster == "slurm" and any(not cell.is_finished for cell in launch.cells):
+        states = queue.queued()
+        unknown = [c.job for c in launch.cells if not c.is_finished and c.job is not None and c.job not in states]
+        states |= queue.accounted(unknown)
+    found: dict[str, CellStatus] = {}
+    for cell in launch.cells:
+        found[cell.id] = _status(cell, launch, states, found)
+    return list(found.values())
+
+
+def _status(
+    cell: LaunchedCell, launch: Launch, states: Mapping[str, JobState], before: Mapping[str, CellStatus]
+) -> CellStatus:
+    attempts = Attempts(cell.run / "attempts.jsonl")
+    lines = attempts.read()
+    log = next((line["log"] for line in reversed(lines) if line.get("log")), None)
+    log = log or (str(cell.log) if cell.log is not None else None)
+    state, detail = _state(cell, launch, states, before, lines, log)
+    requeues = attempts.requeues(cell.job) if cell.job is not None else 0
+    return CellStatus(cell.id, cell.stage, state, detail, requeues, cell.job, log, str(cell.run))
+
+
+def _state(
+    cell: LaunchedCell,
+    launch: Launch,
+    states: Mapping[str, JobState],
+    before: Mapping[str, CellStatus],
+    lines: Sequence[Mapping[str, Any]],
+    log: str | None,
+) -> tuple[State, str]:
+    if cell.is_finished:
+        return "done", _headline(cell)
+    job = states.get(cell.job) if cell.job is not None else None
+    mine = [line for line in lines if line["job"] == cell.job] if cell.job is not None else list(lines)
+    if job is not None and job.state == "PENDING":
+        waits = {"Dependency": f"for {cell.parent}" if cell.parent else "", "Priority": "for its turn"}
+        return "pending", waits.get(job.reason, job.reason)
+    if job is not None and job.is_active:
+        if not (launch.folder / "started" / str(cell.job)).exists() and job.seconds > UNSEEN_SECONDS and not mine:
+            return (
+                "failed",
+                f"runs on {job.node}, but its files are not seen in {launch.folder}: is that folder shared?",
+            )
+        return "running", progress(cell.run)
+    owner = read_owner(cell.run / "owner.json")
+    if job is None and owner is not None and not (mine and mine[-1]["event"] in ("failed", "stopped")):
+        return "running", f"{progress(cell.run)} ({describe_owner(owner)})".strip()
+    parent = before.get(cell.parent) if cell.parent is not None else None
+    if job is not None and job.state == "CANCELLED":
+        if parent is not None and parent.state not in ("done", "running", "pending"):
+            return "cancelled", f"because {parent.cell} {parent.state}"
+        return "cancelled", ""
+    last = mine[-1] if mine else None
+    if last is not None:
+        how = f"{job.state.lower().replace('_', ' ')}: " if job is not None and job.state != "FAILED" else ""
+        if last["event"] == "failed":
+            return "failed", how + (last.get("message") or last_error(log))
+        if last["event"] in ("stopped", "requeued"):
+            return "stopped", f"{how}{progress(cell.run)}; launch the suite again to go on".removeprefix("; ")
+        return "failed", how + (last_error(log) or "ended without a word, as if killed or out of memory")
+    if job is not None:
+        where = f" on {job.node}" if job.node else ""
+        return "failed", f"{job.state.lower()}{where} {job.reason}: {last_error(log) or f'left nothing in {cell.run}'}"
+    if parent is not None and parent.state != "done":
+        return "cancelled" if cell.job is not None else "not started", f"because {parent.cell} {parent.state}"
+    return "not started", ""
+
+
+def _headline(cell: LaunchedCell) -> str:
+    if cell.stage == "convert":
+        return cell.done[0].name
+    try:
+        metrics = json.loads(cell.done[0].read_text(encoding="utf-8"))["metrics"]
+    except (OSError, ValueError, KeyError):
+        return f"damaged: {cell.done[0]}"
+    return next((f"{name} {metrics[name]:.2f}" for name in HEADLINES if name in metrics), "")
+
+
+def progress(run: Path) -> str:
+    """``37 % · 1,240 images/s · 2 h 05 min left`` from the end of a run's log; empty before its first line."""
+    try:
+        with (run / "log.jsonl").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - TAIL_BYTES, 0))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    for line in reversed(text.splitlines()):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and {"step", "of", "seconds"} <= entry.keys() and entry["step"]:
+            left = (entry["of"] - entry["step"]) * entry["seconds"] / entry["step"]
+            rate = f" · {entry['images_per_second']:,.0f} images/s" if "images_per_second" in entry else ""
+            return f"{100 * entry['step'] // entry['of']} %{rate} · {duration(left)} left"
+    return ""
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 48 * 60 else f"{minutes // 1440} days"
+
+
+def last_error(log: str | None) -> str:
+    """The line of a log that says why it ended; a launcher's remarks only if there is nothing else."""
+    if log is None:
+        return ""
+    try:
+        with open(log, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(file.tell() - TAIL_BYTES, 0))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    lines = [line for line in lines if line]
+    said = [line for line in lines if line.startswith(("error: ", "failed: "))]
+    own = [line for line in lines if not line.startswith(("srun:", "slurmstepd", "submitit "))]
+    raised = [line for line in own if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+    slurm = [line for line in lines if line.startswith("slurmstepd") and "***" in line]
+    return (said or raised or slurm or lines or [""])[-1]
+
+
+def table(launch: Launch, found: Sequence[CellStatus]) -> Table:
+    """For a terminal; logs are relative to the launch's folder, where they lie in it."""
+    counts = Counter(one.state for one in found)
+    summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
+    tables = launch.folder.parents[1] / "tables.md"
+    caption = f"logs in {launch.folder}/" + (f"\ntables in {tables}" if tables.is_file() else "")
+    result = Table(title=f"{launch.suite}: {summary}", caption=caption, title_justify="left", caption_justify="left")
+    for name in ("cell", "state", "", "job", "log"):
+        result.add_column(name, overflow="fold")
+    for one in found:
+        word = one.state + (f", requeued ×{one.requeues}" if one.requeues else "")
+        result.add_row(
+            Text(one.cell),
+            Text(word, style=COLOURS.get(one.state, "")),
+            Text(one.detail),
+            Text(one.job or ""),
+            Text((one.log or "").removeprefix(f"{launch.folder}/")),
+        )
+    return result
+
+
+def as_json(suite: str, found: Sequence[CellStatus]) -> str:
+    """For scripts."""
+    return json.dumps({"suite": suite, "cells": [asdict(one) for one in found]}, indent=1)
+
+
+def cancel(launches: Sequence[Launch]) -> list[str]:
+    """Cancel every job of a suite that waits or runs; the last job of each launch, too.
+
+    Returns:
+        The ids.
+
+    Raises:
+        UserError: If nothing of it runs on SLURM.
+    """
+    known = {job for launch in launches if launch.cluster == "slurm" for job in (*launch.jobs, *_jobs(launch))}
+    if not known:
+        raise UserError("nothing to cancel: the suite has no job on SLURM")
+    states = queue.queued()
+    active = sorted(
+        {job.split("_")[0] for job, state in states.items() if state.is_active and job.split("_")[0] in known},
+        key=int,
+    )
+    queue.cancel(active)
+    return active
+
+
+def _jobs(launch: Launch) -> list[str]:
+    return [cell.job.split("_")[0] for cell in launch.cells if cell.job is not None]
+
+
+def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, LaunchedCell]:
+    """The cell that a part of its id names, in the newest launch that has it.
+
+    Raises:
+        UserError: If none or several do; they are listed.
+    """
+    found: dict[str, tuple[Launch, LaunchedCell]] = {}
+    for launch in launches:
+        for cell in launch.cells:
+            if wanted in (cell.id, cell.job, str(cell.run)):
+                return launch, cell
+            if wanted in cell.id:
+                found[cell.id] = (launch, cell)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise UserError(f"no cell's id contains '{wanted}'; mixmask status SUITE lists them")
+    raise UserError(f"'{wanted}' fits several cells; name one: {', '.join(sorted(found))}")

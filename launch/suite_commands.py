@@ -1,0 +1,152 @@
+"""The commands around suites: launch, status, cancel, logs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must share it.")]
+
+
+def launch(
+    suite: Annotated[Path, typer.Argument(help="A YAML file, for example from configs/suites/.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
+    ] = None,
+    cluster: Annotated[
+        Literal["slurm", "local", "inline"],
+        typer.Option(help="SLURM's queue, processes on this machine one after another, or this very process."),
+    ] = "slurm",
+    profile: Annotated[
+        Path | None, typer.Option(help="The cluster: a YAML file like those in configs/cluster/.")
+    ] = None,
+    runs: Runs = Path("runs"),
+    check_data: Annotated[bool, typer.Option(help="Open every data set once before anything is submitted.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the graph, the counts, the headers and the hours; submit nothing.")
+    ] = False,
+) -> None:
+    """Run a suite: pretrain, convert, transfer, tables, as dependent job arrays that survive preemption.
+
+    What is finished is not done again, and what is queued is not queued twice: the same command again does what is
+    missing. Half-done cells go on from their checkpoints.
+
+    \b
+    Examples:
+      mixmask launch configs/suites/table5.yaml --profile configs/cluster/example.yaml --dry-run
+      mixmask launch configs/suites/demo.yaml --cluster inline
+    """
+    from launch import launching, ledger, slurm
+    from launch.arrays import Array
+    from launch.cluster import load_profile
+    from launch.suite import load_suite
+
+    chosen, given = load_suite(suite, overrides or ()), load_profile(profile)
+    if not dry_run:
+        if not launching.launch(chosen, suite.parent, given, cluster, runs, check_data):
+            raise typer.Exit(1)
+        return
+    plan = launching.make_plan(chosen, suite.parent, given, cluster, runs, check_data)
+    typer.echo(plan.describe())
+    if cluster != "slurm" or not plan.arrays:
+        return
+    folder = ledger.suite_folder(plan.runs, chosen.name) / "launches" / "…"
+    snapshot = ledger.suite_folder(plan.runs, chosen.name) / "code" / "…"
+    last = Array("finish", given.resolve(chosen.resources.finish), ())
+    names = {array.name: f"<{array.name}>" for array in plan.arrays}
+    for array in (*plan.arrays, last):
+        typer.echo(f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, names)}")
+
+
+def status(
+    suite: Suite,
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    watch: Annotated[float, typer.Option(help="Show it anew every so many seconds, until all have ended.", min=0)] = 0,
+) -> None:
+    """Show how far a suite is: every cell's state, progress or last error, job and log.
+
+    \b
+    Example:
+      mixmask status table5 --watch 30
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from launch import ledger
+    from launch import status as states
+
+    newest = ledger.latest(runs.resolve(), _name(suite))
+
+    def look() -> list[states.CellStatus]:
+        return states.status(newest)
+
+    if as_json:
+        typer.echo(states.as_json(newest.suite, look()))
+        return
+    found = look()
+    console = Console()
+    if not watch:
+        console.print(states.table(newest, found))
+        return
+    with Live(states.table(newest, found), console=console, auto_refresh=False) as live:
+        while any(one.state in ("pending", "running") for one in found):
+            time.sleep(watch)
+            found = look()
+            live.update(states.table(newest, found), refresh=True)
+
+
+def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
+    """Cancel every job of a suite that waits or runs. What is done stays; `mixmask launch` goes on with the rest.
+
+    \b
+    Example:
+      mixmask cancel table5
+    """
+    from launch import ledger
+    from launch import status as states
+
+    name = _name(suite)
+    ledger.latest(runs.resolve(), name)
+    jobs = states.cancel(list(ledger.launches(runs.resolve(), name)))
+    typer.echo(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it waits or runs")
+
+
+def logs(
+    cell: Annotated[str, typer.Argument(help="A cell's id, a part of it, its job or its run directory.")],
+    runs: Runs = Path("runs"),
+    lines: Annotated[int, typer.Option(help="Print the last lines only; 0 prints all.", min=0)] = 40,
+) -> None:
+    """Print the log of a cell's newest job.
+
+    \b
+    Example:
+      mixmask logs cifar100-moco-mixmask-knn
+    """
+    from engine.errors import UserError
+    from launch import ledger
+    from launch import status as states
+
+    newest, found = states.find_cell(list(ledger.launches(runs.resolve()))[::-1], cell)
+    one = next(one for one in states.status(newest) if one.cell == found.id)
+    if one.log is None or not Path(one.log).is_file():
+        raise UserError(f"{one.cell}: {one.state}, and there is no log yet{f' ({one.log})' if one.log else ''}")
+    text = Path(one.log).read_text(encoding="utf-8", errors="replace").splitlines()
+    typer.echo(f"{one.log}: {one.state} {one.detail}".strip(), err=True)
+    typer.echo("\n".join(text[-lines:] if lines else text))
+
+
+def _name(suite: str) -> str:
+    """A suite's name, given it or its file."""
+    from engine.config import read_config
+
+    path = Path(suite)
+    if path.suffix in (".yaml", ".yml"):
+        tree, _ = read_config(path)
+        return str(tree.get("name", path.stem))
+    return suite
