@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import submitit
-from submitit.core.utils import DelayedSubmission
+from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from engine.errors import Interrupted, RunFailure, UserError
 from launch import queue
@@ -82,10 +82,9 @@ class Attempts:
                 continue
         return found
 
-    def requeues(self, job: str) -> int:
-        """How often a job has been queued again: its starts after the first."""
-        starts = [line for line in self.read() if line["event"] == "started" and line["job"] == job]
-        return max(len(starts) - 1, 0)
+    def starts(self, job: str) -> int:
+        """How often a job has started; after the first time it had been queued again."""
+        return sum(1 for line in self.read() if line["event"] == "started" and line["job"] == job)
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class CellJob:
             return
         self.attempts.write(place, "started")
         try:
-            if self.attempts.requeues(place.job) > self.max_requeues:
+            if self.attempts.starts(place.job) - 1 > self.max_requeues:
                 raise RunFailure(f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)")
             _use_local_cache(self.local_cache)
             _name_local_processes(place)
@@ -212,23 +211,29 @@ class CellJob:
         signal on to submitit, which counts timeouts and calls `checkpoint`.
         """
         print(message or f"{self.cell}: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        self.attempts.write(place, "stopped")
         if place.cluster == "inline":
-            self.attempts.write(place, "stopped")
             raise Interrupted(message, number)
         if place.rank:
             return
         if place.cluster == "slurm" and queue.state_of(place.job) != "RUNNING":
-            self.attempts.write(place, "stopped")
             raise SystemExit(128 + number)
-        signal.raise_signal(submitit.JobEnvironment()._usr_sig())
+        try:
+            signal.raise_signal(submitit.JobEnvironment()._usr_sig())
+        except UncompletedJobError as error:
+            self.failed(place, f"failed: {self.cell}: {error}", 1)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """What submitit queues again; None after too many times, and the job fails."""
         place = Place.here()
-        if self.attempts.requeues(place.job) >= self.max_requeues:
-            self.attempts.write(place, "failed", f"failed: given up after {self.max_requeues} requeues (max_requeues)")
+        if self.attempts.starts(place.job) > self.max_requeues:
+            print(
+                f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)", file=sys.stderr, flush=True
+            )
             return None
-        self.attempts.write(place, "requeued")
+        lines = self.attempts.read()
+        if not lines or lines[-1]["event"] != "stopped":  # the signal came before training or after it
+            self.attempts.write(place, "stopped")
         return DelayedSubmission(self)
 
 

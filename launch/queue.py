@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from engine.errors import RunFailure, UserError
+from engine.progress import say
 
 ACTIVE = frozenset(
     {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
@@ -78,10 +79,14 @@ def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
         return {}
     try:
         text = run(
-            ["sacct", "--noheader", "--parsable2", "--allocations", "--array", f"--jobs={','.join(ids)}"]
+            ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}"]
             + ["--format=JobID,State,ExitCode,NodeList,ElapsedRaw"]
         )
-    except (UserError, RunFailure):
+    except UserError:
+        return {}
+    except RunFailure as error:
+        if "disabled" not in str(error):
+            say(f"accounting does not answer, so jobs that the queue has forgotten are judged by their files: {error}")
         return {}
     found = {}
     for line in text.splitlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.errors import UserError
-from engine.ownership import describe_owner, read_owner
+from engine.ownership import describe_owner, read_owner, seems_alive
 from launch import queue
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell
@@ -24,6 +25,13 @@ COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "r
 UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
 HEADLINES = ("knn/top1", "linear/top1", "semisup/top1", "bbox/AP50", "loss")
 TAIL_BYTES = 20_000
+CAUSES = (  # of an end, in the order of what they tell
+    r"^(error|failed): ",
+    r"^[\w.]*(Error|Exception|Interrupt)\b",
+    r"(?i)oom-kill|out of memory",
+    r"^srun: error: .*: tasks? [\d,-]+: (?!Exited with|Terminated)",
+    r"^slurmstepd.*\*\*\*",
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,8 @@ def _status(
     log = next((line["log"] for line in reversed(lines) if line.get("log")), None)
     log = log or (str(cell.log) if cell.log is not None else None)
     state, detail = _state(cell, launch, states, before, lines, log)
-    requeues = attempts.requeues(cell.job) if cell.job is not None else 0
+    starts = attempts.starts(cell.job) if cell.job is not None else 0
+    requeues = starts if state == "pending" else max(starts - 1, 0)
     return CellStatus(cell.id, cell.stage, state, detail, requeues, cell.job, log, str(cell.run))
 
 
@@ -104,7 +113,7 @@ def _state(
             )
         return "running", progress(cell.run)
     owner = read_owner(cell.run / "owner.json")
-    if job is None and owner is not None and not (mine and mine[-1]["event"] in ("failed", "stopped")):
+    if job is None and owner is not None and seems_alive(cell.run / "owner.json"):
         return "running", f"{progress(cell.run)} ({describe_owner(owner)})".strip()
     parent = before.get(cell.parent) if cell.parent is not None else None
     if job is not None and job.state == "CANCELLED":
@@ -116,7 +125,7 @@ def _state(
         how = f"{job.state.lower().replace('_', ' ')}: " if job is not None and job.state != "FAILED" else ""
         if last["event"] == "failed":
             return "failed", how + (last.get("message") or last_error(log))
-        if last["event"] in ("stopped", "requeued"):
+        if last["event"] == "stopped":
             return "stopped", f"{how}{progress(cell.run)}; launch the suite again to go on".removeprefix("; ")
         return "failed", how + (last_error(log) or "ended without a word, as if killed or out of memory")
     if job is not None:
@@ -179,12 +188,11 @@ def last_error(log: str | None) -> str:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""
-    lines = [line for line in lines if line]
-    said = [line for line in lines if line.startswith(("error: ", "failed: "))]
-    own = [line for line in lines if not line.startswith(("srun:", "slurmstepd", "submitit "))]
-    raised = [line for line in own if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    slurm = [line for line in lines if line.startswith("slurmstepd") and "***" in line]
-    return (said or raised or slurm or lines or [""])[-1]
+    for pattern in CAUSES:
+        found = [line for line in lines if re.search(pattern, line)]
+        if found:
+            return found[-1]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def table(launch: Launch, found: Sequence[CellStatus]) -> Table:

@@ -286,7 +286,11 @@ class _Expansion:
     def _pretrain(self, entry: Entry, suffix: str, overrides: list[str], seed: int) -> Cell:
         config = self.folder / entry.config
         recipe = load_recipe(PretrainRecipe, config, overrides)
-        overrides = [*overrides, *self._data(recipe.data.name, entry), _override("name", (entry.name or recipe.name) + suffix)]
+        overrides = [
+            *overrides,
+            *self._data(recipe.data.name, entry),
+            _override("name", (entry.name or recipe.name) + suffix),
+        ]
         recipe = load_recipe(PretrainRecipe, config, overrides)
         fingerprint, run = pretrain_stage.locate(recipe, self.runs)
         resources = self._resources("pretrain", entry.resources)

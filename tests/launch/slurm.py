@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NEEDED_FOR_ACCOUNTING = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb-install-db")
 NODES = ("n1", "n2")
@@ -115,12 +117,28 @@ class Slurm:
         self.started.append(process)
         return process
 
+    def empty(self) -> None:
+        """Cancel every job and wait until they are gone."""
+        self.run("scancel", "--user", getpass.getuser(), "--full")
+        self.run("scancel", "--user", getpass.getuser())
+        wait_for(lambda: not self.run("squeue", "-h"), "the queue is empty")
+
+    @contextlib.contextmanager
+    def used(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Let this process talk to it, and leave it empty."""
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        for name in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(name, self.environment[name])
+        try:
+            yield
+        finally:
+            self.empty()
+
     def stop(self) -> None:
         """End exactly what was started, last first."""
-        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
-            self.run("scancel", "--user", getpass.getuser(), "--full")
-            self.run("scancel", "--user", getpass.getuser())
-            wait_for(lambda: not self.run("squeue", "-h"), "the queue is empty", 20)
+        with contextlib.suppress(RuntimeError, TimeoutError, subprocess.TimeoutExpired):
+            self.empty()
         for process in reversed(self.started):
             process.terminate()
             try:
@@ -202,8 +220,9 @@ def _start_accounting(cluster: Slurm, port: int, database_port: int, host: str, 
     data = cluster.root / "mysql"
     cluster.run("mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={user}", "--skip-test-db")
     (cluster.root / "init.sql").write_text(
-        "CREATE DATABASE slurm; CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';"
-        "GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1';"
+        "CREATE DATABASE slurm;\n"  # the server reads a statement from each line
+        "CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm';\n"
+        "GRANT ALL ON slurm.* TO 'slurm'@'127.0.0.1';\n"
     )
     cluster.start(
         "mariadbd",

@@ -1,0 +1,105 @@
+"""Suites of seconds, for the tests of `launch`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from engine.config import load_recipe
+from launch import launching, ledger
+from launch import status as states
+from launch.builtin import configs_folder
+from launch.cluster import Profile
+from launch.suite import Suite, load_suite
+from tests.launch.slurm import wait_for
+
+PRETRAIN: dict[str, Any] = {
+    "backbone": {"arch": "resnet18", "stem": "standard", "zero_init_residual": False},
+    "augment.crop": 32,
+    "framework.queue_size": 16,
+    "framework.bn_splits": 1,
+    "batch_size": 16,
+    "monitor": None,
+    "warmup_epochs": 0,
+    "log_every": 1,
+    "max_steps": 2,
+}
+KNN = {"evaluation.crop": 32, "k": 5}
+
+
+def write_suite(folder: Path, grids: list[dict[str, Any]], shapes: Path, **more: Any) -> Path:
+    """A suite of the demo's recipes on the tests' pictures, made small. ``config`` is a name in ``configs/demo``."""
+    grids = copy.deepcopy(grids)
+    for grid in grids:
+        for entry in (*grid.get("pretrain", ()), *grid.get("transfer", ())):
+            entry.setdefault("config", str(configs_folder() / "demo" / f"{entry.pop('demo')}.yaml"))
+    tree = {
+        "name": "small",
+        "data": {"demo-shapes": str(shapes)},
+        "set": {"pretrain": PRETRAIN, "knn": KNN},
+        "grids": grids,
+        **more,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
+    return path
+
+
+def suite_of(path: Path, *overrides: str) -> Suite:
+    return load_suite(path, overrides)
+
+
+def profile(**keys: Any) -> Profile:
+    """A cluster that saves the tests the check of the shared folder, which has a test of its own."""
+    return Profile.model_validate({"shared_check_s": 0, "environment": {"OMP_NUM_THREADS": "1"}, **keys})
+
+
+def launch(path: Path, runs: Path, given: Profile, check_data: bool = True, cluster: ledger.Cluster = "slurm") -> bool:
+    return launching.launch(load_suite(path), path.parent, given, cluster, runs, check_data)
+
+
+def found(runs: Path, suite: str = "small") -> dict[str, states.CellStatus]:
+    """The state of every cell of the newest launch, by name and seed."""
+    newest = ledger.latest(runs.resolve(), suite)
+    return {f"{cell.name} {cell.seed}": one for cell, one in zip(newest.cells, states.status(newest), strict=True)}
+
+
+def wait_until_over(runs: Path, seconds: float = 150) -> dict[str, states.CellStatus]:
+    """Until no cell waits or runs, and the last job has ended."""
+    newest = ledger.latest(runs.resolve(), "small")
+
+    def over() -> bool:
+        job = newest.finish_job
+        return all(one.state not in ("pending", "running") for one in found(runs).values()) and (
+            job is None or not states.queue.queued().get(job, states.queue.JobState("GONE")).is_active
+        )
+
+    wait_for(over, f"the suite is over: {found(runs)}", seconds)
+    return found(runs)
+
+
+def steps(run: str | Path) -> list[int]:
+    """The steps in a run's log."""
+    file = Path(run) / "log.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def undisturbed(one: states.CellStatus, folder: Path) -> dict[str, Any]:
+    """The weights of a pretraining cell's recipe run here, in one go, on one thread as the jobs of `profile`."""
+    from pretrain import stage
+    from pretrain.recipe import PretrainRecipe
+
+    recipe = load_recipe(PretrainRecipe, Path(one.run) / "recipe.yaml")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return load_file(stage.run(stage.plan(recipe, folder)))
+    finally:
+        torch.set_num_threads(threads)
