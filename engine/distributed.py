@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +94,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         _number(environment, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID")
     )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    address = environment.get("MASTER_ADDR") or _first_node(nodes)
+    alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    address = environment.get("MASTER_ADDR") or ("127.0.0.1" if alone else _first_node(nodes))
     if "MASTER_PORT" in environment:
         port = _number(environment, "MASTER_PORT")
     else:  # steps of one job may run side by side
@@ -126,6 +128,12 @@ def session() -> Iterator[World]:
     if launch is None:
         yield _world
         return
+    try:
+        socket.getaddrinfo(launch.address, launch.port)
+    except OSError as error:  # the processes would wait for each other for an hour
+        raise ConfigError(
+            f"the first node's name {launch.address} means nothing on this machine ({error}); set MASTER_ADDR"
+        ) from None
     cuda = torch.cuda.is_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -293,6 +301,9 @@ def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...
         module: Its forward pass computes everything that the loss depends on.
         device: Where it lies.
         not_shared: Suffixes of buffers that the processes keep equal themselves (a queue).
+
+    DistributedDataParallel regroups gradients after its first step, so the first step after a resume adds them up in
+    another order: with three or more processes a resumed run equals the undisturbed one but for rounding.
     """
     if _world.size == 1:
         return module

@@ -14,7 +14,8 @@ from engine.config import Recipe, load_recipe
 class Resources(Recipe):
     """What a job asks for; a key that is left out is taken from the suite's stage, then from the cluster's profile.
 
-    There is one task per GPU, or ``tasks_per_node`` of them where there are no GPUs.
+    There is one process per GPU, or ``tasks_per_node`` of them where there are no GPUs, and each is a task of SLURM's
+    unless ``one_task_per_node`` is set.
     """
 
     nodes: int | None = Field(None, ge=1)
@@ -23,6 +24,9 @@ class Resources(Recipe):
     cpus_per_task: int | None = Field(None, ge=1)
     mem_gb: float | None = Field(None, gt=0, description="per node; null asks for the cluster's default")
     time_min: int | None = Field(None, ge=1, description="minutes until the job is stopped and queued again")
+    one_task_per_node: bool | None = Field(
+        None, description="a task starts its node's processes itself; the default for Detectron2's engine"
+    )
 
     def over(self, other: Resources) -> Resources:
         """These, and where they say nothing the other's."""
@@ -63,10 +67,8 @@ class Resources(Recipe):
         nodes = f"{self.num_nodes} node" + "s" * (self.num_nodes > 1)
         devices = f"{self.gpus_per_node} GPU" + "s" * (self.gpus_per_node != 1) if self.gpus_per_node else "no GPU"
         memory = f", {self.mem_gb:g} GB" if self.mem_gb else ""
-        return (
-            f"{nodes} × ({devices}, {self.tasks} task{'s' * (self.tasks > 1)} × {self.cpus_per_task or 1} CPUs{memory}), "
-            f"{self.minutes // 60} h {self.minutes % 60:02d} min"
-        )
+        processes = f"{self.tasks} process{'es' * (self.tasks > 1)} × {self.cpus_per_task or 1} CPUs"
+        return f"{nodes} × ({devices}, {processes}{memory}), {self.minutes // 60} h {self.minutes % 60:02d} min"
 
 
 DEFAULTS = Resources(nodes=1, gpus_per_node=0, cpus_per_task=1, time_min=60)
@@ -130,7 +132,7 @@ class Profile(Recipe):
             "qos": self.qos,
             "constraint": self.constraint,
             "exclude": self.exclude,
-            "cpus_per_task": resources.cpus_per_task,
+            "cpus_per_task": (resources.cpus_per_task or 1) * (resources.tasks if resources.one_task_per_node else 1),
             "gpus_per_node": resources.gpus_per_node or None,
             "mem": f"{round(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
             "dependency": dependency,
@@ -138,7 +140,7 @@ class Profile(Recipe):
         return {
             "time": resources.minutes,
             "nodes": resources.num_nodes,
-            "ntasks_per_node": resources.tasks,
+            "ntasks_per_node": 1 if resources.one_task_per_node else resources.tasks,
             "array_parallelism": self.array_parallelism,
             "signal_delay_s": self.signal_delay_s,
             "stderr_to_stdout": True,

@@ -81,7 +81,7 @@ def _as_processes(
     executor.update_parameters(
         timeout_min=array.resources.minutes,
         gpus_per_node=array.resources.gpus_per_node or 0,
-        tasks_per_node=array.resources.tasks,
+        tasks_per_node=1 if array.resources.one_task_per_node else array.resources.tasks,
         nodes=array.resources.num_nodes,
         signal_delay_s=profile.signal_delay_s,
         stderr_to_stdout=True,

@@ -26,6 +26,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from engine.errors import Interrupted, RunFailure, UserError
 from launch import queue
+from launch.node import run_on_node
 
 if TYPE_CHECKING:
     from transfer.checkpoints.export import Target
@@ -100,6 +101,7 @@ class CellJob:
         folder: The user's folder at the launch, which relative paths in recipes start from.
         traces: Where the job leaves a mark that it has started.
         max_requeues: How often it may be queued again.
+        processes: How many this task starts; 1 is the task itself.
         local_cache: The node's folder for temporary files.
         source: The backbone's file, of conversions.
         target: The format, of conversions.
@@ -113,6 +115,7 @@ class CellJob:
     folder: Path
     traces: Path
     max_requeues: int
+    processes: int = 1
     local_cache: str | None = None
     source: Path | None = None
     target: Target | None = None
@@ -140,7 +143,10 @@ class CellJob:
                 raise RunFailure(f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)")
             _use_local_cache(self.local_cache)
             _name_local_processes(place)
-            self.work()
+            if self.processes > 1:
+                run_on_node(self.work, self.processes)
+            else:
+                self.work()
         except Interrupted as stop:
             self.stopped(place, stop.signal, str(stop))
         except UserError as error:

@@ -187,6 +187,7 @@ def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
                 folder=Path.cwd(),
                 traces=record.folder / "started",
                 max_requeues=plan.profile.max_requeues,
+                processes=cell.resources.tasks if cell.resources.one_task_per_node else 1,
                 local_cache=plan.profile.local_cache,
                 source=cell.source,
                 target=cell.target,

@@ -24,7 +24,7 @@ from pretrain.recipe import PretrainRecipe
 from transfer import stage as transfer_stage
 from transfer.checkpoints.export import SUFFIXES, Target
 from transfer.checkpoints.source import Source, read_source
-from transfer.recipe import PROTOCOLS, SemisupRecipe, TransferRecipe, load_transfer_recipe
+from transfer.recipe import PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
 
 NAME = r"^[A-Za-z0-9_.+-]+$"
 
@@ -341,12 +341,14 @@ class _Expansion:
             config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)]
         )
         fingerprint, run = transfer_stage.locate(recipe, backbone.fingerprint, self.runs)
+        theirs = isinstance(recipe, DetectTransferRecipe) and recipe.engine == "detectron2"
+        resources = self._resources("transfer", entry.resources)
         return Cell(
             "transfer",
             name,
             fingerprint,
             run.path,
-            self._resources("transfer", entry.resources),
+            resources.over(Resources(one_task_per_node=True)) if theirs else resources,
             f"semisup_{recipe.labels:g}" if isinstance(recipe, SemisupRecipe) else recipe.protocol,
             recipe.data.name,
             seed,

@@ -16,7 +16,7 @@ from launch import launching, ledger
 from launch import status as states
 from launch.builtin import configs_folder
 from launch.cluster import Profile
-from launch.suite import Suite, load_suite
+from launch.suite import load_suite
 from tests.launch.slurm import wait_for
 
 PRETRAIN: dict[str, Any] = {
@@ -50,10 +50,6 @@ def write_suite(folder: Path, grids: list[dict[str, Any]], shapes: Path, **more:
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(tree))))
     return path
-
-
-def suite_of(path: Path, *overrides: str) -> Suite:
-    return load_suite(path, overrides)
 
 
 def profile(**keys: Any) -> Profile:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.config import to_yaml
 from engine.errors import RunFailure, UserError
 from engine.records import Record
 from launch import ledger, queue
 from launch.jobs import Attempts
+from launch.suite import expand, load_suite
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     found,
     launch,
     profile,
     steps,
-    suite_of,
     undisturbed,
     wait_until_over,
     write_suite,
 )
-from tests.processes import ROOT
+from tests.processes import ROOT, finish, processes
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +38,10 @@ MIXMASK = {"demo": "pretrain", "name": "mixmask"}
 VANILLA = {"demo": "pretrain", "name": "vanilla", "set": {"mix.kind": "none"}}
 RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
 FIRST_JOB_SECONDS = 120
+ONE_THREAD_HERE = {
+    "OMP_NUM_THREADS": "1",
+    "MASTER_ADDR": "127.0.0.1",
+}  # the test's nodes have names that do not resolve
 
 
 def events(run: str) -> list[str]:
@@ -92,32 +99,84 @@ def test_the_demo_suite_end_to_end_in_a_folder_with_spaces_and_quotes(
     assert ledger.latest(runs.resolve(), "small").jobs == ()
 
 
-def test_ranks_on_two_nodes_and_the_kill_of_one(slurm: Slurm, tmp_path: Path, shapes: Path) -> None:
-    where = {"nodes": 2, "tasks_per_node": 2}
-    long = {**MIXMASK, "set": {"max_steps": 6, "checkpoint_every": 1}, "resources": where}
-    suite = write_suite(tmp_path, [{"pretrain": [long]}], shapes)
-    given = profile(environment={"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"})
-    assert launch(suite, tmp_path / "runs", given)
-    killed = found(tmp_path / "runs")["mixmask 0"]
-    wait_for(lambda: steps(killed.run), "the first steps", FIRST_JOB_SECONDS)
-    kill_a_rank(str(killed.job), "3")
-    cells = wait_until_over(tmp_path / "runs")
+SHORT = {"max_steps": 6, "checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Callable[[int], dict[str, torch.Tensor]]:
+    """The weights that so many processes give which nobody disturbs."""
+
+    @functools.cache
+    def weights_of(count: int) -> dict[str, torch.Tensor]:
+        folder = tmp_path_factory.mktemp("together")
+        suite = write_suite(folder, [{"pretrain": [{**MIXMASK, "set": SHORT}]}], shapes)
+        recipe = expand(load_suite(suite), folder, profile(), folder)[0].recipe
+        assert recipe is not None
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        ends = finish(processes(count, "pretrain", str(folder / "recipe.yaml"), "--run-dir", str(folder / "run")))
+        assert [code for code, *_ in ends] == [0] * count, ends
+        return weights(str(folder / "run"))
+
+    return weights_of
+
+
+def shared(tmp_path: Path, shapes: Path, nodes: int, one_task: bool) -> Path:
+    """A suite of one cell on two processes of each node."""
+    where = {"nodes": nodes, "tasks_per_node": 2, "one_task_per_node": one_task}
+    return write_suite(tmp_path, [{"pretrain": [{**MIXMASK, "set": SHORT, "resources": where}]}], shapes)
+
+
+def test_two_nodes_of_two_processes_as_tasks_or_started_by_one_task(
+    slurm: Slurm, tmp_path: Path, shapes: Path, together: Callable[[int], dict[str, torch.Tensor]]
+) -> None:
+    folders = {4: tmp_path / "tasks", 2: tmp_path / "one task per node"}
+    for tasks, folder in folders.items():
+        suite = shared(folder, shapes, 2, one_task=tasks == 2)
+        assert launch(suite, folder / "runs", profile(environment=ONE_THREAD_HERE))
+    for tasks, folder in folders.items():
+        one = wait_until_over(folder / "runs")["mixmask 0"]
+        assert one.state == "done", Path(str(one.log)).read_text()
+        job = slurm.run("scontrol", "show", "job", str(one.job))
+        assert "NumNodes=2" in job
+        assert f"NumTasks={tasks}" in job
+        environment = Record.read(Path(one.run) / "record.json").environment
+        assert (environment["world_size"], environment["backend"]) == (4, "gloo")
+        assert_same(weights(one.run), together(4))
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_a_relaunch_goes_on(
+    slurm: Slurm, tmp_path: Path, shapes: Path, together: Callable[[int], dict[str, torch.Tensor]]
+) -> None:
+    suite = shared(tmp_path, shapes, 1, one_task=False)
+    runs = tmp_path / "runs"
+    assert launch(suite, runs, profile())
+    one = found(runs)["mixmask 0"]
+    wait_for(lambda: len(steps(one.run)) > 1, "the first steps", FIRST_JOB_SECONDS)
+    kill_a_rank(str(one.job), "1")
+    cells = wait_until_over(runs)
     assert cells["mixmask 0"].state == "failed"
-    assert steps(killed.run)[-1] < 6
+    assert len(steps(one.run)) < 6
 
-    assert launch(suite, tmp_path / "runs", given)  # the same command goes on with what is half done
-    cells = wait_until_over(tmp_path / "runs")
+    assert launch(suite, runs, profile())  # the same command goes on with what is half done
+    cells = wait_until_over(runs)
     assert cells["mixmask 0"].state == "done"
-    record = Record.read(Path(killed.run) / "record.json")
-    assert record.environment["world_size"] == 4
-    assert record.environment["backend"] == "gloo"
-    assert steps(killed.run) == [1, 2, 3, 4, 5, 6]
-    hosts = slurm.run("scontrol", "show", "job", str(cells["mixmask 0"].job))
-    assert "NumNodes=2" in hosts
+    assert "resuming at step" in Path(str(cells["mixmask 0"].log)).read_text()
+    assert steps(one.run) == [1, 2, 3, 4, 5, 6]
+    assert_same(weights(one.run), together(2))
 
-    again = tmp_path / "again"
-    assert launch(suite, again, given)
-    assert_same(weights(wait_until_over(again)["mixmask 0"].run), weights(killed.run))
+
+def test_one_task_per_node_passes_the_signal_on_to_its_processes(
+    slurm: Slurm, tmp_path: Path, shapes: Path, together: Callable[[int], dict[str, torch.Tensor]]
+) -> None:
+    suite = shared(tmp_path, shapes, 1, one_task=True)
+    assert launch(suite, tmp_path / "runs", profile())
+    one = found(tmp_path / "runs")["mixmask 0"]
+    wait_for(lambda: steps(one.run), "the first steps", FIRST_JOB_SECONDS)
+    slurm.run("scancel", "--signal=USR2", str(one.job))
+    cells = wait_until_over(tmp_path / "runs")
+    assert cells["mixmask 0"].state == "done", Path(str(one.log)).read_text()
+    assert events(one.run) == ["started", "stopped", "started", "done"]
+    assert_same(weights(one.run), together(2))
 
 
 def kill_a_rank(job: str, rank: str) -> None:
@@ -349,4 +408,3 @@ def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pyt
         "mixmask 0": "cancelled",
         "mixmask-knn 0": "cancelled",
     }
-    assert suite_of(suite).name == "small"
