@@ -18,6 +18,9 @@ ENGINE ?= torchvision
 SEEDS ?= 0 1 2 3 4
 SCHEDULE ?= 1x
 COCO_2x := _2x
+SUITE ?= configs/suites/demo.yaml
+CLUSTER ?= slurm
+PROFILE ?=
 RUNS ?= runs
 FORMAT ?= md
 ARGS ?=
@@ -73,11 +76,11 @@ detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ENGINE=torchvision|det
 show-detections: $(READY) ## What a detection run found, beside the truth: RUN=runs/transfer/… ARGS="--out found.html"
 	$(if $(RUN),,$(error make show-detections: which run? RUN=runs/transfer/…))$(MIXMASK) show-detections $(RUN) $(ARGS)
 
-suite: ## (not built yet) Submit a grid of runs to SLURM
-	@echo "make suite: not built yet; run the stages one by one with make pretrain, knn, linear, …" >&2; exit 2
+suite: $(READY) ## Run a suite on SLURM: SUITE=configs/suites/… PROFILE=my_cluster.yaml CLUSTER=slurm|local|inline ARGS="data.NAME=… --dry-run"
+	$(MIXMASK) launch $(SUITE) --cluster $(CLUSTER) $(if $(PROFILE),--profile $(PROFILE)) --runs $(RUNS) $(ARGS)
 
-status: ## (not built yet) Show how far a suite is
-	@echo "make status: not built yet; each run's log.jsonl and record.json lie in $(RUNS)/" >&2; exit 2
+status: $(READY) ## How far a suite is: SUITE=… ARGS="--watch 30"
+	$(MIXMASK) status $(SUITE) --runs $(RUNS) $(ARGS)
 
 tables: $(READY) ## Methods × protocols from finished runs: RUNS=… FORMAT=md|csv
 	$(MIXMASK) tables $(RUNS) --format $(FORMAT) $(ARGS)

@@ -309,6 +309,7 @@ for _command in (suite_commands.launch, suite_commands.status, suite_commands.ca
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's data and runs.")] = Path("demo"),
+    data_only: Annotated[bool, typer.Option("--data-only", help="Draw the pictures and stop.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Do everything once, small, on synthetic pictures: pretrain, convert, transfer, tabulate.
@@ -317,8 +318,12 @@ def demo(
     Example:
       mixmask demo --out /tmp/demo
     """
-    from launch.demo import run_demo
+    from launch.demo import draw_data, run_demo
 
+    if data_only:
+        draw_data(out)
+        typer.echo(out / "data")
+        return
     run_demo(out, dry_run)
 
 

@@ -30,6 +30,11 @@ DETECTION = ("detect_voc", "detect_coco")
 DETECTED = ("random", "mixmask")
 
 
+def draw_data(out: Path) -> None:
+    """Draw the demo's pictures into ``out/data``, unless they are there."""
+    _write_data(configs_folder() / "demo" / "data.yaml", out / "data")
+
+
 def run_demo(out: Path, dry_run: bool) -> None:
     """Pretrain, convert, transfer and tabulate; what is finished in ``out`` already is not done again.
 
@@ -41,7 +46,7 @@ def run_demo(out: Path, dry_run: bool) -> None:
     folder = configs_folder() / "demo"
     precision = "bf16" if fast_bf16(resolve_device("auto")) else "fp32"
     if not dry_run:
-        _write_data(folder / "data.yaml", out / "data")
+        draw_data(out)
     trunks = {}
     for method, extra in METHODS.items():
         overrides = [

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine.config import read_config
+from engine.errors import RunFailure, UserError
 from launch.builtin import configs_folder
 
 PACKAGES = (
@@ -30,7 +31,7 @@ PACKAGES = (
 
 def examine() -> str:
     """A report in plain lines: one fact each, and for what is missing the line that gets it."""
-    return "\n".join([*_versions(), *_devices(), *_engines(), *_data()])
+    return "\n".join([*_versions(), *_devices(), *_engines(), *_cluster(), *_data()])
 
 
 def _versions() -> list[str]:
@@ -75,6 +76,15 @@ def _engines() -> list[str]:
     except Exception as error:  # whatever its import raises is the answer to the question
         lines.append(f"detection     engine detectron2: does not import ({error}). To install it: {INSTALL}")
     return lines
+
+
+def _cluster() -> list[str]:
+    from launch import queue
+
+    try:
+        return [f"slurm         {queue.run(['sbatch', '--version']).strip()}: mixmask launch submits to it"]
+    except (UserError, RunFailure):
+        return ["slurm         no sbatch here: mixmask launch takes --cluster local or inline"]
 
 
 def _data() -> list[str]:

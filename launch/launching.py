@@ -174,6 +174,9 @@ def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
     found = {}
     for array in plan.arrays:
         for cell in array.cells:
+            cell.run.mkdir(
+                parents=True, exist_ok=True
+            )  # another suite with the same work finds it, whatever its name there
             recipe = None
             if cell.recipe is not None:
                 recipe = record.folder / "recipes" / cell.stage / f"{cell.run.name}.yaml"

@@ -89,13 +89,16 @@ class Grid(Recipe):
         return self
 
 
+SMALL = Resources(nodes=1, gpus_per_node=0, tasks_per_node=1, cpus_per_task=2, time_min=60)
+
+
 class StageResources(Recipe):
     """Resources by stage; ``finish`` is the last job, which writes the tables."""
 
     pretrain: Resources = Resources()
-    convert: Resources = Resources(gpus_per_node=0)
+    convert: Resources = SMALL
     transfer: Resources = Resources()
-    finish: Resources = Resources(gpus_per_node=0, nodes=1, tasks_per_node=1)
+    finish: Resources = SMALL
 
 
 class Settings(Recipe):
@@ -214,12 +217,12 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
             f"data: no recipe of suite '{suite.name}' has the data set {', '.join(unknown)}; "
             f"there are: {', '.join(sorted(grower.datasets))}"
         )
-    found: dict[str, Cell] = {}
+    found: dict[tuple[str, str], Cell] = {}
     doubled = []
     for cell in cells:
-        first = found.setdefault(cell.id, cell)
+        first = found.setdefault((cell.stage, cell.fingerprint), cell)
         if first is not cell:
-            doubled.append(f"{cell.id} ({cell.protocol}, seed {cell.seed})")
+            doubled.append(f"{first.stage}: {first.name} and {cell.name}, seed {cell.seed}")
     if doubled:
         raise ConfigError(
             f"suite '{suite.name}' asks twice for the same work; leave one of each out:\n" + listed(doubled)
