@@ -70,6 +70,8 @@ class Plan:
             lines.append(f"  {'':<12} {array.resources.describe()} each")
         if self.arrays:
             lines.append(f"  {'finish':<12} the tables, after all of them, however they end")
+        else:
+            return "\n".join(lines)
         gpus = sum(len(array.cells) * array.resources.gpus * array.resources.minutes for array in self.arrays) / 60
         cpus = sum(len(array.cells) * array.resources.cpus * array.resources.minutes for array in self.arrays) / 60
         lines.append(f"asked for at most {gpus:,.0f} GPU-hours and {cpus:,.0f} CPU-hours")

@@ -70,7 +70,7 @@ def status(launch: Launch) -> list[CellStatus]:
     if launch.cluster == "slurm" and any(not cell.is_finished for cell in launch.cells):
         states = queue.queued()
         unknown = [c.job for c in launch.cells if not c.is_finished and c.job is not None and c.job not in states]
-        states |= queue.accounted(unknown)
+        states = queue.accounted(unknown) | states
     found: dict[str, CellStatus] = {}
     for cell in launch.cells:
         found[cell.id] = _status(cell, launch, states, found)
@@ -126,7 +126,8 @@ def _state(
         if last["event"] == "failed":
             return "failed", how + (last.get("message") or last_error(log))
         if last["event"] == "stopped":
-            return "stopped", f"{how}{progress(cell.run)}; launch the suite again to go on".removeprefix("; ")
+            at = progress(cell.run)
+            return "stopped", f"{how}{at}{'; ' if at else ''}launch the suite again to go on"
         return "failed", how + (last_error(log) or "ended without a word, as if killed or out of memory")
     if job is not None:
         where = f" on {job.node}" if job.node else ""

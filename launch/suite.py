@@ -273,7 +273,8 @@ class _Expansion:
             suffix = "".join(f"_{key.split('.')[-1]}-{_readable(value)}" for key, value in chosen.items())
             varied = [_override(key, value) for key, value in chosen.items()]
             for seed in entry.seeds:
-                yield suffix, [*fixed, *varied, f"seed={seed}"], seed
+                which = f"_seed-{seed}" if len(entry.seeds) > 1 else ""
+                yield suffix + which, [*fixed, *varied, f"seed={seed}"], seed
 
     def _data(self, name: str, entry: Entry) -> list[str]:
         """Where a data set lies, unless the entry says it itself."""

@@ -103,8 +103,8 @@ def test_an_earlier_start_of_the_same_job_is_dead(tmp_path: Path, monkeypatch: p
     assert "job 12_3, process" in describe_owner(mine.me)
     mine.release()
     write_foreign(file, job="12_3", restart="1")  # two commands in one interactive job
+    threading.Timer(0.2, lambda: write_foreign(file, job="12_3", restart="1", beat=9)).start()
     with pytest.raises(RunDirectoryError, match="job 12_3"):
-        threading.Timer(0.2, lambda: write_foreign(file, job="12_3", restart="1", beat=9)).start()
         Owner(file, beat=0.05, patience=20).acquire()
 
 
@@ -152,7 +152,14 @@ def test_a_process_that_has_been_taken_over_is_told_to_stop(tmp_path: Path) -> N
 
 def test_the_folder_is_free_after_a_failure(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    with pytest.raises(ZeroDivisionError), owned(run):
-        assert run.owner_file.exists()
-        1 / 0  # noqa: B018
+    seen = []
+
+    def fail() -> None:
+        with owned(run):
+            seen.append(run.owner_file.exists())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [True]
     assert not run.owner_file.exists()

@@ -62,9 +62,9 @@ def launch(path: Path, runs: Path, given: Profile, check_data: bool = True, clus
 
 
 def found(runs: Path, suite: str = "small") -> dict[str, states.CellStatus]:
-    """The state of every cell of the newest launch, by name and seed."""
+    """The state of every cell of the newest launch, by name."""
     newest = ledger.latest(runs.resolve(), suite)
-    return {f"{cell.name} {cell.seed}": one for cell, one in zip(newest.cells, states.status(newest), strict=True)}
+    return {cell.name: one for cell, one in zip(newest.cells, states.status(newest), strict=True)}
 
 
 def wait_until_over(runs: Path, seconds: float = 150) -> dict[str, states.CellStatus]:

@@ -84,13 +84,13 @@ def test_the_demo_suite_end_to_end_in_a_folder_with_spaces_and_quotes(
 
     cells = wait_until_over(runs)
     assert {one.state for one in cells.values()} == {"done"}, cells
-    assert cells["mixmask-knn 1"].detail.startswith("knn/top1 ")
+    assert cells["mixmask-knn_seed-1"].detail.startswith("knn/top1 ")
     tables = (runs / "suites" / "small" / "tables.md").read_text()
     assert "12 of 12 cells are finished" in tables
     assert tables.count("| demo-shapes ") == 3
-    record = Record.read(Path(cells["mixmask-knn 0"].run) / "record.json")
+    record = Record.read(Path(cells["mixmask-knn_seed-0"].run) / "record.json")
     assert record.method == "mixmask"
-    assert record.parent == cells["mixmask 0"].run.rpartition("-")[2]
+    assert record.parent == cells["mixmask"].run.rpartition("-")[2]
     assert newest.snapshot is not None
     assert record.environment["git_commit"] == ((newest.snapshot / "COMMIT").read_text().strip() or None)
 
@@ -134,7 +134,7 @@ def test_two_nodes_of_two_processes_as_tasks_or_started_by_one_task(
         suite = shared(folder, shapes, 2, one_task=tasks == 2)
         assert launch(suite, folder / "runs", profile(environment=ONE_THREAD_HERE))
     for tasks, folder in folders.items():
-        one = wait_until_over(folder / "runs")["mixmask 0"]
+        one = wait_until_over(folder / "runs")["mixmask"]
         assert one.state == "done", Path(str(one.log)).read_text()
         job = slurm.run("scontrol", "show", "job", str(one.job))
         assert "NumNodes=2" in job
@@ -150,17 +150,17 @@ def test_a_rank_that_is_killed_ends_the_job_and_a_relaunch_goes_on(
     suite = shared(tmp_path, shapes, 1, one_task=False)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
-    one = found(runs)["mixmask 0"]
+    one = found(runs)["mixmask"]
     wait_for(lambda: len(steps(one.run)) > 1, "the first steps", FIRST_JOB_SECONDS)
     kill_a_rank(str(one.job), "1")
     cells = wait_until_over(runs)
-    assert cells["mixmask 0"].state == "failed"
+    assert cells["mixmask"].state == "failed"
     assert len(steps(one.run)) < 6
 
     assert launch(suite, runs, profile())  # the same command goes on with what is half done
     cells = wait_until_over(runs)
-    assert cells["mixmask 0"].state == "done"
-    assert "resuming at step" in Path(str(cells["mixmask 0"].log)).read_text()
+    assert cells["mixmask"].state == "done"
+    assert "resuming at step" in Path(str(cells["mixmask"].log)).read_text()
     assert steps(one.run) == [1, 2, 3, 4, 5, 6]
     assert_same(weights(one.run), together(2))
 
@@ -170,11 +170,11 @@ def test_one_task_per_node_passes_the_signal_on_to_its_processes(
 ) -> None:
     suite = shared(tmp_path, shapes, 1, one_task=True)
     assert launch(suite, tmp_path / "runs", profile())
-    one = found(tmp_path / "runs")["mixmask 0"]
+    one = found(tmp_path / "runs")["mixmask"]
     wait_for(lambda: steps(one.run), "the first steps", FIRST_JOB_SECONDS)
     slurm.run("scancel", "--signal=USR2", str(one.job))
     cells = wait_until_over(tmp_path / "runs")
-    assert cells["mixmask 0"].state == "done", Path(str(one.log)).read_text()
+    assert cells["mixmask"].state == "done", Path(str(one.log)).read_text()
     assert events(one.run) == ["started", "stopped", "started", "done"]
     assert_same(weights(one.run), together(2))
 
@@ -204,7 +204,7 @@ def test_preempted_and_told_to_stop_it_ends_with_the_weights_of_an_undisturbed_r
     suite = write_suite(tmp_path, [{"pretrain": [cell]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile(partition="low"))
-    one = found(runs)["mixmask 0"]
+    one = found(runs)["mixmask"]
 
     wait_for(lambda: len(steps(one.run)) > 2, "the first steps", FIRST_JOB_SECONDS)
     slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -218,8 +218,8 @@ def test_preempted_and_told_to_stop_it_ends_with_the_weights_of_an_undisturbed_r
     wait_for(lambda: events(one.run)[2:] == ["started", "stopped"], "it has been told to stop")
     assert steps(one.run)[-1] < 24
     cells = wait_until_over(runs)
-    assert cells["mixmask 0"].state == "done"
-    assert cells["mixmask 0"].requeues == 2
+    assert cells["mixmask"].state == "done"
+    assert cells["mixmask"].requeues == 2
     assert events(one.run) == ["started", "stopped", "started", "stopped", "started", "done"]
     assert steps(one.run) == list(range(1, 25))
     assert_same(weights(one.run), undisturbed(one, tmp_path / "here"))
@@ -233,7 +233,7 @@ def test_at_its_time_limit_a_job_is_queued_again_so_often_and_no_oftener(
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile(signal_delay_s=50, max_timeouts=0))
     cells = wait_until_over(runs)
-    one = cells["mixmask 0"]
+    one = cells["mixmask"]
     assert one.state == "failed"
     assert "timed-out too many times" in one.detail
     reached = steps(one.run)[-1]
@@ -242,8 +242,8 @@ def test_at_its_time_limit_a_job_is_queued_again_so_often_and_no_oftener(
     assert launch(suite, runs, profile(signal_delay_s=50, max_timeouts=1))
     wait_for(lambda: events(one.run)[3:] == ["started", "stopped"], "the time limit", 120)
     assert steps(one.run)[reached] == reached + 1  # it has gone on where the first job stopped
-    wait_for(lambda: found(runs)["mixmask 0"].state == "pending", "it is queued again")
-    assert found(runs)["mixmask 0"].requeues == 1
+    wait_for(lambda: found(runs)["mixmask"].state == "pending", "it is queued again")
+    assert found(runs)["mixmask"].requeues == 1
 
 
 def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_the_rest(
@@ -261,14 +261,14 @@ def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_t
     assert launch(suite, runs, profile(), check_data=False)
     cells = wait_until_over(runs)
     assert {name: one.state for name, one in cells.items()} == {
-        "random 0": "done",
-        "vanilla 0": "failed",
-        "random-knn 0": "done",
-        "vanilla-knn 0": "cancelled",
+        "random": "done",
+        "vanilla": "failed",
+        "random-knn": "done",
+        "vanilla-knn": "cancelled",
     }
-    assert cells["vanilla 0"].detail.startswith(f"error: {elsewhere}: no such data folder")
-    assert cells["vanilla-knn 0"].detail == f"because {cells['vanilla 0'].cell} failed"
-    log = Path(str(cells["vanilla 0"].log)).read_text()
+    assert cells["vanilla"].detail.startswith(f"error: {elsewhere}: no such data folder")
+    assert cells["vanilla-knn"].detail == f"because {cells['vanilla 0'].cell} failed"
+    log = Path(str(cells["vanilla"].log)).read_text()
     assert "Traceback" not in log
     tables = (runs / "suites" / "small" / "tables.md").read_text()
     assert "2 of 4 cells are finished" in tables
@@ -306,7 +306,7 @@ def test_three_hundred_cells_are_one_array(slurm: Slurm, tmp_path: Path, shapes:
     cells = wait_until_over(runs, 240)
     assert {one.state for one in cells.values()} == {"done"}
     assert len(list((newest.folder / "started").iterdir())) == 300
-    assert Record.read(Path(cells["random 299"].run) / "record.json").seed == 299
+    assert Record.read(Path(cells["random_seed-299"].run) / "record.json").seed == 299
 
 
 def test_two_launches_at_once_submit_every_cell_once(slurm: Slurm, tmp_path: Path, shapes: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_folder_that_the_nodes_do_not_see(slurm: Slurm, tmp_path: Path, shapes
         launch(suite, tmp_path / "runs", profile(shared_check_s=60, container="true"))
     assert not slurm.run("squeue", "-h")
     assert launch(suite, tmp_path / "runs", profile(shared_check_s=60))
-    assert wait_until_over(tmp_path / "runs")["random 0"].state == "done"
+    assert wait_until_over(tmp_path / "runs")["random"].state == "done"
 
 
 @pytest.mark.parametrize("accounting", [False, True])
@@ -367,9 +367,9 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
     suite = write_suite(tmp_path, [{"pretrain": [long]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
-    killed, cancelled = found(runs)["mixmask 0"], found(runs)["mixmask 1"]
+    killed, cancelled = found(runs)["mixmask_seed-0"], found(runs)["mixmask_seed-1"]
     wait_for(lambda: steps(killed.run), "the first steps", FIRST_JOB_SECONDS)
-    running = found(runs)["mixmask 0"]
+    running = found(runs)["mixmask_seed-0"]
     assert running.state == "running"
     assert " % · " in running.detail
     assert running.detail.endswith(" left")
@@ -382,9 +382,9 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
         known = queue.accounted([str(killed.job), str(cancelled.job)])
         assert [known[str(job)].state for job in (killed.job, cancelled.job)] == ["FAILED", "CANCELLED"]
         cells = found(runs)
-    assert cells["mixmask 0"].state == "failed"
-    assert "killed" in cells["mixmask 0"].detail.lower()
-    assert cells["mixmask 1"].state == "cancelled"
+    assert cells["mixmask_seed-0"].state == "failed"
+    assert "killed" in cells["mixmask_seed-0"].detail.lower()
+    assert cells["mixmask_seed-1"].state == "cancelled"
 
 
 def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,7 +394,7 @@ def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pyt
     suite = write_suite(tmp_path, [{"pretrain": [long], "transfer": [{"demo": "knn", "name": "knn"}]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
-    one = found(runs)["mixmask 0"]
+    one = found(runs)["mixmask"]
     wait_for(lambda: steps(one.run), "the first steps", FIRST_JOB_SECONDS)
     app(["logs", "pretrain/mixmask", "--runs", str(runs)], standalone_mode=False)
     assert "mocov2, mixmask, resnet18" in capsys.readouterr().out
@@ -405,6 +405,6 @@ def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pyt
     assert "cancelled " in capsys.readouterr().out
     wait_for(lambda: not slurm.run("squeue", "-h"), "nothing is left in the queue")
     assert {name: cell.state for name, cell in found(runs).items()} == {
-        "mixmask 0": "cancelled",
-        "mixmask-knn 0": "cancelled",
+        "mixmask": "cancelled",
+        "mixmask-knn": "cancelled",
     }

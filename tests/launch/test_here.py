@@ -1,0 +1,55 @@
+"""Suites on this machine: in this process, and as processes that submitit starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.records import Record
+from launch import ledger
+from launch.jobs import Attempts
+from tests.launch.small import found, launch, profile, write_suite
+
+RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
+MIXMASK = {"demo": "pretrain", "name": "mixmask"}
+KNN = {"demo": "knn", "name": "knn"}
+
+
+def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
+    tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = {**MIXMASK, "set": {"data.root": str(tmp_path / "elsewhere")}}
+    suite = write_suite(tmp_path, [{"pretrain": [RANDOM, broken], "transfer": [KNN]}], shapes)
+    runs = tmp_path / "runs"
+    assert not launch(suite, runs, profile(), check_data=False, cluster="inline")
+    said = capsys.readouterr()
+    assert "left out, because pretrain/mixmask-" in said.err
+    assert "2 of 4 cells are finished" in said.out
+    assert {name: one.state for name, one in found(runs).items()} == {
+        "random": "done",
+        "mixmask": "failed",
+        "random-knn": "done",
+        "mixmask-knn": "not started",
+    }
+    (tmp_path / "elsewhere").symlink_to(shapes)
+    assert launch(suite, runs, profile(), cluster="inline")
+    assert "4 of 4 cells are finished" in capsys.readouterr().out
+    assert {one.state for one in found(runs).values()} == {"done"}
+    first = Attempts(Path(found(runs)["random"].run) / "attempts.jsonl").read()
+    assert [line["event"] for line in first] == ["started", "done"]
+
+
+@pytest.mark.slow
+def test_local_processes_share_a_batch_and_import_the_frozen_code(tmp_path: Path, shapes: Path) -> None:
+    two = {**MIXMASK, "resources": {"tasks_per_node": 2}}
+    suite = write_suite(tmp_path, [{"pretrain": [two], "transfer": [KNN]}], shapes)
+    runs = tmp_path / "runs"
+    assert launch(suite, runs, profile(), cluster="local")
+    cells = found(runs)
+    record = Record.read(Path(cells["mixmask"].run) / "record.json")
+    assert record.environment["world_size"] == 2
+    newest = ledger.latest(runs, "small")
+    assert newest.snapshot is not None
+    assert record.environment["git_commit"] == ((newest.snapshot / "COMMIT").read_text().strip() or None)
+    assert "kNN top-1" in Path(str(cells["mixmask-knn"].log)).read_text()

@@ -1,0 +1,179 @@
+"""From a suite's file to cells, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.errors import CheckpointError, ConfigError, DataError
+from launch.builtin import configs_folder
+from launch.cluster import Profile, Resources, load_profile
+from launch.suite import Cell, check_cells, expand, load_suite
+from pretrain.recipe import PretrainRecipe
+from tests.launch.small import write_suite
+from transfer.checkpoints.source import read_source
+from transfer.recipe import KnnRecipe
+
+MIXMASK = {"demo": "pretrain", "name": "mixmask"}
+KNN = {"demo": "knn", "name": "knn"}
+SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
+
+# cells (pretraining, conversions, transfers) of every suite, counted by hand from the paper's tables
+COUNTS = {
+    "demo": (3, 3, 6),
+    "figure5": (30, 0, 30),
+    "semisup": (3, 0, 9),
+    "table1": (28, 0, 28),
+    "table2": (12, 0, 12),
+    "table3": (3, 0, 3),
+    "table4": (6, 0, 6),
+    "table5": (28, 0, 28),
+    "table7": (3, 3, 18),
+}
+
+
+def cells_of(path: Path, *overrides: str, profile: Profile | None = None) -> tuple[Cell, ...]:
+    return expand(load_suite(path, overrides), path.parent, profile or Profile(), path.parent / "runs")
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_the_suites_that_come_with_the_project(path: Path, tmp_path: Path) -> None:
+    suite = load_suite(path)
+    assert suite.name == path.stem
+    cells = expand(suite, path.parent, load_profile(configs_folder() / "cluster" / "example.yaml"), tmp_path)
+    stages = [cell.stage for cell in cells]
+    assert tuple(stages.count(stage) for stage in ("pretrain", "convert", "transfer")) == COUNTS[path.stem]
+    assert len({cell.name for cell in cells if cell.stage == "pretrain"}) == COUNTS[path.stem][0]
+
+
+def test_the_ablations_of_table_1_are_the_papers() -> None:
+    path = configs_folder() / "suites" / "table1.yaml"
+    cells = [
+        cell for cell in cells_of(path) if isinstance(cell.recipe, PretrainRecipe) and cell.dataset == "imagenet1k"
+    ]
+    found = {
+        (mix["grid"], mix["mask"], str(mix["ratio"]), mix["switch"])
+        for cell in cells
+        if (mix := cell.recipe.model_dump(mode="json")["mix"] if cell.recipe is not None else None)
+    }
+    assert found == {
+        *((grid, "block", "0.5", True) for grid in (2, 4, 8, 16, 32, 48)),
+        (8, "discrete", "0.5", True),
+        *((8, "block", ratio, True) for ratio in ("0.25", "[0.0, 1.0]", "[0.25, 0.75]")),
+        (8, "block", "0.5", False),
+    }
+
+
+def test_names_seeds_data_and_resources(tmp_path: Path, shapes: Path) -> None:
+    vary = {**MIXMASK, "vary": {"mix.grid": [2, 4], "mix.ratio": [0.5, [0.25, 0.75]]}, "seeds": [3, 7]}
+    big = {**KNN, "resources": {"time_min": 5}, "seeds": [0, 1]}
+    path = write_suite(tmp_path, [{"pretrain": [vary], "transfer": [big]}], shapes)
+    profile = Profile(resources=Resources(cpus_per_task=6, time_min=90), data={"demo-shapes": "/not/taken"})
+    cells = cells_of(path, profile=profile)
+    assert [cell.stage for cell in cells] == ["pretrain"] * 8 + ["transfer"] * 16
+    first, last = cells[0], cells[-1]
+    assert (first.name, first.seed) == ("mixmask_grid-2_ratio-0.5_seed-3", 3)
+    assert cells[7].name == "mixmask_grid-4_ratio-0.25-0.75_seed-7"
+    assert last.name == "mixmask_grid-4_ratio-0.25-0.75_seed-7-knn_seed-1"
+    assert last.parent == cells[7].id
+    assert isinstance(first.recipe, PretrainRecipe)
+    assert isinstance(last.recipe, KnnRecipe)
+    assert first.recipe.data.root == last.recipe.data.root == str(shapes)  # the suite's before the profile's
+    assert last.recipe.backbone == str(cells[7].run.resolve() / "backbone.safetensors")
+    assert (first.resources.minutes, first.resources.cpus_per_task) == (90, 6)
+    assert (last.resources.minutes, last.resources.cpus_per_task) == (5, 6)
+    assert first.run.name == f"{first.name}-{first.fingerprint}"
+
+
+def test_a_checkpoint_needs_no_pretraining(tmp_path: Path, shapes: Path, resnet18: Path) -> None:
+    grid = {"checkpoints": [{"path": str(resnet18), "name": "theirs"}], "transfer": [KNN], "convert": {"to": ["timm"]}}
+    convert, knn = cells_of(write_suite(tmp_path, [grid], shapes))
+    assert knn.parent is convert.parent is None
+    assert knn.name == "theirs-knn"
+    assert convert.source == resnet18.resolve()
+    assert convert.fingerprint != knn.fingerprint
+    assert read_source(resnet18).info.fingerprint not in (convert.fingerprint, knn.fingerprint)
+    missing = {**grid, "checkpoints": [{"path": "nowhere.pth", "name": "x"}]}
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
+        cells_of(write_suite(tmp_path, [missing], shapes))
+
+
+def test_a_run_under_another_name_is_the_same_work(tmp_path: Path, shapes: Path) -> None:
+    path = write_suite(tmp_path, [{"pretrain": [MIXMASK]}], shapes)
+    before = cells_of(path)[0]
+    (tmp_path / "runs" / "pretrain" / f"by-hand-{before.fingerprint}").mkdir(parents=True)
+    assert cells_of(path)[0].run.name == f"by-hand-{before.fingerprint}"
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ([], r"grids"),
+        ([{"transfer": [KNN]}], r"small\.yaml: grids\.0: an empty grid: it needs pretrain recipes or checkpoints"),
+        ([{"pretrain": [{**MIXMASK, "seeds": []}]}], r"grids\.0\.pretrain\.0\.seeds"),
+        ([{"pretrain": [{**MIXMASK, "vary": {"mix.grid": []}}]}], r"vary\.mix\.grid is empty"),
+        (
+            [{"pretrain": [MIXMASK, {**MIXMASK, "name": "again"}]}],
+            r"(?s)asks twice.*pretrain: mixmask and again, seed 0",
+        ),
+        ([{"pretrain": [{**MIXMASK, "seed": 3}]}], r"unknown key 'grids\.0\.pretrain\.0\.seed'.*Did you mean 'seeds'"),
+        ([{"pretrain": [{**MIXMASK, "set": {"seed": 3}}]}], r"seed is the suite's to set: use seeds"),
+        ([{"pretrain": [{**MIXMASK, "set": {"mix.gird": 3}}]}], r"unknown key 'mix\.gird'.*'grid'"),
+        ([{"pretrain": [{**MIXMASK, "resources": {"gpus": 3}}]}], r"unknown key '.*resources\.gpus'.*gpus_per_node"),
+        ([{"pretrain": [{**MIXMASK, "config": "nowhere.yaml"}]}], r"nowhere\.yaml: no such config file"),
+    ],
+)
+def test_what_is_refused(grids: list[dict[str, Any]], message: str, tmp_path: Path, shapes: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cells_of(write_suite(tmp_path, grids, shapes))
+
+
+def test_a_circle_of_bases_and_an_unknown_data_set_are_refused(tmp_path: Path, shapes: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load_suite(tmp_path / "a.yaml")
+    path = write_suite(tmp_path, [{"pretrain": [MIXMASK]}], shapes)
+    with pytest.raises(ConfigError, match=r"has the data set cifar1000; there are: demo-shapes"):
+        cells_of(path, "data.cifar1000=/x")
+
+
+def test_data_and_sizes_are_checked_before_anything_is_submitted(tmp_path: Path, shapes: Path) -> None:
+    path = write_suite(tmp_path, [{"pretrain": [MIXMASK], "transfer": [KNN]}], shapes)
+    check_cells(cells_of(path))
+    with pytest.raises(DataError, match="no such data folder"):
+        check_cells(cells_of(path, "data.demo-shapes=/nowhere"))
+    with pytest.raises(ConfigError, match=r"pretrain/mixmask-.*cannot be shared equally by 3 processes"):
+        check_cells(cells_of(path, "resources.pretrain.tasks_per_node=3"))
+    with pytest.raises(ConfigError, match=r"transfer/mixmask-knn.*k 500 is larger"):
+        check_cells(cells_of(path, "set.knn.k=500"))
+
+
+def test_profiles(tmp_path: Path) -> None:
+    for path in sorted((configs_folder() / "cluster").glob("*.yaml")):
+        assert load_profile(path).resources.num_nodes == 1
+    every_key = set(yaml.safe_load((configs_folder() / "cluster" / "example.yaml").read_text()))
+    assert every_key == set(Profile.model_fields)
+    (tmp_path / "p.yaml").write_text("partition: gpu\npartitions: [a]\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'partitions'.*Did you mean 'partition'"):
+        load_profile(tmp_path / "p.yaml")
+
+
+def test_a_job_has_a_task_per_gpu_and_detectron2_one_per_node(tmp_path: Path) -> None:
+    path = configs_folder() / "suites" / "table7.yaml"
+    profile = load_profile(configs_folder() / "cluster" / "example.yaml")
+    suite = load_suite(path, ["set.detect_voc.engine=detectron2"])
+    cells = {cell.protocol: cell for cell in expand(suite, path.parent, profile, tmp_path)}
+    coco = profile.sbatch_parameters(cells["detect_coco"].resources, tmp_path, "aftercorr:3")
+    assert (coco["ntasks_per_node"], coco["gpus_per_node"], coco["cpus_per_task"]) == (8, 8, 8)
+    voc = profile.sbatch_parameters(cells["detect_voc"].resources, tmp_path, None)
+    assert (voc["ntasks_per_node"], voc["gpus_per_node"], voc["cpus_per_task"]) == (1, 8, 64)
+    assert voc["additional_parameters"]["mail-type"] == "FAIL"
+    assert voc["partition"] == "gpu"
+    assert voc["mem"] == f"{400 * 1024}MB"
+    assert "dependency" not in voc
+    assert coco["dependency"] == "aftercorr:3"
+    assert profile.command("x") == "apptainer exec --nv /shared/images/torch.sif /shared/envs/mixmask/bin/python"
