@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import distributed
 from engine.errors import RunDirectoryError
 from engine.progress import say
 from engine.storage import RunDirectory, write_text
@@ -110,6 +109,7 @@ class Owner:
             "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
             "beat": 0,
         }
+        self.made_folder = False
         self.ended = threading.Event()
         self.heart: threading.Thread | None = None
 
@@ -147,18 +147,24 @@ class Owner:
             self.heart.join()
         if self._is_mine():
             self.file.unlink(missing_ok=True)
+        if self.made_folder:
+            with contextlib.suppress(OSError):  # work has been left in it
+                self.file.parent.rmdir()
 
     def _create(self) -> bool:
         """Make the file with its content in one step; a link fails where the name is taken, also on NFS."""
+        self.made_folder = self.made_folder or not self.file.parent.is_dir()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_name(f".{self.file.name}.{self.me['token']}.tmp")
-        draft.write_text(json.dumps(self.me), encoding="utf-8")
         try:
+            draft.write_text(json.dumps(self.me), encoding="utf-8")
             os.link(draft, self.file)
         except FileExistsError:
             return False
+        except FileNotFoundError:  # a releasing process has just removed the folder that it had made
+            return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _is_dead(self, found: Mapping[str, Any]) -> bool:
@@ -217,6 +223,8 @@ def owned(run: RunDirectory) -> Iterator[None]:
     Raises:
         RunDirectoryError: If another living process works in it.
     """
+    from engine import distributed  # and with it torch, which `mixmask status` does without
+
     owner = Owner(run.owner_file)
     distributed.first_only(owner.acquire)
     try:

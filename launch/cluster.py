@@ -125,6 +125,7 @@ class Profile(Recipe):
             snapshot: The folder of the frozen code, where the job starts.
             dependency: As sbatch writes it, such as ``aftercorr:12``.
         """
+        cpus = (resources.cpus_per_task or 1) * (resources.tasks if resources.one_task_per_node else 1)
         extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(snapshot), **self.sbatch}
         named = {
             "partition": self.partition,
@@ -132,7 +133,7 @@ class Profile(Recipe):
             "qos": self.qos,
             "constraint": self.constraint,
             "exclude": self.exclude,
-            "cpus_per_task": (resources.cpus_per_task or 1) * (resources.tasks if resources.one_task_per_node else 1),
+            "cpus_per_task": cpus,
             "gpus_per_node": resources.gpus_per_node or None,
             "mem": f"{round(resources.mem_gb * 1024)}MB" if resources.mem_gb else None,
             "dependency": dependency,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
+from engine.provenance import Code
 from launch import demo_data
 
 
@@ -18,6 +19,12 @@ def pytest_report_header() -> str:
     except ImportError as error:
         return f"detectron2: not importable ({error}), its tests are skipped"
     return f"detectron2: {detectron2.__file__}"
+
+
+@pytest.fixture(autouse=True)
+def committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run directories look the same in a checkout with uncommitted changes."""
+    monkeypatch.setattr("engine.storage.code", lambda: Code("0" * 40, b""))
 
 
 @pytest.fixture(scope="session")

@@ -162,4 +162,4 @@ def test_the_folder_is_free_after_a_failure(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert seen == [True]
-    assert not run.owner_file.exists()
+    assert not run.path.exists()  # it was made for the owner file alone

@@ -7,8 +7,9 @@ import pytest
 
 from engine.config import Recipe, operational
 from engine.errors import RunDirectoryError, UserError
+from engine.provenance import Code
 from engine.records import Record
-from engine.storage import RunDirectory, require_output_file, write_atomic, write_text
+from engine.storage import RunDirectory, locate_run, require_output_file, write_atomic, write_text
 
 
 class Small(Recipe):
@@ -48,6 +49,23 @@ def test_what_a_crash_left_half_written_is_removed(tmp_path: Path) -> None:
     (run.path / ".recipe.yaml.x1.tmp").write_text("half")
     run.create(Small(), "abc")
     assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
+
+
+def test_uncommitted_changes_are_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.storage.code", lambda: Code("abc+changes", b"diff"))
+    run = RunDirectory(tmp_path / "run")
+    run.create(Small(), "abc")
+    assert run.patch_file.read_bytes() == b"diff"
+
+
+def test_a_name_changes_no_place(tmp_path: Path) -> None:
+    usual = locate_run(tmp_path, "pretrain", "mine", "0a1b")
+    assert usual.path == tmp_path / "pretrain" / "mine-0a1b"
+    (tmp_path / "pretrain" / "theirs-0a1b").mkdir(parents=True)
+    assert locate_run(tmp_path, "pretrain", "mine", "0a1b").path.name == "theirs-0a1b"
+    assert locate_run(tmp_path, "pretrain", "mine", "0a1b", tmp_path / "x").path == tmp_path / "x"
+    usual.path.mkdir()
+    assert locate_run(tmp_path, "pretrain", "mine", "0a1b").path == usual.path
 
 
 def test_a_run_directory_refuses_foreign_folders_and_files(tmp_path: Path) -> None:

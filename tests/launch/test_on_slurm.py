@@ -267,13 +267,13 @@ def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_t
         "vanilla-knn": "cancelled",
     }
     assert cells["vanilla"].detail.startswith(f"error: {elsewhere}: no such data folder")
-    assert cells["vanilla-knn"].detail == f"because {cells['vanilla 0'].cell} failed"
+    assert cells["vanilla-knn"].detail == f"because {cells['vanilla'].cell} failed"
     log = Path(str(cells["vanilla"].log)).read_text()
     assert "Traceback" not in log
     tables = (runs / "suites" / "small" / "tables.md").read_text()
     assert "2 of 4 cells are finished" in tables
-    assert f"- {cells['vanilla 0'].cell}: error: {elsewhere}: no such data folder" in tables
-    assert f"- {cells['vanilla-knn 0'].cell}: its backbone {cells['vanilla 0'].cell} is not finished" in tables
+    assert f"- {cells['vanilla'].cell}: error: {elsewhere}: no such data folder" in tables
+    assert f"- {cells['vanilla-knn'].cell}: its backbone {cells['vanilla'].cell} is not finished" in tables
 
     elsewhere.symlink_to(shapes)
     done = {file: file.stat().st_mtime_ns for file in runs.glob("*/*/record.json")}

@@ -100,7 +100,7 @@ def test_without_slurm_and_without_a_place_to_write(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"squeue: not found.*--cluster local"):
         launch(suite, tmp_path / "runs", profile())
-    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_marker_that_is_not_seen(fake: FakeSlurm, tmp_path: Path, shapes: Path) -> None:
