@@ -1,8 +1,9 @@
 """One process at a time works in a run directory: an owner file with a heartbeat, and when it may be taken over.
 
 The owner writes who it is and, every few seconds, that it still lives. Another process that wants the folder looks at that
-file: if its owner has ended on this machine, or is an earlier start of the same cluster job, or its heartbeat has stopped,
-the folder is taken over; a heart that beats is left alone. Clocks of different machines are never compared.
+file: if its owner has ended on this machine, or is an earlier start of the same cluster job, or its heartbeat has stopped
+while it was watched, the folder is taken over; a heart that beats is left alone. No decision compares the clocks of
+different machines.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from engine.storage import RunDirectory, write_text
 
 BEAT_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0  # a heart that has not beaten for so long is dead
+
+TAKEN_OVER = threading.Event()  # this process has slept so long that another one does its work
 
 
 def cluster_job(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -120,13 +123,17 @@ class Owner:
             RunDirectoryError: If its owner lives.
         """
         give_up = time.monotonic() + self.wait
+        unreadable_since: float | None = None
         told = False
         while not self._create():
             found = read_owner(self.file)
-            if found is None:  # released, or a crash left no content
-                if self.file.exists() and self.file.stat().st_size == 0:
-                    self.file.unlink(missing_ok=True)
+            if found is None:  # released a moment ago, or not to be read
+                unreadable_since = unreadable_since or time.monotonic()
+                if time.monotonic() > unreadable_since + self.patience:
+                    raise RunDirectoryError(f"{self.file}: cannot be read; if nobody works there, delete it")
+                time.sleep(min(0.1, self.beat))
                 continue
+            unreadable_since = None
             if self._is_dead(found):
                 self._remove(found)
                 continue
@@ -209,6 +216,7 @@ class Owner:
         while not self.ended.wait(self.beat):
             if read_owner(self.file) is not None and not self._is_mine():  # this process slept, and was taken for dead
                 say(f"{self.file.parent}: another process has taken over; stopping")
+                TAKEN_OVER.set()
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             self.me["beat"] += 1

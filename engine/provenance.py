@@ -12,6 +12,7 @@ from pathlib import Path
 
 COMMIT_FILE = "COMMIT"
 PATCH_FILE = "changes.patch"
+CODE = ("engine", "pretrain", "transfer", "evaluate", "launch", "configs")  # what can change a number
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Code:
     """The state of the code.
 
     Attributes:
-        commit: With ``+changes`` if it has uncommitted ones; None outside a checkout.
+        commit: With ``+changes`` if it has uncommitted ones (or files that git does not know), ``+unknown`` if git
+            does not answer; None outside a checkout.
         patch: The uncommitted changes to tracked files, as git applies them; empty without any.
     """
 
@@ -41,9 +43,11 @@ def code() -> Code:
     commit = (_git(root, "rev-parse", "HEAD") or b"").decode().strip()
     if not commit:
         return Code(None, b"")
-    if not _git(root, "status", "--porcelain", "--untracked-files=no"):
-        return Code(commit, b"")
-    return Code(f"{commit}+changes", _git(root, "diff", "HEAD", "--binary") or b"")
+    state = _git(root, "status", "--porcelain", "--", *CODE)
+    changes = _git(root, "diff", "HEAD", "--binary", "--", *CODE) if state else b""
+    if state is None or changes is None:
+        return Code(f"{commit}+unknown", b"")
+    return Code(f"{commit}+changes" if state else commit, changes)
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:

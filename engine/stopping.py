@@ -54,10 +54,24 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Do not wait for the end of what runs in here, which changes no state; one process alone can do that."""
-        if self.received and distributed.world().size == 1:
+        """Do not wait for the end of what runs in here, which changes no state.
+
+        One process alone leaves with `StopNow`. Several cannot agree in the middle of it: the handlers of whoever runs them
+        (a cluster's requeue) are put back for the time.
+        """
+        if distributed.world().size > 1:
+            theirs = {number: handler for number, handler in self.previous.items() if callable(handler)}
+            for number, handler in theirs.items():
+                signal.signal(number, handler)
+            try:
+                yield
+            finally:
+                for number in theirs:
+                    signal.signal(number, self._note)
+            return
+        if self.received:
             raise StopNow
-        self.urgent = distributed.world().size == 1
+        self.urgent = True
         try:
             yield
         finally:

@@ -22,6 +22,9 @@ from engine.config import differing_keys, identity, to_yaml
 from engine.errors import RunDirectoryError, UserError
 from engine.provenance import code
 
+UMASK = os.umask(0)  # asked once, before there are threads: it can only be asked by changing it
+os.umask(UMASK)
+
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all.
@@ -40,9 +43,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

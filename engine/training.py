@@ -79,6 +79,13 @@ def train(
         def evaluate(done: int) -> dict[str, float]:
             assert job.evaluate is not None
             window.settle()
+            if (
+                distributed.world().size > 1
+            ):  # which cannot leave in the middle, so that nothing is lost if they are killed
+                asked = stop.asked()
+                save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
+                if asked is not None:
+                    raise _stopped(job, done, asked)
             distributed.share_buffers(job.model, job.not_shared)
             with progress.paused():
                 try:

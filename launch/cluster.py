@@ -24,6 +24,9 @@ class Resources(Recipe):
     cpus_per_task: int | None = Field(None, ge=1)
     mem_gb: float | None = Field(None, gt=0, description="per node; null asks for the cluster's default")
     time_min: int | None = Field(None, ge=1, description="minutes until the job is stopped and queued again")
+    partition: str | None = Field(None, description="instead of the profile's, as are qos and constraint")
+    qos: str | None = None
+    constraint: str | None = None
     one_task_per_node: bool | None = Field(
         None, description="a task starts its node's processes itself; the default for Detectron2's engine"
     )
@@ -128,10 +131,10 @@ class Profile(Recipe):
         cpus = (resources.cpus_per_task or 1) * (resources.tasks if resources.one_task_per_node else 1)
         extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(snapshot), **self.sbatch}
         named = {
-            "partition": self.partition,
+            "partition": resources.partition or self.partition,
             "account": self.account,
-            "qos": self.qos,
-            "constraint": self.constraint,
+            "qos": resources.qos or self.qos,
+            "constraint": resources.constraint or self.constraint,
             "exclude": self.exclude,
             "cpus_per_task": cpus,
             "gpus_per_node": resources.gpus_per_node or None,
@@ -146,9 +149,9 @@ class Profile(Recipe):
             "signal_delay_s": self.signal_delay_s,
             "stderr_to_stdout": True,
             "setup": self.setup_lines(snapshot),
-            "srun_args": [
-                "--kill-on-bad-exit=1"
-            ],  # a killed process takes the others with it, instead of their waiting
+            # A killed process takes the others with it, which would wait for it. Since SLURM 22.05 srun must be told the
+            # CPUs again, or each process is bound to one.
+            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
             "additional_parameters": {key: value for key, value in extra.items() if value is not False},
             **{key: value for key, value in named.items() if value is not None},
         }

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tabulate import tabulate
+
 from engine.records import Record
 from engine.storage import write_text
 from evaluate.tables import methods_by_protocols, render
 from launch.jobs import Attempts
-from launch.ledger import Launch, LaunchedCell
+from launch.ledger import Launch, LaunchedCell, latest, suite_folder
+from launch.status import headline
 
 
-def write_results(launch_file: Path) -> str:
-    """Write ``tables.md`` and ``tables.csv`` of a launch's finished cells into the suite's folder.
+def write_results(runs: Path, suite: str) -> str:
+    """Write ``tables.md`` and ``tables.csv`` of a suite's finished cells, as its newest launch lists them.
 
     Returns:
-        The table, and one line for each cell that is not finished.
+        The table, every cell's result, and one line for each cell that is not finished.
     """
-    launch = Launch.model_validate_json(launch_file.read_text(encoding="utf-8"))
-    folder = launch.folder.parents[1]
+    launch = latest(runs, suite)
+    folder = suite_folder(runs, suite)
     records = [Record.read(cell.done[0]) for cell in launch.cells if cell.stage == "transfer" and cell.is_finished]
     table = methods_by_protocols(records)
     missing = [f"- {cell.id}: {_why(cell, launch)}" for cell in launch.cells if not cell.is_finished]
     done = len(launch.cells) - len(missing)
     text = f"# {launch.suite}\n\n{done} of {len(launch.cells)} cells are finished.\n\n{render(table, 'md')}"
+    results = [
+        [cell.name, cell.dataset, cell.protocol, cell.seed, headline(cell)]
+        for cell in launch.cells
+        if cell.stage == "transfer" and cell.is_finished
+    ]
+    if results:
+        columns = ["cell", "data", "protocol", "seed", "result"]
+        text += f"\nEvery cell:\n\n{tabulate(results, columns, tablefmt='pipe')}\n"
     if missing:
         text += "\nNot finished:\n\n" + "\n".join(missing) + "\n"
     write_text(folder / "tables.md", text)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import submitit
 
+from engine.errors import Interrupted, UserError
 from engine.progress import say
 from launch.arrays import Array
 from launch.cluster import Profile
@@ -49,6 +50,8 @@ def _in_this_process(job: CellJob) -> None:
     with _unchanged():
         try:
             job()
+        except Interrupted:
+            raise
         except SystemExit as end:
             say(f"{job.cell}: ended with exit code {end.code}")
         except Exception:
@@ -70,9 +73,12 @@ def _unchanged() -> Iterator[None]:
 def _as_processes(
     array: Array, cells: Sequence[Cell], jobs: Mapping[str, CellJob], profile: Profile, record: Launch
 ) -> None:
-    """As many at a time as the profile says (``array_parallelism``), or one."""
+    """One after another; those without GPUs as many at a time as the profile says (``array_parallelism``)."""
     assert record.snapshot is not None
-    width = profile.array_parallelism if "array_parallelism" in profile.model_fields_set else 1
+    if array.resources.num_nodes > 1:
+        raise UserError(f"{array.name}: asks for {array.resources.num_nodes} nodes; --cluster local has this one")
+    several = "array_parallelism" in profile.model_fields_set and not array.resources.gpus
+    width = profile.array_parallelism if several else 1
     executor = submitit.LocalExecutor(
         record.folder / "jobs" / array.name,
         max_num_timeout=profile.max_timeouts,

@@ -14,7 +14,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -24,12 +26,17 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
+from engine import ownership
 from engine.errors import Interrupted, RunFailure, UserError
+from engine.storage import write_text
 from launch import queue
 from launch.node import run_on_node
 
 if TYPE_CHECKING:
     from transfer.checkpoints.export import Target
+
+
+REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds between attempts to be queued again
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Attempts:
             except ValueError:
                 continue
         return found
+
+    def last(self, job: str) -> str | None:
+        """The newest event of a job."""
+        return next((str(line["event"]) for line in reversed(self.read()) if line["job"] == job), None)
 
     def starts(self, job: str) -> int:
         """How often a job has started; after the first time it had been queued again."""
@@ -147,6 +158,12 @@ class CellJob:
                 run_on_node(self.work, self.processes)
             else:
                 self.work()
+            absent = [str(file) for file in self.done if not file.is_file()]
+            if absent and not place.rank:
+                raise RunFailure(
+                    f"{self.cell}: {', '.join(absent)} is missing, although the run says that it is finished; "
+                    f"delete {self.run} to do it again"
+                )
         except Interrupted as stop:
             self.stopped(place, stop.signal, str(stop))
         except UserError as error:
@@ -156,7 +173,8 @@ class CellJob:
         except SystemExit as end:  # several processes have agreed on it, and the first has said why
             code = end.code if isinstance(end.code, int) else 1
             if code <= 128:
-                self.attempts.write(place, "failed")
+                if self.attempts.last(place.job) != "stopped":  # by submitit, which has queued it again
+                    self.attempts.write(place, "failed")
                 raise
             self.stopped(place, code - 128, "")
         except Exception as error:
@@ -192,16 +210,20 @@ class CellJob:
 
     def convert(self) -> None:
         """Write the backbone in another format, read back by the library it is for."""
+        from engine.ownership import owned
+        from engine.storage import RunDirectory
         from transfer.checkpoints.export import check_export, export
         from transfer.checkpoints.source import read_source
 
         assert self.source is not None
         assert self.target is not None
-        found = read_source(self.source)
-        check_export(found, self.done[0], self.target)
-        print(
-            f"source    {self.source}\n{found.account.summary()}\nwritten   {export(found, self.done[0], self.target)}"
-        )
+        with owned(RunDirectory(self.run)):
+            if self.done[0].is_file():  # written while it was waited for
+                return
+            found = read_source(self.source)
+            check_export(found, self.done[0], self.target)
+            written = export(found, self.done[0], self.target)
+        print(f"source    {self.source}\n{found.account.summary()}\nwritten   {written}")
 
     def failed(self, place: Place, message: str, code: int) -> None:
         """End with a message instead of a traceback."""
@@ -222,12 +244,21 @@ class CellJob:
             raise Interrupted(message, number)
         if place.rank:
             return
-        if place.cluster == "slurm" and queue.state_of(place.job) != "RUNNING":
+        if ownership.TAKEN_OVER.is_set():
+            self.failed(place, f"failed: {self.cell}: another job has taken it over", 1)
+        if place.cluster == "slurm" and (queue.state_of(place.job) or "RUNNING") != "RUNNING":
             raise SystemExit(128 + number)
-        try:
-            signal.raise_signal(submitit.JobEnvironment()._usr_sig())
-        except UncompletedJobError as error:
-            self.failed(place, f"failed: {self.cell}: {error}", 1)
+        for patience in REQUEUE_PATIENCE:
+            try:
+                signal.raise_signal(submitit.JobEnvironment()._usr_sig())
+            except UncompletedJobError as error:
+                self.failed(place, f"failed: {self.cell}: {error}", 1)
+            except subprocess.SubprocessError as error:  # slurmctld is busy
+                print(f"{self.cell}: not queued again yet: {error}", file=sys.stderr, flush=True)
+                time.sleep(patience)
+            except FileNotFoundError:
+                break
+        self.failed(place, f"failed: {self.cell}: saved, but scontrol cannot queue it again; launch the suite again", 1)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """What submitit queues again; None after too many times, and the job fails."""
@@ -237,8 +268,7 @@ class CellJob:
                 f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)", file=sys.stderr, flush=True
             )
             return None
-        lines = self.attempts.read()
-        if not lines or lines[-1]["event"] != "stopped":  # the signal came before training or after it
+        if self.attempts.last(place.job) != "stopped":  # the signal came before training or after it
             self.attempts.write(place, "stopped")
         return DelayedSubmission(self)
 
@@ -274,32 +304,38 @@ def _name_local_processes(place: Place) -> None:
     )
 
 
-def leave_trace(traces: Path, place: Place) -> None:
+def leave_trace(traces: Path, place: Place, text: str = "") -> None:
     """A file that shows to those who see the folder that a job has started."""
     if place.rank == 0:
-        traces.mkdir(parents=True, exist_ok=True)
-        (traces / place.job).touch()
+        write_text(traces / place.job, text)
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Shows that the nodes write to the folder that the launching machine reads."""
+    """Shows that the nodes write to the folder that the launching machine reads, and that jobs there can talk to SLURM."""
 
     traces: Path
 
     def __call__(self) -> None:
-        """Leave a trace."""
-        leave_trace(self.traces, Place.here())
+        """Leave a trace, and in it what is wrong."""
+        place = Place.here()
+        problem = ""
+        if queue.state_of(place.job) is None:
+            problem = (
+                "a job cannot run scontrol there, so nothing could be queued again after a preemption or a time limit"
+            )
+        leave_trace(self.traces, place, problem)
 
 
 @dataclass(frozen=True)
 class FinishJob:
     """The last job of a launch: the tables, and which cells have none to show."""
 
-    launch: Path
+    runs: Path
+    suite: str
 
     def __call__(self) -> None:
         """Write them."""
         from launch.finish import write_results
 
-        print(write_results(self.launch), flush=True)
+        print(write_results(self.runs, self.suite), flush=True)

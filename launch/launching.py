@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import RunDirectoryError, UserError
+from engine.errors import ConfigError, RunDirectoryError, UserError
 from engine.ownership import Owner, read_owner
 from engine.progress import say
 from engine.provenance import code
@@ -21,6 +22,7 @@ from launch.ledger import Cluster, Launch
 from launch.snapshot import freeze
 from launch.suite import Cell, Suite, check_cells, expand
 
+SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
 LARGEST_ARRAY = 1000  # SLURM's default, where it cannot be asked
 
@@ -37,6 +39,7 @@ class Plan:
         cells: Of the suite.
         queued: Job ids of cells that wait or run already, by cell id.
         arrays: What is left, in the order of submission.
+        orphans: Jobs that wait in vain, and are cancelled before their cells are submitted again.
     """
 
     suite: Suite
@@ -46,6 +49,7 @@ class Plan:
     cells: tuple[Cell, ...]
     queued: Mapping[str, str]
     arrays: tuple[Array, ...]
+    orphans: tuple[str, ...] = ()
 
     @property
     def finished(self) -> tuple[Cell, ...]:
@@ -74,7 +78,7 @@ class Plan:
             return "\n".join(lines)
         gpus = sum(len(array.cells) * array.resources.gpus * array.resources.minutes for array in self.arrays) / 60
         cpus = sum(len(array.cells) * array.resources.cpus * array.resources.minutes for array in self.arrays) / 60
-        lines.append(f"asked for at most {gpus:,.0f} GPU-hours and {cpus:,.0f} CPU-hours")
+        lines.append(f"asked for at most {gpus:,.0f} GPU-hours and {cpus:,.0f} CPU-hours, if every job starts once")
         return "\n".join(lines)
 
 
@@ -87,29 +91,65 @@ def make_plan(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, ru
     runs = runs.resolve()
     cells = expand(suite, folder, profile, runs)
     waiting = _queued(cells, runs) if cluster == "slurm" else {}
+    orphans = _orphans(cells, waiting)
+    waiting = {cell: job for cell, job in waiting.items() if cell not in orphans}
     left = [cell for cell in cells if not cell.is_finished and cell.id not in waiting]
     if check_data:
         check_cells(left)
     limit = queue.largest_array() if cluster == "slurm" and left else LARGEST_ARRAY
-    return Plan(suite, profile, cluster, runs, cells, waiting, plan_arrays(left, waiting, limit))
+    for resources in {cell.resources for cell in left} if cluster == "slurm" else ():
+        if profile.signal_delay_s >= 60 * resources.minutes:
+            raise ConfigError(
+                f"a time limit of {resources.minutes} min (time_min) leaves no time before the signal that announces its "
+                f"end {profile.signal_delay_s} s earlier (signal_delay_s of the profile)"
+            )
+    arrays = plan_arrays(left, waiting, limit)
+    return Plan(suite, profile, cluster, runs, cells, waiting, arrays, tuple(orphans.values()))
 
 
 def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
     """Jobs of earlier launches, of this or another suite, that still have a cell to do."""
-    states = queue.queued()
     known: dict[str, list[str]] = {}
     for launch in ledger.launches(runs):
         for launched in launch.cells:
-            if launched.job is not None:
+            if launched.job is not None and launch.cluster == "slurm":
                 known.setdefault(launched.id, []).append(launched.job)
-    found = {}
     for cell in cells:
         owner = read_owner(cell.run / "owner.json")
-        jobs = known.get(cell.id, []) + ([str(owner["job"])] if owner is not None and owner.get("job") else [])
-        active = [job for job in jobs if job in states and states[job].is_active]
+        if owner is not None and owner.get("job"):
+            known.setdefault(cell.id, []).append(str(owner["job"]))
+    states = _settled({job for cell in cells for job in known.get(cell.id, [])})
+    found = {}
+    for cell in cells:
+        active = [job for job in known.get(cell.id, []) if job in states and states[job].is_active]
         if active and not cell.is_finished:
             found[cell.id] = active[-1]
     return found
+
+
+def _settled(jobs: Set[str]) -> dict[str, queue.JobState]:
+    """The queue, once none of these jobs is about to end: whether such a one has done its work is not known yet."""
+    end = time.monotonic() + SETTLING_SECONDS
+    while True:
+        states = queue.queued()
+        ending = sorted(job for job in jobs if job in states and states[job].state == "COMPLETING")
+        if not ending or time.monotonic() > end:
+            return states
+        say(f"waiting for jobs that are ending: {', '.join(ending)}")
+        time.sleep(2)
+
+
+def _orphans(cells: Sequence[Cell], waiting: Mapping[str, str]) -> dict[str, str]:
+    """Queued cells whose backbone nobody makes any more: SLURM has not noticed yet that they wait in vain."""
+    by_id = {cell.id: cell for cell in cells}
+    return {
+        cell.id: waiting[cell.id]
+        for cell in cells
+        if cell.id in waiting
+        and cell.parent is not None
+        and cell.parent not in waiting
+        and not by_id[cell.parent].is_finished
+    }
 
 
 def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs: Path, check_data: bool) -> bool:
@@ -136,6 +176,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         record = _record(plan)
         jobs = _jobs(plan, record)
         if cluster == "slurm":
+            queue.cancel(plan.orphans)
             slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
     finally:
         lock.release()
@@ -143,7 +184,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         return True
     if cluster != "slurm":
         here.run(plan.arrays, jobs, plan.profile, record)
-    print(write_results(record.file))
+    print(write_results(plan.runs, suite.name))
     return all(cell.is_finished for cell in plan.cells)
 
 
@@ -154,7 +195,7 @@ def _record(plan: Plan) -> Launch:
         cell.launched().model_copy(update={"job": plan.queued.get(cell.id), "log": None}) for cell in plan.cells
     )
     snapshot = None
-    if plan.cluster != "inline" and plan.arrays:
+    if plan.cluster != "inline" and (plan.arrays or plan.queued):
         snapshot = freeze(ledger.suite_folder(plan.runs, plan.suite.name) / "code")
     record = Launch(
         suite=plan.suite.name,

@@ -46,6 +46,8 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
             pass
     except ProcessExitedException as error:
         if error.exit_code < 0:
+            if -error.exit_code in STOP_SIGNALS:  # before training could answer it, or after
+                raise SystemExit(128 - error.exit_code) from None
             name = signal.Signals(-error.exit_code).name
             raise RunFailure(f"process {node * count + error.error_index} was killed by {name}") from None
         raise SystemExit(error.exit_code) from None

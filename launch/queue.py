@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import RunFailure, UserError
@@ -112,6 +112,11 @@ def cancel(jobs: Iterable[str]) -> None:
     ids = list(jobs)
     if ids:
         run(["scancel", *ids])
+
+
+def cancel_named(names: Sequence[str]) -> None:
+    """Cancel the user's jobs of these names."""
+    run(["scancel", f"--user={getpass.getuser()}", f"--name={','.join(names)}"])
 
 
 def largest_array() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,13 @@ from launch import queue
 from launch.arrays import Array
 from launch.cluster import Profile, Resources
 from launch.jobs import CellJob, FinishJob, ProbeJob
-from launch.ledger import Launch
+from launch.ledger import Launch, launches
 from launch.suite import Suite
 
+APPEARING_SECONDS = 30.0  # which a network file system may take to show a new file
 
-def header(suite: str, array: Array, profile: Profile, folder: Path, snapshot: Path, job_ids: Mapping[str, str]) -> str:
+
+def header(suite: str, array: Array, profile: Profile, folder: Path, snapshot: Path, dependency: str | None) -> str:
     """The ``#SBATCH`` lines of an array, as submitit would write them.
 
     Args:
@@ -33,13 +36,13 @@ def header(suite: str, array: Array, profile: Profile, folder: Path, snapshot: P
         profile: Of the cluster.
         folder: Of the launch.
         snapshot: Of the code.
-        job_ids: Of the arrays before it, or words that stand for them.
+        dependency: As sbatch writes it, or words that stand for it.
     """
-    parameters = profile.sbatch_parameters(array.resources, snapshot, array.dependency(job_ids))
+    parameters = profile.sbatch_parameters(array.resources, snapshot, dependency)
     text = submitit_slurm._make_sbatch_string(
         command="",
         folder=folder / "jobs" / array.name,
-        job_name=f"{suite}.{array.name}",
+        job_name=job_name(suite, array.name, folder),
         map_count=len(array.cells) if len(array.cells) > 1 else None,
         **parameters,
     )
@@ -55,17 +58,18 @@ def submit(
         UserError: If sbatch is missing, or the nodes do not see the folder of runs.
         RunFailure: With sbatch's message and the header that caused it.
     """
-    if not arrays:
+    if not arrays and (not any(cell.job for cell in record.cells) or _finish_waits(record)):
         return
     assert record.snapshot is not None
     _check_shared(profile, suite, record)
     cells = {cell.id: cell for cell in record.cells}
     ids: dict[str, str] = {}
-    with _all_or_none(ids):
+    names = [job_name(suite.name, name, record.folder) for name in (*(array.name for array in arrays), "finish")]
+    with _all_or_none(ids, names):
         for array in arrays:
             parameters = profile.sbatch_parameters(array.resources, record.snapshot, array.dependency(ids))
             work = [jobs[cell.id] for cell in array.cells]
-            submitted = _sbatch(f"{suite.name}.{array.name}", work, parameters, profile, record, array.name)
+            submitted = _sbatch(suite.name, array.name, work, parameters, profile, record)
             ids[array.name] = submitted[0].job_id.split("_")[0]
             for cell, job in zip(array.cells, submitted, strict=True):
                 cells[cell.id] = cells[cell.id].model_copy(update={"job": job.job_id, "log": Path(job.paths.stdout)})
@@ -78,7 +82,8 @@ def submit(
         after = ":".join(job for job in waits if job in parents or job.split("_")[0] not in parents)
         resources = profile.resolve(suite.resources.finish)
         parameters = profile.sbatch_parameters(resources, record.snapshot, f"afterany:{after}")
-        finish = _sbatch(f"{suite.name}.finish", [FinishJob(record.file)], parameters, profile, record, "finish")
+        last = FinishJob(record.folder.parents[3], suite.name)
+        finish = _sbatch(suite.name, "finish", [last], parameters, profile, record)
         ids["finish"] = finish[0].job_id
         record.jobs, record.finish_job = tuple(ids.values()), finish[0].job_id
         record.write()
@@ -88,27 +93,47 @@ def submit(
     )
 
 
+def _finish_waits(record: Launch) -> bool:
+    """Whether the last job of an earlier launch of the suite is still to come; it reads the newest launch."""
+    states = queue.queued()
+    earlier = (launch.finish_job for launch in launches(record.folder.parents[3], record.suite))
+    return any(job in states and states[job].is_active for job in earlier if job is not None)
+
+
+def job_name(suite: str, array: str, folder: Path) -> str:
+    """What a job is called in the queue; of one launch only."""
+    return f"{suite}.{array}.{folder.name[-4:]}"
+
+
 @contextlib.contextmanager
-def _all_or_none(ids: Mapping[str, str]) -> Iterator[None]:
+def _all_or_none(ids: Mapping[str, str], names: Sequence[str]) -> Iterator[None]:
+    """Cancel by name, too: sbatch may have taken a job whose number was never heard."""
     try:
         yield
     except BaseException:
-        if ids:
+        try:
             queue.cancel(ids.values())
-            say(f"cancelled what had been submitted: {', '.join(f'{name} (job {job})' for name, job in ids.items())}")
+            queue.cancel_named(names)
+            if ids:
+                shown = ", ".join(f"{name} (job {job})" for name, job in ids.items())
+                say(f"cancelled what had been submitted: {shown}")
+        except (UserError, RunFailure) as error:
+            say(
+                f"what had been submitted could not be cancelled, do it by hand (scancel {' '.join(ids.values())}): {error}"
+            )
         raise
 
 
 def _sbatch(
-    name: str,
+    suite: str,
+    array: str,
     work: Sequence[Callable[[], None]],
     parameters: Mapping[str, Any],
     profile: Profile,
     record: Launch,
-    folder: str,
 ) -> list[submitit.Job[None]]:
     """Submit one array, or a plain job if it has one task."""
-    place = record.folder / "jobs" / folder
+    place = record.folder / "jobs" / array
     try:
         executor = submitit.SlurmExecutor(
             place, max_num_timeout=profile.max_timeouts, python=profile.command(sys.executable)
@@ -119,7 +144,7 @@ def _sbatch(
             "or use --cluster local or inline"
         ) from None
     try:
-        executor.update_parameters(job_name=name, **parameters)
+        executor.update_parameters(job_name=job_name(suite, array, record.folder), **parameters)
         return list(executor.submit_array(list(work)))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: not found; is SLURM installed on this machine?") from None
@@ -127,7 +152,7 @@ def _sbatch(
         written = sorted(place.glob(".submission_file_*.sh"), key=lambda file: file.stat().st_mtime)
         lines = written[-1].read_text(encoding="utf-8").splitlines() if written else []
         shown = "\n".join(line for line in lines if line.startswith("#SBATCH"))
-        raise RunFailure(f"sbatch refuses {name}: {str(error).strip()}\nIts header was:\n{shown}") from None
+        raise RunFailure(f"sbatch refuses {suite}.{array}: {str(error).strip()}\nIts header was:\n{shown}") from None
 
 
 def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
@@ -145,29 +170,42 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
     traces = record.folder / "probe"
     resources = Resources(time_min=5).over(profile.resolve(suite.resources.finish))
     parameters = profile.sbatch_parameters(resources, record.snapshot, None)
-    job = _sbatch(f"{suite.name}.probe", [ProbeJob(traces)], parameters, profile, record, "probe")[0]
+    job = _sbatch(suite.name, "probe", [ProbeJob(traces)], parameters, profile, record)[0]
     say(f"submitted probe: job {job.job_id}; waiting up to {profile.shared_check_s} s to see that nodes share {runs}")
+    trace = traces / job.job_id
     end = time.monotonic() + profile.shared_check_s
+    ended_at: float | None = None
     try:
-        while time.monotonic() < end:
-            state = queue.queued().get(job.job_id)
-            if (traces / job.job_id).exists():
+        while time.monotonic() < end or ended_at is not None:
+            if job.job_id in _listed(traces):
+                problem = trace.read_text(encoding="utf-8")
+                if problem:
+                    raise UserError(f"{problem} (container, setup and environment of the profile)")
                 proof.touch()
                 return
-            if state is None or not state.is_active:
-                time.sleep(2)  # what a network file system may take to show a new file
-                if (traces / job.job_id).exists():
-                    continue
+            state = queue.queued().get(job.job_id)
+            if ended_at is None and (state is None or not state.is_active):
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() > ended_at + APPEARING_SECONDS:
                 how = "" if state is None else f" ({state.state.lower()} on {state.node})"
                 raise UserError(
                     f"{runs}: a job has ended{how}, and the file that it should have written there is not seen here: "
-                    f"{traces / job.job_id}. The folder of runs must be one that the nodes share (--runs), and "
+                    f"{trace}. The folder of runs must be one that the nodes share (--runs), and "
                     f"the nodes' Python must be able to start (container, setup, python of the profile). "
                     f"Its log, if any: {job.paths.stdout}"
                 )
-            time.sleep(0.5)
+            time.sleep(1)
     finally:
         if not proof.exists():
             with contextlib.suppress(RunFailure):
                 queue.cancel([job.job_id])
     say(f"the probe has not started within {profile.shared_check_s} s; going on without its proof")
+
+
+def _listed(folder: Path) -> list[str]:
+    """The names in a folder, asked of the file system anew; a network file system may remember that a name was not there."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        os.listdir(folder.parent)
+        return []

@@ -99,18 +99,17 @@ def _state(
     log: str | None,
 ) -> tuple[State, str]:
     if cell.is_finished:
-        return "done", _headline(cell)
+        return "done", headline(cell)
     job = states.get(cell.job) if cell.job is not None else None
     mine = [line for line in lines if line["job"] == cell.job] if cell.job is not None else list(lines)
     if job is not None and job.state == "PENDING":
         waits = {"Dependency": f"for {cell.parent}" if cell.parent else "", "Priority": "for its turn"}
         return "pending", waits.get(job.reason, job.reason)
     if job is not None and job.is_active:
+        if job.state not in ("RUNNING", "COMPLETING"):
+            return "pending", job.state.lower().replace("_", " ")
         if not (launch.folder / "started" / str(cell.job)).exists() and job.seconds > UNSEEN_SECONDS and not mine:
-            return (
-                "failed",
-                f"runs on {job.node}, but its files are not seen in {launch.folder}: is that folder shared?",
-            )
+            return "running", f"on {job.node}, but its files are not seen in {launch.folder}: is that folder shared?"
         return "running", progress(cell.run)
     owner = read_owner(cell.run / "owner.json")
     if job is None and owner is not None and seems_alive(cell.run / "owner.json"):
@@ -125,6 +124,8 @@ def _state(
         how = f"{job.state.lower().replace('_', ' ')}: " if job is not None and job.state != "FAILED" else ""
         if last["event"] == "failed":
             return "failed", how + (last.get("message") or last_error(log))
+        if last["event"] == "done":
+            return "failed", f"ended well, but {', '.join(map(str, cell.done))} is not seen here"
         if last["event"] == "stopped":
             at = progress(cell.run)
             return "stopped", f"{how}{at}{'; ' if at else ''}launch the suite again to go on"
@@ -132,12 +133,15 @@ def _state(
     if job is not None:
         where = f" on {job.node}" if job.node else ""
         return "failed", f"{job.state.lower()}{where} {job.reason}: {last_error(log) or f'left nothing in {cell.run}'}"
-    if parent is not None and parent.state != "done":
+    if parent is not None and parent.state not in ("done", "running", "pending"):
         return "cancelled" if cell.job is not None else "not started", f"because {parent.cell} {parent.state}"
+    if cell.job is not None:
+        return "cancelled", "its job is gone from the queue and has left nothing"
     return "not started", ""
 
 
-def _headline(cell: LaunchedCell) -> str:
+def headline(cell: LaunchedCell) -> str:
+    """The number that a finished cell is read for, or the file that a conversion has written."""
     if cell.stage == "convert":
         return cell.done[0].name
     try:
@@ -231,7 +235,7 @@ def cancel(launches: Sequence[Launch]) -> list[str]:
     Raises:
         UserError: If nothing of it runs on SLURM.
     """
-    known = {job for launch in launches if launch.cluster == "slurm" for job in (*launch.jobs, *_jobs(launch))}
+    known = {job for launch in launches if launch.cluster == "slurm" for job in launch.jobs}
     if not known:
         raise UserError("nothing to cancel: the suite has no job on SLURM")
     states = queue.queued()
@@ -241,10 +245,6 @@ def cancel(launches: Sequence[Launch]) -> list[str]:
     )
     queue.cancel(active)
     return active
-
-
-def _jobs(launch: Launch) -> list[str]:
-    return [cell.job.split("_")[0] for cell in launch.cells if cell.job is not None]
 
 
 def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, LaunchedCell]:
@@ -259,7 +259,7 @@ def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, Launched
             if wanted in (cell.id, cell.job, str(cell.run)):
                 return launch, cell
             if wanted in cell.id:
-                found[cell.id] = (launch, cell)
+                found.setdefault(cell.id, (launch, cell))
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:

@@ -89,7 +89,7 @@ class Grid(Recipe):
         return self
 
 
-SMALL = Resources(nodes=1, gpus_per_node=0, tasks_per_node=1, cpus_per_task=2, time_min=60)
+SMALL = Resources(nodes=1, gpus_per_node=0, tasks_per_node=1, cpus_per_task=2, mem_gb=8, time_min=60)
 
 
 class StageResources(Recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,16 +52,23 @@ def launch(
         if not launching.launch(chosen, suite.parent, given, cluster, runs, check_data):
             raise typer.Exit(1)
         return
-    plan = launching.make_plan(chosen, suite.parent, given, cluster, runs, check_data)
+    reachable = cluster != "slurm" or shutil.which("squeue") is not None
+    if not reachable:
+        typer.echo("no SLURM on this machine: what may be queued already is not known", err=True)
+    plan = launching.make_plan(chosen, suite.parent, given, cluster if reachable else "local", runs, check_data)
     typer.echo(plan.describe())
     if cluster != "slurm" or not plan.arrays:
         return
     folder = ledger.suite_folder(plan.runs, chosen.name) / "launches" / "…"
     snapshot = ledger.suite_folder(plan.runs, chosen.name) / "code" / "…"
-    last = Array("finish", given.resolve(chosen.resources.finish), ())
     names = {array.name: f"<{array.name}>" for array in plan.arrays}
-    for array in (*plan.arrays, last):
-        typer.echo(f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, names)}")
+    for array in plan.arrays:
+        typer.echo(
+            f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, array.dependency(names))}"
+        )
+    last = Array("finish", given.resolve(chosen.resources.finish), ())
+    after = f"afterany:{':'.join([*names.values(), *plan.queued.values()])}"
+    typer.echo(f"\nfinish\n{slurm.header(chosen.name, last, given, folder, snapshot, after)}")
 
 
 def status(

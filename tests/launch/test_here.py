@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from engine.errors import Interrupted, UserError
 from engine.records import Record
 from launch import ledger
 from launch.jobs import Attempts
@@ -38,6 +40,34 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
     assert {one.state for one in found(runs).values()} == {"done"}
     first = Attempts(Path(found(runs)["random"].run) / "attempts.jsonl").read()
     assert [line["event"] for line in first] == ["started", "done"]
+
+
+def test_inline_a_signal_stops_the_suite_and_it_goes_on(
+    tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch.jobs import CellJob
+
+    suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
+    runs = tmp_path / "runs"
+    work, seen = CellJob.work, []
+
+    def stopped(self: CellJob) -> None:
+        seen.append(self.cell)
+        raise Interrupted("stopped at step 1", signal.SIGTERM)
+
+    monkeypatch.setattr(CellJob, "work", stopped)
+    with pytest.raises(Interrupted):
+        launch(suite, runs, profile(), cluster="inline")
+    assert len(seen) == 1
+    assert found(runs)["mixmask"].state == "stopped"
+    monkeypatch.setattr(CellJob, "work", work)
+    assert launch(suite, runs, profile(), cluster="inline")
+
+
+def test_local_has_one_node(tmp_path: Path, shapes: Path) -> None:
+    two = {**MIXMASK, "resources": {"nodes": 2}}
+    with pytest.raises(UserError, match="asks for 2 nodes; --cluster local has this one"):
+        launch(write_suite(tmp_path, [{"pretrain": [two]}], shapes), tmp_path / "runs", profile(), cluster="local")
 
 
 @pytest.mark.slow

@@ -120,6 +120,40 @@ def test_a_cancelled_or_preempted_job_does_not_queue_itself(
     assert not (fake.folder / "requeued").exists()
 
 
+@pytest.mark.parametrize("fails", ["busy", "absent"])
+def test_a_requeue_that_fails_is_tried_again_or_said(
+    job: CellJob,
+    in_slurm: SignalHandler,
+    fake: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails: str,
+) -> None:
+    work = Work(Interrupted("stopped", signal.SIGUSR2))
+    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    monkeypatch.setattr(jobs, "REQUEUE_PATIENCE", (0, 0))
+    if fails == "busy":  # once
+        (fake.folder / "scontrol").write_text(
+            '#!/bin/sh\n[ -e "$FAKE/tried" ] && [ "$1" = requeue ] && echo "$2" >> "$FAKE/requeued" && exit 0\n'
+            'touch "$FAKE/tried"; exit 1\n'
+        )
+    else:
+        monkeypatch.setenv("PATH", str(fake.folder.parent))
+    with pytest.raises(SystemExit) as end:
+        start(job, in_slurm)
+    assert end.value.code == (-1 if fails == "busy" else 1)
+    assert (fake.folder / "requeued").exists() == (fails == "busy")
+    if fails == "absent":
+        assert "saved, but scontrol cannot queue it again; launch the suite again" in capsys.readouterr().err
+
+
+def test_a_record_without_its_backbone_is_said(job: CellJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CellJob, "work", lambda self: None)
+    with pytest.raises(SystemExit):
+        job()
+    assert "record.json is missing, although" in job.attempts.read()[-1]["message"]
+
+
 def test_only_the_first_process_queues_again(
     job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +294,7 @@ def test_tables_name_what_is_missing(job: CellJob, tmp_path: Path) -> None:
         cells=tuple(cells),
     )  # fmt: skip
     launch.write()
-    text = finishing.write_results(launch.file)
+    text = finishing.write_results(tmp_path / "runs", "s")
     for line in (
         "0 of 4 cells are finished",
         "- transfer/a: never started",

@@ -165,18 +165,21 @@ def test_a_rank_that_is_killed_ends_the_job_and_a_relaunch_goes_on(
     assert_same(weights(one.run), together(2))
 
 
-def test_one_task_per_node_passes_the_signal_on_to_its_processes(
+def test_processes_of_either_kind_stop_together_and_the_first_queues_again(
     slurm: Slurm, tmp_path: Path, shapes: Path, together: Callable[[int], dict[str, torch.Tensor]]
 ) -> None:
-    suite = shared(tmp_path, shapes, 1, one_task=True)
-    assert launch(suite, tmp_path / "runs", profile())
-    one = found(tmp_path / "runs")["mixmask"]
-    wait_for(lambda: steps(one.run), "the first steps", FIRST_JOB_SECONDS)
-    slurm.run("scancel", "--signal=USR2", str(one.job))
-    cells = wait_until_over(tmp_path / "runs")
-    assert cells["mixmask"].state == "done", Path(str(one.log)).read_text()
-    assert events(one.run) == ["started", "stopped", "started", "done"]
-    assert_same(weights(one.run), together(2))
+    folders = [tmp_path / "tasks", tmp_path / "one task"]
+    for folder in folders:
+        assert launch(shared(folder, shapes, 1, folder == folders[1]), folder / "runs", profile())
+    for folder in folders:
+        one = found(folder / "runs")["mixmask"]
+        wait_for(lambda run=one.run: steps(run), "the first steps", FIRST_JOB_SECONDS)  # type: ignore[misc]
+        slurm.run("scancel", "--signal=USR2", str(one.job))
+    for folder in folders:
+        one = wait_until_over(folder / "runs")["mixmask"]
+        assert one.state == "done", Path(str(one.log)).read_text()
+        assert events(one.run) == ["started", "stopped", "started", "done"]
+        assert_same(weights(one.run), together(2))
 
 
 def kill_a_rank(job: str, rank: str) -> None:
@@ -231,19 +234,17 @@ def test_at_its_time_limit_a_job_is_queued_again_so_often_and_no_oftener(
     endless = {**MIXMASK, "set": {"max_steps": None, "epochs": 100000}, "resources": {"time_min": 1}}
     suite = write_suite(tmp_path, [{"pretrain": [endless]}], shapes)
     runs = tmp_path / "runs"
-    assert launch(suite, runs, profile(signal_delay_s=50, max_timeouts=0))
-    cells = wait_until_over(runs)
-    one = cells["mixmask"]
-    assert one.state == "failed"
-    assert "timed-out too many times" in one.detail
+    assert launch(suite, runs, profile(signal_delay_s=15, max_timeouts=1))
+    one = found(runs)["mixmask"]
+    wait_for(lambda: events(one.run) == ["started", "stopped"], "the time limit", 120)
     reached = steps(one.run)[-1]
-    assert reached > 0
-
-    assert launch(suite, runs, profile(signal_delay_s=50, max_timeouts=1))
-    wait_for(lambda: events(one.run)[3:] == ["started", "stopped"], "the time limit", 120)
-    assert steps(one.run)[reached] == reached + 1  # it has gone on where the first job stopped
-    wait_for(lambda: found(runs)["mixmask"].state == "pending", "it is queued again")
-    assert found(runs)["mixmask"].requeues == 1
+    wait_for(lambda: found(runs)["mixmask"].requeues == 1, "it is queued again")
+    wait_for(lambda: steps(one.run)[-1] > reached, "it goes on", FIRST_JOB_SECONDS)
+    assert steps(one.run)[: reached + 1] == list(range(1, reached + 2))
+    slurm.run("scancel", "--signal=USR2", str(one.job))  # the second time
+    cells = wait_until_over(runs)
+    assert cells["mixmask"].state == "failed"
+    assert "timed-out too many times" in cells["mixmask"].detail
 
 
 def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_the_rest(
@@ -324,11 +325,16 @@ def test_two_launches_at_once_submit_every_cell_once(slurm: Slurm, tmp_path: Pat
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sorted("4 queued or running, 0 to do" in text for text in said) == [False, True]
-    names = slurm.run("squeue", "-h", "-r", "-o", "%j").split()
+    names = [name.rpartition(".")[0] for name in slurm.run("squeue", "-h", "-r", "-o", "%j").split()]
     assert sorted(names) == ["small.finish"] + ["small.knn"] * 2 + ["small.pretrain"] * 2
+    newest = ledger.latest(runs.resolve(), "small")
+    assert newest.snapshot is not None
+    (newest.snapshot / "COMMIT").write_text("frozen\n")  # what only those see who import the copy
     slurm.run("scontrol", "update", "PartitionName=low", "State=UP")
     cells = wait_until_over(runs)
     assert {one.state for one in cells.values()} == {"done"}
+    for name in ("mixmask", "mixmask-knn"):
+        assert Record.read(Path(cells[name].run) / "record.json").environment["git_commit"] == "frozen"
     assert all(events(one.run) == ["started", "done"] for one in cells.values())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import RunFailure, UserError
-from launch import launching, ledger, queue
+from launch import launching, ledger, queue, slurm
 from launch import status as states
 from launch.cli import app
 from launch.jobs import Attempts, Place
@@ -57,6 +57,8 @@ def test_arrays_dependencies_and_what_they_start(fake: FakeSlurm, tmp_path: Path
     assert (newest.snapshot / "launch" / "jobs.py").is_file()
     assert (newest.snapshot / "configs" / "demo" / "knn.yaml").is_file()
     assert [cell.job for cell in newest.cells] == ["1_0", "1_1", "2_0", "2_1"]
+    srun = next(line for line in pretrain.splitlines() if line.startswith("srun "))
+    assert " --cpus-per-task=1 " in srun  # it forgets what sbatch was told
 
 
 def test_what_is_queued_or_finished_is_not_submitted_again(fake: FakeSlurm, tmp_path: Path, shapes: Path) -> None:
@@ -73,10 +75,14 @@ def test_what_is_queued_or_finished_is_not_submitted_again(fake: FakeSlurm, tmp_
     cells = {cell.name: cell.job for cell in ledger.latest(runs, "small").cells}
     assert cells == {"random": None, "mixmask": "1_1", "random-knn": "4", "mixmask-knn": "2_1"}
 
-    fake.queue(_1_1="RUNNING|None|n1|1:00")  # another suite wants what is being made, and its kNN under another name
+    fake.queue(_2_1="PENDING|Dependency||0:00")  # its backbone's job has died, which SLURM has not noticed yet
+    assert launch(suite, runs, profile())
+    assert fake.cancelled == ["2_1"]
+    assert {cell.name: cell.job for cell in ledger.latest(runs, "small").cells}["mixmask"] == "6"
+    fake.queue(_6="RUNNING|None|n1|1:00")  # another suite wants what is being made, and its kNN under another name
     other = write_suite(tmp_path / "other", [{"pretrain": [MIXMASK], "transfer": [{**KNN, "set": {"k": 4}}]}], shapes)
     assert launch(other, runs, profile())
-    assert header(fake.submitted[5])["dependency"] == "afterok:1_1"
+    assert header(fake.submitted[-2])["dependency"] == "afterok:6"
 
 
 def test_the_third_refusal_cancels_the_first_two(
@@ -86,7 +92,9 @@ def test_the_third_refusal_cancels_the_first_two(
     fake.refuse(3, "Invalid account or account/partition combination specified")
     with pytest.raises(RunFailure, match=r"(?s)refuses small\.finish: .*Invalid account.*#SBATCH --account=nobody"):
         launch(suite, runs, profile(account="nobody"))
-    assert fake.cancelled == ["1", "2"]
+    assert fake.cancelled[:2] == ["1", "2"]
+    names = [header(script)["job-name"] for script in fake.submitted]
+    assert fake.cancelled[-1] == f"--name={','.join(names)}"  # one that sbatch took without saying so goes, too
     assert "cancelled what had been submitted: pretrain (job 1), knn (job 2)" in capsys.readouterr().err
 
 
@@ -103,9 +111,12 @@ def test_without_slurm_and_without_a_place_to_write(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_marker_that_is_not_seen(fake: FakeSlurm, tmp_path: Path, shapes: Path) -> None:
+def test_a_marker_that_is_not_seen(
+    fake: FakeSlurm, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite = write_suite(tmp_path, [GRID], shapes)
     fake.queue(_1="COMPLETED|None|n4|0:01")
+    monkeypatch.setattr(slurm, "APPEARING_SECONDS", 1)
     with pytest.raises(UserError, match=r"completed on n4\), and the file .* is not seen here"):
         launch(suite, tmp_path / "runs", profile(shared_check_s=30))
     assert len(fake.submitted) == 1
@@ -147,6 +158,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     assert "4 cells, 0 finished, 0 queued or running, 4 to do in 2 arrays" in shown
     assert "each after its own cell of pretrain" in shown
     assert "asked for at most 12 GPU-hours" in shown
+    assert "#SBATCH --dependency='afterany:<pretrain>:<knn>'" in shown
     assert "#SBATCH --gpus-per-node=4" in shown
     assert "#SBATCH --dependency='aftercorr:<pretrain>'" in shown
     assert not (tmp_path / "runs").exists()
@@ -163,7 +175,7 @@ def test_states_with_accounting_and_without(fake: FakeSlurm, tmp_path: Path, sha
     )  # fmt: skip
     cells = found(runs)
     running = Path(cells["mixmask_seed-0"].run)
-    assert cells["mixmask_seed-0"].state == "failed"  # a day old, and nothing of it is seen here
+    assert cells["mixmask_seed-0"].state == "running"  # for a day, and nothing of it is seen here
     assert "is that folder shared?" in cells["mixmask_seed-0"].detail
     write = Attempts(running / "attempts.jsonl").write
     write(Place("slurm", "1_0", 0, "/x/log"), "started")
@@ -172,7 +184,8 @@ def test_states_with_accounting_and_without(fake: FakeSlurm, tmp_path: Path, sha
     assert found(runs)["mixmask_seed-0"].detail == "30 % · 1,240 images/s · 23 min left"
     assert cells["mixmask_seed-1"].detail == "for its turn"
     assert cells["mixmask_seed-0-knn"].detail == f"for {cells['mixmask_seed-0'].cell}"
-    assert cells["mixmask_seed-2"].state == "not started"
+    assert cells["mixmask_seed-2"].state == "cancelled"
+    assert "gone from the queue" in cells["mixmask_seed-2"].detail
 
     killed = Attempts(Path(cells["mixmask_seed-2"].run) / "attempts.jsonl")
     log = tmp_path / "log"
@@ -216,7 +229,8 @@ def test_the_table_cancel_and_logs(
     )
     app(["status", str(suite), *at], standalone_mode=False)
     table = capsys.readouterr().out
-    assert "small: 2 not started, 1 running, 1 pending" in table or "pending" in table
+    for state in ("1 running", "1 pending", "2 cancelled"):
+        assert state in table.splitlines()[0]
     with pytest.raises(UserError, match=r"running, and there is no log yet"):
         app(["logs", "pretrain/random", *at], standalone_mode=False)
     with pytest.raises(UserError, match=r"'knn' fits several cells; name one: transfer/mixmask-knn-"):
