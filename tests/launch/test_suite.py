@@ -152,6 +152,15 @@ def test_data_and_sizes_are_checked_before_anything_is_submitted(tmp_path: Path,
         check_cells(cells_of(path, "set.knn.k=500"))
 
 
+def test_a_machine_without_detectron2_can_submit_to_one_that_has_it(
+    tmp_path: Path, shapes: Path, voc: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    checkpoint = {"path": str(resnet18), "name": "theirs"}
+    grid = {"checkpoints": [checkpoint], "transfer": [{"demo": "detect_voc", "set": {"engine": "detectron2"}}]}
+    check_cells(cells_of(write_suite(tmp_path, [grid], shapes, data={"demo-voc": str(voc)})))
+
+
 def test_profiles(tmp_path: Path) -> None:
     for path in sorted((configs_folder() / "cluster").glob("*.yaml")):
         assert load_profile(path).resources.num_nodes == 1

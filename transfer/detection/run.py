@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,12 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
 def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
     """Refuse annotations that the recipe's engine would stumble over after training.
 
+    A machine without Detectron2 cannot ask it: one that only submits leaves that to the one that runs (`check_engine`).
+
     Raises:
         ConfigError: With the file.
     """
-    if recipe.engine == "detectron2":
+    if recipe.engine == "detectron2" and importlib.util.find_spec("detectron2") is not None:
         from transfer.detection import detectron2_config
 
         detectron2_config.check_annotations(recipe, classes)
