@@ -144,6 +144,7 @@ class Owner:
                 raise RunDirectoryError(
                     f"{self.file.parent}: {describe_owner(found)} is working on it. One at a time: wait for it, or stop it"
                 )
+        TAKEN_OVER.clear()
         self.heart = threading.Thread(target=self._keep_beating, daemon=True)
         self.heart.start()
 

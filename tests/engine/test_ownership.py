@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import RunDirectoryError
-from engine.ownership import Owner, cluster_job, describe_owner, owned, read_owner, seems_alive
+from engine.ownership import TAKEN_OVER, Owner, cluster_job, describe_owner, owned, read_owner, seems_alive
 from engine.storage import RunDirectory
 from tests.processes import ROOT
 
@@ -146,7 +146,9 @@ def test_a_process_that_has_been_taken_over_is_told_to_stop(tmp_path: Path) -> N
         assert told
         mine.release()
         assert (tmp_path / "owner.json").exists()  # the other one's
+        assert TAKEN_OVER.is_set()
     finally:
+        TAKEN_OVER.clear()
         signal.signal(signal.SIGTERM, before)
 
 

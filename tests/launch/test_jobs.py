@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Work:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> CellJob:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CellJob:
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "pretrain" / "x-1"
     return CellJob("pretrain/x-1", "pretrain", None, run, (run / "record.json",), tmp_path, tmp_path / "started", 2)
 
@@ -145,6 +147,19 @@ def test_a_requeue_that_fails_is_tried_again_or_said(
     assert (fake.folder / "requeued").exists() == (fails == "busy")
     if fails == "absent":
         assert "saved, but scontrol cannot queue it again; launch the suite again" in capsys.readouterr().err
+
+
+def test_a_job_whose_work_another_has_taken_over_is_not_queued_again(
+    job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, taken_over = Work(Interrupted("stopped", signal.SIGTERM)), threading.Event()
+    taken_over.set()
+    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    monkeypatch.setattr(jobs.ownership, "TAKEN_OVER", taken_over)
+    with pytest.raises(SystemExit):
+        start(job, in_slurm)
+    assert "another job has taken it over" in job.attempts.read()[-1]["message"]
+    assert not (fake.folder / "requeued").exists()
 
 
 def test_a_record_without_its_backbone_is_said(job: CellJob, monkeypatch: pytest.MonkeyPatch) -> None:
