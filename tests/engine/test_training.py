@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine import distributed
 from engine.checkpoint import read_checkpoint
 from engine.errors import Interrupted, RunFailure
 from engine.job import Job, Part
+from engine.stopping import StopSignals
 from engine.storage import RunDirectory
 from engine.training import train
 
@@ -287,3 +289,20 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert "The checkpoint before it is untouched" in done.stdout
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 4
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_several_processes_leave_an_evaluation_to_whoever_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: theirs.append(number))
+    monkeypatch.setattr(distributed, "_world", distributed.World(0, 2, 0))
+    try:
+        with StopSignals() as stop:
+            with stop.at_once():
+                signal.raise_signal(signal.SIGUSR2)
+            assert (theirs, stop.received) == ([signal.SIGUSR2], [])
+            signal.raise_signal(signal.SIGUSR2)
+            assert (theirs, stop.received) == ([signal.SIGUSR2], [signal.SIGUSR2])
+        signal.raise_signal(signal.SIGUSR2)
+        assert len(theirs) == 2
+    finally:
+        signal.signal(signal.SIGUSR2, before)

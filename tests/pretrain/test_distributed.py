@@ -221,7 +221,7 @@ def test_a_failure_is_said_once(config: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    base = ["pretrain", str(config), "mix.kind=mixmask", "mix.grid=4", "max_steps=30", "epochs=5", "monitor=null"]
+    base = ["pretrain", str(config), "mix.kind=mixmask", "mix.grid=4", "max_steps=14", "epochs=5", "monitor=null"]
     assert [code for code, _, _ in finish(processes(2, *base, "--run-dir", str(whole)))] == [0, 0]
     started = processes(2, *base, "--run-dir", str(stopped))
     deadline = time.monotonic() + 120
