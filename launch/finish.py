@@ -15,10 +15,10 @@ from launch.status import headline
 
 
 def write_results(runs: Path, suite: str) -> str:
-    """Write ``tables.md`` and ``tables.csv`` of a suite's finished cells, as its newest launch lists them.
+    """Write ``tables.md``, ``tables.csv`` and ``report.md`` of a suite's cells, as its newest launch lists them.
 
     Returns:
-        The table, every cell's result, and one line for each cell that is not finished.
+        The report: the table, every finished cell's result, and why each of the others is not.
     """
     launch = latest(runs, suite)
     folder = suite_folder(runs, suite)
@@ -37,9 +37,10 @@ def write_results(runs: Path, suite: str) -> str:
         text += f"\nEvery cell:\n\n{tabulate(results, columns, tablefmt='pipe')}\n"
     if missing:
         text += "\nNot finished:\n\n" + "\n".join(missing) + "\n"
-    write_text(folder / "tables.md", text)
+    write_text(folder / "tables.md", render(table, "md"))
     write_text(folder / "tables.csv", render(table, "csv"))
-    return f"{text}\n{folder / 'tables.md'}"
+    write_text(folder / "report.md", text)
+    return f"{text}\n{folder / 'report.md'}"
 
 
 def _why(cell: LaunchedCell, launch: Launch) -> str:

@@ -88,7 +88,7 @@ def submit(
         record.jobs, record.finish_job = tuple(ids.values()), finish[0].job_id
         record.write()
     say(
-        f"submitted finish: job {record.finish_job}, which writes {record.folder.parents[1]}/tables.md\n"
+        f"submitted finish: job {record.finish_job}, which writes {record.folder.parents[1]}/report.md\n"
         f"mixmask status {suite.name} shows how far it is"
     )
 

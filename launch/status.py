@@ -204,8 +204,8 @@ def table(launch: Launch, found: Sequence[CellStatus]) -> Table:
     """For a terminal; logs are relative to the launch's folder, where they lie in it."""
     counts = Counter(one.state for one in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    tables = launch.folder.parents[1] / "tables.md"
-    caption = f"logs in {launch.folder}/" + (f"\ntables in {tables}" if tables.is_file() else "")
+    report = launch.folder.parents[1] / "report.md"
+    caption = f"logs in {launch.folder}/" + (f"\nreport in {report}" if report.is_file() else "")
     result = Table(title=f"{launch.suite}: {summary}", caption=caption, title_justify="left", caption_justify="left")
     for name in ("cell", "state", "", "job", "log"):
         result.add_column(name, overflow="fold")

@@ -87,7 +87,7 @@ def test_the_demo_suite_end_to_end_in_a_folder_with_spaces_and_quotes(
     cells = wait_until_over(runs)
     assert {one.state for one in cells.values()} == {"done"}, cells
     assert cells["mixmask-knn_seed-1"].detail.startswith("knn/top1 ")
-    tables = (runs / "suites" / "small" / "tables.md").read_text()
+    tables = (runs / "suites" / "small" / "report.md").read_text()
     assert "12 of 12 cells are finished" in tables
     assert tables.partition("Every cell:")[0].count("| demo-shapes ") == 3
     assert "| mixmask-knn_seed-1 | demo-shapes | knn " in tables
@@ -274,7 +274,7 @@ def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_t
     assert cells["vanilla-knn"].detail == f"because {cells['vanilla'].cell} failed"
     log = Path(str(cells["vanilla"].log)).read_text()
     assert "Traceback" not in log
-    tables = (runs / "suites" / "small" / "tables.md").read_text()
+    tables = (runs / "suites" / "small" / "report.md").read_text()
     assert "2 of 4 cells are finished" in tables
     assert f"- {cells['vanilla'].cell}: error: {elsewhere}: no such data folder" in tables
     assert f"- {cells['vanilla-knn'].cell}: its backbone {cells['vanilla'].cell} is not finished" in tables
@@ -314,7 +314,7 @@ def test_three_hundred_cells_are_one_array(slurm: Slurm, tmp_path: Path, shapes:
     assert Counter(one.state for one in cells.values()) == {"done": 40, "cancelled": 260}
     assert len(list((newest.folder / "started").iterdir())) == 40
     assert Record.read(Path(cells["random_seed-299"].run) / "record.json").seed == 299
-    assert "40 of 300 cells are finished" in (runs / "suites" / "small" / "tables.md").read_text()
+    assert "40 of 300 cells are finished" in (runs / "suites" / "small" / "report.md").read_text()
 
 
 def test_two_launches_at_once_submit_every_cell_once(slurm: Slurm, tmp_path: Path, shapes: Path) -> None:
