@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,11 +34,14 @@ def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, 
                 say(f"{cell.id}: left out, because {cell.parent} is not finished")
             else:
                 ready.append(cell)
-        if record.cluster == "inline":
-            for cell in ready:
-                _in_this_process(jobs[cell.id])
-        else:
-            _as_processes(array, ready, jobs, profile, record)
+        try:
+            if record.cluster == "inline":
+                for cell in ready:
+                    _in_this_process(jobs[cell.id])
+            else:
+                _as_processes(array, ready, jobs, profile, record)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped; the same command goes on with what is missing", signal.SIGINT) from None
 
 
 def _parent(cell: Cell) -> str:

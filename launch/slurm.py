@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ def submit(
         record.write()
     say(
         f"submitted finish: job {record.finish_job}, which writes {record.folder.parents[1]}/report.md\n"
-        f"mixmask status {suite.name} shows how far it is"
+        f"mixmask status {suite.name} --runs {shlex.quote(str(record.folder.parents[3]))} shows how far it is"
     )
 
 

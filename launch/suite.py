@@ -119,6 +119,7 @@ class Suite(Recipe):
     name: str = Field(pattern=NAME)
     data: dict[str, str] = Field({})
     set: Settings = Settings()
+    force: Settings = Field(Settings(), description="as set, but after the recipes' own: what the command line sets")
     resources: StageResources = StageResources()
     grids: tuple[Grid, ...] = Field(min_length=1)
 
@@ -194,7 +195,8 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         ConfigError: As `load_recipe`; a ``base:`` that leads back to itself is said so.
     """
-    return load_recipe(Suite, path, overrides)
+    forced = [f"force.{text.removeprefix('set.')}" if text.startswith("set.") else text for text in overrides]
+    return load_recipe(Suite, path, forced)
 
 
 def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Cell, ...]:
@@ -248,7 +250,7 @@ class _Expansion:
     def grid(self, grid: Grid) -> Iterator[Cell]:
         backbones = []
         for entry in grid.pretrain:
-            for name, overrides, seed in self._variants(entry, self.suite.set.pretrain):
+            for name, overrides, seed in self._variants(entry, self.suite.set.pretrain, self.suite.force.pretrain):
                 cell = self._pretrain(entry, name, overrides, seed)
                 yield cell
                 file = cell.run / pretrain_stage.BACKBONE_FILE
@@ -261,20 +263,24 @@ class _Expansion:
         for entry in grid.transfer:
             protocol = read_protocol(self.folder / entry.config, (), tuple(PROTOCOLS))
             common = {**self.suite.set.transfer, **getattr(self.suite.set, protocol)}
-            for name, overrides, seed in self._variants(entry, common):
+            forced = {**self.suite.force.transfer, **getattr(self.suite.force, protocol)}
+            for name, overrides, seed in self._variants(entry, common, forced):
                 for backbone in backbones:
                     yield self._transfer(entry, backbone, name, overrides, seed)
 
-    def _variants(self, entry: Entry, common: Mapping[str, Any]) -> Iterator[tuple[str, list[str], int]]:
+    def _variants(
+        self, entry: Entry, common: Mapping[str, Any], forced: Mapping[str, Any]
+    ) -> Iterator[tuple[str, list[str], int]]:
         """(suffix of the name, overrides, seed) of every combination."""
         fixed = [_override(key, value) for key, value in {**common, **entry.set}.items()]
+        last = [_override(key, value) for key, value in forced.items()]
         for values in itertools.product(*entry.vary.values()):
             chosen = dict(zip(entry.vary, values))
             suffix = "".join(f"_{key.split('.')[-1]}-{_readable(value)}" for key, value in chosen.items())
             varied = [_override(key, value) for key, value in chosen.items()]
             for seed in entry.seeds:
                 which = f"_seed-{seed}" if len(entry.seeds) > 1 else ""
-                yield suffix + which, [*fixed, *varied, f"seed={seed}"], seed
+                yield suffix + which, [*fixed, *varied, *last, f"seed={seed}"], seed
 
     def _data(self, name: str, entry: Entry) -> list[str]:
         """Where a data set lies, unless the entry says it itself."""

@@ -134,7 +134,7 @@ def logs(
 
     \b
     Example:
-      mixmask logs cifar100-moco-mixmask-knn
+      mixmask logs cifar100-moco-mixmask-cifar100-knn
     """
     from engine.errors import UserError
     from launch import ledger

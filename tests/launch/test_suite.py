@@ -88,6 +88,19 @@ def test_names_seeds_data_and_resources(tmp_path: Path, shapes: Path) -> None:
     assert first.run.name == f"{first.name}-{first.fingerprint}"
 
 
+def test_the_command_line_comes_last(tmp_path: Path, shapes: Path) -> None:
+    own = {**MIXMASK, "set": {"max_steps": 5}}
+    path = write_suite(tmp_path, [{"pretrain": [own]}], shapes)
+
+    def steps(*overrides: str) -> object:
+        recipe = cells_of(path, *overrides)[0].recipe
+        assert isinstance(recipe, PretrainRecipe)
+        return recipe.max_steps
+
+    assert steps() == 5  # the suite's 2 is for those that say nothing
+    assert steps("set.pretrain.max_steps=9") == 9
+
+
 def test_a_checkpoint_needs_no_pretraining(tmp_path: Path, shapes: Path, resnet18: Path) -> None:
     grid = {"checkpoints": [{"path": str(resnet18), "name": "theirs"}], "transfer": [KNN], "convert": {"to": ["timm"]}}
     convert, knn = cells_of(write_suite(tmp_path, [grid], shapes))
