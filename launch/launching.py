@@ -177,7 +177,11 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         jobs = _jobs(plan, record)
         if cluster == "slurm":
             queue.cancel(plan.orphans)
-            slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
+            try:
+                slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
+            except BaseException:  # nothing of it is left, and status goes on showing the launch before
+                record.file.unlink(missing_ok=True)
+                raise
     finally:
         lock.release()
     if cluster == "slurm" and (plan.arrays or plan.queued):

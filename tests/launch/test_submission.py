@@ -93,6 +93,7 @@ def test_the_third_refusal_cancels_the_first_two(
     with pytest.raises(RunFailure, match=r"(?s)refuses small\.finish: .*Invalid account.*#SBATCH --account=nobody"):
         launch(suite, runs, profile(account="nobody"))
     assert fake.cancelled[:2] == ["1", "2"]
+    assert not list(ledger.launches(runs))
     names = [header(script)["job-name"] for script in fake.submitted]
     assert fake.cancelled[-1] == f"--name={','.join(names)}"  # one that sbatch took without saying so goes, too
     assert "cancelled what had been submitted: pretrain (job 1), knn (job 2)" in capsys.readouterr().err
