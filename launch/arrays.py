@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from launch.cells import Cell
 from launch.cluster import Resources
-from launch.suite import Cell
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import submitit
 from engine.errors import Interrupted, UserError
 from engine.progress import say
 from launch.arrays import Array
+from launch.cells import Cell
 from launch.cluster import Profile
 from launch.jobs import CellJob
 from launch.ledger import Launch
-from launch.suite import Cell
 
 
 def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, record: Launch) -> None:

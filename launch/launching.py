@@ -15,12 +15,13 @@ from engine.provenance import code
 from engine.storage import write_text
 from launch import here, ledger, queue, slurm
 from launch.arrays import Array, plan_arrays
+from launch.cells import Cell, check_cells, expand
 from launch.cluster import Profile
 from launch.finish import write_results
 from launch.jobs import CellJob
 from launch.ledger import Cluster, Launch
 from launch.snapshot import freeze
-from launch.suite import Cell, Suite, check_cells, expand
+from launch.suite import Suite
 
 SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through

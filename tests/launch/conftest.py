@@ -21,7 +21,8 @@ def _require(accounting: bool) -> None:
         return
     if os.environ.get(DEMANDED):
         pytest.fail(f"{DEMANDED} is set, and SLURM is not complete: {', '.join(absent)}")
-    pytest.skip(f"no SLURM on this machine ({', '.join(absent)} not found): apt-get install slurm-wlm munge")
+    packages = "slurm-wlm munge" + " slurmdbd mariadb-server" * accounting
+    pytest.skip(f"no SLURM on this machine ({', '.join(absent)} not found): apt-get install {packages}")
 
 
 @pytest.fixture(scope="session")

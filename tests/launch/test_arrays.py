@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.arrays import Array, plan_arrays
+from launch.cells import Cell
 from launch.cluster import Resources
-from launch.suite import Cell
 
 SIZES = tuple(Resources(nodes=1, gpus_per_node=number, time_min=60) for number in (1, 8))
 
 
 def cell(stage: str, number: int, size: int, parent: str | None = None) -> Cell:
     name = f"{stage}-{number}"
-    return Cell(stage, name, f"{number:012x}", Path("/runs") / stage / name, SIZES[size], stage, "d", 0, parent=parent)  # type: ignore[arg-type]
+    return Cell(stage, name, f"{number:012x}", Path("/runs") / stage / name, SIZES[size], stage, "d", 0, parent=parent)
 
 
 @st.composite

@@ -14,6 +14,7 @@ from submitit.core.job_environment import SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from engine.config import Recipe
 from engine.errors import ConfigError, Interrupted, RunFailure
 from engine.storage import RunDirectory
 from launch import finish as finishing
@@ -23,6 +24,10 @@ from launch.snapshot import freeze
 from tests.launch.fake_slurm import FakeSlurm, fake
 
 __all__ = ["fake"]
+
+
+class Anything(Recipe):
+    x: int = 1
 
 
 class Work:
@@ -250,16 +255,7 @@ def test_attempts_survive_a_torn_line_and_do_not_hinder_the_run(job: CellJob) ->
     with job.attempts.file.open("a") as file:
         file.write('{"event": "do')
     assert job.attempts.starts("5") == 1
-    RunDirectory(job.run).check(job_recipe(), "abc")
-
-
-def job_recipe():  # type: ignore[no-untyped-def]
-    from engine.config import Recipe
-
-    class Anything(Recipe):
-        x: int = 1
-
-    return Anything()
+    RunDirectory(job.run).check(Anything(), "abc")
 
 
 def test_the_node_s_own_disk_is_used(job: CellJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

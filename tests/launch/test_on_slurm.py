@@ -20,8 +20,9 @@ from engine.errors import RunFailure, UserError
 from engine.records import Record
 from launch import ledger, queue
 from launch import slurm as submission
+from launch.cells import expand
 from launch.jobs import Attempts
-from launch.suite import expand, load_suite
+from launch.suite import load_suite
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     found,
@@ -176,7 +177,7 @@ def test_processes_of_either_kind_stop_together_and_the_first_queues_again(
         assert launch(shared(folder, shapes, 1, folder == folders[1]), folder / "runs", profile())
     for folder in folders:
         one = found(folder / "runs")["mixmask"]
-        wait_for(lambda run=one.run: steps(run), "the first steps", FIRST_JOB_SECONDS)  # type: ignore[misc]
+        wait_for(functools.partial(steps, one.run), "the first steps", FIRST_JOB_SECONDS)
         slurm.run("scancel", "--signal=USR2", str(one.job))
     for folder in folders:
         one = wait_until_over(folder / "runs")["mixmask"]

@@ -10,8 +10,9 @@ import yaml
 
 from engine.errors import CheckpointError, ConfigError, DataError
 from launch.builtin import configs_folder
+from launch.cells import Cell, check_cells, expand
 from launch.cluster import Profile, Resources, load_profile
-from launch.suite import Cell, check_cells, expand, load_suite
+from launch.suite import load_suite
 from pretrain.recipe import PretrainRecipe
 from tests.launch.small import write_suite
 from transfer.checkpoints.source import read_source

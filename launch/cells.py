@@ -1,0 +1,308 @@
+"""The cells of work that a suite comes to, and whether their data and sizes are right."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config import fingerprint_of, load_recipe, read_protocol
+from engine.datasets import DataRecipe, ImageSet, OpenImages, open_split
+from engine.errors import ConfigError, listed
+from engine.storage import RunDirectory, locate_run
+from launch.cluster import Profile, Resources
+from launch.ledger import LaunchedCell, Stage
+from launch.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
+from pretrain import stage as pretrain_stage
+from pretrain.recipe import PretrainRecipe
+from transfer import stage as transfer_stage
+from transfer.checkpoints.export import SUFFIXES, Target
+from transfer.checkpoints.source import Source, read_source
+from transfer.recipe import PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        stage: What kind of work.
+        name: Readable; varied values and seeds are part of it.
+        fingerprint: Identity of the work.
+        run: Its run directory.
+        resources: With the cluster's defaults.
+        protocol: As in records; for conversions the target.
+        dataset: Name of the data set; empty for conversions.
+        seed: Of the run.
+        recipe: Of pretraining and transfer.
+        source: The backbone's file, of conversions.
+        target: The format, of conversions.
+        parent: Id of the pretraining cell whose backbone it needs, if one of this suite makes it.
+    """
+
+    stage: Stage
+    name: str
+    fingerprint: str
+    run: Path
+    resources: Resources
+    protocol: str
+    dataset: str
+    seed: int
+    recipe: PretrainRecipe | TransferRecipe | None = None
+    source: Path | None = None
+    target: Target | None = None
+    parent: str | None = None
+
+    @property
+    def id(self) -> str:
+        """Names the cell on the command line: ``transfer/cifar100-moco-knn-1a2b3c4d5e6f``."""
+        return f"{self.stage}/{self.run.name}"
+
+    @property
+    def done(self) -> tuple[Path, ...]:
+        """The files whose presence says that the work is done."""
+        if self.target is not None:
+            return (self.run / f"backbone{SUFFIXES[self.target][0]}",)
+        record = RunDirectory(self.run).record_file
+        return (record, self.run / pretrain_stage.BACKBONE_FILE) if self.stage == "pretrain" else (record,)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return all(file.is_file() for file in self.done)
+
+    def launched(self) -> LaunchedCell:
+        """What is written down of it."""
+        return LaunchedCell(
+            id=self.id,
+            stage=self.stage,
+            name=self.name,
+            protocol=self.protocol,
+            dataset=self.dataset,
+            seed=self.seed,
+            run=self.run,
+            done=self.done,
+            parent=self.parent,
+        )
+
+
+def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Cell, ...]:
+    """The cells of a suite, each pretraining before what needs its backbone.
+
+    Args:
+        suite: What to run.
+        folder: What its paths are relative to.
+        profile: Gives the defaults of resources and the places of data.
+        runs: Folder of all runs.
+
+    Raises:
+        UserError: If a recipe or checkpoint cannot be read, a data set's name is unknown, or two cells are the same work.
+    """
+    grower = _Expansion(suite, folder, profile, runs)
+    cells = [cell for grid in suite.grids for cell in grower.grid(grid)]
+    unknown = sorted(set(suite.data) - grower.datasets)
+    if unknown:
+        raise ConfigError(
+            f"data: no recipe of suite '{suite.name}' has the data set {', '.join(unknown)}; "
+            f"there are: {', '.join(sorted(grower.datasets))}"
+        )
+    found: dict[tuple[str, str], Cell] = {}
+    doubled = []
+    for cell in cells:
+        first = found.setdefault((cell.stage, cell.fingerprint), cell)
+        if first is not cell:
+            doubled.append(f"{first.stage}: {first.name} and {cell.name}, seed {cell.seed}")
+    if doubled:
+        raise ConfigError(
+            f"suite '{suite.name}' asks twice for the same work; leave one of each out:\n" + listed(doubled)
+        )
+    return tuple(cells)
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    name: str
+    file: Path
+    fingerprint: str
+    cell: Cell | None
+    labels: dict[str, str]
+
+
+class _Expansion:
+    def __init__(self, suite: Suite, folder: Path, profile: Profile, runs: Path) -> None:
+        self.suite, self.folder, self.profile, self.runs = suite, folder, profile, runs
+        self.datasets: set[str] = set()
+        self.sources: dict[Path, Source] = {}
+
+    def grid(self, grid: Grid) -> Iterator[Cell]:
+        backbones = []
+        for entry in grid.pretrain:
+            for name, overrides, seed in self._variants(entry, self.suite.set.pretrain, self.suite.force.pretrain):
+                cell = self._pretrain(entry, name, overrides, seed)
+                yield cell
+                file = cell.run / pretrain_stage.BACKBONE_FILE
+                backbones.append(_Backbone(cell.name, file, cell.fingerprint, cell, {}))
+        backbones += [self._checkpoint(entry) for entry in grid.checkpoints]
+        for target in grid.convert.to if grid.convert is not None else ():
+            assert grid.convert is not None
+            for backbone in backbones:
+                yield self._convert(grid.convert, backbone, target)
+        for entry in grid.transfer:
+            protocol = read_protocol(self.folder / entry.config, (), tuple(PROTOCOLS))
+            common = {**self.suite.set.transfer, **getattr(self.suite.set, protocol)}
+            forced = {**self.suite.force.transfer, **getattr(self.suite.force, protocol)}
+            for name, overrides, seed in self._variants(entry, common, forced):
+                for backbone in backbones:
+                    yield self._transfer(entry, backbone, name, overrides, seed)
+
+    def _variants(
+        self, entry: Entry, common: Mapping[str, Any], forced: Mapping[str, Any]
+    ) -> Iterator[tuple[str, list[str], int]]:
+        """(suffix of the name, overrides, seed) of every combination."""
+        fixed = [_override(key, value) for key, value in {**common, **entry.set}.items()]
+        last = [_override(key, value) for key, value in forced.items()]
+        for values in itertools.product(*entry.vary.values()):
+            chosen = dict(zip(entry.vary, values))
+            suffix = "".join(f"_{key.split('.')[-1]}-{_readable(value)}" for key, value in chosen.items())
+            varied = [_override(key, value) for key, value in chosen.items()]
+            for seed in entry.seeds:
+                which = f"_seed-{seed}" if len(entry.seeds) > 1 else ""
+                yield suffix + which, [*fixed, *varied, *last, f"seed={seed}"], seed
+
+    def _data(self, name: str, entry: Entry) -> list[str]:
+        """Where a data set lies, unless the entry says it itself."""
+        self.datasets.add(name)
+        place = {**self.profile.data, **self.suite.data}.get(name)
+        said = "data.root" in entry.set or "root" in (entry.set.get("data") or {})
+        return [] if place is None or said else [_override("data.root", place)]
+
+    def _resources(self, stage: Stage, own: Resources) -> Resources:
+        common: Resources = getattr(self.suite.resources, stage)
+        return self.profile.resolve(own.over(common))
+
+    def _pretrain(self, entry: Entry, suffix: str, overrides: list[str], seed: int) -> Cell:
+        config = self.folder / entry.config
+        recipe = load_recipe(PretrainRecipe, config, overrides)
+        overrides = [
+            *overrides,
+            *self._data(recipe.data.name, entry),
+            _override("name", (entry.name or recipe.name) + suffix),
+        ]
+        recipe = load_recipe(PretrainRecipe, config, overrides)
+        fingerprint, run = pretrain_stage.locate(recipe, self.runs)
+        resources = self._resources("pretrain", entry.resources)
+        return Cell(
+            "pretrain",
+            recipe.name,
+            fingerprint,
+            run.path,
+            resources,
+            "pretrain",
+            recipe.data.name,
+            seed,
+            recipe=recipe,
+        )
+
+    def _checkpoint(self, entry: CheckpointEntry) -> _Backbone:
+        path = (self.folder / Path(entry.path).expanduser()).resolve()
+        if path not in self.sources:
+            self.sources[path] = read_source(path)
+        labels = {"framework": entry.framework, "method": entry.method}
+        given = {key: value for key, value in labels.items() if value is not None}
+        return _Backbone(entry.name, path, self.sources[path].info.fingerprint, None, given)
+
+    def _convert(self, entry: ConvertEntry, backbone: _Backbone, target: Target) -> Cell:
+        fingerprint = fingerprint_of({"stage": "convert", "to": target}, parent=backbone.fingerprint)
+        run = locate_run(self.runs, "convert", f"{backbone.name}-{target}", fingerprint)
+        return Cell(
+            "convert",
+            f"{backbone.name}-{target}",
+            fingerprint,
+            run.path,
+            self._resources("convert", entry.resources),
+            target,
+            "",
+            0,
+            source=backbone.file,
+            target=target,
+            parent=None if backbone.cell is None else backbone.cell.id,
+        )
+
+    def _transfer(self, entry: Entry, backbone: _Backbone, suffix: str, overrides: list[str], seed: int) -> Cell:
+        config = self.folder / entry.config
+        overrides = [*overrides, _override("backbone", str(backbone.file.resolve()))]
+        overrides += [_override(key, value) for key, value in backbone.labels.items()]
+        recipe = load_transfer_recipe(config, overrides)
+        name = f"{backbone.name}-{entry.name or recipe.name}{suffix}"
+        recipe = load_transfer_recipe(
+            config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)]
+        )
+        fingerprint, run = transfer_stage.locate(recipe, backbone.fingerprint, self.runs)
+        theirs = isinstance(recipe, DetectTransferRecipe) and recipe.engine == "detectron2"
+        resources = self._resources("transfer", entry.resources)
+        return Cell(
+            "transfer",
+            name,
+            fingerprint,
+            run.path,
+            resources.over(Resources(one_task_per_node=True)) if theirs else resources,
+            f"semisup_{recipe.labels:g}" if isinstance(recipe, SemisupRecipe) else recipe.protocol,
+            recipe.data.name,
+            seed,
+            recipe=recipe,
+            parent=None if backbone.cell is None else backbone.cell.id,
+        )
+
+
+def _override(key: str, value: object) -> str:
+    return f"{key}={json.dumps(value)}"  # JSON is YAML
+
+
+def _readable(value: object) -> str:
+    """A value as part of a name."""
+    text = "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-").lower() or "none"
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Open the data of every recipe once, and refuse sizes that do not fit them or the number of processes.
+
+    Raises:
+        UserError: With the cell's name.
+    """
+    opened: dict[tuple[str, str], ImageSet] = {}
+    seen = set()
+
+    def open_once(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
+        key = (data.model_dump_json(), split)
+        if key not in opened:
+            opened[key] = open_split(data, split)
+        return opened[key]
+
+    for cell in cells:
+        if cell.recipe is None:
+            continue
+        labels = {"name", "seed"} | ({"backbone", "framework", "method"} if cell.stage == "transfer" else set())
+        key = f"{cell.recipe.model_dump_json(exclude=labels)} {cell.resources.processes}"
+        if key not in seen:
+            seen.add(key)
+            try:
+                _check_cell(cell, open_once)
+            except ConfigError as error:
+                raise ConfigError(f"{cell.id}: {error}") from None
+
+
+def _check_cell(cell: Cell, open_images: OpenImages) -> None:
+    processes = cell.resources.processes
+    if isinstance(cell.recipe, PretrainRecipe):
+        pretrain_stage.check_inputs(cell.recipe, processes, open_images)
+        return
+    assert cell.recipe is not None
+    batch = getattr(cell.recipe, "batch_size", processes)
+    if batch % processes:
+        raise ConfigError(f"batch_size {batch} cannot be shared by {processes} processes: choose a multiple")
+    transfer_stage.open_data(cell.recipe, open_images)
