@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from launch import launching, ledger
 from launch import status as states
 from launch.builtin import configs_folder
 from launch.cluster import Profile
+from launch.jobs import Attempts
 from launch.suite import load_suite
 from tests.launch.slurm import wait_for
 
@@ -30,7 +33,15 @@ PRETRAIN: dict[str, Any] = {
     "log_every": 1,
     "max_steps": 2,
 }
-KNN = {"evaluation.crop": 32, "k": 5}
+KNN_SETTINGS = {"evaluation.crop": 32, "k": 5}
+
+# entries of a suite
+RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
+VANILLA = {"demo": "pretrain", "name": "vanilla", "set": {"mix.kind": "none"}}
+MIXMASK = {"demo": "pretrain", "name": "mixmask"}
+KNN = {"demo": "knn", "name": "knn"}
+
+FIRST_JOB_SECONDS = 120
 
 
 def write_suite(folder: Path, grids: list[dict[str, Any]], shapes: Path, **more: Any) -> Path:
@@ -42,7 +53,7 @@ def write_suite(folder: Path, grids: list[dict[str, Any]], shapes: Path, **more:
     tree = {
         "name": "small",
         "data": {"demo-shapes": str(shapes)},
-        "set": {"pretrain": PRETRAIN, "knn": KNN},
+        "set": {"pretrain": PRETRAIN, "knn": KNN_SETTINGS},
         "grids": grids,
         **more,
     }
@@ -99,3 +110,29 @@ def undisturbed(one: states.CellStatus, folder: Path) -> dict[str, Any]:
         return load_file(stage.run(stage.plan(recipe, folder)))
     finally:
         torch.set_num_threads(threads)
+
+
+def events(run: str) -> list[str]:
+    return [line["event"] for line in Attempts(Path(run) / "attempts.jsonl").read()]
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "backbone.safetensors")
+
+
+def kill_a_rank(job: str, rank: str) -> None:
+    """SIGKILL one process of a job, as the kernel does when memory is out."""
+    main, _, task = job.partition("_")
+    array = {f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={task}"}
+    wanted = {f"SLURM_PROCID={rank}"} | (array if task else {f"SLURM_JOB_ID={main}"})
+    pids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = set((process / "environ").read_bytes().decode(errors="replace").split("\0"))
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if wanted <= environment and b"submitit" in command and b"srun" not in command:
+            pids.append(int(process.name))
+    assert pids
+    os.kill(min(pids), signal.SIGKILL)

@@ -11,11 +11,7 @@ from engine.errors import Interrupted, UserError
 from engine.records import Record
 from launch import ledger
 from launch.jobs import Attempts
-from tests.launch.small import found, launch, profile, write_suite
-
-RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
-MIXMASK = {"demo": "pretrain", "name": "mixmask"}
-KNN = {"demo": "knn", "name": "knn"}
+from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 
 def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(

@@ -15,13 +15,10 @@ from launch.cli import app
 from launch.jobs import Attempts, Place
 from launch.suite import load_suite
 from tests.launch.fake_slurm import FakeSlurm, fake
-from tests.launch.small import found, launch, profile, write_suite
+from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 __all__ = ["fake"]
 
-RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
-MIXMASK = {"demo": "pretrain", "name": "mixmask"}
-KNN = {"demo": "knn", "name": "knn"}
 GRID = {"pretrain": [RANDOM, MIXMASK], "transfer": [KNN]}
 
 

@@ -14,12 +14,10 @@ from launch.cells import Cell, check_cells, expand
 from launch.cluster import Profile, Resources, load_profile
 from launch.suite import load_suite
 from pretrain.recipe import PretrainRecipe
-from tests.launch.small import write_suite
+from tests.launch.small import KNN, MIXMASK, write_suite
 from transfer.checkpoints.source import read_source
 from transfer.recipe import KnnRecipe
 
-MIXMASK = {"demo": "pretrain", "name": "mixmask"}
-KNN = {"demo": "knn", "name": "knn"}
 SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
 
 # cells (pretraining, conversions, transfers) of every suite, counted by hand from the paper's tables
