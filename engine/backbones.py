@@ -135,6 +135,7 @@ class BackboneInfo(BaseModel):
     """Where a trunk comes from; stored as metadata in the file.
 
     ``lineage`` is the fingerprint without the seed: results of trunks that share it may be pooled into one mean.
+    ``pretraining`` is the recipe (`engine.config.identity`), so that a result can say what was pretrained and how.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,6 +149,7 @@ class BackboneInfo(BaseModel):
     dataset: str | None = None
     epochs: float | None = None
     seed: int | None = None
+    pretraining: dict[str, Any] = {}
 
     @property
     def recipe(self) -> BackboneRecipe:

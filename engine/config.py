@@ -23,6 +23,8 @@ from engine.errors import ConfigError
 
 R = TypeVar("R", bound="Recipe")
 
+EXPECTED = "expected"  # holds for the file in which it stands, as it stands there: what extends or changes it has none
+
 
 class Recipe(BaseModel):
     """Base of every typed recipe: frozen, and an unknown key is an error."""
@@ -125,6 +127,7 @@ def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, An
     if not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' names one file, got {base!r}")
     merged, sources = read_config(path.parent / base, (*_chain, resolved))
+    merged.pop(EXPECTED, None)
     sources.update({key: str(path) for key in _leaves(tree)})
     return _merge(merged, tree), sources
 
@@ -151,7 +154,8 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ())
     Raises:
         ConfigError: With one line per problem: the file, the key, what was given and what would be valid.
     """
-    tree, sources = read_config(Path(path))
+    written, sources = read_config(Path(path))
+    tree = written
     for override in overrides:
         tree, key = _apply_override(tree, override)
         sources[key] = "command line"
@@ -159,10 +163,27 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ())
             if leaf.startswith(f"{key}."):
                 sources[leaf] = "command line"
     try:
-        return model.model_validate(tree)
+        recipe = model.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, model, sources, str(path)) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+    if tree.get(EXPECTED) and sources.get(EXPECTED) != "command line" and _changed(recipe, written, tree):
+        return model.model_validate({**tree, EXPECTED: []})
+    return recipe
+
+
+def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]) -> bool:
+    """Whether overrides gave a recipe other numbers than those of its file; another seed is the same recipe."""
+    open_keys = {
+        name: tree[name]
+        for name, field in type(recipe).model_fields.items()
+        if field.is_required() and name in tree and name not in written
+    }
+    try:
+        before = type(recipe).model_validate({**written, **open_keys})
+    except ValidationError:
+        return True
+    return {**identity(before), "seed": None} != {**identity(recipe), "seed": None}
 
 
 def read_protocol(path: Path | str, overrides: Sequence[str], valid: Sequence[str]) -> str:

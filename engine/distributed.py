@@ -258,14 +258,17 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_uneven(rows: Tensor) -> Tensor:
-    """As `gather`, for processes that hold different numbers of rows."""
+def gather_dealt(rows: Tensor) -> Tensor:
+    """As `gather`, for rows that were dealt out in turn (every n-th to a process): in the order before the deal."""
     if _world.size == 1:
         return rows
     counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     parts = gather(padded).chunk(_world.size)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    together = rows.new_empty(sum(counts), *rows.shape[1:])
+    for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        together[rank :: _world.size] = part[:count]
+    return together
 
 
 def mean(values: Tensor) -> Tensor:

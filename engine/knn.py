@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.augment import normalize
-from engine.distributed import gather_uneven
+from engine.distributed import gather_dealt
 from engine.loader import ImageSource, num_batches
 from engine.precision import Precision, autocast
 from engine.progress import track
@@ -36,7 +36,7 @@ def extract_features(
         precision: Number format of the forward pass.
 
     Returns:
-        (N, D) float32 features as the trunk gives them, and (N,) labels, on the trunk's device.
+        (N, D) float32 features as the trunk gives them, and (N,) labels, in the images' order, on the trunk's device.
     """
     was_training = trunk.training
     trunk.eval()
@@ -50,7 +50,7 @@ def extract_features(
         features.append(output.float())
         labels.append(target)
     trunk.train(was_training)
-    return gather_uneven(torch.cat(features)), gather_uneven(torch.cat(labels))
+    return gather_dealt(torch.cat(features)), gather_dealt(torch.cat(labels))
 
 
 def knn_predict(
@@ -89,19 +89,9 @@ def knn_predict(
     return torch.cat(predictions)
 
 
-def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
-    *,
-    num_classes: int,
-    k: int,
-    temperature: float,
-) -> float:
-    """Top-1 accuracy of `knn_predict` in percent."""
-    predicted = knn_predict(bank, bank_labels, queries, num_classes=num_classes, k=k, temperature=temperature)
-    return 100.0 * float((predicted == query_labels).double().mean())
+def top1(predicted: Tensor, labels: Tensor) -> float:
+    """Share of (N,) predictions that are the (N,) labels, in percent."""
+    return 100.0 * float((predicted == labels).double().mean())
 
 
 def knn_of_sources(
@@ -116,10 +106,13 @@ def knn_of_sources(
     precision: Precision,
     k: int,
     temperature: float,
-) -> float:
-    """Top-1 accuracy in percent of the query images against the bank's, by the trunk's features.
+) -> tuple[Tensor, Tensor]:
+    """The classes of the query images by the trunk's features and the bank's labels.
 
     Args: as `extract_features` and `knn_predict` take them.
+
+    Returns:
+        (M,) predicted and (M,) true labels of all processes' queries, in the order of the images.
     """
     (features, labels), (asked, answers) = (
         extract_features(
@@ -134,4 +127,4 @@ def knn_of_sources(
         for source in (bank, queries)
     )
     num_classes = len(bank.images.classes)
-    return knn_accuracy(features, labels, asked, answers, num_classes=num_classes, k=k, temperature=temperature)
+    return knn_predict(features, labels, asked, num_classes=num_classes, k=k, temperature=temperature), answers

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engine import distributed
 from engine.errors import RunDirectoryError
+from engine.expected import Expectations
 from engine.provenance import code
 from engine.storage import RunDirectory, write_text
 
-SCHEMA = 1
+SCHEMA = 2
 
 Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random", "unknown"]
 
@@ -25,6 +27,8 @@ class Record(BaseModel):
 
     ``metrics`` is flat; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``). ``lineage`` and
     ``protocol_fingerprint`` say which runs may share a cell: the pretraining and the transfer recipe without their seeds.
+    ``recipe`` is the run's own recipe and ``pretraining`` the one that made its backbone, each without what cannot change
+    a number (`engine.config.identity`); empty where it is not known, as for a foreign checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -46,8 +50,10 @@ class Record(BaseModel):
     lineage: str = ""
     protocol_fingerprint: str = ""
     settings: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    pretraining: dict[str, Any] = {}
     metrics: dict[str, float]
-    expected: dict[str, Any] | None = None
+    expected: Expectations = ()
     data: dict[str, Any] = {}
     environment: dict[str, Any]
     seconds: float
@@ -66,12 +72,43 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read a record.
+        """Read a record, of this schema or an older one.
 
         Raises:
-            ValueError: If the file is truncated or is not a record.
+            ValueError: If the file is truncated, is not a record, or is of a newer schema.
         """
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        try:
+            document = json.loads(path.read_bytes())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"truncated or not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise ValueError(f"not a record: a JSON {type(document).__name__}")
+        try:
+            return cls.model_validate(migrated(document))
+        except ValidationError as error:
+            raise ValueError(_first_problem(error)) from None
+
+
+def migrated(document: dict[str, Any]) -> dict[str, Any]:
+    """A record's document under the present schema. Schema 1 kept no recipes, and one expectation or none.
+
+    Raises:
+        ValueError: If it is of no known schema.
+    """
+    version = document.get("schema")
+    if version == 1:
+        return {**document, "schema": SCHEMA, "expected": document.get("expected") or []}
+    if version != SCHEMA:
+        known = f"this version reads 1 to {SCHEMA}"
+        raise ValueError("not a record: no schema" if version is None else f"of schema {version!r}; {known}")
+    return document
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].removeprefix('Value error, ')}{more}"
 
 
 def finished_record(directory: RunDirectory) -> Record:

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.datasets import ImageSet
 from engine.distributed import world
-from engine.knn import knn_of_sources
+from engine.knn import knn_of_sources, top1
 from engine.loader import ImageSource, open_source
 from pretrain.recipe import PretrainRecipe
 
@@ -33,7 +33,7 @@ class Monitor:
 
     def __call__(self) -> dict[str, float]:
         """``knn/top1`` in percent."""
-        accuracy = knn_of_sources(
+        predicted, labels = knn_of_sources(
             self.recipe.name,
             self.trunk,
             self.bank,
@@ -45,4 +45,4 @@ class Monitor:
             k=self.settings.k,
             temperature=self.settings.temperature,
         )
-        return {"knn/top1": accuracy}
+        return {"knn/top1": top1(predicted, labels)}

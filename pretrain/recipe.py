@@ -10,6 +10,7 @@ from engine.augment import AugmentRecipe
 from engine.backbones import BackboneRecipe
 from engine.config import Recipe, operational
 from engine.datasets import DataRecipe
+from engine.expected import Expectations
 from engine.precision import DeviceName, Precision
 from engine.records import Method
 from engine.watching import WatchRecipe
@@ -63,6 +64,7 @@ class PretrainRecipe(Recipe):
     monitor: MonitorRecipe | None = None
     device: DeviceName = operational("auto")
     watch: WatchRecipe = operational(WatchRecipe())
+    expected: Expectations = operational(())
     log_every: int = operational(10, ge=1)
     checkpoint_every: int = operational(500, ge=1)
 

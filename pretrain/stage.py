@@ -81,6 +81,7 @@ class PretrainPlan:
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
             *self._monitoring(),
+            *(f"expected  {expected.describe()}" for expected in recipe.expected),
             f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             f"product   {self.product}",
         ]
@@ -276,6 +277,8 @@ def _finish(
         pretrain_seed=recipe.seed,
         lineage=plan.lineage,
         settings={"steps": plan.num_steps, "batch_size": recipe.batch_size, "precision": recipe.precision},
+        recipe=identity(recipe),
+        expected=recipe.expected,
         metrics=metrics,
         data=data,
         environment=environment(),
@@ -296,6 +299,7 @@ def _info(plan: PretrainPlan) -> BackboneInfo:
         epochs=recipe.trained_epochs(plan.batches.steps_per_epoch),
         lineage=plan.lineage,
         seed=recipe.seed,
+        pretraining=identity(recipe),
     )
 
 

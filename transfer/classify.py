@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from engine.augment import normalize
 from engine.backbones import build_trunk, width_of
 from engine.datasets import ImageSet
-from engine.distributed import gather
+from engine.distributed import gather_dealt, world
 from engine.errors import RunFailure
 from engine.job import Job, Part
-from engine.knn import knn_of_sources
+from engine.knn import knn_of_sources, top1
 from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
 from engine.precision import autocast
+from engine.predictions import CLASSES, ClassPredictions
 from engine.progress import say, track
 from engine.randomness import derived_seed
 from engine.schedule import cosine_factor, step_factor
 from engine.storage import RunDirectory
 from engine.training import train
 from transfer.checkpoints.source import Source
-from transfer.recipe import EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
+from transfer.recipe import ClassifyBase, EvaluationRecipe, KnnRecipe, LinearRecipe, SemisupRecipe
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _trunk(setting: Setting) -> nn.Module:
 
 def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
     """kNN top-1 of the test split against the training split, in percent."""
-    accuracy = knn_of_sources(
+    predicted, labels = knn_of_sources(
         recipe.name,
         _trunk(setting).eval(),
         open_source(setting.train_images.shard(), recipe.data, setting.device),
@@ -61,11 +62,19 @@ def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
         k=recipe.k,
         temperature=recipe.temperature,
     )
+    _save(recipe, setting, predicted, labels)
+    accuracy = top1(predicted, labels)
     say(
         f"{recipe.name}: kNN top-1 {accuracy:.2f} % "
         f"(k {recipe.k}, temperature {recipe.temperature}, L2-normalised trunk output)"
     )
     return {"knn/top1": accuracy}
+
+
+def _save(recipe: ClassifyBase, setting: Setting, predicted: Tensor, labels: Tensor) -> None:
+    if recipe.save_predictions and world().is_writer:
+        answers = ClassPredictions(setting.data["test"], labels.cpu().numpy(), predicted.cpu().numpy())
+        answers.write(setting.run.path / CLASSES)
 
 
 class Classifier(nn.Module):
@@ -194,7 +203,9 @@ def _finetune(
         return [cross_entropy]
 
     result = train(job, batches, losses)
-    return {**accuracy(model, test_source, recipe.evaluation, recipe), **result}
+    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe)
+    _save(recipe, setting, ranked[:, 0], labels)
+    return {**accuracies(ranked, labels, model.head.out_features), **result}
 
 
 def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchPlan:
@@ -203,26 +214,26 @@ def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchP
 
 
 @torch.no_grad()
-def accuracy(
+def rank_classes(
     model: Classifier, source: ImageSource, evaluation: EvaluationRecipe, recipe: LinearRecipe | SemisupRecipe
-) -> dict[str, float]:
-    """``top1`` and, with more than five classes, ``top5`` in percent, over the images of all processes."""
+) -> tuple[Tensor, Tensor]:
+    """(N, 5) most likely classes, best first (fewer if there are fewer), and (N,) labels, of the images of all processes."""
     model.eval()
     device = next(model.parameters()).device
-    hits = {1: 0, 5: 0}
-    count = 0
-    num_classes = model.head.out_features
+    ranked, answers = [], []
     batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop)
     total = num_batches(len(source.images), evaluation.batch_size)
     for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
         with autocast(device, recipe.precision):
             logits = model(normalize(images).contiguous(memory_format=torch.channels_last)).float()
-        ranked = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
-        hits[1] += int(ranked[:, :1].sum())
-        hits[5] += int(ranked.sum())
-        count += len(labels)
-    first, five, count = (int(total) for total in gather(torch.tensor([[hits[1], hits[5], count]])).sum(dim=0))
-    result = {"top1": 100.0 * first / count}
+        ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+        answers.append(labels)
+    return gather_dealt(torch.cat(ranked)), gather_dealt(torch.cat(answers))
+
+
+def accuracies(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """``top1`` and, with more than five classes, ``top5`` in percent, of what `rank_classes` gives."""
+    result = {"top1": top1(ranked[:, 0], labels)}
     if num_classes > 5:
-        result["top5"] = 100.0 * five / count
+        result["top5"] = 100.0 * float((ranked == labels[:, None]).any(dim=1).double().mean())
     return result

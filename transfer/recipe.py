@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from engine.augment import CropRecipe
 from engine.config import Recipe, load_recipe, operational, read_protocol
 from engine.datasets import DataRecipe
+from engine.expected import Expectations
 from engine.precision import DeviceName, Precision
 from engine.records import Method
 from transfer.detection.recipe import DetectRecipe
@@ -32,6 +33,7 @@ class TransferBase(Recipe):
     method: Method | None = operational(None)
     precision: Precision = "fp32"
     device: DeviceName = operational("auto")
+    expected: Expectations = operational(())
     log_every: int = operational(10, ge=1)
     checkpoint_every: int = operational(500, ge=1)
 
@@ -50,7 +52,13 @@ class EvaluationRecipe(Recipe):
         return self
 
 
-class KnnRecipe(TransferBase):
+class ClassifyBase(TransferBase):
+    """What the classification recipes share. ``save_predictions`` keeps every test image's answer for comparisons."""
+
+    save_predictions: bool = operational(True)
+
+
+class KnnRecipe(ClassifyBase):
     """kNN on L2-normalised trunk features, votes weighted with exp(similarity / temperature)."""
 
     protocol: Literal["knn"]
@@ -60,7 +68,7 @@ class KnnRecipe(TransferBase):
     temperature: float = Field(0.1, gt=0)
 
 
-class LinearRecipe(TransferBase):
+class LinearRecipe(ClassifyBase):
     """A linear classifier on the frozen trunk (protocols of MoCo, ``main_lincls.py``): SGD, rate 30, ×0.1 at 60 and 80."""
 
     protocol: Literal["linear"]
@@ -91,7 +99,7 @@ PRESETS: dict[str, dict[float, tuple[float, float]]] = {
 }
 
 
-class SemisupRecipe(TransferBase):
+class SemisupRecipe(ClassifyBase):
     """Finetuning everything on a share of the labels: SGD, 20 epochs, two learning rates (MixMask, section 4.4).
 
     ``preset`` names a published pair of rates for 1, 10 and 100 % of labels; ``lr_trunk`` and ``lr_head`` replace them.

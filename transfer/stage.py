@@ -68,6 +68,7 @@ class TransferPlan:
                 f"images, {self.device}, {self.recipe.precision}",
                 f"backbone  {self.source.path} ({info.arch}, {labels['framework']}, {labels['method']})",
                 self.source.account.summary(),
+                *(f"expected  {expected.describe()}" for expected in self.recipe.expected),
                 f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             ]
         )
@@ -182,6 +183,9 @@ def _run(plan: TransferPlan) -> Record:
         lineage=info.lineage,
         protocol_fingerprint=fingerprint_of({**identity(recipe), "seed": None}),
         settings=_settings(plan),
+        recipe=identity(recipe),
+        pretraining=info.pretraining,
+        expected=recipe.expected,
         metrics=result,
         data=plan.data,
         environment=environment(),

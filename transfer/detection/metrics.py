@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from engine.predictions import DetectionMatches
 from transfer.detection.annotations import DetectionSet
 
 Floats = npt.NDArray[np.float64]
@@ -57,42 +58,108 @@ def eleven_point_ap(recall: Floats, precision: Floats) -> float:
     return total
 
 
-def voc_class_ap(
-    detections: Sequence[Found], truth: dict[int, tuple[Floats, npt.NDArray[np.bool_]]], threshold: float
-) -> float:
-    """AP of one class at one overlap, in [0, 1]; 0 if the class has no object that counts, as Detectron2 has it.
+Truth = dict[int, tuple[Floats, npt.NDArray[np.bool_]]]  # picture: boxes (G, 4), 1-based inclusive; difficult (G,)
+
+
+def by_confidence(detections: Sequence[Found]) -> list[Found]:
+    """The detections of a class, the most confident first; as in VOC's result files a score has three decimals."""
+    scores = np.array([float(f"{detection.score:.3f}") for detection in detections])
+    return [detections[index] for index in np.argsort(-scores)]  # numpy's order of equal scores, as in Detectron2
+
+
+def voc_class_matches(
+    ranked: Sequence[Found], truth: Truth, threshold: float
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which detections of one class find an object, and which count neither way, at one overlap.
 
     Each object is found once: by the most confident detection that overlaps it most among all objects and exceeds the
     threshold. Detections of difficult objects count neither way. Overlaps use VOC's inclusive pixels: a box from 3 to 5
-    is 3 wide. As in the devkit's result files, and in Detectron2, a score has three decimals and a corner one.
+    is 3 wide. As in the devkit's result files, and in Detectron2, a corner has one decimal.
 
     Args:
-        detections: Of this class, in the order of the pictures.
-        truth: Picture index to boxes (G, 4) in VOC's 1-based inclusive corners and difficult flags (G,).
+        ranked: Of this class, as `by_confidence` gives them.
+        truth: What is there of this class.
         threshold: Overlap (IoU) to exceed.
+
+    Returns:
+        (D,) true positives and (D,) ignored; the others are false positives.
     """
-    num_objects = sum(int((~difficult).sum()) for _, difficult in truth.values())
-    if num_objects == 0:
-        return 0.0
-    scores = np.array([float(f"{detection.score:.3f}") for detection in detections])
-    order = np.argsort(-scores)  # the order of equal scores is numpy's, as it is Detectron2's
     taken = {picture: np.zeros(len(boxes), dtype=bool) for picture, (boxes, _) in truth.items()}
-    true_positive, false_positive = np.zeros(len(order)), np.zeros(len(order))
-    for number, detection in enumerate(detections[index] for index in order):
+    found, ignored = np.zeros(len(ranked), dtype=bool), np.zeros(len(ranked), dtype=bool)
+    for number, detection in enumerate(ranked):
         boxes, difficult = truth.get(detection.picture, (np.zeros((0, 4)), np.zeros(0, dtype=bool)))
         overlaps = _voc_overlaps(_as_written(detection.box), boxes)
         best = int(overlaps.argmax()) if len(overlaps) else -1
         if best < 0 or overlaps[best] <= threshold:
-            false_positive[number] = 1
-        elif not difficult[best]:
-            if taken[detection.picture][best]:
-                false_positive[number] = 1
-            else:
-                true_positive[number] = 1
-                taken[detection.picture][best] = True
-    found, wrong = true_positive.cumsum(), false_positive.cumsum()
-    precision = found / np.maximum(found + wrong, np.finfo(np.float64).eps)
-    return eleven_point_ap(found / num_objects, precision)
+            continue
+        if difficult[best]:
+            ignored[number] = True
+        elif not taken[detection.picture][best]:
+            found[number] = taken[detection.picture][best] = True
+    return found, ignored
+
+
+def voc_class_ap(detections: Sequence[Found], truth: Truth, threshold: float) -> float:
+    """AP of one class at one overlap, in [0, 1]; 0 if the class has no object that counts, as Detectron2 has it.
+
+    Args: as `voc_class_matches`, and ``detections`` in the order of the pictures.
+    """
+    num_objects = _num_counted(truth)
+    if num_objects == 0:
+        return 0.0
+    found, ignored = voc_class_matches(by_confidence(detections), truth, threshold)
+    hits, wrong = found.cumsum(), (~found & ~ignored).cumsum()
+    precision = hits / np.maximum(hits + wrong, np.finfo(np.float64).eps)
+    return eleven_point_ap(hits / num_objects, precision)
+
+
+def _num_counted(truth: Truth) -> int:
+    return sum(int((~difficult).sum()) for _, difficult in truth.values())
+
+
+def _voc_truth(pictures: DetectionSet) -> list[Truth]:
+    """Of each class."""
+    truth: list[Truth] = [{} for _ in pictures.classes]
+    for number, picture in enumerate(pictures.pictures):
+        for label in {i.label for i in picture.instances}:
+            own = [i for i in picture.instances if i.label == label]
+            boxes = np.array([i.box for i in own], dtype=np.float64) + [1, 1, 0, 0]
+            flags = np.array([i.difficult for i in own], dtype=bool)
+            truth[label][number] = (boxes, flags)
+    return truth
+
+
+def _of_each_class(detections: Sequence[Found], pictures: DetectionSet) -> list[list[Found]]:
+    classes: list[list[Found]] = [[] for _ in pictures.classes]
+    for detection in detections:
+        classes[detection.label].append(detection)
+    return classes
+
+
+def voc_matches(detections: Sequence[Found], pictures: DetectionSet) -> DetectionMatches:
+    """Which detections found what, for per-image statistics."""
+    objects = np.zeros((len(pictures), len(pictures.classes)), dtype=np.int32)
+    ranked: list[Found] = []
+    flags: list[npt.NDArray[np.bool_]] = []  # per class (2, T, D)
+    for label, (truth, own) in enumerate(zip(_voc_truth(pictures), _of_each_class(detections, pictures), strict=True)):
+        for picture, (_, difficult) in truth.items():
+            objects[picture, label] = int((~difficult).sum())
+        ordered = by_confidence(own)
+        ranked += ordered
+        flags.append(
+            np.array([voc_class_matches(ordered, truth, threshold) for threshold in IOU_THRESHOLDS]).swapaxes(0, 1)
+        )
+    found, ignored = np.concatenate(flags, axis=2)
+    return DetectionMatches(
+        images=str(pictures.summary()["listing"]),
+        metric="voc",
+        thresholds=np.array(IOU_THRESHOLDS),
+        image=np.array([d.picture for d in ranked], dtype=np.int64),
+        label=np.array([d.label for d in ranked], dtype=np.int64),
+        found=found,
+        ignored=ignored,
+        objects=objects,
+    )
 
 
 def _as_written(box: tuple[float, float, float, float]) -> Floats:
@@ -118,22 +185,10 @@ def voc_metrics(detections: Sequence[Found], pictures: DetectionSet) -> dict[str
     ``bbox/AP`` (mean over overlaps 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and ``bbox/AP/cat``, ``bbox/AP50/cat`` …
     per class.
     """
-    per_class: dict[int, dict[int, tuple[Floats, npt.NDArray[np.bool_]]]] = {
-        n: {} for n in range(len(pictures.classes))
-    }
-    for number, picture in enumerate(pictures.pictures):
-        for label in {i.label for i in picture.instances}:
-            own = [i for i in picture.instances if i.label == label]
-            boxes = np.array([i.box for i in own], dtype=np.float64) + [1, 1, 0, 0]
-            flags = np.array([i.difficult for i in own], dtype=bool)
-            per_class[label][number] = (boxes, flags)
-    by_class: dict[int, list[Found]] = {}
-    for detection in detections:
-        by_class.setdefault(detection.label, []).append(detection)
     table = np.array(
         [
-            [voc_class_ap(by_class.get(label, []), truth, threshold) for threshold in IOU_THRESHOLDS]
-            for label, truth in per_class.items()
+            [voc_class_ap(own, truth, threshold) for threshold in IOU_THRESHOLDS]
+            for own, truth in zip(_of_each_class(detections, pictures), _voc_truth(pictures), strict=True)
         ]
     )
     mean = 100 * table.mean(axis=0)
@@ -155,18 +210,13 @@ def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: boo
     AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = _merged(pictures)
-        truth.createIndex()
+        truth = _coco_truth(pictures)
         metrics: dict[str, float] = {}
         for kind in ("bbox", "segm") if masks else ("bbox",):
-            rows = [_coco_row(d, pictures, kind) for d in detections]
-            if not rows:
+            if not detections:
                 metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[:3]})
                 continue
-            evaluation = COCOeval(truth, truth.loadRes(rows), kind)
-            evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
-            evaluation.evaluate()
+            evaluation = _coco_evaluation(truth, detections, pictures, kind)
             evaluation.accumulate()
             evaluation.summarize()
             values = zip(COCO_NAMES, evaluation.stats[:6].tolist(), strict=True)
@@ -179,6 +229,68 @@ def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: boo
                 if (of_class > -1).any():
                     metrics[f"{kind}/AP/{name}"] = float(100 * of_class[of_class > -1].mean())
     return metrics
+
+
+def coco_matches(detections: Sequence[Found], pictures: DetectionSet, kind: str) -> DetectionMatches:
+    """Which detections found what by COCO's rules (all sizes, 100 detections), for per-image statistics.
+
+    Args:
+        detections: What was found.
+        pictures: The test set.
+        kind: ``bbox`` or ``segm``.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = _coco_evaluation(_coco_truth(pictures), detections, pictures, kind)
+    index = {int(picture.key): number for number, picture in enumerate(pictures.pictures)}
+    label_of = {category: label for label, category in enumerate(pictures.category_ids)}
+    num_thresholds = len(evaluation.params.iouThrs)
+    objects = np.zeros((len(pictures), len(pictures.classes)), dtype=np.int32)
+    parts: dict[int, list[dict[str, Any]]] = {label: [] for label in range(len(pictures.classes))}
+    whole = evaluation.params.areaRng[0]
+    for one in evaluation.evalImgs:
+        if one is not None and one["aRng"] == whole:
+            label = label_of[one["category_id"]]
+            objects[index[one["image_id"]], label] = int((np.asarray(one["gtIgnore"]) == 0).sum())
+            parts[label].append(one)
+    images, labels, founds, ignores = [], [], [], []
+    for label, ones in parts.items():
+        most = [min(len(one["dtScores"]), evaluation.params.maxDets[-1]) for one in ones]
+        scores = np.concatenate([np.zeros(0), *(one["dtScores"][:n] for one, n in zip(ones, most, strict=True))])
+        order = np.argsort(-scores, kind="mergesort")  # as COCOeval.accumulate
+        matched = [np.asarray(one["dtMatches"])[:, :n] != 0 for one, n in zip(ones, most, strict=True)]
+        ignored = [np.asarray(one["dtIgnore"])[:, :n] != 0 for one, n in zip(ones, most, strict=True)]
+        none = np.zeros((num_thresholds, 0), dtype=bool)
+        matches, ignore = (np.concatenate([none, *side], axis=1)[:, order] for side in (matched, ignored))
+        own = np.repeat([index[one["image_id"]] for one in ones], most).astype(np.int64)[order]
+        images.append(own)
+        labels.append(np.full(len(own), label, dtype=np.int64))
+        founds.append(matches & ~ignore)
+        ignores.append(ignore)
+    return DetectionMatches(
+        images=str(pictures.summary()["listing"]),
+        metric="coco",
+        thresholds=np.asarray(evaluation.params.iouThrs),
+        image=np.concatenate(images),
+        label=np.concatenate(labels),
+        found=np.concatenate(founds, axis=1),
+        ignored=np.concatenate(ignores, axis=1),
+        objects=objects,
+    )
+
+
+def _coco_truth(pictures: DetectionSet) -> COCO:
+    truth = COCO()
+    truth.dataset = _merged(pictures)
+    truth.createIndex()
+    return truth
+
+
+def _coco_evaluation(truth: COCO, detections: Sequence[Found], pictures: DetectionSet, kind: str) -> COCOeval:
+    rows = [_coco_row(d, pictures, kind) for d in detections]
+    evaluation = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
+    evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
+    evaluation.evaluate()
+    return evaluation
 
 
 def _merged(pictures: DetectionSet) -> dict[str, Any]:

@@ -13,13 +13,16 @@ from engine import distributed
 from engine.backbones import TIMM, BackboneRecipe
 from engine.errors import ConfigError
 from engine.precision import Precision
+from engine.predictions import MATCHES, SHEET
 from engine.progress import say
 from engine.storage import write_atomic
 from transfer.checkpoints.export import write_detectron2
 from transfer.detection.c4 import check_backbone
+from transfer.detection.metrics import Found, coco_matches, voc_matches
 from transfer.detection.predictions import NAME, save_detections
 from transfer.detection.recipe import DetectRecipe
 from transfer.detection.setting import Outcome, Setting
+from transfer.detection.show import draw_sheet
 
 
 def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
@@ -61,8 +64,9 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
 def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
     """Train and evaluate a detector with the recipe's engine; the metrics are given to every process.
 
-    Files in the run directory: ``detections.json.gz`` with ``save_predictions``, and with ``save_detector``
-    ``detector.pth``, a checkpoint of Detectron2's that its own tools load.
+    Files in the run directory: with ``save_predictions`` ``detections.json.gz``, ``matches_*.npz`` (for per-image
+    statistics) and ``detections.jpg`` (some test pictures), and with ``save_detector`` ``detector.pth``, a checkpoint of
+    Detectron2's that its own tools load.
     """
     say(f"{setting.title}: {recipe.engine}, {describe_schedule(recipe)}")
     unseen = setting.test_set.uncounted_classes()
@@ -72,11 +76,23 @@ def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
     outcome = _with_engine(recipe, setting)
     if distributed.world().is_writer:
         if recipe.save_predictions:
-            save_detections(setting.run.path / NAME, outcome.found, setting.test_set)
+            _keep(recipe, setting, outcome.found)
         if recipe.save_detector:
             content = {"model": outcome.detector, "__author__": "mixmask"}
             write_atomic(setting.run.path / "detector.pth", lambda file: torch.save(content, file))
     return outcome.metrics
+
+
+def _keep(recipe: DetectRecipe, setting: Setting, found: Sequence[Found]) -> None:
+    """Write the detections, which of them found an object, and pictures of some."""
+    folder, pictures = setting.run.path, setting.test_set
+    save_detections(folder / NAME, found, pictures)
+    if recipe.masks:
+        for kind, name in MATCHES.items():
+            coco_matches(found, pictures, kind).write(folder / name)
+    else:
+        voc_matches(found, pictures).write(folder / MATCHES["bbox"])
+    draw_sheet(folder / SHEET, found, pictures)
 
 
 def _with_engine(recipe: DetectRecipe, setting: Setting) -> Outcome:

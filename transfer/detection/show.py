@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from engine.errors import DataError
@@ -77,9 +78,8 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
         raise DataError(f"{out}: name a .png or .html file")
     pictures = open_test(recipe)
     found = load_detections(run / NAME, pictures)
-    chosen = np.linspace(0, len(pictures) - 1, min(num, len(pictures))).round().astype(int).tolist()
-    shown = {index: [d for d in found if d.picture == index and d.score >= least_score] for index in chosen}
-    shown = {index: sorted(own, key=lambda d: -d.score)[:MOST] for index, own in shown.items()}
+    shown = _choose(found, pictures, num, least_score)
+    chosen = list(shown)
     if out.suffix == ".png":
         payload = _figure([(pictures.pictures[index], shown[index]) for index in chosen], pictures, name)
     else:
@@ -91,6 +91,27 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
     if not drawn and best is not None:
         text += f"; the best of all pictures has {best:.2f}: --score {max(best / 2, 0.01):.2f} shows more"
     return text
+
+
+def draw_sheet(out: Path, found: Sequence[Found], pictures: DetectionSet) -> None:
+    """A JPEG of eight test pictures with found and true objects, for the run's page in a report."""
+    shown = _choose(found, pictures, num=8, least_score=0.3)
+    sheet = Image.open(
+        io.BytesIO(_figure([(pictures.pictures[index], own) for index, own in shown.items()], pictures, ""))
+    )
+    buffer = io.BytesIO()
+    sheet.convert("RGB").save(buffer, "JPEG", quality=80)
+    write_atomic(out, lambda file: file.write(buffer.getvalue()))
+
+
+def _choose(found: Sequence[Found], pictures: DetectionSet, num: int, least_score: float) -> dict[int, list[Found]]:
+    """Pictures spread evenly over the set, each with the best of its detections."""
+    chosen = np.linspace(0, len(pictures) - 1, min(num, len(pictures))).round().astype(int).tolist()
+    shown: dict[int, list[Found]] = {index: [] for index in chosen}
+    for detection in found:
+        if detection.picture in shown and detection.score >= least_score:
+            shown[detection.picture].append(detection)
+    return {index: sorted(own, key=lambda d: -d.score)[:MOST] for index, own in shown.items()}
 
 
 def _page(

@@ -1,0 +1,112 @@
+"""What a finished run predicted for each test image: what per-image statistics are made from.
+
+Files are NumPy archives in the run directory, written beside the record where the recipe has ``save_predictions``.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import DataError
+from engine.storage import write_atomic
+
+CLASSES = "predictions.npz"
+MATCHES = {"bbox": "matches_bbox.npz", "segm": "matches_segm.npz"}
+SHEET = "detections.jpg"  # some test pictures with what a detector found
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPredictions:
+    """A classifier's answers, in the order of the test split.
+
+    Attributes:
+        images: Identity of the test split (`ImageSet.summary`).
+        labels: (N,) int64 true classes.
+        predicted: (N,) int64 most likely classes.
+    """
+
+    images: str
+    labels: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        _write(path, "classes-1", images=np.array(self.images), labels=self.labels, predicted=self.predicted)
+
+    @classmethod
+    def read(cls, path: Path) -> ClassPredictions:
+        """Read the file.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+        content = _read(path, "classes-1", ("images", "labels", "predicted"))
+        return cls(str(content["images"]), content["labels"], content["predicted"])
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionMatches:
+    """A detector's detections, and which of them found an object.
+
+    Which object a detection finds depends on its own image only, so the average precision of any resampling of the images
+    can be computed from this.
+
+    Attributes:
+        images: Identity of the test split (`DetectionSet.summary`).
+        metric: ``voc`` (11-point interpolation, classes without objects count 0) or ``coco`` (101-point, left out).
+        thresholds: (T,) overlaps (IoU).
+        image: (D,) int64 index of each detection's image, in order of confidence within its class.
+        label: (D,) int64 class.
+        found: (T, D) bool, true positives.
+        ignored: (T, D) bool, counted neither way (difficult objects, crowds).
+        objects: (N, C) int32, objects that count, per image and class.
+    """
+
+    images: str
+    metric: str
+    thresholds: npt.NDArray[np.float64]
+    image: npt.NDArray[np.int64]
+    label: npt.NDArray[np.int64]
+    found: npt.NDArray[np.bool_]
+    ignored: npt.NDArray[np.bool_]
+    objects: npt.NDArray[np.int32]
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        _write(path, "matches-1", **{name: np.asarray(value) for name, value in vars(self).items()})
+
+    @classmethod
+    def read(cls, path: Path) -> DetectionMatches:
+        """Read the file.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+        names = ("images", "metric", "thresholds", "image", "label", "found", "ignored", "objects")
+        content = _read(path, "matches-1", names)
+        return cls(str(content["images"]), str(content["metric"]), *(content[name] for name in names[2:]))
+
+
+def _write(path: Path, form: str, **arrays: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, format=np.array(form), **arrays)
+    write_atomic(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _read(path: Path, form: str, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; a run with save_predictions: true has one when it is finished")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if str(content["format"]) != form:
+                raise DataError(f"{path}: of the format {content['format']}, {form} was expected")
+            return {name: content[name] for name in names}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None
