@@ -1,12 +1,65 @@
-"""Finding the records of finished runs."""
+"""From a folder of runs to their records, and to one DataFrame with a row per run."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from engine.errors import DataError
+import pandas as pd
+
+from engine.errors import DataError, UserError, listed
 from engine.records import Record
+from engine.storage import write_atomic
+
+FIXED = {
+    "run": "the run's folder",
+    "stage": "pretrain or transfer",
+    "protocol": "pretrain, knn, linear, semisup_1, semisup_10, semisup_100, detect_voc, detect_coco",
+    "name": "the recipe's name",
+    "dataset": "what it was measured on (pretraining: trained on)",
+    "framework": "moco, mocov2, simclr, byol, simsiam, or what a foreign checkpoint was labelled with",
+    "method": "vanilla, mixmask, unmix, mixmask+unmix, mscn, random or unknown",
+    "arch": "the backbone's architecture",
+    "seed": "of this run",
+    "fingerprint": "of everything that can change the numbers",
+    "parent": "fingerprint of the backbone",
+    "pretrain_dataset": "what the backbone was trained on",
+    "pretrain_epochs": "for how long",
+    "pretrain_seed": "with which seed",
+    "lineage": "fingerprint of the pretraining recipe without its seed",
+    "protocol_fingerprint": "fingerprint of the transfer recipe without its seed",
+    "grid_size": "MixMask: cells per side",
+    "mask": "MixMask: block or discrete",
+    "mask_ratio": "MixMask: 0.5, or uniform(a,b)",
+    "switch": "MixMask: whether the switch image has a loss",
+    "permutation": "MixMask upon Un-Mix: same or different",
+    "unmix_prob": "Un-Mix: share of Mixup",
+    "engine": "detection: torchvision or detectron2",
+    "seconds": "of training",
+    "device": "GPU or cpu",
+    "world_size": "processes",
+    "torch": "version",
+    "git_commit": "of this project's code",
+}
+ABLATED = ("grid_size", "mask", "mask_ratio", "switch", "permutation", "unmix_prob")
+PATTERNS = {
+    "knn/…, linear/…, semisup/…, bbox/…, segm/…, …": "metrics, in percent where they are accuracies or average precisions",
+    "setting.…": "what must be printed with the number, such as setting.k",
+    "recipe.…": "the run's own recipe, such as recipe.lr",
+    "pretrain.…": "the backbone's recipe, such as pretrain.batch_size",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run: its folder and its record. Compared by identity."""
+
+    path: Path
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -14,35 +67,172 @@ class Collection:
     """What lies in a folder of runs.
 
     Attributes:
-        records: Of finished runs, ordered by path.
+        folder: Where it was looked for.
+        runs: Finished ones, ordered by path.
         damaged: Files that should be records and are not, with the reason.
         unfinished: Run directories without a record.
     """
 
-    records: tuple[Record, ...]
+    folder: Path
+    runs: tuple[Run, ...]
     damaged: tuple[tuple[Path, str], ...]
     unfinished: tuple[Path, ...]
 
+    @property
+    def distinct(self) -> tuple[Run, ...]:
+        """The runs, each piece of work once: a copied folder, or the same work under two names, counts once."""
+        first: dict[tuple[str, str], Run] = {}
+        for run in self.runs:
+            first.setdefault((run.record.stage, run.record.fingerprint), run)
+        return tuple(first.values())
 
-def collect(runs: Path) -> Collection:
+    def remarks(self, most: int = 10) -> str:
+        """What was left out, one file to a line; empty if nothing was."""
+        lines = [f"left out {path}: {reason}" for path, reason in self.damaged]
+        lines += [f"unfinished: {path}" for path in self.unfinished]
+        return listed(lines, most) if lines else ""
+
+
+def collect(folder: Path) -> Collection:
     """Read every ``record.json`` below a folder.
 
     Raises:
         DataError: If the folder is missing, or holds no finished run (the unfinished and damaged ones are named).
     """
-    if not runs.is_dir():
-        raise DataError(f"{runs}: no such folder of runs")
-    records, damaged = [], []
-    for path in sorted(runs.rglob("record.json")):
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'is a file, not a' if folder.exists() else 'no such'} folder of runs")
+    runs, damaged, unfinished = [], [], []
+    for place, has_record in _run_directories(folder):
+        if not has_record:
+            unfinished.append(place)
+            continue
         try:
-            records.append(Record.read(path))
-        except (ValueError, OSError) as error:
-            damaged.append((path, str(error).splitlines()[0]))
-    unfinished = tuple(
-        path.parent for path in sorted(runs.rglob("recipe.yaml")) if not (path.parent / "record.json").exists()
+            runs.append(Run(place, Record.read(place / "record.json")))
+        except (ValueError, OSError, RecursionError) as error:
+            damaged.append((place / "record.json", str(error).splitlines()[0]))
+    collection = Collection(folder, tuple(runs), tuple(damaged), tuple(unfinished))
+    if not runs:
+        remarks = collection.remarks()
+        raise DataError(f"{folder}: no finished run" + (f"\n{remarks}" if remarks else " (no record.json in it)"))
+    return collection
+
+
+def _run_directories(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders with a record or a recipe, in order, and whether there is a record."""
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        here = {*files, *folders}
+        if "record.json" in here or "recipe.yaml" in here:
+            yield Path(place), "record.json" in here
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; lists and other containers become JSON text, so that values can be compared and shown."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return result
+
+
+def ablation(record: Record) -> dict[str, Any]:
+    """What the paper's tables 1 to 3 vary, under its names; None where the method has no such thing or it is unknown."""
+    pretraining = record.recipe if record.stage == "pretrain" else record.pretraining
+    mix = pretraining.get("mix")
+    if not isinstance(mix, Mapping) or record.method not in ("mixmask", "unmix", "mixmask+unmix"):
+        mix = {}
+    ratio = mix.get("ratio")
+    if isinstance(ratio, list | tuple):
+        ratio = f"uniform({','.join(f'{bound:g}' for bound in ratio)})"
+    elif isinstance(ratio, int | float):
+        ratio = f"{ratio:g}"
+    return {
+        "grid_size": mix.get("grid"),
+        "mask": mix.get("mask"),
+        "mask_ratio": ratio,
+        "switch": mix.get("switch"),
+        "permutation": mix.get("permutation"),
+        "unmix_prob": mix.get("unmix_prob"),
+    }
+
+
+def row(run: Run, per_class: bool = False) -> dict[str, Any]:
+    """A run as a row of the frame."""
+    record, environment = run.record, run.record.environment
+    own = {name: getattr(record, name) for name in FIXED if name in Record.model_fields}
+    pretraining = record.recipe if record.stage == "pretrain" else record.pretraining
+    recipe = record.recipe if record.stage == "transfer" else {}
+    return {
+        "run": str(run.path),
+        **own,
+        **ablation(record),
+        "engine": record.settings.get("engine"),
+        **{name: environment.get(name) for name in ("device", "world_size", "torch", "git_commit")},
+        **{name: value for name, value in record.metrics.items() if per_class or name.count("/") < 2},
+        **flat(record.settings, "setting."),
+        **flat(recipe, "recipe."),
+        **flat(pretraining, "pretrain."),
+    }
+
+
+def frame(runs: Sequence[Run], per_class: bool = False) -> pd.DataFrame:
+    """One row per run; the columns are those of `FIXED`, then metrics, then what `PATTERNS` describes.
+
+    Args:
+        runs: Finished runs.
+        per_class: With the average precision of every class (``bbox/AP/cat``).
+    """
+    rows = [row(run, per_class) for run in runs]
+    names = dict.fromkeys(name for one in rows for name in one)
+    order = {"setting": 1, "recipe": 2, "pretrain": 3}
+    rest = sorted(
+        (name for name in names if name not in FIXED), key=lambda name: (order.get(name.split(".")[0], 0), name)
     )
-    if not records:
-        detail = "".join(f"\n  unfinished: {path}" for path in unfinished)
-        detail += "".join(f"\n  damaged: {path} ({reason})" for path, reason in damaged)
-        raise DataError(f"{runs}: no finished run{':' + detail if detail else ''}")
-    return Collection(tuple(records), tuple(damaged), unfinished)
+    return pd.DataFrame(rows, columns=[*FIXED, *rest])
+
+
+def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
+    """The rows of which a condition holds, in pandas' query language.
+
+    Names with dots or slashes stand in backticks: ```knn/top1` > 60``.
+
+    Raises:
+        UserError: If the condition cannot be read, or names a column that is not there (the columns are listed).
+    """
+    try:
+        found = table.query(query, engine="python", local_dict={}, global_dict={})
+    except pd.errors.UndefinedVariableError as error:
+        raise UserError(f"--query {query!r}: {error}. Columns: {', '.join(map(str, table.columns))}") from None
+    except Exception as error:  # pandas passes on whatever Python makes of the text
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--query {query!r}: not a condition on the columns ({reason}). For example \"dataset == 'cifar100'\"; a name "
+            f"with a dot or a slash stands in backticks. Columns: {', '.join(map(str, table.columns))}"
+        ) from None
+    if not isinstance(found, pd.DataFrame):
+        raise UserError(f"--query {query!r}: gives {type(found).__name__}, not rows; write a condition")
+    return found
+
+
+def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:
+    """The frame as CSV, or as a JSON list of objects without their empty values."""
+    if form == "csv":
+        return str(table.to_csv(index=False))
+    rows = [{key: value for key, value in row.items() if not _is_empty(value)} for row in table.to_dict("records")]
+    return json.dumps(rows, indent=1, ensure_ascii=False, default=lambda value: value.item()) + "\n"
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or bool(pd.isna(value))
+
+
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """The frame as a Parquet file; columns of mixed types become text."""
+    plain = table.copy()
+    for name in plain.columns:
+        kinds = {type(value) for value in plain[name] if not _is_empty(value)}
+        if len(kinds - {int, float}) > (0 if kinds & {int, float} else 1):
+            plain[name] = [None if _is_empty(value) else str(value) for value in plain[name]]
+    write_atomic(path, lambda file: plain.to_parquet(file, index=False))

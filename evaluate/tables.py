@@ -1,113 +1,342 @@
-"""Methods × protocols: one row per way of pretraining, one column per transfer result."""
+"""Tables of results: what is put where, what may share a cell, and what a footnote has to say."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import pandas as pd
+from evaluate.published import Published
+from evaluate.results import Result, of_backbone, telling_keys
+from evaluate.statistics import FEW_SEEDS, Summary, summarize, within_noise
 
-from engine.records import Record
+Key = tuple[str, ...]  # of a row or a column: one text for each level
+Place = tuple[Key, Key]
 
-TableFormat = Literal["md", "csv"]
-
-# protocol, metric in the record, column title
-COLUMNS = (
-    ("knn", "knn/top1", "kNN top-1"),
-    ("linear", "linear/top1", "linear top-1"),
-    ("semisup_1", "semisup/top1", "1 % labels top-1"),
-    ("semisup_10", "semisup/top1", "10 % labels top-1"),
-    ("semisup_100", "semisup/top1", "100 % labels top-1"),
-    ("detect_voc", "bbox/AP", "VOC AP"),
-    ("detect_voc", "bbox/AP50", "VOC AP50"),
-    ("detect_voc", "bbox/AP75", "VOC AP75"),
-    ("detect_coco", "bbox/AP", "COCO box AP"),
-    ("detect_coco", "bbox/AP50", "COCO box AP50"),
-    ("detect_coco", "bbox/AP75", "COCO box AP75"),
-    ("detect_coco", "segm/AP", "COCO mask AP"),
-    ("detect_coco", "segm/AP50", "COCO mask AP50"),
-    ("detect_coco", "segm/AP75", "COCO mask AP75"),
-)
-METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
-ROW = ["pretrained on", "framework", "method", "arch", "epochs"]
+NOT_RECORDED = "how the backbone was pretrained is not recorded"
+FEW = f"fewer than {FEW_SEEDS} runs: on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75"
 
 
-def _other_percentages(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    known = {protocol for protocol, _, _ in COLUMNS}
-    extra = {r.protocol for r in records if r.protocol.startswith("semisup_")} - known
-    shares = sorted(float(protocol.removeprefix("semisup_")) for protocol in extra)
-    return [(f"semisup_{share:g}", "semisup/top1", f"{share:g} % labels top-1") for share in shares]
+@dataclass(frozen=True)
+class Cell:
+    """The results of runs that differ in seeds only, beside the published number.
+
+    Attributes:
+        results: One per run, ordered by seed; empty where there is only a published number.
+        published: The number that was made the same way, if there is one.
+        best: Whether its mean is the highest of those it may be compared with.
+        near_best: Whether it cannot be told from the best (`within_noise`).
+        few: Whether it is VOC with fewer than five runs.
+        marks: The letters of its footnotes.
+    """
+
+    results: tuple[Result, ...]
+    published: Published | None = None
+    best: bool = False
+    near_best: bool = False
+    few: bool = False
+    marks: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> Summary | None:
+        """Mean, sample standard deviation and n."""
+        return summarize([result.value for result in self.results]) if self.results else None
+
+    @property
+    def difference(self) -> float | None:
+        """Mean minus published, in points."""
+        summary = self.summary
+        return None if summary is None or self.published is None else summary.mean - self.published.value
 
 
-def methods_by_protocols(records: Sequence[Record]) -> pd.DataFrame:
-    """The table.
+@dataclass(frozen=True)
+class Line:
+    """A line of a table. ``marks`` are the letters of its footnotes, on the backbone; a cell that is None is empty."""
 
-    Rows are ways of pretraining, columns are results in percent, named with the data set they were measured on. A cell
-    is a mean over seeds, with the number of runs when there are several; a protocol that was not run is empty. Only runs
-    whose pretraining recipes agree in everything but the seed share a row, and only runs whose transfer recipes do share
-    a column: where the names alone would not tell them apart, settings or the first digits of a fingerprint do.
+    row: Key
+    marks: tuple[str, ...]
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished table, in no format yet.
+
+    Attributes:
+        id: Short name, such as ``5``.
+        title: What it shows.
+        row_names: What each level of a row is.
+        columns: One key per column.
+        lines: From top to bottom.
+        footnotes: Letter and text.
+        notes: Remarks on the table as a whole.
+    """
+
+    id: str
+    title: str
+    row_names: Key
+    columns: tuple[Key, ...]
+    lines: tuple[Line, ...]
+    footnotes: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_runs(self) -> int:
+        """Runs with a number in it."""
+        runs = {result.run for line in self.lines for cell in line.cells if cell for result in cell.results}
+        return len(runs)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where its published numbers stand."""
+        cells = [cell for line in self.lines for cell in line.cells if cell is not None]
+        return tuple(dict.fromkeys(cell.published.where for cell in cells if cell.published is not None))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table shows and where.
+
+    Attributes:
+        id, title, row_names: As in `Table`.
+        places: Where a result stands: several places for an ablation's default, none if it does not belong.
+        published: Published numbers and their places, in the order of rows and columns.
+        stated: What the publication says of how the number at a result's place was made.
+        sections: Whether the first level of a row is a section, within which the best is looked for.
+        order: Of texts that have another order than that of letters and numbers.
+        notes: As in `Table`.
+    """
+
+    id: str
+    title: str
+    row_names: Key
+    places: Callable[[Result], Iterable[Place]]
+    published: Sequence[tuple[Place, Published]] = ()
+    stated: Callable[[Result, Place], Mapping[str, Any]] = lambda result, place: {}
+    sections: bool = False
+    order: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What footnotes say: of the backbone, beside the line, and of the measurement, beside the cell."""
+
+    backbone: tuple[str, ...] = ()
+    measurement: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The results of one pool at one place, and in what they depart from what the publication states."""
+
+    place: Place
+    results: tuple[Result, ...]
+    departures: _Texts
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
+
+
+def build(layout: Layout, results: Sequence[Result]) -> Table:
+    """Fill a layout.
+
+    Results share a cell only if they differ in nothing but seeds. Others at the same place stand on lines of their own;
+    footnotes say in what they differ from the published protocol, or from each other: beside the line what is of the
+    backbone, beside the cell what is of the measurement. A published number stands beside every result that departs in
+    nothing that the publication states.
+    """
+    groups = _groups(layout, results)
+    published = dict(layout.published)
+    rows = _ordered(layout, (place[0] for place in published), (group.place[0] for group in groups), layout.sections)
+    columns = _ordered(layout, (place[1] for place in published), (group.place[1] for group in groups))
+    best = _marked(groups, layout.sections)
+    texts = _texts(groups)
+    faithful = {group.place for group in groups if group.departures == _Texts()}
+    lines: list[tuple[Key, tuple[str, ...], dict[Key, tuple[Cell, tuple[str, ...]]]]] = []
+    for row in rows:
+        stacks: dict[tuple[str, ...], dict[Key, list[tuple[Cell, tuple[str, ...]]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for place, number in published.items():
+            if place[0] == row and place not in faithful:
+                stacks[()][place[1]].append((Cell((), number), ()))
+        own = [group for group in groups if group.place[0] == row]
+        for group in sorted(own, key=lambda group: (group.departures != _Texts(), texts[group].measurement)):
+            few = group.first.run.record.protocol == "detect_voc" and len(group.results) < FEW_SEEDS
+            beside = published.get(group.place) if group.departures == _Texts() else None
+            cell = Cell(group.results, beside, *best[group], few)
+            notes = (*texts[group].measurement, *((FEW,) if few else ()))
+            stacks[texts[group].backbone][group.place[1]].append((cell, notes))
+        for backbone in sorted(stacks):
+            height = max(map(len, stacks[backbone].values()))
+            for level in range(height):
+                on_it = {column: stack[level] for column, stack in stacks[backbone].items() if level < len(stack)}
+                lines.append((row, backbone, on_it))
+    return _lettered(layout, columns, lines)
+
+
+def _lettered(
+    layout: Layout,
+    columns: Sequence[Key],
+    lines: Sequence[tuple[Key, tuple[str, ...], Mapping[Key, tuple[Cell, tuple[str, ...]]]]],
+) -> Table:
+    """The table with a letter for every text, in the order in which a reader meets them."""
+    letters: dict[str, str] = {}
+    for _, backbone, cells in lines:
+        met = [*backbone, *(text for column in columns if column in cells for text in cells[column][1])]
+        for text in met:
+            letters.setdefault(text, _letter(len(letters)))
+
+    def finished(found: tuple[Cell, tuple[str, ...]] | None) -> Cell | None:
+        return None if found is None else replace(found[0], marks=tuple(letters[text] for text in found[1]))
+
+    return Table(
+        id=layout.id,
+        title=layout.title,
+        row_names=layout.row_names,
+        columns=tuple(columns),
+        lines=tuple(
+            Line(
+                row, tuple(letters[text] for text in backbone), tuple(finished(cells.get(column)) for column in columns)
+            )
+            for row, backbone, cells in lines
+        ),
+        footnotes=tuple((letter, text) for text, letter in letters.items()),
+        notes=layout.notes,
+    )
+
+
+def _groups(layout: Layout, results: Sequence[Result]) -> list[_Group]:
+    pooled: dict[tuple[Place, tuple[str, ...]], list[Result]] = defaultdict(list)
+    for result in results:
+        for place in layout.places(result):
+            pooled[place, result.pool].append(result)
+    groups = []
+    for (place, _), found in sorted(pooled.items(), key=lambda item: item[0]):
+        by_seed = sorted(found, key=lambda r: (*(-1 if s is None else s for s in r.seeds), r.run.record.fingerprint))
+        groups.append(_Group(place, tuple(by_seed), _departures(by_seed[0].known, layout.stated(by_seed[0], place))))
+    return groups
+
+
+def _departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> _Texts:
+    """In what a result departs from what is stated. What is not known is said, and does not count as departing."""
+    both = []
+    for side in (True, False):
+        own = {key: value for key, value in stated.items() if of_backbone(key) == side}
+        different = [
+            f"{key} {_text(known[key])} (published: {_text(value)})"
+            for key, value in own.items()
+            if known.get(key) is not None and known[key] != value
+        ]
+        both.append(("; ".join(different),) if different else ())
+    return _Texts(*both)
+
+
+def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
+    """Departures, and what tells groups apart that would else look alike: backbones in a row, measurements in a column."""
+    backbone = _telling(groups, of_its=0, side=True)
+    measurement = _telling(groups, of_its=1, side=False)
+    texts = {
+        group: _Texts(
+            (*group.departures.backbone, *backbone[group], *_unknown(group)),
+            (*group.departures.measurement, *measurement[group]),
+        )
+        for group in groups
+    }
+    seen = Counter((group.place, texts[group]) for group in groups)
+    for group in groups:
+        if seen[group.place, texts[group]] > 1:
+            told = f"backbone {group.first.pool[4][:8]}, measured as {group.first.protocol_key[:8]}"
+            texts[group] = _Texts(texts[group].backbone, (*texts[group].measurement, told))
+    return texts
+
+
+def _telling(groups: Sequence[_Group], of_its: int, side: bool) -> dict[_Group, tuple[str, ...]]:
+    """Of each group, the keys (of the backbone, or of the measurement) in which some at one place, or in one column, differ.
 
     Args:
-        records: Of any stage; pretraining records are not shown, and the same work counts once whatever its name.
+        groups: Of the whole table.
+        of_its: 0 to say the keys to all groups of a row, 1 to all of a column.
+        side: Whether keys of the backbone are meant.
     """
-    transfers = list({record.fingerprint: record for record in records if record.stage == "transfer"}.values())
-    rows: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    order: dict[str, tuple[int, str]] = {}
-    columns = [*COLUMNS, *_other_percentages(records)]
-    for record in transfers:
-        key = _row(record, transfers)
-        for position, (protocol, metric, title) in enumerate(columns):
-            if record.protocol == protocol and metric in record.metrics:
-                full = f"{record.dataset}: {title}{_distinction(record, transfers)}"
-                order[full] = (position, full)
-                rows.setdefault(key, {}).setdefault(full, []).append(record.metrics[metric])
-    names = sorted(order, key=order.__getitem__)
-    ordered = sorted(rows, key=lambda key: (key[0], key[1], METHODS.index(key[2].split(" ")[0]), key[2:]))
-    body = [[*key, *(_cell(rows[key].get(name, [])) for name in names)] for key in ordered]
-    return pd.DataFrame(body, columns=[*ROW, *names])
+    alike: dict[Any, list[_Group]] = defaultdict(list)
+    for group in groups:
+        alike[group.place[of_its], group.departures.backbone if side else group.departures.measurement].append(group)
+    result: dict[_Group, tuple[str, ...]] = {}
+    for own in alike.values():
+        together: dict[Any, list[Result]] = defaultdict(list)
+        for group in own:
+            together[group.place if side else None].append(group.first)
+        telling = dict.fromkeys(
+            key for found in together.values() for key in telling_keys(found) if of_backbone(key) == side
+        )
+        for group in own:
+            known = [
+                f"{key} {_text(group.first.known[key])}" for key in telling if group.first.known.get(key) is not None
+            ]
+            result[group] = ("; ".join(known),) if known else ()
+    return result
 
 
-def _row(record: Record, records: Sequence[Record]) -> tuple[str, ...]:
-    """What stands in the first columns; pretrainings that would look alike get the start of their lineage."""
-
-    def shown(r: Record) -> tuple[str, ...]:
-        epochs = "?" if r.pretrain_epochs is None else f"{r.pretrain_epochs:g}"
-        return (r.pretrain_dataset or "?", r.framework, r.method, r.arch, epochs)
-
-    key = shown(record)
-    if len({r.lineage for r in records if shown(r) == key}) > 1:
-        return (*key[:2], f"{key[2]} [{record.lineage[:6]}]", *key[3:])
-    return key
+def _unknown(group: _Group) -> tuple[str, ...]:
+    record = group.first.run.record
+    foreign = not record.pretraining and record.method != "random"
+    return (NOT_RECORDED,) if foreign else ()
 
 
-def _distinction(record: Record, records: Sequence[Record]) -> str:
-    """What tells a record's transfer recipe from others of its protocol and data set, for the column's title."""
-    peers = [r for r in records if r.protocol == record.protocol and r.dataset == record.dataset]
-    if len({r.protocol_fingerprint for r in peers}) == 1:
-        return ""
-    differing = sorted(
-        name
-        for name in {name for peer in peers for name in peer.settings}
-        if len({repr(peer.settings.get(name)) for peer in peers}) > 1
-    )
-    parts = [f"{name} {record.settings.get(name)}" for name in differing]
-    alike = [r for r in peers if all(r.settings.get(n) == record.settings.get(n) for n in differing)]
-    if len({r.protocol_fingerprint for r in alike}) > 1:
-        parts.append(f"recipe {record.protocol_fingerprint[:6]}")
-    return f" ({', '.join(parts)})"
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} (n={len(values)})"
+def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool, bool]]:
+    """Whether each group is the best, or within noise of it, of those in its column that were measured alike."""
+    marks: dict[_Group, tuple[bool, bool]] = dict.fromkeys(groups, (False, False))
+    rivals: dict[Any, list[_Group]] = defaultdict(list)
+    for group in groups:
+        section = group.place[0][0] if sections else ""
+        rivals[group.place[1], section, group.results[0].peers].append(group)
+    for own in rivals.values():
+        summaries = {group: summarize([result.value for result in group.results]) for group in own}
+        if len(own) > 1:
+            top = max(summary.mean for summary in summaries.values())
+            first = next(group for group in own if summaries[group].mean == top)
+            for group, summary in summaries.items():
+                is_best = summary.mean == top
+                marks[group] = (is_best, not is_best and within_noise(summary, summaries[first]))
+    return marks
 
 
-def render(table: pd.DataFrame, form: TableFormat) -> str:
-    """The table as Markdown or CSV text, ending in a newline."""
-    if form == "csv":
-        return str(table.to_csv(index=False))
-    escaped = table.map(lambda cell: str(cell).replace("|", "\\|"))
-    escaped.columns = pd.Index([str(name).replace("|", "\\|") for name in table.columns])
-    return f"{escaped.to_markdown(index=False, disable_numparse=True)}\n"
+def _ordered(layout: Layout, first: Iterable[Key], rest: Iterable[Key], sections: bool = False) -> list[Key]:
+    """Keys without repetition: the published ones as published, then others in natural order, sections together."""
+    known = list(dict.fromkeys(first))
+    more = sorted({key for key in rest if key not in known}, key=lambda key: _natural(key, layout))
+    for key in more:
+        same = [number for number, other in enumerate(known) if sections and other[0] == key[0]]
+        known.insert(same[-1] + 1 if same else len(known), key)
+    return known
+
+
+def _natural(key: Key, layout: Layout) -> tuple[Any, ...]:
+    """Numbers by size, texts by letters, unless they have an order of their own."""
+
+    def part(text: str) -> tuple[int, float, str]:
+        if text in layout.order:
+            return (1, layout.order[text], "")
+        try:
+            return (0, float(text.split(" ")[0].replace(",", "")), text)
+        except ValueError:
+            return (2, 0.0, text)
+
+    return tuple(part(text) for text in key)
+
+
+def _letter(number: int) -> str:
+    """a … z, aa, ab …"""
+    letters = string.ascii_lowercase
+    return letters[number] if number < 26 else _letter(number // 26 - 1) + letters[number % 26]

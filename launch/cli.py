@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from engine.errors import Interrupted, RunFailure, UserError
-from launch import suite_commands
+from launch import result_commands, suite_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -263,46 +263,16 @@ def show_detections(
     typer.echo(stage.show_detections(run, out, num, score))
 
 
-@app.command()
-def tables(
-    runs: Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")],
-    form: Annotated[Literal["md", "csv"], typer.Option("--format", help="Markdown or CSV.")] = "md",
-    out: Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Print methods × protocols from the records of finished runs.
-
-    \b
-    Example:
-      mixmask tables runs --format csv --out results.csv
-    """
-    from engine.storage import require_output_file, write_text
-    from evaluate.collect import collect
-    from evaluate.tables import methods_by_protocols, render
-
-    if out is not None:
-        require_output_file(out)
-    collection = collect(runs)
-    for path, reason in collection.damaged:
-        typer.echo(f"left out {path}: {reason}", err=True)
-    for path in collection.unfinished:
-        typer.echo(f"unfinished: {path}", err=True)
-    if dry_run:
-        typer.echo(f"{len(collection.records)} records would be tabulated")
-        return
-    if not any(record.stage == "transfer" for record in collection.records):
-        typer.echo(
-            f"no transfer results yet among {len(collection.records)} finished runs: see mixmask transfer", err=True
-        )
-    text = render(methods_by_protocols(collection.records), form)
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        write_text(out, text)
-        typer.echo(out)
-
-
-for _command in (suite_commands.launch, suite_commands.status, suite_commands.cancel, suite_commands.logs):
+for _command in (
+    suite_commands.launch,
+    suite_commands.status,
+    suite_commands.cancel,
+    suite_commands.logs,
+    result_commands.results,
+    result_commands.tables,
+    result_commands.compare,
+    result_commands.verify,
+):
     app.command()(_command)
 
 

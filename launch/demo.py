@@ -14,7 +14,10 @@ from engine.progress import say
 from engine.records import Record
 from engine.storage import write_text
 from evaluate.collect import collect
-from evaluate.tables import methods_by_protocols, render
+from evaluate.paper import methods_by_protocols
+from evaluate.render import render
+from evaluate.results import results_of
+from evaluate.tables import build
 from launch import demo_data
 from launch.builtin import configs_folder
 from pretrain import stage as pretrain_stage
@@ -75,10 +78,10 @@ def run_demo(out: Path, dry_run: bool) -> None:
     _command(f"mixmask tables {out}/runs")
     if dry_run:
         return
-    records = collect(out / "runs").records
-    table = render(methods_by_protocols(records), "md")
-    write_text(out / "table.md", table)
-    print(f"\n{table}\n{verdict(records)}\n")
+    runs = collect(out / "runs").distinct
+    table = build(methods_by_protocols(), results_of(runs))
+    write_text(out / "table.md", render(table, "md"))
+    print(f"\n{render(table, 'term')}\n{verdict([run.record for run in runs])}\n")
     minutes = (time.monotonic() - started) / 60
     say(f"Done in {minutes:.1f} minutes on {torch.get_num_threads()} threads. Runs and the table are in {out}/.")
 

@@ -8,7 +8,11 @@ from tabulate import tabulate
 
 from engine.records import Record
 from engine.storage import write_text
-from evaluate.tables import methods_by_protocols, render
+from evaluate.collect import Run
+from evaluate.paper import choose
+from evaluate.render import render_all
+from evaluate.results import results_of
+from evaluate.tables import build
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell, latest, suite_folder
 from launch.status import headline
@@ -22,11 +26,12 @@ def write_results(runs: Path, suite: str) -> str:
     """
     launch = latest(runs, suite)
     folder = suite_folder(runs, suite)
-    records = [Record.read(cell.done[0]) for cell in launch.cells if cell.stage == "transfer" and cell.is_finished]
-    table = methods_by_protocols(records)
+    runs_of_it = [_run(cell) for cell in launch.cells if cell.stage != "convert" and cell.is_finished]
+    found = results_of(run for run in runs_of_it if run is not None)
+    tables = [table for table in (build(layout, found) for layout in choose(None, ())) if table.num_runs]
     missing = [f"- {cell.id}: {_why(cell, launch)}" for cell in launch.cells if not cell.is_finished]
     done = len(launch.cells) - len(missing)
-    text = f"# {launch.suite}\n\n{done} of {len(launch.cells)} cells are finished.\n\n{render(table, 'md')}"
+    text = f"# {launch.suite}\n\n{done} of {len(launch.cells)} cells are finished.\n\n{render_all(tables, 'md')}"
     results = [
         [cell.name, cell.dataset, cell.protocol, cell.seed, headline(cell)]
         for cell in launch.cells
@@ -37,10 +42,18 @@ def write_results(runs: Path, suite: str) -> str:
         text += f"\nEvery cell:\n\n{tabulate(results, columns, tablefmt='pipe')}\n"
     if missing:
         text += "\nNot finished:\n\n" + "\n".join(missing) + "\n"
-    write_text(folder / "tables.md", render(table, "md"))
-    write_text(folder / "tables.csv", render(table, "csv"))
+    write_text(folder / "tables.md", render_all(tables, "md"))
+    write_text(folder / "tables.csv", render_all(tables, "csv"))
     write_text(folder / "report.md", text)
     return f"{text}\n{folder / 'report.md'}"
+
+
+def _run(cell: LaunchedCell) -> Run | None:
+    """A finished cell's run; None if its record is damaged, which `headline` says."""
+    try:
+        return Run(cell.run, Record.read(cell.run / "record.json"))
+    except (OSError, ValueError):
+        return None
 
 
 def _why(cell: LaunchedCell, launch: Launch) -> str:

@@ -1,0 +1,181 @@
+"""Is one way of pretraining better than another: over seeds, or image by image for a single pair of runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import DataError, UserError
+from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
+from evaluate.average_precision import THRESHOLDS, compare_detectors
+from evaluate.collect import Collection, Run, collect, frame, select
+from evaluate.paper import METHODS, METRICS, name, protocol_name
+from evaluate.results import Result, results_of, telling_keys
+from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups of runs that were measured alike.
+
+    Attributes:
+        what: Data set, protocol and metric.
+        first, second: What is compared, in words.
+        result: The first minus the second.
+    """
+
+    what: str
+    first: str
+    second: str
+    result: Difference
+
+    def words(self) -> str:
+        """For people."""
+        return f"{self.what}: {self.first} against {self.second}: {self.result.words()}"
+
+
+def chosen(collection: Collection, which: str) -> list[Run]:
+    """The transfer runs of a method, or those of which a condition holds.
+
+    Raises:
+        UserError: If there are none, or the condition cannot be read.
+    """
+    runs = [run for run in collection.distinct if run.record.stage == "transfer"]
+    if which in METHODS:
+        found = [run for run in runs if run.record.method == which]
+    else:
+        kept = {*select(frame(runs), which)["run"]}
+        found = [run for run in runs if str(run.path) in kept]
+    if not found:
+        present = ", ".join(sorted({run.record.method for run in runs})) or "none"
+        raise UserError(f"{which!r}: no transfer run below {collection.folder}; methods there: {present}")
+    return found
+
+
+def compare(first: Sequence[Run], second: Sequence[Run], metrics: Sequence[str] | None = None) -> list[Comparison]:
+    """Compare every pair of backbones that were measured by one protocol; of one framework, where the groups share one.
+
+    Args:
+        first: Transfer runs of one group.
+        second: Of the other.
+        metrics: The headline ones of each protocol if None.
+    """
+    sides = [_pools(results_of(runs, metrics)) for runs in (first, second)]
+    comparisons = []
+    for measured, own in sides[0].items():
+        others = sides[1].get(measured, {})
+        groups = {pool: results for side in (own, others) for pool, results in side.items()}
+        pairs = [(pool, other) for pool in sorted(own) for other in sorted(others) if pool != other]
+        for pool, other in _closest(pairs, groups):
+            comparisons.append(_compared(groups[pool], groups[other], list(groups.values())))
+    return sorted(comparisons, key=lambda one: (one.what, one.first, one.second))
+
+
+Pool = tuple[str, ...]
+
+
+def _closest(pairs: Sequence[tuple[Pool, Pool]], groups: Mapping[Pool, Sequence[Result]]) -> list[tuple[Pool, Pool]]:
+    """Pairs of one framework and one training budget, where there are such; else of one framework; else all."""
+
+    def alike(pair: tuple[Pool, Pool], *names: str) -> bool:
+        records = [groups[pool][0].run.record for pool in pair]
+        return all(getattr(records[0], one) == getattr(records[1], one) for one in names)
+
+    for names in (("framework", "pretrain_epochs"), ("framework",), ()):
+        found = [pair for pair in pairs if alike(pair, *names)]
+        if found:
+            return found
+    return []
+
+
+def _pools(results: Sequence[Result]) -> dict[Any, dict[tuple[str, ...], list[Result]]]:
+    pools: dict[Any, dict[tuple[str, ...], list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        pools[result.protocol_key][result.pool].append(result)
+    return pools
+
+
+def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequence[Sequence[Result]]) -> Comparison:
+    seeds = [[result.seeds for result in group] for group in (first, second)]
+    paired = sorted(map(repr, seeds[0])) == sorted(map(repr, seeds[1])) and len({*seeds[0]}) == len(seeds[0])
+    ordered = [sorted(group, key=lambda result: repr(result.seeds)) for group in (first, second)]
+    values = [[result.value for result in group] for group in ordered]
+    record = first[0].run.record
+    what = f"{name(record.dataset)}, {protocol_name(record.protocol)}, {METRICS.get(first[0].metric, 'top-1')}"
+    words = [_backbone(group[0], [other[0] for other in groups]) for group in (first, second)]
+    return Comparison(what, words[0], words[1], difference(values[0], values[1], paired))
+
+
+def _backbone(result: Result, all_results: Sequence[Result]) -> str:
+    """What was pretrained; with whatever tells it from others that would have the same words."""
+
+    def words(one: Result) -> str:
+        record = one.run.record
+        epochs = "" if record.pretrain_epochs in (None, 0) else f", {record.pretrain_epochs:,g} epochs"
+        return f"{name(record.method)} ({name(record.framework)}{epochs})"
+
+    alike = [other for other in all_results if words(other) == words(result)]
+    telling = [f"{key} {result.known[key]}" for key in telling_keys(alike) if result.known.get(key) is not None]
+    if len(alike) > 1 and not telling:
+        telling = [f"backbone {result.pool[4][:8]}"]
+    return f"{words(result)[:-1]}, {', '.join(telling)})" if telling else words(result)
+
+
+def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None) -> list[PairOfRuns]:
+    """Compare two runs on the same test images, image by image, from the predictions they saved.
+
+    Args:
+        first: A finished transfer run's folder.
+        second: Another, of the same kind.
+        metrics: For detectors ``bbox/AP50`` and the like; all AP, AP50 and AP75 if None.
+
+    Raises:
+        UserError: If a run has no predictions, or they are not of the same kind and images.
+    """
+    runs = [_one(folder) for folder in (first, second)]
+    kinds = {run.record.protocol.startswith("detect_") for run in runs}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{first} is a run of {runs[0].record.protocol} and {second} of {runs[1].record.protocol}: not comparable"
+        )
+    if not kinds.pop():
+        metric = f"{runs[0].record.protocol.split('_')[0]}/top1"
+        answers = [ClassPredictions.read(run.path / CLASSES) for run in runs]
+        same = answers[0].images == answers[1].images and np.array_equal(answers[0].labels, answers[1].labels)
+        _require_same(same, runs)
+        right = [one.predicted == one.labels for one in answers]
+        return [compare_classifiers(metric, right[0], right[1])]
+    found = []
+    for kind, file in MATCHES.items():
+        if not all((run.path / file).is_file() for run in runs) and kind == "segm":
+            continue
+        wanted = [short for short in THRESHOLDS if metrics is None or f"{kind}/{short}" in metrics]
+        matches = [DetectionMatches.read(run.path / file) for run in runs] if wanted else []
+        if matches:
+            _require_same(matches[0].images == matches[1].images and matches[0].metric == matches[1].metric, runs)
+        for short in wanted:
+            found.append(compare_detectors(f"{kind}/{short}", matches[0], matches[1]))
+    if not found:
+        raise UserError(f"{', '.join(metrics or ())}: valid for detectors: {', '.join(METRICS)}")
+    return found
+
+
+def _one(folder: Path) -> Run:
+    if not (folder / "record.json").is_file():
+        raise DataError(f"{folder}: not the folder of a finished run (no record.json in it)")
+    run = collect(folder).runs[0]
+    if run.record.stage != "transfer":
+        raise UserError(f"{folder}: a pretraining run; compare transfer runs")
+    return run
+
+
+def _require_same(same: bool, runs: Sequence[Run]) -> None:
+    if not same:
+        raise UserError(
+            f"{runs[0].path} and {runs[1].path} were tested on different images; only the same can be compared"
+        )

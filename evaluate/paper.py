@@ -1,0 +1,367 @@
+"""The tables of the paper, the methods × protocols overview, and free pivots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from engine.errors import UserError
+from evaluate.collect import ABLATED
+from evaluate.published import Published, of_the_paper, stated
+from evaluate.results import DETECTION, Result
+from evaluate.tables import Key, Layout, Place
+
+NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "tiny_imagenet": "Tiny-ImageNet",
+    "imagenet1k": "ImageNet-1K",
+    "voc2007": "VOC 2007",
+    "coco2017": "COCO 2017",
+    "moco": "MoCo",
+    "mocov2": "MoCo v2",
+    "simsiam": "SimSiam",
+    "byol": "BYOL",
+    "simclr": "SimCLR",
+    "swav": "SwAV",
+    "barlowtwins": "Barlow Twins",
+    "vanilla": "Vanilla",
+    "unmix": "Un-Mix",
+    "mixmask": "MixMask",
+    "mixmask+unmix": "MixMask + Un-Mix",
+    "mscn": "MSCN",
+    "random": "Random",
+    "knn": "kNN",
+    "grid_size": "Grid size",
+    "mask": "Masking strategy",
+    "mask_ratio": "Masking ratio",
+    "switch": "Switch mixture",
+    "permutation": "Permutations",
+    "unmix_prob": "Un-Mix probability",
+}
+METRICS = {
+    "bbox/AP": "box AP",
+    "bbox/AP50": "box AP50",
+    "bbox/AP75": "box AP75",
+    "segm/AP": "mask AP",
+    "segm/AP50": "mask AP50",
+    "segm/AP75": "mask AP75",
+}
+METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
+TABLE_1 = ("grid_size", "mask", "mask_ratio", "switch")
+ABLATIONS = "Runs that vary the mask, the permutation or Un-Mix's probability stand in tables 1 to 3."
+
+ORDER = {NAMES.get(method, method): number for number, method in enumerate(METHODS)}
+
+Dims = Mapping[str, Any]
+Label = Callable[[Dims], Key]
+
+
+def name(value: Any) -> str:
+    """A data set, framework or method as the paper writes it."""
+    return "?" if value is None else NAMES.get(str(value), str(value))
+
+
+def _percent(protocol: str) -> str:
+    return f"{protocol.removeprefix('semisup_')} % of labels"
+
+
+def _epochs(value: float | None) -> str:
+    return "?" if value is None else f"{value:,g}"
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == "grid_size":
+        return f"{value} × {value}"
+    if key == "switch":
+        return "yes" if value in (True, "true") else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def protocol_name(protocol: str) -> str:
+    """A protocol in words."""
+    if protocol.startswith("semisup_"):
+        return _percent(protocol)
+    return {"detect_voc": "detection", "detect_coco": "detection", "knn": "kNN"}.get(protocol, protocol)
+
+
+def _of(number: Published) -> dict[str, Any]:
+    """The dimensions of a published number, as `Result.dims` has them."""
+    dims = {
+        "protocol": number.protocol,
+        "dataset": number.dataset,
+        "framework": number.framework,
+        "method": number.method,
+        "metric": number.metric,
+        "pretrain_epochs": number.pretrain_epochs,
+        "pretrain_dataset": "imagenet1k" if number.protocol.startswith("detect_") else number.dataset,
+    }
+    return {**dims, **({number.setting[0]: number.setting[1]} if number.setting else {})}
+
+
+def _claims(dims: Dims, row_keys: Sequence[str], epochs: float | None) -> dict[str, Any]:
+    """What is stated of a place, without what its row or column says itself."""
+    claims = stated(dims)
+    if epochs is not None:
+        claims["pretrain.epochs"] = epochs
+    if dims.get("method") == "random":
+        claims = {
+            key: value for key, value in claims.items() if key == "pretrain.arch" or not key.startswith("pretrain.")
+        }
+    return {key: value for key, value in claims.items() if key not in row_keys}
+
+
+def _layout(
+    id: str,
+    title: str,
+    row_names: Key,
+    belongs: Callable[[Dims], bool],
+    row: Label,
+    column: Label,
+    published: Sequence[Published],
+    tables: Sequence[str],
+    said: Sequence[str] = (),
+    notes: tuple[str, ...] = (),
+) -> Layout:
+    """A table whose rows and columns follow from a result's dimensions."""
+    placed = []
+    for number in published:
+        dims = _of(number)
+        if number.table in tables and belongs(dims):
+            placed.append(((row(dims), column(dims)), number))
+    epochs = {place: number.pretrain_epochs for place, number in placed}
+    usual = {number.dataset: number.pretrain_epochs for _, number in placed}
+
+    def places(result: Result) -> Iterable[Place]:
+        if belongs(result.dims):
+            yield row(result.dims), column(result.dims)
+
+    def claims(result: Result, place: Place) -> Mapping[str, Any]:
+        expected = epochs.get(place, usual.get(result.dims["dataset"]))
+        return _claims(result.dims, said, None if "pretrain.epochs" in said else expected)
+
+    return Layout(id, title, row_names, places, placed, claims, order=ORDER, notes=notes)
+
+
+def _usual(dims: Dims) -> bool:
+    """Whether it is no ablation: what tables 1 to 3 vary is as the paper has it elsewhere."""
+    usual = stated(dims)
+    return all(dims.get(key) in (None, usual[key]) for key in ABLATED if key in usual)
+
+
+def _classified(dims: Dims) -> bool:
+    return dims["protocol"] in ("knn", "linear") and dims["pretrain_dataset"] in (None, dims["dataset"])
+
+
+def _table_4(dims: Dims) -> bool:
+    probed = _classified(dims) and dims["protocol"] == "linear"
+    return probed and _usual(dims) and dims["method"] in ("vanilla", "mscn", "mixmask")
+
+
+def _measured(dims: Dims) -> Key:
+    return name(dims["dataset"]), name(dims["framework"]), protocol_name(dims["protocol"])
+
+
+def _method_row(dims: Dims) -> Key:
+    return name(dims["framework"]), name(dims["method"])
+
+
+def table_1(published: Sequence[Published]) -> Layout:
+    """Masks: one key of the default varied at a time; the default stands in every section."""
+
+    def row(key: str, dims: Dims) -> Key:
+        return name(key), _setting(key, dims[key])
+
+    placed = [
+        ((row(number.setting[0], _of(number)), _measured(_of(number))), number)
+        for number in published
+        if number.table == "1" and number.setting is not None
+    ]
+    epochs = {number.dataset: number.pretrain_epochs for _, number in placed}
+
+    def places(result: Result) -> Iterable[Place]:
+        dims = result.dims
+        if not _classified(dims) or dims["method"] != "mixmask":
+            return
+        usual = stated(dims)
+        unusual = [key for key in TABLE_1 if key in usual and dims[key] != usual[key]]
+        for key in TABLE_1:
+            if dims[key] is not None and set(unusual) <= {key}:
+                yield row(key, dims), _measured(dims)
+
+    def claims(result: Result, place: Place) -> Mapping[str, Any]:
+        keys = [key for key in TABLE_1 if name(key) == place[0][0]]
+        return _claims(result.dims, keys, epochs.get(result.dims["dataset"]))
+
+    title = "Masks of MixMask: grid size, strategy, ratio, switch image"
+    return Layout("1", title, ("varied", "value"), places, placed, claims, sections=True)
+
+
+def _varied(id: str, title: str, key: str, published: Sequence[Published], notes: tuple[str, ...] = ()) -> Layout:
+    def belongs(dims: Dims) -> bool:
+        return _classified(dims) and dims["method"] == "mixmask+unmix" and dims.get(key) is not None
+
+    return _layout(
+        id,
+        title,
+        (name(key).lower(),),
+        belongs,
+        lambda dims: (_setting(key, _number(dims[key])),),
+        _measured,
+        published,
+        (id,),
+        said=(key,),
+        notes=notes,
+    )
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
+    """The tables of the paper, by their numbers.
+
+    Args:
+        published: Numbers besides the paper's.
+    """
+    numbers = (*of_the_paper(), *published)
+    inferred = ("The order of the three published values is inferred: the paper's text finds 0.5 best.",)
+    unpublished = ("The paper's text as held here has no numbers for this table.",)
+    tables = [
+        table_1(numbers),
+        _varied("2", "Permutations in Un-Mix and MixMask", "permutation", numbers),
+        _varied("3", "Share of Mixup in Un-Mix beside MixMask", "unmix_prob", numbers, inferred),
+        _layout(
+            "4",
+            "Linear probing against MSCN",
+            ("framework", "method"),
+            _table_4,
+            _method_row,
+            lambda dims: (name(dims["dataset"]), f"{_epochs(dims['pretrain_epochs'])} epochs"),
+            numbers,
+            ("4",),
+            said=("pretrain.epochs",),
+            notes=(ABLATIONS,),
+        ),
+        _layout(
+            "5",
+            "Methods on every framework and data set",
+            ("method",),
+            lambda dims: _classified(dims) and _usual(dims),
+            lambda dims: (name(dims["method"]),),
+            _measured,
+            numbers,
+            ("5",),
+            notes=(ABLATIONS,),
+        ),
+        _layout(
+            "semisup",
+            "Finetuning on a share of the labels",
+            ("framework", "method"),
+            lambda dims: dims["protocol"].startswith("semisup_") and dims["metric"] == "semisup/top1",
+            _method_row,
+            lambda dims: (name(dims["dataset"]), _percent(dims["protocol"])),
+            numbers,
+            ("semisup",),
+            notes=unpublished,
+        ),
+        _layout(
+            "7",
+            "Detection and segmentation",
+            ("framework", "method"),
+            lambda dims: dims["protocol"] in ("detect_voc", "detect_coco") and dims["metric"] in DETECTION,
+            _method_row,
+            lambda dims: (name(dims["dataset"]), METRICS[dims["metric"]]),
+            numbers,
+            ("7",),
+        ),
+    ]
+    return {layout.id: layout for layout in tables}
+
+
+# --- without published numbers ---------------------------------------------------------------------------------------
+
+
+def methods_by_protocols() -> Layout:
+    """Ways of pretraining × everything that was measured."""
+
+    def row(dims: Dims) -> Key:
+        return (
+            name(dims["pretrain_dataset"]),
+            name(dims["framework"]),
+            name(dims["method"]),
+            dims["arch"],
+            _epochs(dims["pretrain_epochs"]),
+        )
+
+    def column(dims: Dims) -> Key:
+        protocol = protocol_name(dims["protocol"])
+        return name(dims["dataset"]), METRICS.get(dims["metric"], f"{protocol} top-1")
+
+    return Layout(
+        "methods",
+        "Methods × protocols",
+        ("pretrained on", "framework", "method", "arch", "epochs"),
+        lambda result: [(row(result.dims), column(result.dims))],
+        order={**ORDER, **{METRICS[metric]: number for number, metric in enumerate(DETECTION)}},
+    )
+
+
+PIVOT = (
+    "dataset",
+    "protocol",
+    "metric",
+    "framework",
+    "method",
+    "arch",
+    "pretrain_dataset",
+    "pretrain_epochs",
+    *ABLATED,
+)
+
+
+def pivot(rows: Sequence[str], columns: Sequence[str], known: Iterable[str]) -> Layout:
+    """Results by any of their dimensions.
+
+    Args:
+        rows: What a row is: dimensions (`PIVOT`), or keys of recipes such as ``lr`` and ``pretrain.batch_size``.
+        columns: What a column is.
+        known: Keys that some result has.
+
+    Raises:
+        UserError: If a dimension is unknown, or stands twice.
+    """
+    valid = dict.fromkeys((*PIVOT, *sorted(known)))
+    wrong = [one for one in (*rows, *columns) if one not in valid]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: no such dimension. Valid: {', '.join(valid)}")
+    both = [*rows, *columns]
+    if not rows or not columns or len({*both}) < len(both):
+        raise UserError("--rows and --cols name at least one dimension each, none of them twice")
+
+    def text(result: Result, key: str) -> str:
+        value = result.dims[key] if key in PIVOT else result.known.get(key)
+        return f"{value:,g}" if isinstance(value, float) else name(value)
+
+    def places(result: Result) -> Iterable[Place]:
+        yield tuple(text(result, key) for key in rows), tuple(text(result, key) for key in columns)
+
+    return Layout("pivot", f"{', '.join(rows)} × {', '.join(columns)}", tuple(rows), places)
+
+
+def choose(table: str | None, published: Sequence[Published]) -> list[Layout]:
+    """The layouts for a name, or all.
+
+    Raises:
+        UserError: If there is no such table.
+    """
+    every = {**layouts(published), "methods": methods_by_protocols()}
+    if table is None:
+        return [*every.values()]
+    if table not in every:
+        raise UserError(f"--table {table}: no such table. Valid: {', '.join(every)}")
+    return [every[table]]

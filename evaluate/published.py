@@ -1,0 +1,153 @@
+"""Published numbers, with where they stand, and how they were made."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import DataError
+from evaluate.collect import flat
+
+COLUMNS = (
+    "source",
+    "table",
+    "dataset",
+    "framework",
+    "method",
+    "protocol",
+    "pretrain_epochs",
+    "setting",
+    "metric",
+    "value",
+)
+SOURCES = {
+    "paper": "MixMask: Revisiting Masking Strategy for Siamese ConvNets, arXiv:2210.11456",
+    "code": "README of the authors' code, github.com/kirill-vish/MixMask",
+}
+PROTOCOLS = {"mask_rcnn_c4": "detect_coco", "faster_rcnn_c4": "detect_voc"}  # theirs: ours
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number.
+
+    ``protocol`` and ``metric`` have the names of this project's records; ``setting`` is what was varied, such as
+    ``("grid_size", "4")``; ``pretrain_epochs`` is None where the source does not say.
+    """
+
+    source: str
+    table: str
+    dataset: str
+    framework: str
+    method: str
+    protocol: str
+    pretrain_epochs: float | None
+    setting: tuple[str, str] | None
+    metric: str
+    value: float
+
+    @property
+    def where(self) -> str:
+        """For a footnote."""
+        return f"{SOURCES.get(self.source, self.source)}, {'table ' * self.table.isdigit()}{self.table}"
+
+
+@cache
+def of_the_paper() -> tuple[Published, ...]:
+    """The numbers that come with the project."""
+    text = resources.files("evaluate").joinpath("published.csv").read_text(encoding="utf-8")
+    return tuple(_parse(text.splitlines(), "published.csv"))
+
+
+def read_published(path: Path) -> tuple[Published, ...]:
+    """More numbers, from a CSV file with the columns `COLUMNS`.
+
+    Raises:
+        DataError: With the file, the line and what is wrong in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable CSV file ({error})") from None
+    return tuple(_parse(text.splitlines(), str(path)))
+
+
+def _parse(lines: Sequence[str], name: str) -> list[Published]:
+    reader = csv.DictReader(lines)
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(f"{name}: no column {', '.join(missing)}; a file of published numbers has {', '.join(COLUMNS)}")
+    found = []
+    for entry in reader:
+        where = f"{name}, line {reader.line_num}"
+        if None in entry or None in entry.values():
+            raise DataError(f"{where}: {len(COLUMNS)} fields were expected")
+        empty = [
+            column for column in ("source", "dataset", "framework", "method", "protocol", "metric") if not entry[column]
+        ]
+        if empty:
+            raise DataError(f"{where}: {', '.join(empty)} is empty")
+        protocol = PROTOCOLS.get(entry["protocol"], entry["protocol"])
+        metric = entry["metric"]
+        if "/" not in metric:
+            metric = f"{protocol.split('_')[0]}/{metric}"
+        setting = None
+        if entry["setting"]:
+            key, _, value = entry["setting"].partition("=")
+            setting = (key, value)
+        epochs = _number(entry["pretrain_epochs"], "pretrain_epochs", where) if entry["pretrain_epochs"] else None
+        value = _number(entry["value"], "value", where)
+        found.append(
+            Published(
+                entry["source"],
+                entry["table"],
+                entry["dataset"],
+                entry["framework"],
+                entry["method"],
+                protocol,
+                epochs,
+                setting,
+                metric,
+                value,
+            )
+        )
+    return found
+
+
+def _number(text: str, column: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where}: {column} is {text!r}, a number was expected")
+    return value
+
+
+@cache
+def _rules() -> tuple[dict[str, Any], ...]:
+    text = resources.files("evaluate").joinpath("protocols.yaml").read_text(encoding="utf-8")
+    return tuple(yaml.safe_load(text))
+
+
+def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
+    """What the paper says of the protocol of a result, as flat keys (``pretrain.…`` for the backbone's recipe).
+
+    Args:
+        dims: Its ``protocol``, ``dataset``, ``method`` and ``pretrain_dataset``.
+    """
+    facts: dict[str, Any] = {}
+    for rule in _rules():
+        if all(
+            dims.get(key) in rule[key] for key in ("protocol", "dataset", "method", "pretrain_dataset") if key in rule
+        ):
+            facts.update(flat(rule["set"]))
+    return facts

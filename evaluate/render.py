@@ -1,0 +1,400 @@
+"""Tables as text: for the terminal (rich), Markdown, LaTeX (booktabs), CSV and HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Literal
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from engine.errors import UserError
+from evaluate.tables import Cell, Table
+
+TableFormat = Literal["term", "md", "latex", "csv", "html"]
+SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}
+
+READING = "mean ± sample standard deviation (number of runs) [published, difference]"
+MARKS = "best", "cannot be told from the best (Welch's t-test, 5 %)"
+MISSING = "–"
+GAP = 2  # between columns in a terminal
+
+
+def form_of(path_suffix: str) -> TableFormat:
+    """The format that a file's suffix asks for.
+
+    Raises:
+        UserError: If it is none of those known.
+    """
+    if path_suffix not in SUFFIXES:
+        raise UserError(
+            f"'{path_suffix}': no table format has this suffix; valid: {', '.join(SUFFIXES)}, or give --format"
+        )
+    return SUFFIXES[path_suffix]
+
+
+def printable(text: str) -> str:
+    """A name from a record without line breaks, control and direction characters, which are shown as their codes."""
+    return "".join(
+        f"\\x{ord(one):02x}" if unicodedata.category(one) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else one
+        for one in text
+    )
+
+
+def numbers(cell: Cell) -> tuple[str, str]:
+    """A cell's own result and its published number with the difference, as plain text; either may be empty."""
+    summary = cell.summary
+    own = ""
+    if summary is not None:
+        spread = f" ± {summary.std:.1f}" if summary.std is not None else ""
+        own = f"{summary.mean:.1f}{spread} ({summary.n})"
+    if cell.published is None:
+        return own, ""
+    difference = f", {round(cell.difference, 1) + 0.0:+.1f}" if cell.difference is not None else ""  # no -0.0
+    return own, f"[{cell.published.value:.1f}{difference}]".replace("-", "−")
+
+
+def render(table: Table, form: TableFormat, width: int | None = None) -> str:
+    """The table in a format, ending in a newline.
+
+    Args:
+        table: What to show.
+        form: CSV has one line per cell, in full precision; the others are laid out.
+        width: Of the terminal, in characters; as wide as it is if None.
+    """
+    if form == "term":
+        return _term(table, width)
+    renderers: dict[str, Callable[[Table], str]] = {"md": _markdown, "latex": _latex, "csv": _csv, "html": html_table}
+    return renderers[form](table)
+
+
+def render_all(tables: list[Table], form: TableFormat, width: int | None = None) -> str:
+    """Several tables, one after another; as CSV they have one header."""
+    if form == "csv":
+        return _csv(*tables)
+    return "\n".join(render(table, form, width) for table in tables)
+
+
+def _texts(cell: Cell | None, style: Callable[[str, Cell], str], escape: Callable[[str], str], sup: str) -> str:
+    if cell is None:
+        return ""
+    own, published = numbers(cell)
+    marked = style(escape(own), cell) if own else MISSING
+    marks = sup.format(",".join(cell.marks)) if cell.marks else ""
+    return " ".join(filter(None, (marked + marks, escape(published))))
+
+
+def _remarks(table: Table) -> list[str]:
+    lines = [f"Cells: {READING}. Published: {'; '.join(table.sources)}." if table.sources else f"Cells: {READING}."]
+    if any(cell.best for line in table.lines for cell in line.cells if cell):
+        lines.append("")  # the legend of the marks, which each format writes in its own way
+    return [*lines, *table.notes]
+
+
+def _stub(table: Table) -> list[list[str]]:
+    """The row's texts of each line."""
+    return [[printable(text) for text in line.row] for line in table.lines]
+
+
+def _headings(table: Table, between: str) -> list[str]:
+    return [between.join(printable(text) for text in column) for column in table.columns]
+
+
+# --- terminal --------------------------------------------------------------------------------------------------------
+
+
+def _term(table: Table, width: int | None) -> str:
+    def cell_text(cell: Cell | None) -> Text:
+        if cell is None:
+            return Text("")
+        own, published = numbers(cell)
+        text = Text()
+        if own:
+            mark = "*" if cell.best else "~" if cell.near_best else ""
+            text.append(own + mark, style="bold green" if cell.best else "green" if cell.near_best else "")
+        else:
+            text.append(MISSING)
+        if cell.marks:
+            text.append(f" {','.join(cell.marks)}", style="cyan")
+        if published:
+            text.append(f"\n{published}", style="dim")
+        return text
+
+    stub_names = [*table.row_names, *([""] if any(line.marks for line in table.lines) else [])]
+    stubs = [
+        [*map(Text, stub), Text(",".join(line.marks), style="cyan")] for line, stub in zip(table.lines, _stub(table))
+    ]
+    headings = [Text("\n".join(map(printable, column))) for column in table.columns]
+    cells = [[cell_text(cell) for cell in line.cells] for line in table.lines]
+    widths = [max(map(_width, [headings[n], *(row[n] for row in cells)])) for n in range(len(headings))]
+    stub_width = sum(
+        max(map(_width, [Text(name), *(stub[n] for stub in stubs)])) + GAP for n, name in enumerate(stub_names)
+    )
+    limit = width or shutil.get_terminal_size((200, 24)).columns
+    buffer = io.StringIO()
+    colour = sys.stdout.isatty()
+    console = Console(file=buffer, width=limit, force_terminal=colour, no_color=not colour, highlight=False)
+    console.print(Text(_heading(table), style="bold"))
+    for block in _blocks(widths, limit - stub_width):
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in stub_names:
+            shown.add_column(name, overflow="fold")
+        for n in block:
+            shown.add_column(headings[n], justify="right", overflow="fold")
+        for stub, row in zip(stubs, cells, strict=True):
+            if any(row[n].plain for n in block):
+                shown.add_row(*stub[: len(stub_names)], *(row[n] for n in block))
+        console.print(shown)
+    legend = f"* {MARKS[0]}, ~ {MARKS[1]}"
+    remarks = [remark or legend for remark in _remarks(table)]
+    for letter, text in table.footnotes:
+        console.print(Text(f"{letter}  {printable(text)}"))
+    for remark in remarks:
+        console.print(Text(remark, style="dim"))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _width(text: Text) -> int:
+    return max(map(cell_len, text.plain.splitlines()), default=0)
+
+
+def _blocks(widths: list[int], room: int) -> list[list[int]]:
+    """Columns shared out to as many tables, one below the other, as it takes for them to fit."""
+    blocks: list[list[int]] = [[]]
+    used = 0
+    for number, width in enumerate(widths):
+        if blocks[-1] and used + width + GAP > room:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(number)
+        used += width + GAP
+    return blocks
+
+
+def _heading(table: Table) -> str:
+    return f"Table {table.id}: {table.title}" if table.id.isdigit() else table.title
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def _escape_markdown(text: str) -> str:
+    escaped = html.escape(printable(text), quote=False)
+    return re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
+
+
+def _markdown(table: Table) -> str:
+    def style(text: str, cell: Cell) -> str:
+        return f"**{text}**" if cell.best else f"_{text}_" if cell.near_best else text
+
+    rows = []
+    for line, stub in zip(table.lines, _stub(table), strict=True):
+        texts = [_escape_markdown(text) for text in stub]
+        if line.marks:
+            texts[-1] += f" <sup>{','.join(line.marks)}</sup>"
+        rows.append([*texts, *(_texts(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
+    headings = [*table.row_names, *(_escape_markdown(text) for text in _headings(table, " · "))]
+    rule = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
+    lines = [f"**{_escape_markdown(_heading(table))}**", ""]
+    lines += ["| " + " | ".join(row) + " |" for row in (headings, rule, *rows)]
+    foot = [f"<sup>{letter}</sup> {_escape_markdown(text)}" for letter, text in table.footnotes]
+    foot += [_escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in _remarks(table)]
+    return "\n".join([*lines, "", "  \n".join(foot)]) + "\n"
+
+
+# --- LaTeX -----------------------------------------------------------------------------------------------------------
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "−": r"$-$",
+    "–": "--",
+    "…": r"\dots{}",
+}
+
+
+def _escape_latex(text: str) -> str:
+    """For pdfLaTeX: what its fonts have not is written as its code point."""
+
+    def one(letter: str) -> str:
+        if letter in LATEX:
+            return LATEX[letter]
+        plain = letter.isascii() or (letter.isalpha() and "\u00c0" <= letter <= "\u00ff" and letter not in "ÐðÞþ")
+        return letter if plain else f"[U+{ord(letter):04X}]"
+
+    return "".join(map(one, printable(text)))
+
+
+def _latex(table: Table) -> str:
+    def style(text: str, cell: Cell) -> str:
+        return rf"\textbf{{{text}}}" if cell.best else rf"\underline{{{text}}}" if cell.near_best else text
+
+    def heading(column: tuple[str, ...]) -> str:
+        levels = [_escape_latex(text) for text in column]
+        stacked = r" \\ ".join(levels)
+        return levels[0] if len(levels) == 1 else rf"\begin{{tabular}}{{@{{}}r@{{}}}}{stacked}\end{{tabular}}"
+
+    body = []
+    for line in table.lines:
+        texts = [_escape_latex(text) for text in line.row]
+        if line.marks:
+            texts[-1] += rf"\textsuperscript{{{','.join(line.marks)}}}"
+        superscript = r"\textsuperscript{{{}}}"
+        texts += [_texts(cell, style, _escape_latex, superscript).replace(MISSING, "--") for cell in line.cells]
+        body.append("  " + " & ".join(texts) + r" \\")
+    alignment = "l" * len(table.row_names) + "r" * len(table.columns)
+    headings = [*map(_escape_latex, table.row_names), *map(heading, table.columns)]
+    foot = [rf"\textsuperscript{{{letter}}} {_escape_latex(text)}" for letter, text in table.footnotes]
+    legend = rf"\textbf{{{MARKS[0]}}}, \underline{{{_escape_latex(MARKS[1])}}}."
+    foot += [_escape_latex(remark) if remark else legend for remark in _remarks(table)]
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}",
+            r"  \centering\small",
+            rf"  \caption{{{_escape_latex(table.title)}}}",
+            rf"  \begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
+            r"  \toprule",
+            "  " + " & ".join(headings) + r" \\",
+            r"  \midrule",
+            *body,
+            r"  \bottomrule",
+            r"  \end{tabular}",
+            "",
+            r"  \raggedright\footnotesize",
+            *(f"  {text} \\par" for text in foot),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+# --- CSV -------------------------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = (
+    "table",
+    "row",
+    "column",
+    "mean",
+    "std",
+    "n",
+    "published",
+    "difference",
+    "best",
+    "within_noise",
+    "footnotes",
+    "source",
+    "runs",
+)
+
+
+def _csv(*tables: Table) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for table in tables:
+        texts = dict(table.footnotes)
+        for line, stub in zip(table.lines, _stub(table), strict=True):
+            for column, cell in zip(_headings(table, " / "), line.cells, strict=True):
+                if cell is None:
+                    continue
+                summary, number = cell.summary, cell.published
+                writer.writerow(
+                    [
+                        table.id,
+                        " / ".join(stub),
+                        column,
+                        *(
+                            (summary.mean, "" if summary.std is None else summary.std, summary.n)
+                            if summary
+                            else ("",) * 3
+                        ),
+                        "" if number is None else number.value,
+                        "" if cell.difference is None else round(cell.difference, 10),
+                        int(cell.best),
+                        int(cell.near_best),
+                        "; ".join(printable(texts[mark]) for mark in (*line.marks, *cell.marks)),
+                        "" if number is None else number.where,
+                        " ".join(result.run.record.fingerprint for result in cell.results),
+                    ]
+                )
+    return buffer.getvalue()
+
+
+# --- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def _escape_html(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def html_table(table: Table, link: Callable[[Cell, str], str] = lambda cell, text: text) -> str:
+    """A ``<table>`` with its caption and footnotes.
+
+    Args:
+        table: What to show.
+        link: Given a cell and its text, the text with whatever it links to.
+    """
+
+    def cell_html(cell: Cell | None) -> str:
+        if cell is None:
+            return "<td></td>"
+        own, published = numbers(cell)
+        text = _escape_html(own)
+        if cell.best:
+            text = f"<strong>{text}</strong>"
+        elif cell.near_best:
+            text = f"<u>{text}</u>"
+        text = link(cell, text) if own else MISSING
+        if cell.marks:
+            text += f"<sup>{','.join(cell.marks)}</sup>"
+        if published:
+            where = _escape_html(cell.published.where if cell.published else "")
+            text += f' <small title="{where}">{_escape_html(published)}</small>'
+        summary = cell.summary
+        order = summary.mean if summary else ""
+        return f'<td data-order="{order}">{text}</td>'
+
+    head = [f"<th>{_escape_html(name)}</th>" for name in table.row_names]
+    head += [f'<th class="number">{"<br>".join(map(_escape_html, column))}</th>' for column in table.columns]
+    rows = []
+    for line in table.lines:
+        texts = [f"<th>{_escape_html(text)}</th>" for text in line.row]
+        if line.marks:
+            texts[-1] = texts[-1].replace("</th>", f" <sup>{','.join(line.marks)}</sup></th>")
+        rows.append("<tr>" + "".join([*texts, *map(cell_html, line.cells)]) + "</tr>")
+    foot = [f"<sup>{letter}</sup> {_escape_html(text)}" for letter, text in table.footnotes]
+    legend = f"<strong>{MARKS[0]}</strong>, <u>{_escape_html(MARKS[1])}</u>."
+    foot += [_escape_html(remark) if remark else legend for remark in _remarks(table)]
+    notes = "".join(f"<p>{text}</p>" for text in foot)
+    caption = _escape_html(_heading(table))
+    return (
+        f'<figure class="table" id="table-{table.id}"><table><caption>{caption}</caption>\n'
+        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + f"\n</tbody></table>\n"
+        f"<figcaption>{notes}</figcaption></figure>\n"
+    )

@@ -1,0 +1,146 @@
+"""Results: one number of one run, with what it may be compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from evaluate.collect import ABLATED, Run, ablation, flat
+
+HEADLINES = {"knn": ("knn/top1",), "linear": ("linear/top1",), "semisup": ("semisup/top1",)}
+DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
+SEEDS = ("seed", "pretrain.seed")
+TWICE = ("recipe_iterations", "recipe_batch_size", "num_labelled", "pretrain.backbone.arch", "pretrain.data.name")
+
+
+def headlines(protocol: str) -> tuple[str, ...]:
+    """The metrics for which a protocol is run, the most important first."""
+    if protocol.startswith("detect_"):
+        return DETECTION
+    return HEADLINES.get(protocol.split("_")[0], ())
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A metric of a transfer run."""
+
+    run: Run
+    metric: str
+
+    @property
+    def value(self) -> float:
+        """In percent."""
+        return self.run.record.metrics[self.metric]
+
+    @cached_property
+    def dims(self) -> Mapping[str, Any]:
+        """By what results are put into rows and columns."""
+        record = self.run.record
+        return {
+            "protocol": record.protocol,
+            "dataset": record.dataset,
+            "framework": record.framework,
+            "method": record.method,
+            "arch": record.arch,
+            "pretrain_dataset": record.pretrain_dataset,
+            "pretrain_epochs": record.pretrain_epochs,
+            "metric": self.metric,
+            **ablation(record),
+        }
+
+    @cached_property
+    def known(self) -> Mapping[str, Any]:
+        """All that is known of how it was made, as flat keys."""
+        record = self.run.record
+        varied = {name: value for name, value in ablation(record).items() if value is not None}
+        everything = {
+            **flat(record.settings),
+            **flat(record.recipe),
+            **flat(record.pretraining, "pretrain."),
+            "pretrain.arch": record.arch,
+            "pretrain.dataset": record.pretrain_dataset,
+            "pretrain.epochs": record.pretrain_epochs,
+            **varied,
+            **{f"images.{split}": listing for split, listing in record.data.items()},
+        }
+        said = (
+            *SEEDS,
+            *TWICE,
+            *(f"pretrain.mix.{name.removesuffix('_size').removeprefix('mask_')}" for name in varied),
+        )
+        return {key: value for key, value in everything.items() if key not in said}
+
+    @cached_property
+    def protocol_key(self) -> str:
+        """Fingerprint of how it was measured: the transfer recipe, its settings, and the images."""
+        record = self.run.record
+        identity = {
+            "protocol": record.protocol,
+            "dataset": record.dataset,
+            "recipe": record.protocol_fingerprint,
+            "settings": {key: value for key, value in record.settings.items() if key != "seed"},
+            "data": record.data,
+            "metric": self.metric,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    @cached_property
+    def pool(self) -> tuple[str, ...]:
+        """Results that share it differ in seeds only, and have one mean."""
+        record = self.run.record
+        backbone = record.lineage or record.parent or record.fingerprint
+        return (
+            record.pretrain_dataset or "",
+            record.framework,
+            record.method,
+            record.arch,
+            backbone,
+            self.protocol_key,
+        )
+
+    @cached_property
+    def peers(self) -> tuple[Any, ...]:
+        """Results that share it were measured alike, on backbones trained for as long on the same data."""
+        record = self.run.record
+        return (
+            self.protocol_key,
+            record.arch,
+            record.pretrain_dataset,
+            record.pretrain_epochs if record.method != "random" else None,
+            record.pretraining.get("batch_size"),
+        )
+
+    @property
+    def seeds(self) -> tuple[int | None, int]:
+        """Of the pretraining and of the transfer run."""
+        return self.run.record.pretrain_seed, self.run.record.seed
+
+
+def results_of(runs: Iterable[Run], metrics: Sequence[str] | None = None) -> list[Result]:
+    """The headline numbers of transfer runs, or the given metrics where a run has them."""
+    found = []
+    for run in runs:
+        if run.record.stage == "transfer":
+            wanted = headlines(run.record.protocol) if metrics is None else metrics
+            found += [Result(run, metric) for metric in wanted if metric in run.record.metrics]
+    return found
+
+
+def first_headline(result: Result) -> bool:
+    """Whether it is the number for which its protocol is run in the first place."""
+    return result.metric == headlines(result.run.record.protocol)[0]
+
+
+def telling_keys(results: Sequence[Result]) -> list[str]:
+    """The keys of `Result.known` in which some of the results differ."""
+    keys = dict.fromkeys(key for result in results for key in result.known)
+    return sorted(key for key in keys if len({repr(result.known.get(key)) for result in results}) > 1)
+
+
+def of_backbone(key: str) -> bool:
+    """Whether a key of `Result.known` is about the backbone, not about how it was measured."""
+    return key.startswith("pretrain.") or key in ABLATED

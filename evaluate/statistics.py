@@ -1,0 +1,195 @@
+"""Means over seeds, differences between them, and how sure they are."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+CONFIDENCE = 0.95
+FEW_SEEDS = 5
+RESAMPLES = 9_999
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over runs. ``std`` is the sample standard deviation (n - 1), None for a single run."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Of one or more values; the order does not matter."""
+    ordered = sorted(values)
+    return Summary(statistics.fmean(ordered), statistics.stdev(ordered) if len(ordered) > 1 else None, len(ordered))
+
+
+def within_noise(one: Summary, best: Summary) -> bool:
+    """Whether Welch's t-test at 5 % cannot tell two means apart. Single runs have no known noise, so never."""
+    if one.std is None or best.std is None:
+        return False
+    if one.std == best.std == 0:
+        return one.mean == best.mean
+    test = stats.ttest_ind_from_stats(one.mean, one.std, one.n, best.mean, best.std, best.n, equal_var=False)
+    return bool(test.pvalue > 1 - CONFIDENCE)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher one group of runs is than another, in points.
+
+    Attributes:
+        value: Difference of the means.
+        error: Its standard error; None where a group has one run.
+        low, high: Confidence interval; None with fewer than three seeds in a group.
+        n: Runs in each group; the number of pairs if ``paired``.
+        paired: Whether the runs pair by their seeds.
+        p: Of the paired t-test, if the runs pair and differ in their differences.
+    """
+
+    value: float
+    error: float | None
+    low: float | None
+    high: float | None
+    n: tuple[int, int]
+    paired: bool
+    p: float | None
+
+    def words(self) -> str:
+        """For people, such as ``+0.9 ± 0.2, 5 seeds, 95 % CI [0.6, 1.2], paired t-test p = 0.004``."""
+        first, second = self.n
+        num = f"{first} seeds" if first == second else f"{first} and {second} seeds"
+        if max(self.n) == 1:
+            num = "1 seed"
+        parts = [f"{self.value:+.1f}" + (f" ± {self.error:.1f}" if self.error is not None else ""), num]
+        if self.low is not None and self.high is not None:
+            parts.append(f"{CONFIDENCE:.0%} CI [{self.low:.1f}, {self.high:.1f}]".replace("%", " %"))
+        if self.p is not None:
+            parts.append(f"paired t-test p {_p_words(self.p)}")
+        if self.low is None:
+            parts.append("too few seeds for an interval (at least 3)")
+        elif min(self.n) < FEW_SEEDS:
+            parts.append(f"fewer than {FEW_SEEDS} seeds, so the interval is too narrow")
+        return ", ".join(parts)
+
+
+def _p_words(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def difference(first: Sequence[float], second: Sequence[float], paired: bool, seed: int = 0) -> Difference:
+    """Compare two groups of runs.
+
+    The interval is a bootstrap percentile interval over seeds, expanded for small samples as Hesterberg (What Teachers
+    Should Know About the Bootstrap, 2015, section 3.3) has it: the quantiles are those at which it agrees with the t
+    interval for normal data. The values of a handful of seeds bound it: with n seeds it cannot cover more than
+    1 - 2^(1 - n).
+
+    Args:
+        first: Values of the first group.
+        second: Of the second; in the same order of seeds if ``paired``.
+        paired: Resample and test the differences of pairs.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If a group is empty, or pairs are of unequal number.
+    """
+    if not first or not second or (paired and len(first) != len(second)):
+        raise ValueError(f"groups of {len(first)} and {len(second)} runs cannot be compared{' in pairs' * paired}")
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    value = statistics.fmean(first) - statistics.fmean(second)
+    n, smallest = (len(a), len(b)), min(len(a), len(b))
+    if smallest < 2:
+        return Difference(value, None, None, None, n, paired, None)
+    if paired:
+        gaps = a - b
+        spread = float(gaps.std(ddof=1))
+        error = spread / math.sqrt(len(gaps))
+        # equal differences leave rounding noise, of which no test should be made
+        varied = spread > 1e-9 * max(1.0, float(np.abs(gaps).max()))
+        p = float(stats.ttest_rel(a, b).pvalue) if varied else None
+        groups: tuple[Floats, ...] = (gaps,)
+    else:
+        error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+        p, groups = None, (a, b)
+    if smallest < 3:
+        return Difference(value, error, None, None, n, paired, p)
+    generator = np.random.default_rng(seed)
+    means = [group[generator.integers(len(group), size=(RESAMPLES, len(group)))].mean(axis=1) for group in groups]
+    resampled = means[0] if paired else means[0] - means[1]
+    low, high = np.quantile(resampled, _expanded(smallest))
+    return Difference(value, error, float(low), float(high), n, paired, p)
+
+
+def _expanded(n: int) -> tuple[float, float]:
+    """The quantiles of a 95 % interval from ``n`` values."""
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return float(tail), float(1 - tail)
+
+
+@dataclass(frozen=True)
+class PairOfRuns:
+    """Two runs on the same test images, in percent.
+
+    Attributes:
+        metric: What is compared.
+        values: Of the first and the second run.
+        low, high: 95 % confidence interval of the difference over images.
+        images: Number of test images.
+        p: Of McNemar's exact test, for classifiers.
+    """
+
+    metric: str
+    values: tuple[float, float]
+    low: float
+    high: float
+    images: int
+    p: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The difference."""
+        return self.values[0] - self.values[1]
+
+    def words(self) -> str:
+        """For people."""
+        text = (
+            f"{self.metric} {self.values[0]:.1f} against {self.values[1]:.1f}: {self.value:+.1f}, "
+            f"95 % CI [{self.low:.1f}, {self.high:.1f}] over {self.images:,} images"
+        )
+        return text + (f", McNemar p {_p_words(self.p)}" if self.p is not None else "")
+
+
+def compare_classifiers(
+    metric: str, first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_], seed: int = 0
+) -> PairOfRuns:
+    """Per-image bootstrap of the difference of two accuracies, and McNemar's exact test.
+
+    A resampling of the images changes the difference only through the numbers of images on which exactly one of the two
+    is right, so those numbers are drawn.
+
+    Args:
+        metric: Its name.
+        first: (N,) whether the first classifier is right.
+        second: (N,) whether the second is, on the same images.
+        seed: Of the resampling.
+    """
+    total = len(first)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    shares = np.array([only_first, only_second, total - only_first - only_second]) / total
+    draws = np.random.default_rng(seed).multinomial(total, shares, size=RESAMPLES)
+    gaps = 100.0 * (draws[:, 0] - draws[:, 1]) / total
+    low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    discordant = only_first + only_second
+    p = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    values = (100.0 * float(first.mean()), 100.0 * float(second.mean()))
+    return PairOfRuns(metric, values, float(low), float(high), total, p)

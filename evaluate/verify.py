@@ -1,0 +1,85 @@
+"""Which finished runs reproduce what their configs expect of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import UserError
+from engine.expected import Expectation
+from evaluate.collect import Collection, Run
+
+
+@dataclass(frozen=True)
+class Check:
+    """An expectation and what came of it.
+
+    Attributes:
+        expectation: From the recipe of ``origin``.
+        origin: The run that expects it.
+        run: The run whose number it is about, which may be a transfer of the origin's backbone; None if there is none yet.
+    """
+
+    expectation: Expectation
+    origin: Run
+    run: Run | None
+
+    @property
+    def value(self) -> float | None:
+        """What was measured."""
+        return None if self.run is None else self.run.record.metrics[self.expectation.metric]
+
+    @property
+    def reproduced(self) -> bool | None:
+        """Whether the value lies within the tolerance, on either side; None if nothing was measured yet."""
+        if self.value is None:
+            return None
+        return abs(self.value - self.expectation.value) <= self.expectation.tolerance + 1e-9  # decimal fractions round
+
+    def words(self) -> str:
+        """For people."""
+        wanted = self.expectation.describe()
+        if self.run is None or self.value is None:
+            return f"not measured yet  {self.origin.record.name}: {wanted}"
+        verdict = "reproduced" if self.reproduced else "NOT REPRODUCED"
+        gap = self.value - self.expectation.value
+        return f"{verdict}  {self.run.record.name}: {self.value:.2f} ({gap:+.2f}); expected {wanted}  {self.run.path}"
+
+
+def verify(collection: Collection) -> list[Check]:
+    """Every expectation of every finished run.
+
+    A pretraining run's expectation is about transfer runs of its backbone that have the metric (and, where it names them,
+    the protocol and the data set); about its own metric, if no such run is there.
+
+    Raises:
+        UserError: If no run expects anything.
+    """
+    checks: list[Check] = []
+    for origin in collection.distinct:
+        for expectation in origin.record.expected:
+            measured = [run for run in _subjects(origin, collection.distinct) if _concerns(expectation, run)]
+            if len(measured) > 1 and origin in measured:
+                measured.remove(origin)
+            checks += [Check(expectation, origin, run) for run in measured] or [Check(expectation, origin, None)]
+    if not checks:
+        raise UserError(
+            f"{collection.folder}: none of {len(collection.runs)} finished runs expects anything. A config carries it as "
+            "expected: {metric: linear/top1, value: 69.2, tolerance: 0.5, source: …}; changed keys void it"
+        )
+    return checks
+
+
+def _subjects(origin: Run, runs: Sequence[Run]) -> list[Run]:
+    if origin.record.stage == "transfer":
+        return [origin]
+    return [origin, *(run for run in runs if run.record.parent == origin.record.fingerprint)]
+
+
+def _concerns(expectation: Expectation, run: Run) -> bool:
+    record = run.record
+    return (
+        expectation.metric in record.metrics
+        and expectation.protocol in (None, record.protocol)
+        and expectation.dataset in (None, record.dataset)
+    )

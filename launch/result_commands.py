@@ -1,0 +1,235 @@
+"""The commands that read finished runs: results, tables, compare, plots, report, verify, card."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from evaluate.collect import Collection
+
+RunsArgument = Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")]
+Out = Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")]
+More = Annotated[
+    list[Path] | None,
+    typer.Option("--published", help="A CSV file with more published numbers; may be given several times."),
+]
+
+
+def results(
+    runs: RunsArgument,
+    query: Annotated[
+        str | None, typer.Option(help="Only the rows of which this holds, e.g. \"dataset == 'cifar100'\".")
+    ] = None,
+    form: Annotated[
+        Literal["csv", "json", "parquet"] | None,
+        typer.Option("--format", help="By default what --out ends in, or csv."),
+    ] = None,
+    out: Out = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="With the average precision of every class.")] = False,
+    columns: Annotated[bool, typer.Option("--columns", help="Describe the columns and stop.")] = False,
+) -> None:
+    """Print one row per finished run: what it was, what it came to, how it was made.
+
+    Columns with a dot or a slash stand in backticks in a query.
+
+    \b
+    Examples:
+      mixmask results runs --query "dataset == 'cifar100' and `knn/top1` > 60"
+      mixmask results runs --out results.parquet
+      mixmask results runs --columns
+    """
+    from engine.errors import UserError
+    from evaluate import collect
+
+    if out is not None:
+        _check_out(out)
+    if form is None:
+        form = _form_of_results(out)
+    collection = _collect(runs)
+    table = collect.frame(collection.runs, per_class)
+    if columns:
+        described = {**collect.FIXED, **collect.PATTERNS}
+        typer.echo("\n".join(f"{name}: {text}" for name, text in described.items()))
+        typer.echo("\nhere: " + ", ".join(map(str, table.columns)))
+        return
+    if query is not None:
+        table = collect.select(table, query)
+        if table.empty:
+            typer.echo(f"no run below {runs} fits {query!r}", err=True)
+    if form == "parquet":
+        if out is None:
+            raise UserError("--format parquet: is no text; name a file with --out results.parquet")
+        collect.write_parquet(table, out)
+        typer.echo(out)
+        return
+    _give(collect.as_text(table, form), out)
+
+
+def _form_of_results(out: Path | None) -> Literal["csv", "json", "parquet"]:
+    from engine.errors import UserError
+
+    forms: dict[str, Literal["csv", "json", "parquet"]] = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
+    if out is None:
+        return "csv"
+    if out.suffix not in forms:
+        raise UserError(f"{out}: no format has the suffix '{out.suffix}'; valid: {', '.join(forms)}, or give --format")
+    return forms[out.suffix]
+
+
+def tables(
+    runs: RunsArgument,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            help="1, 2, 3, 4, 5, semisup or 7 of the paper, or methods; by default all that have a run in them."
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="A table of your own: what its rows are, e.g. framework,method.")
+    ] = None,
+    cols: Annotated[str | None, typer.Option(help="What its columns are, e.g. dataset,protocol.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Its metric, e.g. bbox/AP50; by default each protocol's first.")
+    ] = None,
+    query: Annotated[str | None, typer.Option(help="Only the runs of which this holds, as in mixmask results.")] = None,
+    form: Annotated[
+        Literal["term", "md", "latex", "csv", "html"] | None,
+        typer.Option("--format", help="By default what --out ends in (.md .tex .csv .html), or the terminal's."),
+    ] = None,
+    out: Out = None,
+    published: More = None,
+) -> None:
+    """Print the paper's tables with your numbers beside the published ones, or a table of your own.
+
+    A cell is a mean over runs that differ in their seeds only. Whatever differs otherwise (epochs, batch, schedule, engine,
+    k …) has a line of its own, and a footnote says in what.
+
+    \b
+    Examples:
+      mixmask tables runs
+      mixmask tables runs --table 7 --format latex --out table7.tex
+      mixmask tables runs --rows method --cols dataset,pretrain_epochs --metric knn/top1
+    """
+    from engine.errors import UserError
+    from evaluate import collect, paper
+    from evaluate.published import read_published
+    from evaluate.render import form_of, render_all
+    from evaluate.results import first_headline, results_of
+    from evaluate.tables import build
+
+    if out is not None:
+        _check_out(out)
+    chosen = form or (form_of(out.suffix) if out is not None else "term")
+    more = [number for path in published or () for number in read_published(path)]
+    if (rows is None) != (cols is None) or (metric is not None and rows is None):
+        raise UserError("--rows, --cols and --metric make a table of your own: give --rows and --cols together")
+    if rows is not None and table is not None:
+        raise UserError("--table is one of the paper's, --rows and --cols make one of your own: give one or the other")
+    layouts = [] if rows is not None else paper.choose(table, more)
+    collection = _collect(runs)
+    kept = list(collection.distinct)
+    if query is not None:
+        fits = {*collect.select(collect.frame(kept), query)["run"]}
+        kept = [run for run in kept if str(run.path) in fits]
+    found = results_of(kept)
+    if rows is not None and cols is not None:
+        found = [one for one in found if first_headline(one)] if metric is None else results_of(kept, [metric])
+        if metric is not None and not found:
+            valid = sorted({name for run in kept for name in run.record.metrics if run.record.stage == "transfer"})
+            raise UserError(f"--metric {metric}: no transfer run has it; there are {', '.join(valid) or 'none'}")
+        known = {key for one in found for key in one.known}
+        layouts = [paper.pivot(rows.split(","), cols.split(","), known)]
+    built = [build(layout, found) for layout in layouts]
+    if table is None:
+        built = [one for one in built if one.num_runs]
+    if not any(one.num_runs for one in built):
+        which = f"table {table}" if table else "any table"
+        typer.echo(f"none of {len(kept)} finished runs has a place in {which}: see mixmask transfer", err=True)
+    _give(render_all(built, chosen), out)
+
+
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="A method (mixmask), a condition as in mixmask results, or a run's folder.")
+    ],
+    second: Annotated[str, typer.Argument(help="What it is compared with.")],
+    runs: Annotated[Path, typer.Option(help="Folder of runs; not used for two run folders.")] = Path("runs"),
+    metric: Annotated[str | None, typer.Option(help="One metric only, e.g. bbox/AP50.")] = None,
+) -> None:
+    """Say by how much one way of pretraining is better, and how sure that is.
+
+    Groups of runs are compared over their seeds: a bootstrap interval, and a paired t-test where the seeds pair. Two run
+    folders are compared image by image, from the predictions that they saved.
+
+    \b
+    Examples:
+      mixmask compare mixmask vanilla --runs runs
+      mixmask compare "grid_size == 4" "grid_size == 2" --runs runs --metric knn/top1
+      mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
+    """
+    from evaluate import comparison
+
+    metrics = [metric] if metric else None
+    if Path(first).is_dir() and Path(second).is_dir():
+        for pair in comparison.compare_runs(Path(first), Path(second), metrics):
+            typer.echo(pair.words())
+        return
+    collection = _collect(runs)
+    groups = [comparison.chosen(collection, which) for which in (first, second)]
+    found = comparison.compare(groups[0], groups[1], metrics)
+    for one in found:
+        typer.echo(one.words())
+    if not found:
+        from engine.errors import UserError
+
+        raise UserError(f"no run of {first!r} was measured like one of {second!r}: there is nothing to compare")
+
+
+def verify(runs: RunsArgument) -> None:
+    """Say which finished runs reproduce what their configs expect; exit code 1 if one does not.
+
+    \b
+    Example:
+      mixmask verify runs
+    """
+    from evaluate.verify import verify as check
+
+    checks = check(_collect(runs))
+    for one in checks:
+        typer.echo(one.words())
+    failed = sum(one.reproduced is False for one in checks)
+    waiting = sum(one.reproduced is None for one in checks)
+    typer.echo(f"{len(checks) - failed - waiting} reproduced, {failed} not reproduced, {waiting} not measured yet")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _collect(runs: Path) -> Collection:
+    """The finished runs; what was left out is said on standard error."""
+    from evaluate.collect import collect
+
+    collection = collect(runs)
+    remarks = collection.remarks()
+    if remarks:
+        typer.echo(remarks, err=True)
+    return collection
+
+
+def _check_out(out: Path) -> None:
+    from engine.storage import require_output_file
+
+    require_output_file(out)
+
+
+def _give(text: str, out: Path | None) -> None:
+    from engine.storage import write_text
+
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_text(out, text)
+        typer.echo(out)
