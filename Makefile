@@ -22,11 +22,12 @@ SUITE ?= configs/suites/demo.yaml
 CLUSTER ?= slurm
 PROFILE ?=
 RUNS ?= runs
-FORMAT ?= md
+FORMAT ?= term
+REPORT ?= report
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report bench doctor
+.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify bench doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,16 +83,23 @@ suite: $(READY) ## Run a suite on SLURM: SUITE=configs/suites/… PROFILE=my_clu
 status: $(READY) ## How far a suite is: SUITE=… ARGS="--watch 30"
 	$(MIXMASK) status $(SUITE) --runs $(RUNS) $(ARGS)
 
-tables: $(READY) ## Methods × protocols from finished runs: RUNS=… FORMAT=md|csv
+tables: $(READY) ## The paper's tables with your numbers: RUNS=… FORMAT=term|md|latex|csv|html ARGS="--table 7"
 	$(MIXMASK) tables $(RUNS) --format $(FORMAT) $(ARGS)
 
-report: ## (not built yet) One HTML page of all results
-	@echo "make report: not built yet; make tables prints the results" >&2; exit 2
+report: $(READY) ## One HTML page of all results: RUNS=… REPORT=folder
+	$(MIXMASK) report $(RUNS) --out $(REPORT) $(ARGS)
+
+plots: $(READY) ## Every plot as PNG and SVG: RUNS=… ARGS="--out plots"
+	$(MIXMASK) plots $(RUNS) $(ARGS)
+
+verify: $(READY) ## Which finished runs reproduce what their configs expect: RUNS=…
+	$(MIXMASK) verify $(RUNS) $(ARGS)
 
 bench: $(READY) ## Measure the pretraining step, the data path and the loop; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.pretraining_step
 	$(BIN)/python -m benchmarks.data_path $(ARGS)
 	$(BIN)/python -m benchmarks.loop
+	$(BIN)/python -m benchmarks.results
 
 doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
 	$(MIXMASK) doctor

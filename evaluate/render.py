@@ -188,7 +188,8 @@ def _heading(table: Table) -> str:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """For a cell or a line: nothing in it is markup, and it stays in its cell."""
     escaped = html.escape(printable(text), quote=False)
     return re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
 
@@ -199,16 +200,16 @@ def _markdown(table: Table) -> str:
 
     rows = []
     for line, stub in zip(table.lines, _stub(table), strict=True):
-        texts = [_escape_markdown(text) for text in stub]
+        texts = [escape_markdown(text) for text in stub]
         if line.marks:
             texts[-1] += f" <sup>{','.join(line.marks)}</sup>"
         rows.append([*texts, *(_texts(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
-    headings = [*table.row_names, *(_escape_markdown(text) for text in _headings(table, " · "))]
+    headings = [*table.row_names, *(escape_markdown(text) for text in _headings(table, " · "))]
     rule = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
-    lines = [f"**{_escape_markdown(_heading(table))}**", ""]
+    lines = [f"**{escape_markdown(_heading(table))}**", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (headings, rule, *rows)]
-    foot = [f"<sup>{letter}</sup> {_escape_markdown(text)}" for letter, text in table.footnotes]
-    foot += [_escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in _remarks(table)]
+    foot = [f"<sup>{letter}</sup> {escape_markdown(text)}" for letter, text in table.footnotes]
+    foot += [escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in _remarks(table)]
     return "\n".join([*lines, "", "  \n".join(foot)]) + "\n"
 
 

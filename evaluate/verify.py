@@ -55,6 +55,17 @@ def verify(collection: Collection) -> list[Check]:
     Raises:
         UserError: If no run expects anything.
     """
+    checks = expectations(collection)
+    if not checks:
+        raise UserError(
+            f"{collection.folder}: none of {len(collection.runs)} finished runs expects anything. A config carries it as "
+            "expected: {metric: linear/top1, value: 69.2, tolerance: 0.5, source: …}; changed keys void it"
+        )
+    return checks
+
+
+def expectations(collection: Collection) -> list[Check]:
+    """As `verify`; empty if no run expects anything."""
     checks: list[Check] = []
     for origin in collection.distinct:
         for expectation in origin.record.expected:
@@ -62,11 +73,6 @@ def verify(collection: Collection) -> list[Check]:
             if len(measured) > 1 and origin in measured:
                 measured.remove(origin)
             checks += [Check(expectation, origin, run) for run in measured] or [Check(expectation, origin, None)]
-    if not checks:
-        raise UserError(
-            f"{collection.folder}: none of {len(collection.runs)} finished runs expects anything. A config carries it as "
-            "expected: {metric: linear/top1, value: 69.2, tolerance: 0.5, source: …}; changed keys void it"
-        )
     return checks
 
 

@@ -271,7 +271,10 @@ for _command in (
     result_commands.results,
     result_commands.tables,
     result_commands.compare,
+    result_commands.plots,
+    result_commands.report,
     result_commands.verify,
+    result_commands.card,
 ):
     app.command()(_command)
 

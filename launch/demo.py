@@ -16,6 +16,7 @@ from engine.storage import write_text
 from evaluate.collect import collect
 from evaluate.paper import methods_by_protocols
 from evaluate.render import render
+from evaluate.report import write_report
 from evaluate.results import results_of
 from evaluate.tables import build
 from launch import demo_data
@@ -75,15 +76,19 @@ def run_demo(out: Path, dry_run: bool) -> None:
             f"data.root={out}/data/{place}",
         ]
         _transfer(folder / f"{protocol}.yaml", overrides, out / "runs", dry_run)
-    _command(f"mixmask tables {out}/runs")
+    _command(f"mixmask tables {out}/runs; mixmask report {out}/runs --out {out}/report")
     if dry_run:
         return
-    runs = collect(out / "runs").distinct
+    collection = collect(out / "runs")
+    runs = collection.distinct
     table = build(methods_by_protocols(), results_of(runs))
     write_text(out / "table.md", render(table, "md"))
+    page = write_report(collection, out / "report")
     print(f"\n{render(table, 'term')}\n{verdict([run.record for run in runs])}\n")
     minutes = (time.monotonic() - started) / 60
-    say(f"Done in {minutes:.1f} minutes on {torch.get_num_threads()} threads. Runs and the table are in {out}/.")
+    say(
+        f"Done in {minutes:.1f} minutes on {torch.get_num_threads()} threads. Runs are in {out}/runs, all results in {page}."
+    )
 
 
 def _command(line: str) -> None:

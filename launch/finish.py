@@ -1,4 +1,4 @@
-"""What a suite ends with: its tables, and which cells are missing from them."""
+"""What a suite ends with: its tables, its page, and which cells are missing from them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from tabulate import tabulate
 
 from engine.records import Record
-from engine.storage import write_text
-from evaluate.collect import Run
+from engine.storage import RunDirectory, write_text
+from evaluate.collect import Collection, Run
 from evaluate.paper import choose
 from evaluate.render import render_all
+from evaluate.report import write_report
 from evaluate.results import results_of
 from evaluate.tables import build
 from launch.jobs import Attempts
@@ -19,15 +20,17 @@ from launch.status import headline
 
 
 def write_results(runs: Path, suite: str) -> str:
-    """Write ``tables.md``, ``tables.csv`` and ``report.md`` of a suite's cells, as its newest launch lists them.
+    """Write ``tables.md``, ``tables.csv``, ``report.md`` and ``report/index.html`` of a suite's cells.
+
+    The cells are those that its newest launch lists.
 
     Returns:
         The report: the table, every finished cell's result, and why each of the others is not.
     """
     launch = latest(runs, suite)
     folder = suite_folder(runs, suite)
-    runs_of_it = [_run(cell) for cell in launch.cells if cell.stage != "convert" and cell.is_finished]
-    found = results_of(run for run in runs_of_it if run is not None)
+    collection = _collect(launch, folder)
+    found = results_of(collection.distinct)
     tables = [table for table in (build(layout, found) for layout in choose(None, ())) if table.num_runs]
     missing = [f"- {cell.id}: {_why(cell, launch)}" for cell in launch.cells if not cell.is_finished]
     done = len(launch.cells) - len(missing)
@@ -45,20 +48,30 @@ def write_results(runs: Path, suite: str) -> str:
     write_text(folder / "tables.md", render_all(tables, "md"))
     write_text(folder / "tables.csv", render_all(tables, "csv"))
     write_text(folder / "report.md", text)
-    return f"{text}\n{folder / 'report.md'}"
+    page = write_report(collection, folder / "report") if collection.runs else None
+    return "\n".join(filter(None, (text, str(folder / "report.md"), page and str(page))))
 
 
-def _run(cell: LaunchedCell) -> Run | None:
-    """A finished cell's run; None if its record is damaged, which `headline` says."""
-    try:
-        return Run(cell.run, Record.read(cell.run / "record.json"))
-    except (OSError, ValueError):
-        return None
+def _collect(launch: Launch, folder: Path) -> Collection:
+    """The runs of a launch's cells; a damaged record is listed, not fatal."""
+    runs, damaged, unfinished = {}, [], []
+    for cell in launch.cells:
+        if cell.stage == "convert":
+            continue
+        if not cell.is_finished:
+            unfinished.append(cell.run)
+            continue
+        file = RunDirectory(cell.run).record_file
+        try:
+            runs[cell.run] = Run(cell.run, Record.read(file))
+        except (OSError, ValueError) as error:
+            damaged.append((file, str(error).splitlines()[0]))
+    return Collection(folder, tuple(runs.values()), tuple(damaged), tuple(unfinished))
 
 
 def _why(cell: LaunchedCell, launch: Launch) -> str:
     """What is known of a cell without a result, from its folder alone."""
-    lines = Attempts(cell.run / "attempts.jsonl").read()
+    lines = Attempts(RunDirectory(cell.run).attempts_file).read()
     if not lines:
         parent = next((other for other in launch.cells if other.id == cell.parent), None)
         if parent is not None and not parent.is_finished:

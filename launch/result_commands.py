@@ -189,6 +189,49 @@ def compare(
         raise UserError(f"no run of {first!r} was measured like one of {second!r}: there is nothing to compare")
 
 
+def plots(
+    runs: RunsArgument,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("plots"),
+    published: More = None,
+) -> None:
+    """Draw training curves, budgets, ablations, average precisions, label efficiency and throughput, as PNG and SVG.
+
+    \b
+    Example:
+      mixmask plots runs --out plots
+    """
+    from engine.errors import UserError
+    from evaluate.plots import plots_of, write_plots
+    from evaluate.published import of_the_paper, read_published
+
+    _check_folder(out)
+    more = [number for path in published or () for number in read_published(path)]
+    drawn = plots_of(_collect(runs).distinct, (*of_the_paper(), *more))
+    if not drawn:
+        raise UserError(f"{runs}: no finished run has anything to plot")
+    for path in write_plots(drawn, out):
+        typer.echo(path)
+
+
+def report(
+    runs: RunsArgument,
+    out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("report"),
+    published: More = None,
+) -> None:
+    """Write one HTML page with every table, comparison, plot and run; it needs no network and no other file.
+
+    \b
+    Example:
+      mixmask report runs --out report
+    """
+    from evaluate.published import read_published
+    from evaluate.report import write_report
+
+    _check_folder(out)
+    more = [number for path in published or () for number in read_published(path)]
+    typer.echo(write_report(_collect(runs), out, more))
+
+
 def verify(runs: RunsArgument) -> None:
     """Say which finished runs reproduce what their configs expect; exit code 1 if one does not.
 
@@ -206,6 +249,27 @@ def verify(runs: RunsArgument) -> None:
     typer.echo(f"{len(checks) - failed - waiting} reproduced, {failed} not reproduced, {waiting} not measured yet")
     if failed:
         raise typer.Exit(1)
+
+
+def card(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished pretraining run.")],
+    runs: Annotated[
+        Path | None, typer.Option(help="Where to look for transfer runs of it; by default its folder of runs.")
+    ] = None,
+    out: Out = None,
+    license: Annotated[str, typer.Option(help="As model hubs name it: mit, apache-2.0, cc-by-nc-4.0 …")] = "unknown",
+) -> None:
+    """Write a model card for a backbone: method, data, recipe, transfer results, environment, licence, citation.
+
+    \b
+    Example:
+      mixmask card runs/pretrain/imagenet-mocov2-mixmask-1a2b3c4d5e6f --license mit --out README.md
+    """
+    from evaluate.card import write_card
+
+    if out is not None:
+        _check_out(out)
+    _give(write_card(run, runs, license), out)
 
 
 def _collect(runs: Path) -> Collection:
@@ -233,3 +297,8 @@ def _give(text: str, out: Path | None) -> None:
     else:
         write_text(out, text)
         typer.echo(out)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse an output folder that cannot become one."""
+    _check_out(out / "file")

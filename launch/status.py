@@ -146,7 +146,7 @@ def headline(cell: LaunchedCell) -> str:
         return cell.done[0].name
     try:
         metrics = json.loads(cell.done[0].read_text(encoding="utf-8"))["metrics"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"damaged: {cell.done[0]}"
     return next((f"{name} {metrics[name]:.2f}" for name in HEADLINES if name in metrics), "")
 

@@ -1,0 +1,178 @@
+"""A model card for a backbone: Markdown with the metadata that model hubs read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from engine.errors import UserError
+from evaluate.collect import Collection, Run, collect, flat
+from evaluate.paper import METRICS, name, protocol_name
+from evaluate.render import escape_markdown, printable
+from evaluate.report import reproduce
+from evaluate.results import Result, results_of
+from evaluate.statistics import summarize
+
+LICENSES = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
+CITED = ("mixmask", "mixmask+unmix")
+CITATION = """@article{vishniakov2022mixmask,
+  title   = {MixMask: Revisiting Masking Strategy for Siamese ConvNets},
+  author  = {Vishniakov, Kirill and Xing, Eric and Shen, Zhiqiang},
+  journal = {arXiv preprint arXiv:2210.11456},
+  year    = {2022}
+}"""
+
+
+def write_card(run: Path, runs: Path | None, license: str) -> str:
+    """The card of a pretraining run's backbone.
+
+    Args:
+        run: The folder of a finished pretraining run.
+        runs: Where transfer runs of it are looked for; by default the folder of runs it lies in.
+        license: As hubs name them, such as ``mit`` or ``cc-by-nc-4.0``; ``unknown`` if nobody has said.
+
+    Raises:
+        UserError: If the folder is not that of a finished pretraining run.
+    """
+    if not LICENSES.match(license):
+        raise UserError(
+            f"--license {license!r}: an identifier was expected, such as mit, apache-2.0, cc-by-nc-4.0 or unknown"
+        )
+    if not (run / "record.json").is_file():
+        raise UserError(f"{run}: not the folder of a finished run (no record.json in it)")
+    found = collect(run).runs[0]
+    if found.record.stage != "pretrain":
+        raise UserError(
+            f"{run}: a transfer run; a card is for the backbone of a pretraining run ({found.record.parent})"
+        )
+    place = runs if runs is not None else run.resolve().parent.parent
+    return render_card(found, collect(place), license)
+
+
+def render_card(run: Run, collection: Collection, license: str) -> str:
+    """The card's text."""
+    record = run.record
+    measured = [
+        other
+        for other in collection.distinct
+        if other.record.stage == "transfer" and other.record.parent == record.fingerprint
+    ]
+    pools = _pooled(results_of(measured))
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(
+            lambda file: resources.files("evaluate").joinpath("page", file).read_text("utf-8")
+        ),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        autoescape=False,  # Markdown, escaped by its own filter
+    )
+    environment.filters["md"] = lambda value: escape_markdown(str(value))
+    recipe = record.recipe or _recipe_file(run.path / "recipe.yaml")
+    backbone = recipe.get("backbone", {})
+    training = flat(
+        {key: value for key, value in recipe.items() if key not in ("data", "augment", "monitor", "backbone")}
+    )
+    return environment.get_template("card.md.j2").render(
+        metadata=yaml.safe_dump(_metadata(run, pools, license), sort_keys=False, allow_unicode=False),
+        dataset=record.dataset,
+        method=record.method,
+        framework_name=name(record.framework),
+        method_name=name(record.method),
+        dataset_name=name(record.dataset),
+        title=record.name,
+        arch=record.arch,
+        stem=backbone.get("stem", "standard"),
+        timm=record.arch.removeprefix("timm/") if record.arch.startswith("timm/") else None,
+        epochs=record.pretrain_epochs,
+        seed=record.seed,
+        facts=[
+            ("file", "backbone.safetensors: the trunk, under torchvision's or timm's names"),
+            ("architecture", f"{record.arch}, {backbone.get('stem', 'standard')} stem"),
+            ("method", f"{name(record.framework)}, {name(record.method)}"),
+            ("pretrained on", f"{name(record.dataset)}, without labels"),
+            ("fingerprint", record.fingerprint),
+            ("license", license),
+        ],
+        results=_table(pools),
+        data=f"{escape_markdown(name(record.dataset))}, training split (listing {record.data.get('train', '?')}); "
+        "the labels were not used.",
+        training=[(key, "none" if value is None else value) for key, value in training.items()],
+        recipe=_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
+        environment=[(key, value) for key, value in record.environment.items() if value is not None],
+        command=_fenced(reproduce(run)),
+        citation=CITATION if record.method in CITED else None,
+    )
+
+
+def _recipe_file(path: Path) -> dict[str, Any]:
+    """The recipe of a run whose record is too old to hold it."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _fenced(text: str) -> str:
+    """Text that cannot end the fence it stands in."""
+    return "\n".join(map(printable, text.rstrip().splitlines())).replace("```", "'''")
+
+
+def _pooled(results: Sequence[Result]) -> list[list[Result]]:
+    """Results that differ in seeds only, together; in the order of protocols, data and metrics."""
+    pools: dict[tuple[str, ...], list[Result]] = {}
+    for result in sorted(results, key=lambda result: (result.run.record.protocol, result.run.record.dataset)):
+        pools.setdefault(result.pool, []).append(result)
+    return [*pools.values()]
+
+
+def _table(pools: Sequence[Sequence[Result]]) -> str:
+    """One line per number, each with the settings without which it means little."""
+    lines = ["| protocol | data | metric | value (%) | runs | settings |", "|---|---|---|---:|---:|---|"]
+    for pool in pools:
+        record = pool[0].run.record
+        summary = summarize([result.value for result in pool])
+        value = f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
+        settings = ", ".join(f"{key} {setting}" for key, setting in record.settings.items() if setting is not None)
+        label = METRICS.get(pool[0].metric, "top-1")
+        cells = (protocol_name(record.protocol), name(record.dataset), label, value, summary.n, settings)
+        lines.append("| " + " | ".join(escape_markdown(str(cell)) for cell in cells) + " |")
+    return "\n".join(lines) if pools else ""
+
+
+def _metadata(run: Run, pools: Sequence[Sequence[Result]], license: str) -> dict[str, Any]:
+    """What hubs read: the fields of Hugging Face's model cards, results as a model index."""
+    record = run.record
+    by_measurement: dict[tuple[str, str, str], list[Sequence[Result]]] = {}
+    for pool in pools:
+        first = pool[0].run.record
+        by_measurement.setdefault((first.protocol, first.dataset, first.protocol_fingerprint), []).append(pool)
+    results = [
+        {
+            "task": {"type": "object-detection" if protocol.startswith("detect_") else "image-classification"},
+            "dataset": {"name": name(dataset), "type": dataset},
+            "metrics": [
+                {
+                    "type": pool[0].metric,
+                    "name": f"{protocol_name(protocol)} {METRICS.get(pool[0].metric, 'top-1')}",
+                    "value": round(summarize([result.value for result in pool]).mean, 2),
+                }
+                for pool in own
+            ],
+        }
+        for (protocol, dataset, _), own in by_measurement.items()
+    ]
+    return {
+        "license": license,
+        "library_name": "timm" if record.arch.startswith("timm/") else "pytorch",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["self-supervised-learning", record.framework, record.method],
+        "datasets": [record.dataset],
+        **({"model-index": [{"name": record.name, "results": results}]} if results else {}),
+    }

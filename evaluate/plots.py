@@ -1,0 +1,454 @@
+"""Plots of finished runs, for people who cannot tell some colours apart, too."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from engine.storage import write_atomic
+from evaluate.collect import Run
+from evaluate.paper import METHODS, METRICS, name, protocol_name
+from evaluate.published import Published
+from evaluate.results import DETECTION, Result, results_of
+from evaluate.statistics import summarize
+
+# Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
+STYLES: dict[str, tuple[str, str, str]] = {
+    "random": ("#7f7f7f", "x", ":"),
+    "vanilla": ("#0072b2", "o", "-"),
+    "mscn": ("#e69f00", "v", "-."),
+    "unmix": ("#009e73", "s", "--"),
+    "mixmask": ("#d55e00", "D", "-"),
+    "mixmask+unmix": ("#cc79a7", "^", "--"),
+    "unknown": ("#56b4e9", "P", ":"),
+}
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
+DIAGNOSTICS = (
+    "step",
+    "of",
+    "lr",
+    "seconds",
+    "images_per_second",
+    "data_wait_share",
+    "feature_std",
+    "rank_me",
+    "alignment",
+    "uniformity",
+    "contrast_accuracy",
+)
+MOST_LINES = 12  # in one panel: more cannot be told apart
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """A figure, the file's name without suffix, what it shows, and a text for those who do not see it."""
+
+    id: str
+    title: str
+    figure: Figure
+    text: str
+
+    def render(self, form: Literal["png", "svg"]) -> bytes:
+        """The same bytes for the same runs."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
+            self.figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+        return buffer.getvalue()
+
+
+def write_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """Every plot as PNG and as SVG."""
+    written = []
+    for plot in plots:
+        for form in ("png", "svg"):
+            payload = plot.render("png" if form == "png" else "svg")
+            path = folder / f"{plot.id}.{form}"
+            write_atomic(path, partial(_write, payload))
+            written.append(path)
+    return written
+
+
+def _write(payload: bytes, file: BinaryIO) -> None:
+    file.write(payload)
+
+
+def plots_of(runs: Sequence[Run], published: Sequence[Published] = ()) -> list[Plot]:
+    """Every plot for which there are numbers.
+
+    Args:
+        runs: Finished runs.
+        published: Numbers to show beside the runs' own, in ablations.
+    """
+    results = results_of(runs)
+    return [
+        *training_curves(runs),
+        *budgets(results),
+        *ablations(results, published),
+        *average_precisions(results),
+        *label_efficiency(results),
+        *throughput(runs),
+    ]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``log.jsonl`` that are whole; none if there is no such file."""
+    entries = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
+
+
+def training_curves(runs: Sequence[Run]) -> list[Plot]:
+    """Loss, its terms and kNN accuracy over epochs (as the paper's figure 7), one figure per data set and framework."""
+    pretrained = [run for run in runs if run.record.stage == "pretrain" and run.record.pretrain_epochs]
+    logs = {run: entries for run in pretrained if len(entries := read_log(run.path / "log.jsonl")) > 1}
+    plots = []
+    for (dataset, framework), own in _grouped(logs, lambda run: (run.record.dataset, run.record.framework)).items():
+        keys = dict.fromkeys(key for run in own for entry in logs[run] for key in entry if key not in DIAGNOSTICS)
+        shown = sorted(
+            (key for key in keys if _plottable(key, own, logs)), key=lambda key: (key != "loss", "/" in key, key)
+        )
+        if not shown:
+            continue
+        columns = min(3, len(shown))
+        figure, axes = _figure(columns, -(-len(shown) // columns))
+        labels = _labels(own)
+        for panel, key in zip(axes, shown):
+            for run in own[:MOST_LINES]:
+                points = [(e["step"], e[key]) for e in logs[run] if isinstance(e.get(key), int | float)]
+                scale = (run.record.pretrain_epochs or 0) / max(logs[run][-1].get("of", 0), logs[run][-1]["step"], 1)
+                colour, marker, dash = STYLES[run.record.method]
+                finite = [(step * scale, value) for step, value in points if math.isfinite(value)]
+                every = max(len(finite) // 8, 1)
+                panel.plot(*zip(*finite) if finite else ((), ()), dash, color=colour, lw=1.3, label=labels[run],
+                           marker=marker, markevery=every, ms=4)  # fmt: skip
+            panel.set_title(f"{key.split('/')[0]} top-1 (%)" if key.endswith("top1") else key, fontsize=9)
+            panel.set_xlabel("epochs")
+        _legend(figure, axes[0])
+        title = f"Training of {name(framework)} on {name(dataset)}"
+        left = f" ({MOST_LINES} of {len(own)} runs)" if len(own) > MOST_LINES else ""
+        text = f"{', '.join(shown)} over epochs, for {', '.join(labels[run] for run in own[:MOST_LINES])}{left}."
+        plots.append(_plot(f"training-{dataset}-{framework}", title + left, figure, text))
+    return plots
+
+
+def _plottable(key: str, runs: Sequence[Run], logs: Mapping[Run, Sequence[Mapping[str, Any]]]) -> bool:
+    return any(isinstance(entry.get(key), int | float) for run in runs for entry in logs[run])
+
+
+def _labels(runs: Sequence[Run]) -> dict[Run, str]:
+    """A method's name, and a run's own where several would have the same."""
+    counts = Counter(run.record.method for run in runs)
+    return {
+        run: name(run.record.method)
+        + (f" ({run.record.name}, seed {run.record.seed})" if counts[run.record.method] > 1 else "")
+        for run in runs
+    }
+
+
+# --- accuracies ------------------------------------------------------------------------------------------------------
+
+
+def _family(result: Result, varied: Sequence[str]) -> tuple[str, str]:
+    """What a line of a plot joins: a method, all else but what is varied being equal."""
+    known = {key: value for key, value in result.known.items() if key not in varied}
+    return result.run.record.method, json.dumps(known, sort_keys=True, default=str)
+
+
+def _points(results: Sequence[Result], x: Callable[[Result], Any]) -> list[tuple[Any, float, float, int]]:
+    """x, mean, sample standard deviation and number of runs of each x."""
+    by_x: dict[Any, list[float]] = defaultdict(list)
+    for result in results:
+        by_x[x(result)].append(result.value)
+    found = [(at, summarize(values)) for at, values in by_x.items()]
+    return [(at, summary.mean, math.nan if summary.std is None else summary.std, summary.n) for at, summary in found]
+
+
+BUDGET = ("pretrain.epochs", "pretrain.max_steps", "pretrain.warmup_epochs")
+
+
+def budgets(results: Sequence[Result]) -> list[Plot]:
+    """Accuracy over the length of pretraining (the paper's figure 5), a panel per framework."""
+    accuracies = [r for r in results if r.metric.endswith("/top1") and r.run.record.pretrain_epochs]
+    plots = []
+    for (dataset, protocol), own in _grouped(
+        accuracies, lambda r: (r.run.record.dataset, r.run.record.protocol)
+    ).items():
+        panels = {}
+        for framework, there in _grouped(own, lambda r: r.run.record.framework).items():
+            lines = _grouped(there, lambda r: _family(r, BUDGET))
+            kept = {key: line for key, line in lines.items() if len({r.run.record.pretrain_epochs for r in line}) > 1}
+            if kept:
+                panels[framework] = kept
+        if not panels:
+            continue
+        figure, axes = _figure(min(3, len(panels)), -(-len(panels) // 3))
+        for panel, (framework, lines) in zip(axes, panels.items()):
+            for (method, _), line in lines.items():
+                _errorbars(panel, sorted(_points(line, lambda r: r.run.record.pretrain_epochs)), method)
+            panel.set_title(name(framework), fontsize=9)
+            panel.set_xlabel("epochs of pretraining")
+            panel.set_ylabel("top-1 (%)")
+        _legend(figure, *axes)
+        title = f"Training budget: {name(dataset)}, {protocol_name(protocol)}"
+        plots.append(
+            _plot(f"budget-{dataset}-{protocol}", title, figure, f"Top-1 over epochs, {', '.join(map(name, panels))}.")
+        )
+    return plots
+
+
+def ablations(results: Sequence[Result], published: Sequence[Published] = ()) -> list[Plot]:
+    """Accuracy over the grid size and over the mask's ratio, beside the published curve."""
+    return [
+        *_ablation(results, published, "grid_size", "grid size (cells per side)"),
+        *_ablation(results, published, "mask_ratio", "masking ratio"),
+    ]
+
+
+def _ablation(results: Sequence[Result], published: Sequence[Published], key: str, label: str) -> list[Plot]:
+    masked = [r for r in results if r.metric.endswith("/top1") and r.run.record.method == "mixmask"]
+    places = _grouped(
+        (r for r in masked if r.dims[key] is not None),
+        lambda r: (r.run.record.dataset, r.run.record.framework, r.run.record.protocol),
+    )
+    plots = []
+    for place, own in places.items():
+        families = _grouped(own, lambda r: _family(r, (key,)))
+        lines = [line for line in families.values() if len({r.dims[key] for r in line}) > 1]
+        if not lines:
+            continue
+        theirs = {
+            number.setting[1]: number.value
+            for number in published
+            if number.setting is not None
+            and number.setting[0] == key
+            and (number.dataset, number.framework, number.protocol) == place
+        }
+        order = sorted({str(r.dims[key]) for line in lines for r in line} | {*theirs}, key=_numeric)
+        figure, (panel, *_) = _figure(1, 1)
+        for line in lines:
+            _errorbars(panel, sorted(_points(line, lambda r: order.index(str(r.dims[key])))), "mixmask")  # noqa: B023
+        if theirs:
+            at = sorted(order.index(value) for value in theirs)
+            panel.plot(at, [theirs[order[n]] for n in at], "x:", color="#333333", ms=6, label="published")
+        panel.set_xticks(range(len(order)), order, rotation=20 if key == "mask_ratio" else 0)
+        panel.set_xlabel(label)
+        panel.set_ylabel("top-1 (%)")
+        _legend(figure, panel)
+        dataset, framework, protocol = place
+        title = f"{name(key)}: {name(dataset)}, {name(framework)}, {protocol_name(protocol)}"
+        plots.append(_plot("-".join((key, *place)), title, figure, f"Top-1 for {', '.join(order)}."))
+    return plots
+
+
+def _numeric(text: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
+
+
+def label_efficiency(results: Sequence[Result]) -> list[Plot]:
+    """Accuracy after finetuning over the share of labels."""
+    shares = [r for r in results if r.run.record.protocol.startswith("semisup_")]
+    plots = []
+    for dataset, own in _grouped(shares, lambda r: r.run.record.dataset).items():
+        lines = _grouped(
+            own, lambda r: (r.run.record.framework, r.run.record.method, r.run.record.pretrain_epochs, r.pool[4])
+        )
+        if not any(len({_share(r) for r in line}) > 1 for line in lines.values()):
+            continue
+        figure, (panel, *_) = _figure(1, 1)
+        for (framework, method, epochs, _), line in lines.items():
+            length = f", {epochs:,g} epochs" if epochs else ""
+            _errorbars(panel, sorted(_points(line, _share)), method, f"{name(method)} ({name(framework)}{length})")
+        ticks = sorted({_share(r) for r in own})
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(FixedLocator(ticks))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xticklabels([f"{tick:g}" for tick in ticks])
+        panel.set_xlabel("labels used (%)")
+        panel.set_ylabel("top-1 (%)")
+        _legend(figure, panel)
+        plots.append(
+            _plot(f"labels-{dataset}", f"Label efficiency: {name(dataset)}", figure, "Top-1 over the share of labels.")
+        )
+    return plots
+
+
+def _share(result: Result) -> float:
+    return float(result.run.record.protocol.removeprefix("semisup_"))
+
+
+def average_precisions(results: Sequence[Result]) -> list[Plot]:
+    """Bars of box and mask AP with their standard deviations, one figure per data set and way of measuring."""
+    detections = [r for r in results if r.metric in DETECTION]
+    plots = []
+    measured = _grouped(
+        detections, lambda r: (r.run.record.dataset, r.run.record.protocol, r.run.record.protocol_fingerprint)
+    )
+    for (dataset, protocol, recipe), own in measured.items():
+        bars = _grouped(own, lambda r: r.pool[:5])
+        metrics = [metric for metric in DETECTION if any(r.metric == metric for r in own)]
+        figure, (panel, *_) = _figure(1, 1, width=max(5.0, 0.35 * len(metrics) * (len(bars) + 1)))
+        for number, (pool, there) in enumerate(
+            sorted(bars.items(), key=lambda item: (METHODS.index(item[0][2]), item[0]))
+        ):
+            summaries = {m: summarize(values) for m in metrics if (values := [r.value for r in there if r.metric == m])}
+            at = [metrics.index(m) + (number - (len(bars) - 1) / 2) * 0.8 / len(bars) for m in summaries]
+            record = there[0].run.record
+            epochs = f", {record.pretrain_epochs:,g} epochs" if record.pretrain_epochs else ""
+            panel.bar(
+                at,
+                [s.mean for s in summaries.values()],
+                0.8 / len(bars),
+                yerr=[math.nan if s.std is None else s.std for s in summaries.values()],
+                capsize=2,
+                color=STYLES[pool[2]][0],
+                hatch=HATCHES[number % len(HATCHES)],
+                edgecolor="white",
+                linewidth=0.5,
+                label=f"{name(pool[2])} ({name(pool[1])}{epochs}), n = {max(s.n for s in summaries.values())}",
+            )
+            for place, summary in zip(at, summaries.values(), strict=True):
+                height = summary.mean + (summary.std or 0.0)
+                panel.annotate(
+                    f"{summary.mean:.1f}",
+                    (place, height),
+                    (0, 4),
+                    textcoords="offset points",
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=6,
+                )
+        panel.set_xticks(range(len(metrics)), [METRICS[metric] for metric in metrics], fontsize=8)
+        panel.set_ylabel("average precision (%)")
+        panel.margins(y=0.14)
+        _legend(figure, panel)
+        same = sum(1 for other in measured if other[:2] == (dataset, protocol)) > 1
+        settings = own[0].run.record.settings
+        which = f", {settings.get('engine')}, {settings.get('iterations')} iterations" if same else ""
+        title = f"Detection: {name(dataset)}{which}"
+        text = f"Box and mask average precision of {len(bars)} backbones; lines are standard deviations over runs."
+        plots.append(_plot(f"ap-{dataset}-{recipe[:8]}" if same else f"ap-{dataset}", title, figure, text))
+    return plots
+
+
+def throughput(runs: Sequence[Run]) -> list[Plot]:
+    """Images per second of pretraining, on whatever it ran."""
+    rate = "images_per_second"
+    measured = [run for run in runs if run.record.stage == "pretrain" and run.record.metrics.get(rate, 0) > 0]
+    if not measured:
+        return []
+
+    def what(run: Run) -> tuple[str, ...]:
+        record = run.record
+        precision = str(record.settings.get("precision", ""))
+        where = f"{record.environment.get('world_size', 1)} × {record.environment.get('device', '?')}, {precision}"
+        return name(record.dataset), name(record.framework), record.arch, where, record.method
+
+    rows = sorted(_grouped(measured, what).items(), key=lambda item: (item[0][:4], METHODS.index(item[0][4])))
+    figure, (panel, *_) = _figure(1, 1, width=7.5, height=0.8 + 0.32 * len(rows))
+    for number, (key, own) in enumerate(rows):
+        summary = summarize([run.record.metrics[rate] for run in own])
+        panel.barh(-number, summary.mean, xerr=summary.std or math.nan, color=STYLES[key[4]][0], capsize=2, height=0.7)
+        panel.text(summary.mean, -number, f" {summary.mean:,.0f}", va="center", fontsize=7)
+    names = [f"{name(key[4])}: {', '.join(key[:3])} ({key[3]})" for key, _ in rows]
+    panel.set_yticks([-n for n in range(len(rows))], [_short(text, 90) for text in names], fontsize=7)
+    panel.set_xlabel("images per second")
+    panel.margins(x=0.12)
+    return [_plot("throughput", "Throughput of pretraining", figure, f"Images per second of {len(rows)} kinds of run.")]
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    across = width if columns == 1 else 3.4 * columns
+    figure = Figure(figsize=(across, height if rows == 1 else 2.8 * rows), layout="constrained")
+    axes = [panel for line in figure.subplots(rows, columns, squeeze=False) for panel in line]
+    for panel in axes:
+        panel.grid(alpha=0.3, lw=0.5)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _errorbars(
+    panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str | None = None
+) -> None:
+    colour, marker, dash = STYLES[method]
+    panel.errorbar(
+        [at for at, *_ in points],
+        [mean for _, mean, *_ in points],
+        yerr=[std for _, _, std, _ in points],
+        fmt=marker + dash,
+        color=colour,
+        capsize=2,
+        ms=5,
+        lw=1.3,
+        label=_short(label or name(method), 60),
+    )
+
+
+def _legend(figure: Figure, *axes: Axes) -> None:
+    """One legend under the figure, each label once; panels without a line go."""
+    entries: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for panel in figure.axes:
+        if not panel.has_data():
+            panel.set_visible(False)
+    if entries:
+        labels = [_plain(label) for label in entries]
+        figure.legend([*entries.values()], labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+
+
+def _plot(id: str, title: str, figure: Figure, text: str) -> Plot:
+    figure.suptitle(_plain(_short(title, 90)), fontsize=10)
+    safe = "".join(one if one.isascii() and (one.isalnum() or one in "-_.") else "-" for one in id)
+    return Plot(safe[:80], title, figure, text)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _plain(text: str) -> str:
+    """Without matplotlib's mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _grouped(items: Any, key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """By a key, in the order of the keys."""
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return dict(sorted(groups.items(), key=lambda pair: repr(pair[0])))

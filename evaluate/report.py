@@ -1,0 +1,211 @@
+"""All results on one HTML page that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from engine.errors import UserError
+from engine.predictions import SHEET
+from engine.storage import write_text
+from evaluate.collect import Collection, Run
+from evaluate.comparison import Comparison, compare
+from evaluate.paper import METRICS, choose, name, protocol_name
+from evaluate.plots import Plot, plots_of
+from evaluate.published import Published, of_the_paper
+from evaluate.render import html_table, printable
+from evaluate.results import headlines, results_of
+from evaluate.tables import Cell, Table, build
+from evaluate.verify import Check, expectations
+
+LOG_LINES = 12
+LOG_BYTES = 30_000
+MOST_IMAGE_BYTES = 4_000_000
+FILTERS = ("Stage", "Protocol", "Data set", "Framework", "Method")
+
+
+def write_report(collection: Collection, out: Path, published: Sequence[Published] = ()) -> Path:
+    """Write ``index.html`` into a folder, whole or not at all.
+
+    Args:
+        collection: What to report.
+        out: The folder.
+        published: Numbers besides the paper's.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: If the folder is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder for the report")
+    page = out / "index.html"
+    write_text(page, render_report(collection, out, published))
+    return page
+
+
+def render_report(collection: Collection, out: Path, published: Sequence[Published] = ()) -> str:
+    """The page; links to run folders are relative to ``out``."""
+    runs = collection.distinct
+    results = results_of(runs)
+    tables = [table for table in (build(layout, results) for layout in choose(None, published)) if table.num_runs]
+    vanilla = [run for run in runs if run.record.stage == "transfer" and run.record.method == "vanilla"]
+    others = [run for run in runs if run.record.stage == "transfer" and run.record.method not in ("vanilla", "random")]
+    comparisons: list[Comparison] = compare(others, vanilla) if vanilla and others else []
+    checks: list[Check] = expectations(collection)
+    plots = plots_of(runs, (*of_the_paper(), *published))
+    listed = _listed(runs, out)
+    num_transfers = sum(run.record.stage == "transfer" for run in runs)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_page), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        title=f"Transfer results: {printable(collection.folder.resolve().name)}",
+        summary=f"{len(runs) - num_transfers} pretraining and {num_transfers} transfer runs, finished"
+        + (f"; {len(collection.unfinished)} are not" if collection.unfinished else "")
+        + ".",
+        style=Markup(_page("report.css")),
+        script=Markup(_page("report.js")),
+        tables=[Markup(html_table(table, _linked)) for table in tables],
+        comparisons=comparisons,
+        checks=checks,
+        plots=[_drawn(plot) for plot in plots],
+        runs=listed,
+        filters={label: sorted({run["columns"][n] for run in listed}) for n, label in enumerate(FILTERS)},
+        left_out=[printable(line) for line in collection.remarks(most=1000).splitlines()],
+        footer=_sources(tables),
+    )
+
+
+def _page(file: str) -> str:
+    return resources.files("evaluate").joinpath("page", file).read_text(encoding="utf-8")
+
+
+def _sources(tables: Sequence[Table]) -> str:
+    found = dict.fromkeys(source for table in tables for source in table.sources)
+    return f"Published numbers: {'; '.join(found)}." if found else ""
+
+
+def _linked(cell: Cell, text: str) -> str:
+    """A cell's number as a link to its run, or as the list of its runs."""
+    links = [
+        f'<a href="#run-{quote(result.run.record.fingerprint)}">seed {_seeds(result.seeds)}: {result.value:.2f}</a>'
+        for result in cell.results
+    ]
+    if len(links) == 1:
+        return f'<a href="#run-{quote(cell.results[0].run.record.fingerprint)}">{text}</a>'
+    return f'<details class="runs"><summary>{text}</summary>{"".join(links)}</details>'
+
+
+def _seeds(seeds: tuple[int | None, int]) -> str:
+    return str(seeds[1]) if seeds[0] in (None, seeds[1]) else f"{seeds[0]}/{seeds[1]}"
+
+
+def _drawn(plot: Plot) -> dict[str, str]:
+    image = base64.b64encode(plot.render("svg")).decode()
+    return {"title": printable(plot.title), "text": printable(plot.text), "image": image}
+
+
+def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """Every run with all that its page shows."""
+    known = {run.record.fingerprint for run in runs if run.record.stage == "pretrain"}
+    children: dict[str, list[dict[str, str]]] = {}
+    for run in runs:
+        if run.record.parent:
+            child = {"id": run.record.fingerprint, "name": printable(run.record.name)}
+            children.setdefault(run.record.parent, []).append(child)
+    order = sorted(runs, key=lambda run: (run.record.stage, run.record.name, run.record.seed, run.record.fingerprint))
+    return [_described(run, out, known, children.get(run.record.fingerprint, [])) for run in order]
+
+
+def _described(run: Run, out: Path, known: set[str], children: list[dict[str, str]]) -> dict[str, Any]:
+    record = run.record
+    headline, order = "", None
+    for metric in (*headlines(record.protocol), "knn/top1", "loss"):
+        if metric in record.metrics:
+            order = record.metrics[metric]
+            headline = f"{METRICS.get(metric, metric)} {order:.2f}"
+            break
+    columns = (
+        record.stage,
+        protocol_name(record.protocol) if record.stage == "transfer" else "",
+        name(record.dataset),
+        name(record.framework),
+        name(record.method),
+    )
+    return {
+        "id": quote(record.fingerprint),
+        "name": printable(record.name),
+        "columns": [printable(text) for text in columns],
+        "epochs": record.pretrain_epochs,
+        "seed": record.seed,
+        "headline": printable(headline),
+        "order": order,
+        "parent": quote(record.parent or ""),
+        "parent_known": record.parent in known,
+        "children": children if record.stage == "pretrain" else [],
+        "command": reproduce(run),
+        "path": printable(str(run.path)),
+        "folder": quote(os.path.relpath(run.path.resolve(), out.resolve())) + "/",
+        "images": _images(run),
+        "metrics": {printable(key): value for key, value in record.metrics.items()},
+        "environment": {printable(str(key)): printable(str(value)) for key, value in record.environment.items()},
+        "recipe": _text(run.path / "recipe.yaml"),
+        "log": _tail(run.path / "log.jsonl"),
+    }
+
+
+def reproduce(run: Run) -> str:
+    """The commands that do a run again, from the recipe that lies in its folder."""
+    record = run.record
+    recipe = shlex.quote(printable(str(run.path / "recipe.yaml")))
+    again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} {recipe} --runs again"
+    commit = record.environment.get("git_commit")
+    lines = [f"git checkout {shlex.quote(printable(str(commit)))}"] if commit else []
+    if (run.path / "changes.patch").is_file():
+        lines.append(f"git apply {shlex.quote(printable(str(run.path / 'changes.patch')))}")
+    return "\n".join([*lines, again])
+
+
+def _images(run: Run) -> list[dict[str, str]]:
+    """Pictures that lie in the folder: what a detector found."""
+    path = run.path / SHEET
+    try:
+        payload = path.read_bytes()
+    except OSError:
+        return []
+    if len(payload) > MOST_IMAGE_BYTES:
+        return []
+    text = f"Test pictures of {run.record.name}: found (left) and true objects (right)"
+    return [{"form": "jpeg", "data": base64.b64encode(payload).decode(), "text": printable(text)}]
+
+
+def _text(path: Path) -> str:
+    """A text file's lines; empty if it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(map(printable, lines))
+
+
+def _tail(path: Path) -> str:
+    """The last lines of a log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - LOG_BYTES, 0))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(map(printable, lines[-LOG_LINES:]))
