@@ -202,18 +202,22 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
         UserError: If the condition cannot be read, or names a column that is not there (the columns are listed).
     """
     try:
-        found = table.query(query, engine="python", local_dict={}, global_dict={})
+        fits = table.eval(query, engine="python", local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
         raise UserError(f"--query {query!r}: {error}. Columns: {', '.join(map(str, table.columns))}") from None
     except Exception as error:  # pandas passes on whatever Python makes of the text
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"--query {query!r}: not a condition on the columns ({reason}). For example \"dataset == 'cifar100'\"; a name "
-            f"with a dot or a slash stands in backticks. Columns: {', '.join(map(str, table.columns))}"
-        ) from None
-    if not isinstance(found, pd.DataFrame):
-        raise UserError(f"--query {query!r}: gives {type(found).__name__}, not rows; write a condition")
-    return found
+        raise _no_condition(table, query, reason) from None
+    if not isinstance(fits, pd.Series) or fits.dtype != bool or len(fits) != len(table):
+        raise _no_condition(table, query, "it is neither true nor false of a row")
+    return table[fits]
+
+
+def _no_condition(table: pd.DataFrame, query: str, reason: str) -> UserError:
+    return UserError(
+        f"--query {query!r}: not a condition on the columns ({reason}). For example \"dataset == 'cifar100'\"; a name with "
+        f"a dot or a slash stands in backticks. Columns: {', '.join(map(str, table.columns))}"
+    )
 
 
 def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:

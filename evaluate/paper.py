@@ -123,7 +123,7 @@ def _layout(
     said: Sequence[str] = (),
     notes: tuple[str, ...] = (),
 ) -> Layout:
-    """A table whose rows and columns follow from a result's dimensions."""
+    """A table whose rows and columns follow from a result's dimensions, of the data sets of which numbers are published."""
     placed = []
     for number in published:
         dims = _of(number)
@@ -133,7 +133,7 @@ def _layout(
     usual = {number.dataset: number.pretrain_epochs for _, number in placed}
 
     def places(result: Result) -> Iterable[Place]:
-        if belongs(result.dims):
+        if belongs(result.dims) and (not usual or result.dims["dataset"] in usual):
             yield row(result.dims), column(result.dims)
 
     def claims(result: Result, place: Place) -> Mapping[str, Any]:
@@ -181,7 +181,7 @@ def table_1(published: Sequence[Published]) -> Layout:
 
     def places(result: Result) -> Iterable[Place]:
         dims = result.dims
-        if not _classified(dims) or dims["method"] != "mixmask":
+        if not _classified(dims) or dims["method"] != "mixmask" or dims["dataset"] not in epochs:
             return
         usual = stated(dims)
         unusual = [key for key in TABLE_1 if key in usual and dims[key] != usual[key]]

@@ -48,8 +48,10 @@ def write_results(runs: Path, suite: str) -> str:
     write_text(folder / "tables.md", render_all(tables, "md"))
     write_text(folder / "tables.csv", render_all(tables, "csv"))
     write_text(folder / "report.md", text)
-    page = write_report(collection, folder / "report") if collection.runs else None
-    return "\n".join(filter(None, (text, str(folder / "report.md"), page and str(page))))
+    written = [folder / "report.md"]
+    if collection.runs:
+        written.append(write_report(collection, folder / "report"))
+    return "\n".join([text, *map(str, written)])
 
 
 def _collect(launch: Launch, folder: Path) -> Collection:

@@ -1,128 +1,306 @@
 from __future__ import annotations
 
+import csv
 import io
-import json
+import os
+import random
+import statistics
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import DataError
+from engine.errors import DataError, UserError
 from engine.records import Record
-from evaluate.collect import collect
-from evaluate.tables import methods_by_protocols, render
+from evaluate.collect import Run
+from evaluate.paper import choose, layouts, methods_by_protocols, pivot
+from evaluate.published import COLUMNS, of_the_paper, read_published
+from evaluate.render import TableFormat, render
+from evaluate.results import results_of
+from evaluate.tables import FEW, NOT_RECORDED, Cell, Table, build
+from tests.evaluate.made import backbone, laboratory, transfer
+
+GOLDEN = Path(__file__).parent / "golden"
+IDS = ("1", "2", "3", "4", "5", "semisup", "7", "methods")
 
 
-def record(**changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "stage": "transfer",
-        "protocol": "knn",
-        "name": "x",
-        "dataset": "cifar10",
-        "framework": "mocov2",
-        "method": "mixmask",
-        "arch": "resnet50",
-        "seed": 0,
-        "fingerprint": repr(sorted(changes.items(), key=repr)),
-        "lineage": "lineage1",
-        "protocol_fingerprint": "recipe1",
-        "pretrain_dataset": "imagenet1k",
-        "pretrain_epochs": 200,
-        "metrics": {"knn/top1": 50.0},
-        "environment": {},
-        "seconds": 1.0,
+def table_of(records: list[Record], id: str) -> Table:
+    runs = [Run(Path(f"runs/{record.fingerprint}"), record) for record in records]
+    return build(choose(id, ())[0], results_of(runs))
+
+
+def cells(table: Table) -> list[tuple[tuple[str, ...], tuple[str, ...], Cell]]:
+    return [
+        (line.row, column, cell)
+        for line in table.lines
+        for column, cell in zip(table.columns, line.cells, strict=True)
+        if cell is not None
+    ]
+
+
+def numbers(table: Table) -> set[tuple[Any, ...]]:
+    """What stands in the cells, without the letters of footnotes."""
+    return {
+        (
+            row,
+            column,
+            tuple(result.value for result in cell.results),
+            cell.published.value if cell.published else None,
+            cell.best,
+            cell.near_best,
+            cell.few,
+        )
+        for row, column, cell in cells(table)
     }
-    return Record.model_validate({**values, **changes})
 
 
-EXAMPLES = [
-    record(),
-    record(method="random", pretrain_epochs=0, metrics={"knn/top1": 20.0}),
-    record(seed=1, metrics={"knn/top1": 51.0}),
-    record(protocol="detect_voc", dataset="voc2007", metrics={"bbox/AP": 57.9, "bbox/AP50": 83.0, "bbox/AP75": 64.5}),
-    record(stage="pretrain", protocol="pretrain", metrics={"loss": 3.0}),
-]
+def the_cell(table: Table, row: tuple[str, ...], column: tuple[str, ...], number: int = 0) -> Cell:
+    return [cell for r, c, cell in cells(table) if (r, c) == (row, column)][number]
 
 
-def test_rows_are_methods_and_columns_protocols() -> None:
-    table = methods_by_protocols(EXAMPLES)
-    assert table["method"].tolist() == ["random", "mixmask"]
-    assert table["cifar10: kNN top-1"].tolist() == ["20.0", "50.5 (n=2)"]
-    assert table["voc2007: VOC AP50"].tolist() == ["", "83.0"]
-    assert table.columns.tolist()[-3:] == ["voc2007: VOC AP", "voc2007: VOC AP50", "voc2007: VOC AP75"]
+CIFAR = ("CIFAR-100", "MoCo", "kNN")
 
 
-@given(st.permutations(EXAMPLES))
-def test_order_of_records_does_not_matter(records: list[Record]) -> None:
-    assert render(methods_by_protocols(records), "csv") == render(methods_by_protocols(EXAMPLES), "csv")
+@pytest.mark.parametrize("form", ["term", "md", "latex", "csv", "html"])
+@pytest.mark.parametrize("id", IDS)
+def test_golden_files(id: str, form: TableFormat) -> None:
+    """After a change that is meant: ``UPDATE_GOLDEN=1 pytest tests/evaluate/test_tables.py``, and read the difference."""
+    text = render(table_of(laboratory(), id), form, width=140)
+    path = GOLDEN / f"table_{id}.{ {'term': 'txt', 'latex': 'tex'}.get(form, form) }"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
 
 
-def test_other_settings_never_share_a_column() -> None:
-    a = record(settings={"k": 200})
-    b = record(settings={"k": 20}, protocol_fingerprint="recipe2", metrics={"knn/top1": 60.0})
-    table = methods_by_protocols([a, b])
-    assert table["cifar10: kNN top-1 (k 200)"].tolist() == ["50.0"]
-    assert table["cifar10: kNN top-1 (k 20)"].tolist() == ["60.0"]
+def test_mean_standard_deviation_and_number_are_those_of_the_statistics_module() -> None:
+    cell = the_cell(table_of(laboratory(), "5"), ("Vanilla",), CIFAR)
+    values = [65.6 + shift for shift in (0.1, -0.2, 0.3, 0.0, -0.1)]
+    assert cell.summary is not None
+    assert cell.summary.n == 5
+    assert cell.summary.mean == pytest.approx(statistics.fmean(values))
+    assert cell.summary.std == pytest.approx(statistics.stdev(values))
+    assert cell.published is not None
+    assert cell.published.value == 65.7
+    assert cell.difference == pytest.approx(statistics.fmean(values) - 65.7)
 
 
-def test_recipes_that_differ_elsewhere_are_told_apart_by_their_fingerprint() -> None:
-    a, b = record(), record(protocol_fingerprint="abcdefgh", metrics={"knn/top1": 60.0})
-    table = methods_by_protocols([a, b])
-    assert table["cifar10: kNN top-1 (recipe recipe)"].tolist() == ["50.0"]
-    assert table["cifar10: kNN top-1 (recipe abcdef)"].tolist() == ["60.0"]
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
+def test_any_values(values: list[float]) -> None:
+    records = [transfer(backbone(seed=seed), "knn", {"knn/top1": value}) for seed, value in enumerate(values)]
+    summary = the_cell(table_of(records, "5"), ("MixMask",), CIFAR).summary
+    assert summary is not None
+    assert summary.n == len(values)
+    assert summary.mean == pytest.approx(statistics.mean(values), abs=1e-9)
+    if len(values) > 1:
+        assert summary.std == pytest.approx(statistics.stdev(values), abs=1e-7)
+    else:
+        assert summary.std is None
 
 
-def test_other_pretrainings_never_share_a_row() -> None:
-    a, b = record(), record(lineage="other-grid", metrics={"knn/top1": 60.0})
-    table = methods_by_protocols([a, b])
-    assert sorted(table["method"]) == ["mixmask [lineag]", "mixmask [other-]"]
-    assert sorted(table["cifar10: kNN top-1"]) == ["50.0", "60.0"]
+def others() -> list[Record]:
+    """The same backbones and protocols, each with one thing about the protocol changed."""
+    imagenet = backbone("imagenet1k", "mocov2", "mixmask", epochs=200)
+    ap = {"bbox/AP": 99.0, "bbox/AP50": 99.0, "bbox/AP75": 99.0}
+    linear = transfer(imagenet, "linear", {"linear/top1": 99.0})
+    return [
+        transfer(backbone(), "knn", {"knn/top1": 99.0}, k=10),
+        transfer(backbone(), "knn", {"knn/top1": 99.0}, temperature=0.07),
+        transfer(backbone(epochs=5), "knn", {"knn/top1": 99.0}),
+        transfer(backbone(batch_size=64), "knn", {"knn/top1": 99.0}),
+        transfer(imagenet, "linear", {"linear/top1": 99.0}, epochs=50),
+        transfer(imagenet, "linear", {"linear/top1": 99.0}, lr=3.0),
+        linear.model_copy(update={"settings": {**linear.settings, "epoch": "best"}, "fingerprint": "best"}),
+        transfer(imagenet, "semisup_1", {"semisup/top1": 99.0}, epochs=60),
+        transfer(imagenet, "detect_voc", ap, engine="torchvision", batch_size=8),
+        transfer(imagenet, "detect_coco", ap, iterations=180000, engine="torchvision"),
+        transfer(imagenet, "knn", {"knn/top1": 99.0}).model_copy(update={"data": {"test": "other images"}}),
+    ]
 
 
-def test_the_same_work_under_two_names_counts_once() -> None:
-    table = methods_by_protocols([record(), record().model_copy(update={"name": "again"})])
-    assert table["cifar10: kNN top-1"].tolist() == ["50.0"]
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(range(len(others()))), min_size=1, max_size=4, unique=True), st.sampled_from(IDS))
+def test_a_run_of_another_protocol_never_changes_a_cell(added: list[int], id: str) -> None:
+    before, more = laboratory(), others()
+    assert numbers(table_of(before, id)) <= numbers(table_of([*before, *(more[n] for n in added)], id))
 
 
-def test_other_shares_of_labels_have_columns_of_their_own() -> None:
-    table = methods_by_protocols([record(protocol="semisup_5", metrics={"semisup/top1": 40.0})])
-    assert table["cifar10: 5 % labels top-1"].tolist() == ["40.0"]
+@pytest.mark.parametrize("number", range(len(others())))
+def test_a_run_of_another_protocol_has_a_line_and_a_footnote_of_its_own(number: int) -> None:
+    record = others()[number]
+    table = table_of([*laboratory(), record], "methods")
+    found = [cell for _, _, cell in cells(table) if any(r.run.record is record for r in cell.results)]
+    assert found
+    assert all(len(cell.results) == 1 and cell.published is None for cell in found)
+    line = next(line for line in table.lines if found[0] in line.cells)
+    assert (
+        line.marks or found[0].marks or number in (2, 10)
+    )  # epochs and a first kNN on ImageNet have a place of their own
 
 
-def test_markdown_and_csv_say_the_same() -> None:
-    table = methods_by_protocols(EXAMPLES)
-    read = pd.read_csv(io.StringIO(render(table, "csv")), dtype=str, keep_default_na=False)
-    assert read.equals(table.astype(str))
-    markdown = render(table, "md")
-    assert [cell.strip() for cell in markdown.splitlines()[0].strip("|").split("|")] == table.columns.tolist()
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(IDS))
+def test_the_order_of_runs_does_not_matter(seed: int, id: str) -> None:
+    shuffled = laboratory()
+    random.Random(seed).shuffle(shuffled)
+    assert render(table_of(shuffled, id), "csv") == render(table_of(laboratory(), id), "csv")
 
 
-def test_names_with_pipes_stay_one_cell() -> None:
-    markdown = render(methods_by_protocols([record(framework="a|b")]), "md")
-    assert "a\\|b" in markdown
+def test_footnotes_say_what_differs() -> None:
+    seven = table_of(laboratory(), "7")
+    texts = [text for _, text in seven.footnotes]
+    assert texts == ["iterations 180,000 (published: 90,000)", "engine torchvision (published: detectron2)", FEW]
+    letters = {text: letter for letter, text in seven.footnotes}
+    torchvision = the_cell(seven, ("MoCo v2", "MixMask"), ("VOC 2007", "box AP"), 1)
+    assert torchvision.marks == (letters["engine torchvision (published: detectron2)"], letters[FEW])
+    assert torchvision.few
+    assert torchvision.published is None
+    five = the_cell(seven, ("MoCo v2", "MixMask"), ("VOC 2007", "box AP"), 0)
+    assert not five.few
+    assert five.published is not None
 
 
-def test_damaged_and_unfinished_runs_are_listed_and_not_fatal(tmp_path: Path) -> None:
-    for name, text in (("good", record().model_dump_json(by_alias=True)), ("half", '{"stage": "tra'), ("other", "{}")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "record.json").write_text(text)
-    (tmp_path / "going").mkdir()
-    (tmp_path / "going" / "recipe.yaml").write_text("")
-    collection = collect(tmp_path)
-    assert len(collection.records) == 1
-    assert {path.parent.name for path, _ in collection.damaged} == {"half", "other"}
-    assert [path.name for path in collection.unfinished] == ["going"]
+def test_missing_runs_leave_the_published_number() -> None:
+    table = table_of(laboratory(), "5")
+    cell = the_cell(table, ("Un-Mix",), ("CIFAR-100", "BYOL", "linear"))
+    assert cell.summary is None
+    assert cell.published is not None
+    assert "– [70.0]" in render(table, "md")
+    assert [cell for row, column, cell in cells(table) if row == ("Random",) and column != CIFAR] == []
 
 
-def test_a_folder_without_finished_runs_says_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "going").mkdir()
-    (tmp_path / "going" / "recipe.yaml").write_text("")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "record.json").write_text(json.dumps({"metrics": {"a": 1}}))
-    with pytest.raises(DataError) as caught:
-        collect(tmp_path)
-    assert "unfinished:" in str(caught.value)
-    assert "damaged:" in str(caught.value)
+def test_only_a_faithful_run_stands_beside_the_published_number() -> None:
+    records = [transfer(backbone(), "knn", {"knn/top1": 60.0}, k=20)]
+    table = table_of(records, "5")
+    published, own = (the_cell(table, ("MixMask",), CIFAR, n) for n in (0, 1))
+    assert (published.summary, published.published and published.published.value) == (None, 68.4)
+    assert (own.summary and own.summary.mean, own.published) == (60.0, None)
+
+
+def test_the_best_is_marked_and_what_noise_cannot_tell_from_it() -> None:
+    def runs(method: str, *values: float) -> list[Record]:
+        return [
+            transfer(backbone(method=method, seed=seed), "knn", {"knn/top1": value})
+            for seed, value in enumerate(values)
+        ]
+
+    records = [*runs("mixmask", 70.0, 70.4, 70.2), *runs("unmix", 69.9, 70.3, 70.1), *runs("vanilla", 60.0, 60.2, 60.4)]
+    table = table_of(records, "5")
+    marks = {
+        row[0]: (cell.best, cell.near_best) for row, column, cell in cells(table) if column == CIFAR and cell.results
+    }
+    assert marks == {"MixMask": (True, False), "Un-Mix": (False, True), "Vanilla": (False, False)}
+    single = table_of([*runs("mixmask", 70.0), *runs("unmix", 69.99)], "5")
+    assert not the_cell(single, ("Un-Mix",), CIFAR).near_best  # the noise of single runs is not known
+
+
+def test_a_foreign_checkpoint_stands_beside_the_published_number_with_a_remark() -> None:
+    record = transfer(backbone("imagenet1k", "mocov2", "vanilla", epochs=200), "detect_voc", {"bbox/AP": 57.0})
+    foreign = record.model_copy(update={"pretraining": {}, "pretrain_epochs": None, "pretrain_dataset": None})
+    table = table_of([foreign], "7")
+    cell = the_cell(table, ("MoCo v2", "Vanilla"), ("VOC 2007", "box AP"))
+    assert cell.published is not None
+    assert NOT_RECORDED in [text for _, text in table.footnotes]
+
+
+def test_recipes_that_differ_elsewhere_are_told_apart() -> None:
+    one = transfer(backbone(), "knn", {"knn/top1": 50.0})
+    other = one.model_copy(
+        update={"protocol_fingerprint": "another", "fingerprint": "x", "metrics": {"knn/top1": 60.0}}
+    )
+    table = table_of([one, other], "methods")
+    assert sorted(cell.results[0].value for _, _, cell in cells(table)) == [50.0, 60.0]
+    assert all("measured as" in text for _, text in table.footnotes)
+
+
+def test_an_ablation_stands_where_it_belongs() -> None:
+    table = table_of(laboratory(), "1")
+    default = [
+        row
+        for row, column, cell in cells(table)
+        if column == CIFAR and cell.results and cell.summary and cell.summary.n == 5
+    ]
+    assert default == [
+        ("Grid size", "2 × 2"),
+        ("Masking strategy", "block"),
+        ("Masking ratio", "0.5"),
+        ("Switch mixture", "yes"),
+    ]
+    assert the_cell(table, ("Masking ratio", "uniform(0.25,0.75)"), CIFAR).results[0].value == 67.7
+    two_things = transfer(backbone(mix={"grid": 8, "switch": False}), "knn", {"knn/top1": 1.0})
+    assert numbers(table_of([*laboratory(), two_things], "1")) == numbers(table)
+
+
+def test_every_published_number_of_the_tables_is_shown() -> None:
+    shown = {
+        cell.published for layout in layouts().values() for _, _, cell in cells(build(layout, [])) if cell.published
+    }
+    assert shown == {number for number in of_the_paper() if number.source == "paper"}
+    assert len(shown) == 131
+
+
+def test_other_percentages_have_columns_of_their_own() -> None:
+    record = transfer(backbone(), "semisup_10", {"semisup/top1": 40.0}).model_copy(update={"protocol": "semisup_5"})
+    assert ("CIFAR-100", "5 % of labels") in table_of([record], "semisup").columns
+
+
+def test_a_pivot_has_any_rows_and_columns() -> None:
+    runs = [Run(Path("r"), record) for record in laboratory()]
+    found = [result for result in results_of(runs) if result.metric == "knn/top1"]
+    layout = pivot(["method"], ["dataset", "pretrain_epochs"], {key for result in found for key in result.known})
+    table = build(layout, found)
+    assert table.columns == (("CIFAR-100", "0"), ("CIFAR-100", "200"), ("CIFAR-100", "600"), ("CIFAR-100", "1,000"))
+    by_k = build(pivot(["method"], ["k"], ["k"]), found)
+    assert by_k.columns == (("20",), ("200",))
+    for rows, columns in ((["methd"], ["dataset"]), (["method"], ["method"]), ([], ["method"])):
+        with pytest.raises(UserError):
+            pivot(rows, columns, [])
+
+
+def test_csv_holds_every_cell_in_full_precision() -> None:
+    table = table_of(laboratory(), "5")
+    rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
+    assert len(rows) == len(cells(table))
+    vanilla = next(row for row in rows if row["row"] == "Vanilla" and row["n"] == "5")
+    cell = the_cell(table, ("Vanilla",), CIFAR)
+    assert cell.summary is not None
+    assert float(vanilla["mean"]) == cell.summary.mean
+    assert float(vanilla["std"]) == cell.summary.std
+    assert len(vanilla["runs"].split()) == 5
+    assert vanilla["source"].endswith("table 5")
+
+
+def test_more_published_numbers_come_from_csv(tmp_path: Path) -> None:
+    file = tmp_path / "more.csv"
+    head = ",".join(COLUMNS)
+    file.write_text(f"{head}\nOur lab,5,cifar10,moco,mixmask,knn,1000,,top1,91.5\n")
+    more = read_published(file)
+    table = build(layouts(more)["5"], [])
+    assert the_cell(table, ("MixMask",), ("CIFAR-10", "MoCo", "kNN")).published == more[0]
+    assert any(source.startswith("Our lab") for source in table.sources)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,b\n1,2\n", "no column source"),
+        (f"{','.join(COLUMNS)}\npaper,5,c,m,v,knn,1000,,top1,many\n", "line 2: value is 'many'"),
+        (f"{','.join(COLUMNS)}\npaper,5,c,m,v,knn,1000,,top1,nan\n", "line 2: value is 'nan'"),
+        (f"{','.join(COLUMNS)}\npaper,5,,m,v,knn,1000,,top1,1\n", "line 2: dataset is empty"),
+        (f"{','.join(COLUMNS)}\npaper,5\n", "line 2: 10 fields"),
+        ("", "no column source"),
+    ],
+)
+def test_a_file_of_published_numbers_that_is_wrong_says_where(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "more.csv"
+    file.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_published(file)
+
+
+def test_unknown_tables_are_refused() -> None:
+    with pytest.raises(UserError, match="Valid: 1, 2, 3, 4, 5, semisup, 7, methods"):
+        choose("6", ())
+    assert methods_by_protocols().id == "methods"

@@ -1,0 +1,214 @@
+"""The page, in a real browser: it is clicked, sorted, searched and followed, and must ask nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.errors import UserError
+from engine.expected import Expectation
+from engine.predictions import SHEET
+from evaluate.collect import collect
+from evaluate.report import write_report
+from tests.evaluate.made import backbone, laboratory, transfer, write
+from tests.needs import need
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><b>|名前"
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of the laboratory, with a hostile run, a log, pictures, an expectation, a damaged and an unfinished run."""
+    root = tmp_path_factory.mktemp("lab")
+    runs = write(laboratory(), root / "runs")
+    of = backbone()
+    changes = dict.fromkeys(("name", "framework", "dataset"), HOSTILE)
+    strange = transfer(of, "knn", {"knn/top1": 12.3}, dataset="cifar100").model_copy(
+        update={**changes, "fingerprint": "strange", "environment": {HOSTILE: HOSTILE}}
+    )
+    place = runs / "transfer" / "strange"
+    place.mkdir()
+    strange.write(place / "record.json")
+    (place / "recipe.yaml").write_text(f"name: '{HOSTILE}'\n", encoding="utf-8")
+    for record in laboratory():
+        folder = runs / record.stage / f"{record.name}-{record.fingerprint}"
+        if record.stage == "pretrain" and record.pretrain_epochs:
+            lines = [
+                {"step": s, "of": 100, "loss": 7 - s / 50, "clean": 3.0, "mixmask": 4 - s / 50, "seconds": s, "lr": 0.1}
+                for s in range(10, 101, 10)
+            ]
+            (folder / "log.jsonl").write_text("".join(json.dumps({**line, "note": HOSTILE}) + "\n" for line in lines))
+        if record.protocol == "detect_voc":
+            Image.new("RGB", (64, 32), "orange").save(folder / SHEET)
+    expected = Expectation(metric="knn/top1", value=70.0, tolerance=0.5, source="us")
+    record = transfer(backbone(method="unmix", seed=7), "knn", {"knn/top1": 60.0}).model_copy(
+        update={"expected": (expected,)}
+    )
+    write([record], runs)
+    (runs / "pretrain" / "going").mkdir()
+    (runs / "pretrain" / "going" / "recipe.yaml").write_text("")
+    (runs / "pretrain" / "half").mkdir()
+    (runs / "pretrain" / "half" / "record.json").write_text('{"schema": 2, <script>')
+    return write_report(collect(runs), root / "report")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    need(found is not None, "chromium", "apt-get install chromium", "MIXMASK_REQUIRE_BROWSER")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: object, page_file: Path) -> Iterator[object]:
+    """The page, opened from disk; at the end it must have asked for nothing and complained of nothing."""
+    context = browser.new_context(viewport={"width": 1300, "height": 900})
+    opened = context.new_page()
+    heard: list[str] = []
+    asked: list[str] = []
+    opened.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: heard.append(str(error)))
+    opened.on("dialog", lambda dialog: heard.append(f"dialog: {dialog.message}"))
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(page_file.as_uri())
+    yield opened
+    outside = [url for url in asked if not url.startswith(("data:", page_file.as_uri()))]
+    context.close()
+    assert outside == []
+    assert heard == []
+
+
+def column(page: object, table: str, number: int) -> list[str]:
+    cells = page.locator(f"{table} tbody tr > *:nth-child({number})").all()
+    return [cell.inner_text() for cell in cells if cell.is_visible()]
+
+
+def test_a_heading_sorts_up_and_down(page: object) -> None:
+    button = page.locator("#run-table thead button", has_text="Epochs")
+    button.click()
+    epochs = [float(text.replace(",", "")) for text in column(page, "#run-table", 7) if text]
+    assert epochs == sorted(epochs)
+    button.click()
+    epochs = [float(text.replace(",", "")) for text in column(page, "#run-table", 7) if text]
+    assert epochs == sorted(epochs, reverse=True)
+    assert page.locator("#run-table th[aria-sort=descending]").count() == 1
+    of_table = page.locator("#table-5 thead button").nth(1)
+    of_table.focus()
+    page.keyboard.press("Enter")  # a keyboard does as well
+    shown = [float(text.split()[0]) for text in column(page, "#table-5", 2) if text and text[0].isdigit()]
+    assert shown == sorted(shown)
+    assert len(shown) > 3
+
+
+def test_search_and_filters_narrow_the_runs(page: object) -> None:
+    total = len(column(page, "#run-table", 1))
+    assert page.locator("#count").inner_text() == f"{total} of {total} runs"
+    page.select_option("select >> nth=4", "Un-Mix")
+    some = column(page, "#run-table", 6)
+    assert set(some) == {"Un-Mix"}
+    assert page.locator("details.run:visible").count() == len(some)
+    page.fill("#search", "unmix knn")
+    fewer = column(page, "#run-table", 1)
+    assert 0 < len(fewer) < len(some)
+    page.fill("#search", "no such run")
+    assert page.locator("#count").inner_text() == f"0 of {total} runs"
+    page.keyboard.press("Enter")  # does not reload
+    page.fill("#search", "")
+    page.select_option("select >> nth=4", "")
+    assert len(column(page, "#run-table", 1)) == total
+
+
+def test_a_number_leads_to_its_run(page: object) -> None:
+    page.locator("#table-7 td a", has_text="57.0").first.click()
+    target = page.locator("details.run:target")
+    assert target.get_attribute("open") is not None
+    text = target.inner_text()
+    assert "torchvision" in text
+    assert "mixmask transfer" in text
+    assert "NVIDIA H200" in text
+    assert "git checkout 0000" in text
+    assert target.locator("img").evaluate("image => image.naturalWidth") == 64
+    target.locator("a[href^='#run-']").first.click()  # its backbone
+    backbone_run = page.locator("details.run:target")
+    assert "loss" in backbone_run.inner_text()
+    assert "Measured on it" in backbone_run.inner_text()
+
+
+def test_a_mean_opens_its_seeds(page: object) -> None:
+    cell = page.locator("#table-7 details.runs").first
+    cell.locator("summary").click()
+    links = cell.locator("a").all()
+    assert [link.inner_text().split(":")[0] for link in links] == [
+        f"seed 0/{seed}" if seed else "seed 0" for seed in range(5)
+    ]
+    links[3].click()
+    assert page.locator("details.run:target").get_attribute("open") is not None
+
+
+def test_the_page_is_whole(page: object) -> None:
+    assert page.locator("#checks .bad").inner_text() == "no"
+    assert page.locator("#left-out li").count() == 2
+    images = page.locator("#plots img")
+    assert images.count() >= 6
+    assert all(image.evaluate("image => image.complete && image.naturalWidth") > 100 for image in images.all())
+    assert all(image.get_attribute("alt") for image in images.all())
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(one => one.id)")
+    assert len(ids) == len(set(ids))
+    broken = page.evaluate(
+        """[...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1))
+        .filter(id => !document.getElementById(id))"""
+    )
+    assert broken == []
+
+
+def test_hostile_names_are_shown_as_they_are(page: object) -> None:
+    assert HOSTILE in column(page, "#run-table", 1)
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("document.scripts.length") == 1
+
+
+@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_any_window_in_light_and_dark(page: object, width: int, scheme: str) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 21, 23)")
+
+
+def test_it_prints_without_its_controls(page: object) -> None:
+    page.emulate_media(media="print")
+    assert page.locator(".controls").is_visible() is False
+    assert page.locator("#details").is_visible() is False
+    assert page.locator("#table-7").is_visible()
+
+
+def test_links_to_folders_lead_there(page_file: Path) -> None:
+    text = page_file.read_text()
+    target = text.split('<p><a href="', 1)[1].split('"', 1)[0]
+    assert (page_file.parent / target).is_dir()
+    assert (page_file.parent / target / "record.json").is_file()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(page_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        write_report(collect(page_file.parent.parent / "runs"), tmp_path / "report")
+    assert (tmp_path / "report").read_text() == "mine"
+
+
+def test_the_same_runs_give_the_same_page(page_file: Path) -> None:
+    first = page_file.read_bytes()
+    again = write_report(collect(page_file.parent.parent / "runs"), page_file.parent)
+    assert again.read_bytes() == first
