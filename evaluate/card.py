@@ -156,10 +156,10 @@ def _metadata(run: Run, pools: Sequence[Sequence[Result]], license: str) -> dict
     results = [
         {
             "task": {"type": "object-detection" if protocol.startswith("detect_") else "image-classification"},
-            "dataset": {"name": name(dataset), "type": dataset},
+            "dataset": {"name": printable(name(dataset)), "type": printable(dataset)},
             "metrics": [
                 {
-                    "type": pool[0].metric,
+                    "type": printable(pool[0].metric),
                     "name": f"{protocol_name(protocol)} {METRICS.get(pool[0].metric, 'top-1')}",
                     "value": round(summarize([result.value for result in pool]).mean, 2),
                 }
@@ -172,7 +172,7 @@ def _metadata(run: Run, pools: Sequence[Sequence[Result]], license: str) -> dict
         "license": license,
         "library_name": "timm" if record.arch.startswith("timm/") else "pytorch",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["self-supervised-learning", record.framework, record.method],
-        "datasets": [record.dataset],
-        **({"model-index": [{"name": record.name, "results": results}]} if results else {}),
+        "tags": ["self-supervised-learning", printable(record.framework), record.method],
+        "datasets": [printable(record.dataset)],
+        **({"model-index": [{"name": printable(record.name), "results": results}]} if results else {}),
     }

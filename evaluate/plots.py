@@ -26,7 +26,7 @@ from evaluate.statistics import summarize
 
 # Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
 STYLES: dict[str, tuple[str, str, str]] = {
-    "random": ("#7f7f7f", "x", ":"),
+    "random": ("#3a3a3a", "x", ":"),
     "vanilla": ("#0072b2", "o", "-"),
     "mscn": ("#e69f00", "v", "-."),
     "unmix": ("#009e73", "s", "--"),
@@ -433,6 +433,8 @@ def _legend(figure: Figure, *axes: Axes) -> None:
 
 def _plot(id: str, title: str, figure: Figure, text: str) -> Plot:
     figure.suptitle(_plain(_short(title, 90)), fontsize=10)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, so that every file of it is the same
     safe = "".join(one if one.isascii() and (one.isalnum() or one in "-_.") else "-" for one in id)
     return Plot(safe[:80], title, figure, text)
 

@@ -99,7 +99,7 @@ def _sources(tables: Sequence[Table]) -> str:
 def _linked(cell: Cell, text: str) -> str:
     """A cell's number as a link to its run, or as the list of its runs."""
     links = [
-        f'<a href="#run-{quote(result.run.record.fingerprint)}">seed {_seeds(result.seeds)}: {result.value:.2f}</a>'
+        f'<a href="#run-{quote(result.run.record.fingerprint)}">{_seeds(result.seeds)}: {result.value:.2f}</a>'
         for result in cell.results
     ]
     if len(links) == 1:
@@ -108,7 +108,8 @@ def _linked(cell: Cell, text: str) -> str:
 
 
 def _seeds(seeds: tuple[int | None, int]) -> str:
-    return str(seeds[1]) if seeds[0] in (None, seeds[1]) else f"{seeds[0]}/{seeds[1]}"
+    own = f"seed {seeds[1]}"
+    return own if seeds[0] in (None, seeds[1]) else f"{own} (backbone {seeds[0]})"
 
 
 def _drawn(plot: Plot) -> dict[str, str]:

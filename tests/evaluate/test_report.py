@@ -149,7 +149,7 @@ def test_a_mean_opens_its_seeds(page: object) -> None:
     cell.locator("summary").click()
     links = cell.locator("a").all()
     assert [link.inner_text().split(":")[0] for link in links] == [
-        f"seed 0/{seed}" if seed else "seed 0" for seed in range(5)
+        f"seed {seed} (backbone 0)" if seed else "seed 0" for seed in range(5)
     ]
     links[3].click()
     assert page.locator("details.run:target").get_attribute("open") is not None

@@ -118,7 +118,7 @@ def test_every_row_is_headed_by_its_command_cost_and_published_number(base: str)
         assert "Cost:" in text
         assert "FLOP" in text
         if row:
-            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 3
+            assert len([line for line in text.splitlines() if not line.startswith("#")]) == 4
 
 
 def test_adams_recipes_leave_norms_and_biases_out_of_the_decay() -> None:

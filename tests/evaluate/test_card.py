@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.errors import UserError
+from evaluate.card import write_card
+from evaluate.render import printable
+from tests.evaluate.made import backbone, laboratory, transfer, write
+
+
+def folder_of(runs: Path, dataset: str, method: str) -> Path:
+    return next((runs / "pretrain").glob(f"{dataset}-*-{method}-*"))
+
+
+def test_a_card_has_what_a_hub_reads(tmp_path: Path) -> None:
+    runs = write(laboratory(), tmp_path)
+    text = write_card(folder_of(runs, "imagenet1k", "mixmask"), None, "mit")
+    _, front, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front)
+    assert metadata["license"] == "mit"
+    assert metadata["datasets"] == ["imagenet1k"]
+    names = {metric["name"] for result in metadata["model-index"][0]["results"] for metric in result["metrics"]}
+    assert {"linear top-1", "detection box AP", "1 % of labels top-1"} <= names
+    assert "| linear | ImageNet-1K | top-1 | 69.0 | 1 |" in body
+    assert "| detection | VOC 2007 | box AP | 57.8 ± 0.2 | 5 |" in body
+    for heading in ("Transfer results", "Data", "Training", "Environment", "Limits", "Citation"):
+        assert f"\n\n## {heading}\n\n" in body
+    for fact in (
+        "arXiv:2210.11456",
+        "NVIDIA H200",
+        "mixmask pretrain ",
+        "mix.grid: 8",
+        "torchvision.models.resnet50()",
+    ):
+        assert fact in body
+    assert "unmix" not in metadata["tags"]
+
+
+def test_a_card_without_results_says_so(tmp_path: Path) -> None:
+    runs = write([backbone(method="vanilla")], tmp_path)
+    text = write_card(folder_of(runs, "cifar100", "vanilla"), None, "unknown")
+    assert "No transfer run of this backbone was found." in text
+    assert "Cite the work that introduced MoCo." in text
+
+
+def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CIFAR stem, from the file that pretraining writes."""
+    from tests.conftest import make_backbone
+
+    record = backbone()
+    record = record.model_copy(update={"recipe": {**record.recipe, "backbone": {"arch": "resnet18", "stem": "cifar"}}})
+    runs = write([record], tmp_path)
+    folder = folder_of(runs, "cifar100", "mixmask")
+    make_backbone(folder / "backbone.safetensors", "resnet18", "cifar")
+    code = write_card(folder, None, "mit").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["model"].conv1.kernel_size == (3, 3)
+
+
+def test_hostile_names_stay_in_their_place(tmp_path: Path) -> None:
+    strange = "x\n---\nlicense: evil\n| a | b |\n```\n<script>"
+    record = backbone().model_copy(
+        update={"name": strange, "framework": strange, "dataset": strange, "recipe": {"name": strange}}
+    )
+    folder = tmp_path / "pretrain" / "x"
+    folder.mkdir(parents=True)
+    record.write(folder / "record.json")
+    result = transfer(record, "knn", {"knn/top1": 5.0})
+    (tmp_path / "transfer" / "y").mkdir(parents=True)
+    result.write(tmp_path / "transfer" / "y" / "record.json")
+    text = write_card(folder, None, "mit")
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["license"] == "mit"
+    assert metadata["tags"][1] == printable(strange)
+    body = text.split("\n---\n", 1)[1]
+    assert "<script>" not in body.split("```yaml")[0]
+    assert body.count("```") % 2 == 0
+
+
+def test_mistakes_are_refused(tmp_path: Path) -> None:
+    runs = write(laboratory(), tmp_path)
+    good = folder_of(runs, "cifar100", "unmix")
+    for folder, license, words in (
+        (runs, "mit", "no record.json"),
+        (next((runs / "transfer").iterdir()), "mit", "a transfer run"),
+        (good, "MIT License!", "an identifier was expected"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_card(folder, None, license)

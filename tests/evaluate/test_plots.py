@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from evaluate.collect import Run, collect
+from evaluate.plots import (
+    STYLES,
+    ablations,
+    average_precisions,
+    budgets,
+    label_efficiency,
+    plots_of,
+    read_log,
+    throughput,
+    write_plots,
+)
+from evaluate.published import of_the_paper
+from evaluate.results import results_of
+from tests.evaluate.made import backbone, laboratory, write
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, ...]:
+    root = write(laboratory(), tmp_path_factory.mktemp("lab"))
+    for folder in (root / "pretrain").iterdir():
+        lines = [
+            {"step": step, "of": 40, "loss": 8 - step / 10, "clean": 4.0, "mixmask": 2.0} for step in range(10, 41, 10)
+        ]
+        lines += [{"step": 40, "of": 40, "knn/top1": 50.0}]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5')
+    return collect(root).distinct
+
+
+def test_every_kind_of_plot_is_drawn_as_png_and_svg(runs: tuple[Run, ...], tmp_path: Path) -> None:
+    plots = plots_of(runs, of_the_paper())
+    ids = [plot.id for plot in plots]
+    assert len(ids) == len(set(ids))
+    for start in ("training-", "budget-", "grid_size-", "mask_ratio-", "ap-coco", "ap-voc", "labels-", "throughput"):
+        assert any(id.startswith(start) for id in ids), start
+    written = write_plots(plots, tmp_path)
+    assert len(written) == 2 * len(plots)
+    for path in written:
+        if path.suffix == ".png":
+            assert np.asarray(Image.open(path).convert("L")).std() > 5  # something is drawn
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    again = plots_of(runs, of_the_paper())
+    assert all(plot.render("svg") == (tmp_path / f"{plot.id}.svg").read_bytes() for plot in again)
+
+
+def line_of(plot: object, label: str) -> list[tuple[float, float]]:
+    """The points of the line with a label."""
+    for axes in plot.figure.axes:
+        for container in axes.containers:
+            if container.get_label() == label:
+                return [tuple(point) for point in container.lines[0].get_xydata().tolist()]
+        for line in axes.lines:
+            if line.get_label() == label:
+                return [tuple(point) for point in line.get_xydata().tolist()]
+    raise AssertionError(f"no line {label}")
+
+
+def test_points_are_the_means_of_the_runs(runs: tuple[Run, ...]) -> None:
+    found = results_of(runs)
+    (budget,) = budgets(found)
+    assert line_of(budget, "Vanilla") == [(200, 60.0), (600, 64.0), (1000, pytest.approx(65.62))]
+    assert [x for x, _ in line_of(budget, "MixMask")] == [200, 600, 1000]
+    grid, ratio = ablations(found, of_the_paper())
+    assert line_of(grid, "MixMask") == [(0, pytest.approx(68.32)), (1, 67.9), (2, 67.0)]
+    assert line_of(grid, "published") == [(0, 68.1), (1, 67.6), (2, 67.5)]
+    assert [label.get_text() for label in ratio.figure.axes[0].get_xticklabels()] == [
+        "0.25", "0.5", "uniform(0,1)", "uniform(0.25,0.75)",
+    ]  # fmt: skip
+    (labels,) = label_efficiency(found)
+    assert line_of(labels, "MixMask (MoCo v2, 200 epochs)") == [(1, 44.0), (10, 64.0), (100, 77.0)]
+    bars = {plot.title: plot.figure.axes[0].containers for plot in average_precisions(found)}
+    assert len(bars) == 4  # two data sets, each measured in two ways
+    voc = bars["Detection: VOC 2007, detectron2, 24000 iterations"]
+    (mixmask,) = [container for container in voc if container.get_label().startswith("MixMask")]
+    assert [bar.get_height() for bar in mixmask] == pytest.approx([57.8, 83.0, 64.9])
+    (rates,) = throughput(runs)
+    assert {bar.get_width() for bar in rates.figure.axes[0].patches} == {5120.0}
+
+
+def test_nothing_to_plot_is_no_plot() -> None:
+    assert plots_of([]) == []
+    lonely = Run(Path("absent"), backbone().model_copy(update={"metrics": {"loss": 1.0}}))
+    assert plots_of([lonely]) == []
+
+
+def test_damaged_logs_give_their_whole_lines(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b'{"step": 1, "loss": 2.0}\n[3]\n{"step": "x"}\n\xff\xfe\n{"step": 2, "loss": NaN}\n{"st')
+    assert [entry["step"] for entry in read_log(log)] == [1, 2]
+    assert read_log(tmp_path / "absent") == []
+
+
+def test_colours_are_told_apart_without_colour() -> None:
+    """No two methods share a marker and a dash, and as colour-blind eyes see them (Viénot 1999) colours stay apart."""
+    assert len({(marker, dash) for _, marker, dash in STYLES.values()}) == len(STYLES)
+    protan = np.array([[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]])
+    deutan = np.array([[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]])
+    for matrix in (protan, deutan):
+        seen = [np.clip(matrix @ np.array(to_rgb(colour)) ** 2.2, 0, 1) ** (1 / 2.2) for colour, *_ in STYLES.values()]
+        pairs = [np.linalg.norm(a - b) for n, a in enumerate(seen) for b in seen[:n]]
+        assert min(pairs) > 0.08
+
+
+def test_mathematics_in_names_is_text() -> None:
+    records = [backbone(framework=name) for name in ("$\\frac{", "a_b^c", "名前")]
+    runs = [Run(Path(str(n)), record) for n, record in enumerate(records)]
+    (plot,) = throughput(runs)
+    assert Image.open(io.BytesIO(plot.render("png"))).width > 100
