@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from engine.backbones import BackboneInfo, load_backbone, save_backbone
-from engine.datasets import DataRecipe, open_split
+from engine.datasets import DataRecipe, ImageSet, open_split
 from engine.errors import ConfigError, DataError, RunDirectoryError, RunFailure
+from engine.predictions import CLASSES, ClassPredictions
 from engine.records import Record
 from launch.builtin import configs_folder
+from tests.conftest import make_backbone
 from tests.processes import finish, processes
 from transfer import classify, stage
 from transfer.recipe import load_transfer_recipe
@@ -43,6 +45,34 @@ def test_knn_record(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
         "features": "trunk output, L2-normalised",
     }
     assert (record.method, record.parent) == ("mixmask", "testresnet180")
+
+
+@pytest.mark.parametrize(("text", "metric"), [(KNN, "knn/top1"), (LINEAR, "linear/top1")])
+def test_what_was_predicted_is_kept_for_comparisons(
+    text: str, metric: str, shapes: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    plan = make_plan(text, shapes, tmp_path, resnet18)
+    record = stage.run(plan)
+    kept = ClassPredictions.read(plan.run.path / CLASSES)
+    assert 100 * (kept.predicted == kept.labels).mean() == pytest.approx(record.metrics[metric])
+    assert kept.images == record.data["test"]
+    assert isinstance(plan.test, ImageSet)
+    assert kept.labels.tolist() == plan.test.labels.tolist()
+    silent = make_plan(text, shapes, tmp_path, resnet18, "save_predictions=false", "seed=1")
+    stage.run(silent)
+    assert not (silent.run.path / CLASSES).exists()
+
+
+def test_the_record_keeps_both_recipes_and_what_is_expected(shapes: Path, tmp_path: Path) -> None:
+    pretraining = {"mix": {"kind": "mixmask", "grid": 4}}
+    state, info = load_backbone(make_backbone(tmp_path / "first.safetensors"))
+    save_backbone(tmp_path / "b.safetensors", state, info.model_copy(update={"pretraining": pretraining}))
+    expected = "expected={metric: knn/top1, value: 50, tolerance: 1, source: us}"
+    record = stage.run(make_plan(KNN, shapes, tmp_path, tmp_path / "b.safetensors", expected))
+    assert record.pretraining == pretraining
+    assert record.recipe["k"] == 5
+    assert "backbone" not in record.recipe
+    assert [one.value for one in record.expected] == [50.0]
 
 
 def test_linear_learns_from_separable_features_and_leaves_the_trunk_alone(
@@ -202,6 +232,8 @@ def test_two_processes_measure_what_one_does(
     assert two.environment["world_size"] == 2
     assert two.metrics == pytest.approx(one.metrics, abs=2.6)  # one of 40 test images
     assert two.data == one.data
+    kept = [ClassPredictions.read(tmp_path / str(count) / CLASSES) for count in (1, 2)]
+    assert kept[0].labels.tolist() == kept[1].labels.tolist()  # in the order of the test split, however it was shared
     if protocol == "linear":
         logs = [
             [json.loads(line)["loss"] for line in (tmp_path / str(count) / "log.jsonl").read_text().splitlines()]

@@ -11,7 +11,9 @@ from PIL import Image
 
 from engine.backbones import load_backbone
 from engine.errors import CheckpointError, ConfigError, DataError
+from engine.predictions import MATCHES, SHEET, DetectionMatches
 from engine.randomness import generator
+from evaluate.average_precision import AveragePrecision
 from tests.conftest import make_backbone
 from transfer import stage
 from transfer.detection.annotations import open_detection
@@ -81,6 +83,14 @@ def test_both_protocols_run_end_to_end(
     line = json.loads(ready.run.log_file.read_text().splitlines()[-1])
     assert ("roi_mask" in line) == (kind == "coco")
     assert {"rpn_objectness", "rpn_box", "roi_class", "roi_box"} <= line.keys()
+    for name, file in MATCHES.items():
+        if name == "bbox" or kind == "coco":
+            matches = DetectionMatches.read(ready.run.path / file)
+            again = AveragePrecision(matches)(np.ones(len(matches.objects)))
+            assert again == pytest.approx(record.metrics[f"{name}/AP"], abs=1e-9)
+            assert matches.images == record.data["test"]
+    with Image.open(ready.run.path / SHEET) as sheet:
+        assert sheet.width > 500
 
 
 def test_training_learns_a_picture_by_heart(voc: Path, tmp_path: Path, resnet18: Path) -> None:
