@@ -9,6 +9,7 @@ different machines.
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import os
@@ -86,6 +87,25 @@ def seems_alive(file: Path) -> bool:
         return time.time() - file.stat().st_mtime < PATIENCE_SECONDS
     except OSError:
         return False
+
+
+def _take_name(file: Path, name: Path) -> None:
+    """Give a file a second name, unless something has it.
+
+    Where the file system knows no links (exFAT, some network drives), a copy is made under that name; a reader may then find
+    it empty for a moment, which counts as damaged and not as free.
+
+    Raises:
+        FileExistsError: If the name is taken.
+    """
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        content = file.read_bytes()
+        with name.open("xb") as copy:
+            copy.write(content)
 
 
 class Owner:
@@ -166,7 +186,7 @@ class Owner:
         draft = self.file.with_name(f".{self.file.name}.{self.me['token']}.tmp")
         try:
             draft.write_text(json.dumps(self.me), encoding="utf-8")
-            os.link(draft, self.file)
+            _take_name(draft, self.file)
         except FileExistsError:
             return False
         except FileNotFoundError:  # a releasing process has just removed the folder that it had made
@@ -206,7 +226,7 @@ class Owner:
         buried = read_owner(grave)
         if buried is not None and buried["token"] != dead["token"]:
             with contextlib.suppress(FileExistsError):
-                os.link(grave, self.file)
+                _take_name(grave, self.file)
         grave.unlink()
 
     def _is_mine(self) -> bool:

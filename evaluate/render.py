@@ -230,6 +230,8 @@ LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
+    "[": "{[}",  # after the end of a row these two would be taken for its options
+    "*": "{*}",
     "±": r"$\pm$",
     "×": r"$\times$",
     "·": r"$\cdot$",

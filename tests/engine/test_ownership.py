@@ -108,10 +108,21 @@ def test_an_earlier_start_of_the_same_job_is_dead(tmp_path: Path, monkeypatch: p
         Owner(file, beat=0.05, patience=20).acquire()
 
 
-def test_of_many_who_take_over_at_once_one_wins_at_a_time(tmp_path: Path) -> None:
+NO_LINKS = """
+import errno, os
+def refuse(*names):
+    raise OSError(errno.EPERM, "Operation not permitted")
+os.link = refuse
+"""
+
+
+@pytest.mark.parametrize("world", ["", NO_LINKS], ids=["links", "a file system without links"])
+def test_of_many_who_take_over_at_once_one_wins_at_a_time(world: str, tmp_path: Path) -> None:
     file = tmp_path / "owner.json"
     write_foreign(file, machine=Owner(file).me["machine"], pid=2**22 + 1)  # a process that does not exist
-    program = """
+    program = (
+        f"{world}\n"
+        + """
 import sys, time
 from pathlib import Path
 from engine.ownership import Owner
@@ -124,6 +135,7 @@ for _ in range(8):
     (folder / "inside").rmdir()
     owner.release()
 """
+    )
     several = [
         subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for _ in range(3)

@@ -37,13 +37,22 @@ HOSTILE = (
     "&lt;tag&gt; &amp;",
     "x" * 400,
     "]]> -->",
+    "[5cm] starts as an option",
+    "*starred",
+    "- # > not a list",
 )
 
 
 def hostile(framework: str) -> Record:
     record = transfer(backbone(), "knn", {"knn/top1": 50.0})
     return record.model_copy(
-        update={"framework": framework, "dataset": framework, "arch": framework, "lineage": framework}
+        update={
+            "framework": framework,
+            "dataset": framework,
+            "arch": framework,
+            "lineage": framework,
+            "pretrain_dataset": framework,
+        }
     )
 
 
