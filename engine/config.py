@@ -143,13 +143,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> tuple[dict[str, Any]
     return _merge(tree, extension), key
 
 
-def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ()) -> R:
+def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (), origin: str = "command line") -> R:
     """Read a config and validate it into a recipe.
 
     Args:
         model: The recipe's class.
         path: A YAML file.
         overrides: ``key=value`` strings; keys are dotted, values are YAML.
+        origin: Where the overrides stand, for messages.
 
     Raises:
         ConfigError: With one line per problem: the file, the key, what was given and what would be valid.
@@ -158,16 +159,16 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = ())
     tree = written
     for override in overrides:
         tree, key = _apply_override(tree, override)
-        sources[key] = "command line"
+        sources[key] = origin
         for leaf in list(sources):
             if leaf.startswith(f"{key}."):
-                sources[leaf] = "command line"
+                sources[leaf] = origin
     try:
         recipe = model.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem, model, sources, str(path)) for problem in error.errors(include_url=False)]
+        problems = [_explain(problem, model, sources, str(path), origin) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from None
-    if tree.get(EXPECTED) and sources.get(EXPECTED) != "command line" and _changed(recipe, written, tree):
+    if tree.get(EXPECTED) and sources.get(EXPECTED) != origin and _changed(recipe, written, tree):
         return model.model_validate({**tree, EXPECTED: []})
     return recipe
 
@@ -242,7 +243,7 @@ def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
     return ()
 
 
-def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str) -> str:
+def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str, origin: str) -> str:
     location, kind = problem["loc"], problem["type"]
     given = problem.get("input")
     owner, keys = _model_at(model, location[:-1] if kind in ("extra_forbidden", "missing") else location)
@@ -255,8 +256,8 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
             source = sources[".".join(keys[:depth])]
             break
     else:
-        if any(sources[key] == "command line" for key in sources if key.startswith(f"{dotted}.")):
-            source = "command line"
+        if any(sources[key] == origin for key in sources if key.startswith(f"{dotted}.")):
+            source = origin
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)
@@ -272,11 +273,15 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", expected), n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}.{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if kind == "value_error" and isinstance(given, Mapping):
-        with_overrides = f"{path} and the command line" if "command line" in sources.values() else path
+        with_overrides = f"{path} and {_the(origin)}" if origin in sources.values() else path
         return f"{where}: {message}" if dotted else f"{with_overrides}: {message}"
     return f"{where}: {message} (given: {given!r})"
+
+
+def _the(origin: str) -> str:
+    return origin if origin.startswith("the ") else f"the {origin}"
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

@@ -75,6 +75,17 @@ def require_output_file(path: Path) -> None:
             raise UserError(f"{path}: cannot be written, because {parent} is a file and not a folder")
 
 
+def last_lines(path: Path, size: int = 20_000) -> list[str]:
+    """The lines in the last ``size`` bytes of a text file, the first of them perhaps cut; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(file.tell() - size, 0))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a file is what `write_atomic` leaves when its process is killed in the middle of a write."""
     return path.name.startswith(".") and path.name.endswith(".tmp")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from engine.errors import UserError
 from engine.predictions import SHEET
-from engine.storage import write_text
+from engine.storage import last_lines, write_text
 from evaluate.collect import Collection, Run
 from evaluate.comparison import Comparison, compare
 from evaluate.paper import METRICS, choose, name, protocol_name
@@ -28,7 +28,6 @@ from evaluate.tables import Cell, Table, build
 from evaluate.verify import Check, expectations
 
 LOG_LINES = 12
-LOG_BYTES = 30_000
 MOST_IMAGE_BYTES = 4_000_000
 FILTERS = ("Stage", "Protocol", "Data set", "Framework", "Method")
 
@@ -162,7 +161,7 @@ def _described(run: Run, out: Path, known: set[str], children: list[dict[str, st
         "metrics": {printable(key): value for key, value in record.metrics.items()},
         "environment": {printable(str(key)): printable(str(value)) for key, value in record.environment.items()},
         "recipe": _text(run.path / "recipe.yaml"),
-        "log": _tail(run.path / "log.jsonl"),
+        "log": "\n".join(map(printable, last_lines(run.path / "log.jsonl")[-LOG_LINES:])),
     }
 
 
@@ -198,15 +197,3 @@ def _text(path: Path) -> str:
     except OSError:
         return ""
     return "\n".join(map(printable, lines))
-
-
-def _tail(path: Path) -> str:
-    """The last lines of a log."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(file.tell() - LOG_BYTES, 0))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(map(printable, lines[-LOG_LINES:]))

@@ -24,6 +24,8 @@ from transfer.checkpoints.export import SUFFIXES, Target
 from transfer.checkpoints.source import Source, read_source
 from transfer.recipe import PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
 
+ORIGIN = "the suite"  # where a cell's overrides stand, for messages
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -186,13 +188,13 @@ class _Expansion:
 
     def _pretrain(self, entry: Entry, suffix: str, overrides: list[str], seed: int) -> Cell:
         config = self.folder / entry.config
-        recipe = load_recipe(PretrainRecipe, config, overrides)
+        recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
         overrides = [
             *overrides,
             *self._data(recipe.data.name, entry),
             _override("name", (entry.name or recipe.name) + suffix),
         ]
-        recipe = load_recipe(PretrainRecipe, config, overrides)
+        recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
         fingerprint, run = pretrain_stage.locate(recipe, self.runs)
         resources = self._resources("pretrain", entry.resources)
         return Cell(
@@ -236,10 +238,10 @@ class _Expansion:
         config = self.folder / entry.config
         overrides = [*overrides, _override("backbone", str(backbone.file.resolve()))]
         overrides += [_override(key, value) for key, value in backbone.labels.items()]
-        recipe = load_transfer_recipe(config, overrides)
+        recipe = load_transfer_recipe(config, overrides, ORIGIN)
         name = f"{backbone.name}-{entry.name or recipe.name}{suffix}"
         recipe = load_transfer_recipe(
-            config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)]
+            config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)], ORIGIN
         )
         fingerprint, run = transfer_stage.locate(recipe, backbone.fingerprint, self.runs)
         theirs = isinstance(recipe, DetectTransferRecipe) and recipe.engine == "detectron2"

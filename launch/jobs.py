@@ -28,7 +28,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from engine import ownership
 from engine.errors import Interrupted, RunFailure, UserError
-from engine.storage import write_text
+from engine.storage import RunDirectory, write_text
 from launch import queue
 from launch.node import run_on_node
 
@@ -79,15 +79,17 @@ class Attempts:
             file.write(json.dumps(line | ({"message": message} if message else {})) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; one that a crash left half written is left out."""
+        """All lines; one that a crash left half written, or that is something else, is left out."""
         if not self.file.is_file():
             return []
         found = []
         for line in self.file.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(entry, dict) and {"event", "job"} <= entry.keys():
+                found.append(entry)
         return found
 
     def last(self, job: str) -> str | None:
@@ -134,7 +136,7 @@ class CellJob:
     @property
     def attempts(self) -> Attempts:
         """What is known of earlier jobs."""
-        return Attempts(self.run / "attempts.jsonl")
+        return Attempts(RunDirectory(self.run).attempts_file)
 
     def __call__(self) -> None:
         """Do the work, or go on with it.
@@ -211,7 +213,6 @@ class CellJob:
     def convert(self) -> None:
         """Write the backbone in another format, read back by the library it is for."""
         from engine.ownership import owned
-        from engine.storage import RunDirectory
         from transfer.checkpoints.export import check_export, export
         from transfer.checkpoints.source import read_source
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from engine.errors import UserError
 from engine.ownership import describe_owner, read_owner, seems_alive
+from engine.storage import RunDirectory, last_lines
 from launch import queue
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell
@@ -24,7 +25,6 @@ State = Literal["done", "running", "pending", "failed", "cancelled", "stopped", 
 COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "magenta"}
 UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
 HEADLINES = ("knn/top1", "linear/top1", "semisup/top1", "bbox/AP50", "loss")
-TAIL_BYTES = 20_000
 CAUSES = (  # of an end, in the order of what they tell
     r"^(error|failed): ",
     r"^[\w.]*(Error|Exception|Interrupt)\b",
@@ -80,7 +80,7 @@ def status(launch: Launch) -> list[CellStatus]:
 def _status(
     cell: LaunchedCell, launch: Launch, states: Mapping[str, JobState], before: Mapping[str, CellStatus]
 ) -> CellStatus:
-    attempts = Attempts(cell.run / "attempts.jsonl")
+    attempts = Attempts(RunDirectory(cell.run).attempts_file)
     lines = attempts.read()
     log = next((line["log"] for line in reversed(lines) if line.get("log")), None)
     log = log or (str(cell.log) if cell.log is not None else None)
@@ -153,14 +153,7 @@ def headline(cell: LaunchedCell) -> str:
 
 def progress(run: Path) -> str:
     """``37 % · 1,240 images/s · 2 h 05 min left`` from the end of a run's log; empty before its first line."""
-    try:
-        with (run / "log.jsonl").open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(file.tell() - TAIL_BYTES, 0))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    for line in reversed(text.splitlines()):
+    for line in reversed(last_lines(RunDirectory(run).log_file)):
         try:
             entry = json.loads(line)
         except ValueError:
@@ -186,13 +179,7 @@ def last_error(log: str | None) -> str:
     """The line of a log that says why it ended; a launcher's remarks only if there is nothing else."""
     if log is None:
         return ""
-    try:
-        with open(log, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(file.tell() - TAIL_BYTES, 0))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    except OSError:
-        return ""
+    lines = [line.strip() for line in last_lines(Path(log))]
     for pattern in CAUSES:
         found = [line for line in lines if re.search(pattern, line)]
         if found:
@@ -204,7 +191,7 @@ def table(launch: Launch, found: Sequence[CellStatus]) -> Table:
     """For a terminal; logs are relative to the launch's folder, where they lie in it."""
     counts = Counter(one.state for one in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    report = launch.folder.parents[1] / "report.md"
+    report = launch.folder.parents[1] / "report" / "index.html"
     caption = f"logs in {launch.folder}/" + (f"\nreport in {report}" if report.is_file() else "")
     result = Table(title=f"{launch.suite}: {summary}", caption=caption, title_justify="left", caption_justify="left")
     for name in ("cell", "state", "", "job", "log"):

@@ -165,13 +165,15 @@ PROTOCOLS: dict[str, type[TransferBase]] = {
 }
 
 
-def load_transfer_recipe(path: Path | str, overrides: Sequence[str] = ()) -> TransferRecipe:
+def load_transfer_recipe(
+    path: Path | str, overrides: Sequence[str] = (), origin: str = "command line"
+) -> TransferRecipe:
     """Read a transfer config; its ``protocol`` decides what else it may say.
 
     Raises:
         ConfigError: As `load_recipe`; also when the protocol is missing or unknown.
     """
     protocol = read_protocol(path, overrides, tuple(PROTOCOLS))
-    recipe = load_recipe(PROTOCOLS[protocol], path, overrides)
+    recipe = load_recipe(PROTOCOLS[protocol], path, overrides, origin)
     assert isinstance(recipe, KnnRecipe | LinearRecipe | SemisupRecipe | DetectTransferRecipe)
     return recipe

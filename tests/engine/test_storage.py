@@ -9,7 +9,7 @@ from engine.config import Recipe, operational
 from engine.errors import RunDirectoryError, UserError
 from engine.provenance import Code
 from engine.records import Record
-from engine.storage import RunDirectory, locate_run, require_output_file, write_atomic, write_text
+from engine.storage import RunDirectory, last_lines, locate_run, require_output_file, write_atomic, write_text
 
 
 class Small(Recipe):
@@ -123,3 +123,13 @@ def test_records_round_trip_and_refuse_nan(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "record.json").read_text())["schema"] == 1
     with pytest.raises(ValueError, match="not finite numbers: knn/top1"):
         Record.model_validate({**values, "metrics": {"knn/top1": float("nan")}})
+
+
+def test_the_last_lines_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    assert last_lines(file) == []
+    file.write_bytes(b"one\ntwo\n\xff\xfethree")
+    assert last_lines(file) == ["one", "two", "\ufffd\ufffdthree"]
+    file.write_text("x\n" * 100_000)
+    assert len(last_lines(file, 1000)) == 500
+    assert last_lines(tmp_path) == []

@@ -253,7 +253,7 @@ def test_attempts_survive_a_torn_line_and_do_not_hinder_the_run(job: CellJob) ->
     place = Place("slurm", "5", 0, None)
     job.attempts.write(place, "started")
     with job.attempts.file.open("a") as file:
-        file.write('{"event": "do')
+        file.write('5\n[1]\n{"event": "do')
     assert job.attempts.starts("5") == 1
     RunDirectory(job.run).check(Anything(), "abc")
 
