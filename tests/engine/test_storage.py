@@ -8,7 +8,7 @@ import pytest
 from engine.config import Recipe, operational
 from engine.errors import RunDirectoryError, UserError
 from engine.provenance import Code
-from engine.records import Record
+from engine.records import SCHEMA, Record
 from engine.storage import RunDirectory, last_lines, locate_run, require_output_file, write_atomic, write_text
 
 
@@ -120,7 +120,7 @@ def test_records_round_trip_and_refuse_nan(tmp_path: Path) -> None:
     record = Record.model_validate(values)
     record.write(tmp_path / "record.json")
     assert Record.read(tmp_path / "record.json") == record
-    assert json.loads((tmp_path / "record.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "record.json").read_text())["schema"] == SCHEMA
     with pytest.raises(ValueError, match="not finite numbers: knn/top1"):
         Record.model_validate({**values, "metrics": {"knn/top1": float("nan")}})
 
