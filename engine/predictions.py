@@ -48,7 +48,10 @@ class ClassPredictions:
             DataError: If it is missing or damaged.
         """
         content = _read(path, "classes-1", ("images", "labels", "predicted"))
-        return cls(str(content["images"]), content["labels"], content["predicted"])
+        labels, predicted = content["labels"], content["predicted"]
+        if labels.ndim != 1 or labels.shape != predicted.shape or not len(labels):
+            raise DataError(f"{path}: damaged ({labels.shape} labels, {predicted.shape} predictions)")
+        return cls(str(content["images"]), labels, predicted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +94,28 @@ class DetectionMatches:
         """
         names = ("images", "metric", "thresholds", "image", "label", "found", "ignored", "objects")
         content = _read(path, "matches-1", names)
-        return cls(str(content["images"]), str(content["metric"]), *(content[name] for name in names[2:]))
+        found = cls(str(content["images"]), str(content["metric"]), *(content[name] for name in names[2:]))
+        if not found._is_whole():
+            raise DataError(f"{path}: damaged (its arrays do not fit each other)")
+        return found
+
+    def _is_whole(self) -> bool:
+        num, detections = len(self.objects), len(self.image)
+        each = (len(self.thresholds), detections)
+        shapes = (
+            self.objects.ndim == 2
+            and self.label.shape == (detections,)
+            and self.found.shape == self.ignored.shape == each
+        )
+        indices = ((self.image, num), (self.label, self.objects.shape[-1]))
+        return num > 0 and shapes and all(bool(((index >= 0) & (index < most)).all()) for index, most in indices)
+
+    def is_like(self, other: DetectionMatches) -> bool:
+        """Whether both are of the same images, classes and overlaps, and of one metric."""
+        same = self.images == other.images and self.metric == other.metric
+        return (
+            same and np.array_equal(self.objects, other.objects) and np.array_equal(self.thresholds, other.thresholds)
+        )
 
 
 def _write(path: Path, form: str, **arrays: Any) -> None:

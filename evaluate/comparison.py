@@ -14,8 +14,8 @@ from engine.errors import DataError, UserError
 from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
 from evaluate.average_precision import THRESHOLDS, compare_detectors
 from evaluate.collect import Collection, Run, collect, frame, select
-from evaluate.paper import METHODS, METRICS, name, protocol_name
-from evaluate.results import Result, results_of, telling_keys
+from evaluate.paper import METHODS, METRICS, metric_name, name, protocol_name
+from evaluate.results import Result, of_backbone, results_of, telling_keys
 from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
 
 
@@ -46,6 +46,8 @@ def chosen(collection: Collection, which: str) -> list[Run]:
         UserError: If there are none, or the condition cannot be read.
     """
     runs = [run for run in collection.distinct if run.record.stage == "transfer"]
+    if "/" in which and " " not in which and not Path(which).is_dir():
+        raise UserError(f"{which}: no such run folder")
     if which in METHODS:
         found = [run for run in runs if run.record.method == which]
     else:
@@ -64,15 +66,25 @@ def compare(first: Sequence[Run], second: Sequence[Run], metrics: Sequence[str] 
         first: Transfer runs of one group.
         second: Of the other.
         metrics: The headline ones of each protocol if None.
+
+    Raises:
+        UserError: If a backbone recipe is in both groups.
     """
     sides = [_pools(results_of(runs, metrics)) for runs in (first, second)]
     comparisons = []
     for measured, own in sides[0].items():
         others = sides[1].get(measured, {})
-        groups = {pool: results for side in (own, others) for pool, results in side.items()}
-        pairs = [(pool, other) for pool in sorted(own) for other in sorted(others) if pool != other]
+        both = own.keys() & others.keys()
+        if both:
+            shared = own[min(both)][0].run.record
+            raise UserError(
+                f"both groups have runs of one backbone recipe ({shared.name}): what is compared must be told apart by more "
+                f"than seeds"
+            )
+        groups = {**own, **others}
+        pairs = [(pool, other) for pool in sorted(own) for other in sorted(others)]
         for pool, other in _closest(pairs, groups):
-            comparisons.append(_compared(groups[pool], groups[other], list(groups.values())))
+            comparisons.append(_compared(own[pool], others[other], list(groups.values())))
     return sorted(comparisons, key=lambda one: (one.what, one.first, one.second))
 
 
@@ -106,7 +118,7 @@ def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequenc
     ordered = [sorted(group, key=lambda result: repr(result.seeds)) for group in (first, second)]
     values = [[result.value for result in group] for group in ordered]
     record = first[0].run.record
-    what = f"{name(record.dataset)}, {protocol_name(record.protocol)}, {METRICS.get(first[0].metric, 'top-1')}"
+    what = f"{name(record.dataset)}, {protocol_name(record.protocol)}, {metric_name(first[0].metric)}"
     words = [_backbone(group[0], [other[0] for other in groups]) for group in (first, second)]
     return Comparison(what, words[0], words[1], difference(values[0], values[1], paired))
 
@@ -116,7 +128,7 @@ def _backbone(result: Result, all_results: Sequence[Result]) -> str:
 
     def words(one: Result) -> str:
         record = one.run.record
-        epochs = "" if record.pretrain_epochs in (None, 0) else f", {record.pretrain_epochs:,g} epochs"
+        epochs = "" if record.pretrain_epochs in (None, 0) else f", {record.pretrain_epochs:,.10g} epochs"
         return f"{name(record.method)} ({name(record.framework)}{epochs})"
 
     alike = [other for other in all_results if words(other) == words(result)]
@@ -138,13 +150,16 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         UserError: If a run has no predictions, or they are not of the same kind and images.
     """
     runs = [_one(folder) for folder in (first, second)]
-    kinds = {run.record.protocol.startswith("detect_") for run in runs}
-    if len(kinds) > 1:
+    if runs[0].record.protocol != runs[1].record.protocol:
         raise UserError(
             f"{first} is a run of {runs[0].record.protocol} and {second} of {runs[1].record.protocol}: not comparable"
         )
-    if not kinds.pop():
+    if not runs[0].record.protocol.startswith("detect_"):
         metric = f"{runs[0].record.protocol.split('_')[0]}/top1"
+        if metrics is not None and metrics != [metric]:
+            raise UserError(
+                f"--metric {', '.join(metrics)}: of two runs of {runs[0].record.protocol}, {metric} is compared"
+            )
         answers = [ClassPredictions.read(run.path / CLASSES) for run in runs]
         same = answers[0].images == answers[1].images and np.array_equal(answers[0].labels, answers[1].labels)
         _require_same(same, runs)
@@ -157,12 +172,20 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         wanted = [short for short in THRESHOLDS if metrics is None or f"{kind}/{short}" in metrics]
         matches = [DetectionMatches.read(run.path / file) for run in runs] if wanted else []
         if matches:
-            _require_same(matches[0].images == matches[1].images and matches[0].metric == matches[1].metric, runs)
+            _require_same(matches[0].is_like(matches[1]), runs)
         for short in wanted:
             found.append(compare_detectors(f"{kind}/{short}", matches[0], matches[1]))
     if not found:
         raise UserError(f"{', '.join(metrics or ())}: valid for detectors: {', '.join(METRICS)}")
     return found
+
+
+def differences(first: Path, second: Path) -> str:
+    """In what two runs were measured differently, besides their backbones and seeds; empty if in nothing."""
+    results = [results_of([_one(folder)])[:1] for folder in (first, second)]
+    keys = [key for key in telling_keys([one for found in results for one in found]) if not of_backbone(key)]
+    pairs = [(key, *(found[0].known.get(key) for found in results)) for key in keys] if all(results) else []
+    return "; ".join(f"{key} {one} and {other}" for key, one, other in pairs)
 
 
 def _one(folder: Path) -> Run:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -20,8 +20,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from engine.storage import write_atomic
 from evaluate.collect import Run
 from evaluate.paper import METHODS, METRICS, name, protocol_name
-from evaluate.published import Published
-from evaluate.results import DETECTION, Result, results_of
+from evaluate.published import Published, stated
+from evaluate.results import DETECTION, Result, results_of, telling_keys
 from evaluate.statistics import summarize
 
 # Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
@@ -48,6 +48,7 @@ DIAGNOSTICS = (
     "uniformity",
     "contrast_accuracy",
 )
+LARGEST = 1e12  # what is larger is damage
 MOST_LINES = 12  # in one panel: more cannot be told apart
 
 
@@ -92,14 +93,21 @@ def plots_of(runs: Sequence[Run], published: Sequence[Published] = ()) -> list[P
         published: Numbers to show beside the runs' own, in ablations.
     """
     results = results_of(runs)
-    return [
-        *training_curves(runs),
-        *budgets(results),
-        *ablations(results, published),
-        *average_precisions(results),
-        *label_efficiency(results),
-        *throughput(runs),
-    ]
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        plots = [
+            *training_curves(runs),
+            *budgets(results),
+            *ablations(results, published),
+            *average_precisions(results),
+            *label_efficiency(results),
+            *throughput(runs),
+        ]
+    seen: Counter[str] = Counter()
+    unique = []
+    for plot in plots:
+        seen[plot.id] += 1
+        unique.append(plot if seen[plot.id] == 1 else replace(plot, id=f"{plot.id}-{seen[plot.id]}"))
+    return unique
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -115,11 +123,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and number_of(entry, "step") is not None:
             entries.append(entry)
     return entries
+
+
+def number_of(entry: Mapping[str, Any], key: str) -> float | None:
+    """A number that can be drawn, or None."""
+    value = entry.get(key)
+    plottable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    return float(value) if plottable and value is not None else None
 
 
 def training_curves(runs: Sequence[Run]) -> list[Plot]:
@@ -139,10 +154,11 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
         labels = _labels(own)
         for panel, key in zip(axes, shown):
             for run in own[:MOST_LINES]:
-                points = [(e["step"], e[key]) for e in logs[run] if isinstance(e.get(key), int | float)]
-                scale = (run.record.pretrain_epochs or 0) / max(logs[run][-1].get("of", 0), logs[run][-1]["step"], 1)
+                last = max(number_of(logs[run][-1], "of") or 0.0, number_of(logs[run][-1], "step") or 0.0, 1.0)
+                scale = (run.record.pretrain_epochs or 0) / last
+                values = [(number_of(entry, "step"), number_of(entry, key)) for entry in logs[run]]
+                finite = [(step * scale, value) for step, value in values if step is not None and value is not None]
                 colour, marker, dash = STYLES[run.record.method]
-                finite = [(step * scale, value) for step, value in points if math.isfinite(value)]
                 every = max(len(finite) // 8, 1)
                 panel.plot(*zip(*finite) if finite else ((), ()), dash, color=colour, lw=1.3, label=labels[run],
                            marker=marker, markevery=every, ms=4)  # fmt: skip
@@ -157,7 +173,7 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
 
 
 def _plottable(key: str, runs: Sequence[Run], logs: Mapping[Run, Sequence[Mapping[str, Any]]]) -> bool:
-    return any(isinstance(entry.get(key), int | float) for run in runs for entry in logs[run])
+    return any(number_of(entry, key) is not None for run in runs for entry in logs[run])
 
 
 def _labels(runs: Sequence[Run]) -> dict[Run, str]:
@@ -171,6 +187,33 @@ def _labels(runs: Sequence[Run]) -> dict[Run, str]:
 
 
 # --- accuracies ------------------------------------------------------------------------------------------------------
+
+
+def _as_published(result: Result, varied: str) -> bool:
+    """Whether a result departs from the paper's protocol in nothing but what is varied (and in how long it was trained)."""
+    usual = {key: value for key, value in stated(result.dims).items() if key != varied and value is not None}
+    long = result.run.record.pretrain_epochs == {"imagenet1k": 200}.get(result.run.record.dataset, 1000)
+    return long and all(result.known.get(key) in (None, value) for key, value in usual.items())
+
+
+def _labelled(
+    families: Mapping[Any, Sequence[Result]], with_framework: bool = False
+) -> list[tuple[str, Sequence[Result]]]:
+    """A text for each line: its method, and where several would have the same text, what tells them apart."""
+
+    def plain(result: Result) -> str:
+        record = result.run.record
+        if not with_framework:
+            return name(record.method)
+        epochs = f", {record.pretrain_epochs:,.10g} epochs" if record.pretrain_epochs else ""
+        return f"{name(record.method)} ({name(record.framework)}{epochs})"
+
+    found = []
+    for line in families.values():
+        alike = [other[0] for other in families.values() if plain(other[0]) == plain(line[0])]
+        telling = [f"{key} {line[0].known.get(key)}" for key in telling_keys(alike)][:3]
+        found.append((", ".join([plain(line[0]), *telling]), line))
+    return found
 
 
 def _family(result: Result, varied: Sequence[str]) -> tuple[str, str]:
@@ -188,6 +231,7 @@ def _points(results: Sequence[Result], x: Callable[[Result], Any]) -> list[tuple
     return [(at, summary.mean, math.nan if summary.std is None else summary.std, summary.n) for at, summary in found]
 
 
+LABELS = ("labels", "lr_trunk", "lr_head")
 BUDGET = ("pretrain.epochs", "pretrain.max_steps", "pretrain.warmup_epochs")
 
 
@@ -208,8 +252,9 @@ def budgets(results: Sequence[Result]) -> list[Plot]:
             continue
         figure, axes = _figure(min(3, len(panels)), -(-len(panels) // 3))
         for panel, (framework, lines) in zip(axes, panels.items()):
-            for (method, _), line in lines.items():
-                _errorbars(panel, sorted(_points(line, lambda r: r.run.record.pretrain_epochs)), method)
+            for label, line in _labelled(lines):
+                points = sorted(_points(line, lambda r: r.run.record.pretrain_epochs))
+                _errorbars(panel, points, line[0].run.record.method, label)
             panel.set_title(name(framework), fontsize=9)
             panel.set_xlabel("epochs of pretraining")
             panel.set_ylabel("top-1 (%)")
@@ -238,20 +283,23 @@ def _ablation(results: Sequence[Result], published: Sequence[Published], key: st
     plots = []
     for place, own in places.items():
         families = _grouped(own, lambda r: _family(r, (key,)))
-        lines = [line for line in families.values() if len({r.dims[key] for r in line}) > 1]
+        lines = {family: line for family, line in families.items() if len({r.dims[key] for r in line}) > 1}
         if not lines:
             continue
+        faithful = any(_as_published(r, key) for line in lines.values() for r in line)
         theirs = {
             number.setting[1]: number.value
             for number in published
             if number.setting is not None
             and number.setting[0] == key
             and (number.dataset, number.framework, number.protocol) == place
+            and faithful
         }
-        order = sorted({str(r.dims[key]) for line in lines for r in line} | {*theirs}, key=_numeric)
+        order = sorted({str(r.dims[key]) for line in lines.values() for r in line} | {*theirs}, key=_numeric)
         figure, (panel, *_) = _figure(1, 1)
-        for line in lines:
-            _errorbars(panel, sorted(_points(line, lambda r: order.index(str(r.dims[key])))), "mixmask")  # noqa: B023
+        for text, line in _labelled(lines):
+            points = sorted(_points(line, lambda r: order.index(str(r.dims[key]))))  # noqa: B023
+            _errorbars(panel, points, "mixmask", text)
         if theirs:
             at = sorted(order.index(value) for value in theirs)
             panel.plot(at, [theirs[order[n]] for n in at], "x:", color="#333333", ms=6, label="published")
@@ -277,15 +325,12 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
     shares = [r for r in results if r.run.record.protocol.startswith("semisup_")]
     plots = []
     for dataset, own in _grouped(shares, lambda r: r.run.record.dataset).items():
-        lines = _grouped(
-            own, lambda r: (r.run.record.framework, r.run.record.method, r.run.record.pretrain_epochs, r.pool[4])
-        )
+        lines = _grouped(own, lambda r: _family(r, LABELS))
         if not any(len({_share(r) for r in line}) > 1 for line in lines.values()):
             continue
         figure, (panel, *_) = _figure(1, 1)
-        for (framework, method, epochs, _), line in lines.items():
-            length = f", {epochs:,g} epochs" if epochs else ""
-            _errorbars(panel, sorted(_points(line, _share)), method, f"{name(method)} ({name(framework)}{length})")
+        for label, line in _labelled(lines, with_framework=True):
+            _errorbars(panel, sorted(_points(line, _share)), line[0].run.record.method, label)
         ticks = sorted({_share(r) for r in own})
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(FixedLocator(ticks))
@@ -308,9 +353,7 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
     """Bars of box and mask AP with their standard deviations, one figure per data set and way of measuring."""
     detections = [r for r in results if r.metric in DETECTION]
     plots = []
-    measured = _grouped(
-        detections, lambda r: (r.run.record.dataset, r.run.record.protocol, r.run.record.protocol_fingerprint)
-    )
+    measured = _grouped(detections, lambda r: (r.run.record.dataset, r.run.record.protocol, r.measurement))
     for (dataset, protocol, recipe), own in measured.items():
         bars = _grouped(own, lambda r: r.pool[:5])
         metrics = [metric for metric in DETECTION if any(r.metric == metric for r in own)]
@@ -427,12 +470,11 @@ def _legend(figure: Figure, *axes: Axes) -> None:
         if not panel.has_data():
             panel.set_visible(False)
     if entries:
-        labels = [_plain(label) for label in entries]
-        figure.legend([*entries.values()], labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=2, fontsize=7, frameon=False)
 
 
 def _plot(id: str, title: str, figure: Figure, text: str) -> Plot:
-    figure.suptitle(_plain(_short(title, 90)), fontsize=10)
+    figure.suptitle(_short(title, 90), fontsize=10)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, so that every file of it is the same
     safe = "".join(one if one.isascii() and (one.isalnum() or one in "-_.") else "-" for one in id)
@@ -441,11 +483,6 @@ def _plot(id: str, title: str, figure: Figure, text: str) -> Plot:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _plain(text: str) -> str:
-    """Without matplotlib's mathematics."""
-    return text.replace("$", r"\$")
 
 
 def _grouped(items: Any, key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

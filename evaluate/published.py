@@ -32,6 +32,7 @@ SOURCES = {
     "paper": "MixMask: Revisiting Masking Strategy for Siamese ConvNets, arXiv:2210.11456",
     "code": "README of the authors' code, github.com/kirill-vish/MixMask",
 }
+CONDITIONS = ("protocol", "dataset", "framework", "method", "pretrain_dataset")
 PROTOCOLS = {"mask_rcnn_c4": "detect_coco", "faster_rcnn_c4": "detect_voc"}  # theirs: ours
 
 
@@ -141,13 +142,13 @@ def _rules() -> tuple[dict[str, Any], ...]:
 def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
     """What the paper says of the protocol of a result, as flat keys (``pretrain.…`` for the backbone's recipe).
 
+    None stands for what it does not say although it matters.
+
     Args:
-        dims: Its ``protocol``, ``dataset``, ``method`` and ``pretrain_dataset``.
+        dims: Its `CONDITIONS`.
     """
     facts: dict[str, Any] = {}
     for rule in _rules():
-        if all(
-            dims.get(key) in rule[key] for key in ("protocol", "dataset", "method", "pretrain_dataset") if key in rule
-        ):
+        if all(dims.get(key) in rule[key] for key in CONDITIONS if key in rule):
             facts.update(flat(rule["set"]))
     return facts

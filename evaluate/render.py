@@ -148,7 +148,7 @@ def _term(table: Table, width: int | None) -> str:
     for block in _blocks(widths, limit - stub_width):
         shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in stub_names:
-            shown.add_column(name, overflow="fold")
+            shown.add_column(Text(printable(name)), overflow="fold")
         for n in block:
             shown.add_column(headings[n], justify="right", overflow="fold")
         for stub, row in zip(stubs, cells, strict=True):
@@ -204,7 +204,7 @@ def _markdown(table: Table) -> str:
         if line.marks:
             texts[-1] += f" <sup>{','.join(line.marks)}</sup>"
         rows.append([*texts, *(_texts(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
-    headings = [*table.row_names, *(escape_markdown(text) for text in _headings(table, " · "))]
+    headings = [*map(escape_markdown, table.row_names), *(escape_markdown(text) for text in _headings(table, " · "))]
     rule = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
     lines = [f"**{escape_markdown(_heading(table))}**", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (headings, rule, *rows)]
@@ -248,7 +248,7 @@ def _escape_latex(text: str) -> str:
         if letter in LATEX:
             return LATEX[letter]
         plain = letter.isascii() or (letter.isalpha() and "\u00c0" <= letter <= "\u00ff" and letter not in "ÐðÞþ")
-        return letter if plain else f"[U+{ord(letter):04X}]"
+        return letter if plain else f"{{[}}U+{ord(letter):04X}]"
 
     return "".join(map(one, printable(text)))
 
@@ -324,7 +324,7 @@ def _csv(*tables: Table) -> str:
         texts = dict(table.footnotes)
         for line, stub in zip(table.lines, _stub(table), strict=True):
             for column, cell in zip(_headings(table, " / "), line.cells, strict=True):
-                if cell is None:
+                if cell is None or not (cell.results or cell.published):
                     continue
                 summary, number = cell.summary, cell.published
                 writer.writerow(

@@ -13,6 +13,7 @@ from evaluate.collect import ABLATED, Run, ablation, flat
 
 HEADLINES = {"knn": ("knn/top1",), "linear": ("linear/top1",), "semisup": ("semisup/top1",)}
 DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
+TWICE_COCO = 180_000  # iterations of the schedule 2x
 SEEDS = ("seed", "pretrain.seed")
 TWICE = ("recipe_iterations", "recipe_batch_size", "num_labelled", "pretrain.backbone.arch", "pretrain.data.name")
 
@@ -50,6 +51,7 @@ class Result:
             "pretrain_epochs": record.pretrain_epochs,
             "metric": self.metric,
             **ablation(record),
+            "doubled": record.protocol == "detect_coco" and self.known.get("iterations") == TWICE_COCO,
         }
 
     @cached_property
@@ -76,6 +78,11 @@ class Result:
 
     @cached_property
     def protocol_key(self) -> str:
+        """Fingerprint of how it was measured, and what."""
+        return f"{self.measurement}:{self.metric}"
+
+    @cached_property
+    def measurement(self) -> str:
         """Fingerprint of how it was measured: the transfer recipe, its settings, and the images."""
         record = self.run.record
         identity = {
@@ -84,7 +91,6 @@ class Result:
             "recipe": record.protocol_fingerprint,
             "settings": {key: value for key, value in record.settings.items() if key != "seed"},
             "data": record.data,
-            "metric": self.metric,
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -104,14 +110,15 @@ class Result:
 
     @cached_property
     def peers(self) -> tuple[Any, ...]:
-        """Results that share it were measured alike, on backbones trained for as long on the same data."""
+        """Results that share it were measured alike, on backbones trained alike in all but the mixture and the seed."""
         record = self.run.record
+        trained = {key: value for key, value in record.pretraining.items() if key not in ("mix", "seed")}
         return (
             self.protocol_key,
             record.arch,
             record.pretrain_dataset,
-            record.pretrain_epochs if record.method != "random" else None,
-            record.pretraining.get("batch_size"),
+            record.pretrain_epochs,
+            json.dumps(trained, sort_keys=True, default=str),
         )
 
     @property

@@ -34,8 +34,8 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def within_noise(one: Summary, best: Summary) -> bool:
-    """Whether Welch's t-test at 5 % cannot tell two means apart. Single runs have no known noise, so never."""
-    if one.std is None or best.std is None:
+    """Whether Welch's t-test at 5 % cannot tell two means apart. Of fewer than three runs the noise is not known: never."""
+    if one.std is None or best.std is None or min(one.n, best.n) < 3:
         return False
     if one.std == best.std == 0:
         return one.mean == best.mean
@@ -70,9 +70,11 @@ class Difference:
         num = f"{first} seeds" if first == second else f"{first} and {second} seeds"
         if max(self.n) == 1:
             num = "1 seed"
-        parts = [f"{self.value:+.1f}" + (f" ± {self.error:.1f}" if self.error is not None else ""), num]
+        digits = 1 if abs(self.value) >= 0.05 and (self.error is None or self.error >= 0.05) else 2
+        error = f" ± {self.error:.{digits}f}" if self.error is not None else ""
+        parts = [f"{self.value:+.{digits}f}{error}", num]
         if self.low is not None and self.high is not None:
-            parts.append(f"{CONFIDENCE:.0%} CI [{self.low:.1f}, {self.high:.1f}]".replace("%", " %"))
+            parts.append(f"{CONFIDENCE:.0%} CI [{self.low:.{digits}f}, {self.high:.{digits}f}]".replace("%", " %"))
         if self.p is not None:
             parts.append(f"paired t-test p {_p_words(self.p)}")
         if self.low is None:
@@ -164,7 +166,7 @@ class PairOfRuns:
         """For people."""
         text = (
             f"{self.metric} {self.values[0]:.1f} against {self.values[1]:.1f}: {self.value:+.1f}, "
-            f"95 % CI [{self.low:.1f}, {self.high:.1f}] over {self.images:,} images"
+            f"95 % CI [{self.low:.1f}, {self.high:.1f}] over {self.images:,} images (another training may differ more)"
         )
         return text + (f", McNemar p {_p_words(self.p)}" if self.p is not None else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table. ``marks`` are the letters of its footnotes, on the backbone; a cell that is None is empty."""
+    """A line of a table. ``marks`` are the letters of its footnotes, on the backbone.
+
+    A cell that is None is empty; what is missing from a row is a `Cell` without results on its first line.
+    """
 
     row: Key
     marks: tuple[str, ...]
@@ -122,7 +126,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What footnotes say: of the backbone, beside the line, and of the measurement, beside the cell."""
+    """What footnotes say: of the backbone, beside the line; of the measurement and what else to know, beside the cell."""
 
     backbone: tuple[str, ...] = ()
     measurement: tuple[str, ...] = ()
@@ -130,11 +134,12 @@ class _Texts:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The results of one pool at one place, and in what they depart from what the publication states."""
+    """The results of one pool at one place, in what they depart from what the publication states, and what else to say."""
 
     place: Place
     results: tuple[Result, ...]
     departures: _Texts
+    remarks: tuple[str, ...]
 
     @property
     def first(self) -> Result:
@@ -176,6 +181,10 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
             for level in range(height):
                 on_it = {column: stack[level] for column, stack in stacks[backbone].items() if level < len(stack)}
                 lines.append((row, backbone, on_it))
+        first = next(n for n, line in enumerate(lines) if line[0] == row)
+        filled = {column for line in lines[first:] for column in line[2]}
+        missing = {column: (Cell(()), ()) for column in columns if column not in filled}
+        lines[first] = (*lines[first][:2], {**lines[first][2], **missing})
     return _lettered(layout, columns, lines)
 
 
@@ -218,22 +227,51 @@ def _groups(layout: Layout, results: Sequence[Result]) -> list[_Group]:
     groups = []
     for (place, _), found in sorted(pooled.items(), key=lambda item: item[0]):
         by_seed = sorted(found, key=lambda r: (*(-1 if s is None else s for s in r.seeds), r.run.record.fingerprint))
-        groups.append(_Group(place, tuple(by_seed), _departures(by_seed[0].known, layout.stated(by_seed[0], place))))
+        known, stated = by_seed[0].known, layout.stated(by_seed[0], place)
+        groups.append(_Group(place, tuple(by_seed), _departures(known, stated), _remarks(by_seed, stated)))
     return groups
 
 
 def _departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> _Texts:
-    """In what a result departs from what is stated. What is not known is said, and does not count as departing."""
-    both = []
-    for side in (True, False):
-        own = {key: value for key, value in stated.items() if of_backbone(key) == side}
-        different = [
-            f"{key} {_text(known[key])} (published: {_text(value)})"
-            for key, value in own.items()
-            if known.get(key) is not None and known[key] != value
-        ]
-        both.append(("; ".join(different),) if different else ())
-    return _Texts(*both)
+    """In what a result departs from what is stated; what is not known does not count as departing."""
+    return _by_side(
+        {
+            key: f"{key} {_text(known[key])} (published: {_text(value)})"
+            for key, value in stated.items()
+            if value is not None and known.get(key) is not None and known[key] != value
+        }
+    )
+
+
+def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a reader must know although nothing departs: what is not stated, not recorded, or strange about the runs."""
+    known, record = results[0].known, results[0].run.record
+    foreign = not record.pretraining and record.method != "random"
+    unstated = [
+        f"{key} {_text(known[key])}" for key, value in stated.items() if value is None and known.get(key) is not None
+    ]
+    unknown = [
+        key
+        for key, value in stated.items()
+        if value is not None and known.get(key) is None and not (foreign and of_backbone(key))
+    ]
+    backbones = {result.run.record.parent or result.run.record.fingerprint for result in results}
+    texts = [
+        NOT_RECORDED if foreign else "",
+        f"not recorded: {', '.join(unknown)}" if unknown else "",
+        f"the publication does not state {', '.join(unstated)}" if unstated else "",
+    ]
+    if 1 < len(backbones) < len(results):
+        texts.append(f"{len(results)} runs on {len(backbones)} backbones, which are not independent")
+    if len({result.seeds for result in results}) < len(results):
+        texts.append("several runs have the same seed")
+    return tuple(filter(None, texts))
+
+
+def _by_side(texts: Mapping[str, str]) -> _Texts:
+    """Texts about keys, those of the backbone and those of the measurement each as one."""
+    sides = ["; ".join(text for key, text in texts.items() if of_backbone(key) == side) for side in (True, False)]
+    return _Texts(*((side,) if side else () for side in sides))
 
 
 def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
@@ -242,8 +280,8 @@ def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
     measurement = _telling(groups, of_its=1, side=False)
     texts = {
         group: _Texts(
-            (*group.departures.backbone, *backbone[group], *_unknown(group)),
-            (*group.departures.measurement, *measurement[group]),
+            (*group.departures.backbone, *backbone[group]),
+            (*group.departures.measurement, *measurement[group], *group.remarks),
         )
         for group in groups
     }
@@ -282,16 +320,10 @@ def _telling(groups: Sequence[_Group], of_its: int, side: bool) -> dict[_Group, 
     return result
 
 
-def _unknown(group: _Group) -> tuple[str, ...]:
-    record = group.first.run.record
-    foreign = not record.pretraining and record.method != "random"
-    return (NOT_RECORDED,) if foreign else ()
-
-
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.10g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool, bool]]:
@@ -329,9 +361,10 @@ def _natural(key: Key, layout: Layout) -> tuple[Any, ...]:
         if text in layout.order:
             return (1, layout.order[text], "")
         try:
-            return (0, float(text.split(" ")[0].replace(",", "")), text)
+            number = float(text.split(" ")[0].replace(",", ""))
         except ValueError:
-            return (2, 0.0, text)
+            number = math.nan
+        return (0, number, text) if math.isfinite(number) else (2, 0.0, text)
 
     return tuple(part(text) for text in key)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from engine.errors import UserError
 from engine.expected import Expectation
 from evaluate.collect import Collection, Run
+from evaluate.published import stated
+from evaluate.results import Result, of_backbone
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,13 @@ class Check:
         expectation: From the recipe of ``origin``.
         origin: The run that expects it.
         run: The run whose number it is about, which may be a transfer of the origin's backbone; None if there is none yet.
+        otherwise: In what that run was measured otherwise than the paper did, so that nothing follows from it.
     """
 
     expectation: Expectation
     origin: Run
     run: Run | None
+    otherwise: str = ""
 
     @property
     def value(self) -> float | None:
@@ -31,8 +35,8 @@ class Check:
 
     @property
     def reproduced(self) -> bool | None:
-        """Whether the value lies within the tolerance, on either side; None if nothing was measured yet."""
-        if self.value is None:
+        """Whether the value lies within the tolerance, on either side; None if nothing was measured yet, or otherwise."""
+        if self.value is None or self.otherwise:
             return None
         return abs(self.value - self.expectation.value) <= self.expectation.tolerance + 1e-9  # decimal fractions round
 
@@ -41,6 +45,10 @@ class Check:
         wanted = self.expectation.describe()
         if self.run is None or self.value is None:
             return f"not measured yet  {self.origin.record.name}: {wanted}"
+        if self.otherwise:
+            return (
+                f"measured otherwise  {self.run.record.name}: {self.value:.2f}, but {self.otherwise}; expected {wanted}"
+            )
         verdict = "reproduced" if self.reproduced else "NOT REPRODUCED"
         gap = self.value - self.expectation.value
         return f"{verdict}  {self.run.record.name}: {self.value:.2f} ({gap:+.2f}); expected {wanted}  {self.run.path}"
@@ -72,8 +80,22 @@ def expectations(collection: Collection) -> list[Check]:
             measured = [run for run in _subjects(origin, collection.distinct) if _concerns(expectation, run)]
             if len(measured) > 1 and origin in measured:
                 measured.remove(origin)
-            checks += [Check(expectation, origin, run) for run in measured] or [Check(expectation, origin, None)]
+            found = [Check(expectation, origin, run, _otherwise(expectation, origin, run)) for run in measured]
+            checks += found or [Check(expectation, origin, None)]
     return checks
+
+
+def _otherwise(expectation: Expectation, origin: Run, run: Run) -> str:
+    """In what a transfer run departs from the paper's protocol, where a backbone expects something of it."""
+    if run is origin:
+        return ""
+    result = Result(run, expectation.metric)
+    different = [
+        f"{key} {result.known[key]} (published: {value})"
+        for key, value in stated(result.dims).items()
+        if not of_backbone(key) and value is not None and result.known.get(key) not in (None, value)
+    ]
+    return "; ".join(different)
 
 
 def _subjects(origin: Run, runs: Sequence[Run]) -> list[Run]:

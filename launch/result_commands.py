@@ -172,17 +172,21 @@ def compare(
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
     from evaluate import comparison
+    from evaluate.render import printable
 
     metrics = [metric] if metric else None
     if Path(first).is_dir() and Path(second).is_dir():
         for pair in comparison.compare_runs(Path(first), Path(second), metrics):
             typer.echo(pair.words())
+        different = comparison.differences(Path(first), Path(second))
+        if different:
+            typer.echo(printable(f"measured differently: {different}"), err=True)
         return
     collection = _collect(runs)
     groups = [comparison.chosen(collection, which) for which in (first, second)]
     found = comparison.compare(groups[0], groups[1], metrics)
     for one in found:
-        typer.echo(one.words())
+        typer.echo(printable(one.words()))
     if not found:
         from engine.errors import UserError
 
@@ -235,18 +239,24 @@ def report(
 def verify(runs: RunsArgument) -> None:
     """Say which finished runs reproduce what their configs expect; exit code 1 if one does not.
 
+    What has not been measured yet, or was measured otherwise than the paper did, is listed and fails nothing.
+
     \b
     Example:
       mixmask verify runs
     """
+    from evaluate.render import printable
     from evaluate.verify import verify as check
 
     checks = check(_collect(runs))
     for one in checks:
-        typer.echo(one.words())
+        typer.echo(printable(one.words()))
     failed = sum(one.reproduced is False for one in checks)
-    waiting = sum(one.reproduced is None for one in checks)
-    typer.echo(f"{len(checks) - failed - waiting} reproduced, {failed} not reproduced, {waiting} not measured yet")
+    otherwise = sum(bool(one.otherwise) for one in checks)
+    waiting = sum(one.reproduced is None for one in checks) - otherwise
+    done = len(checks) - failed - waiting - otherwise
+    text = f"{done} reproduced, {failed} not reproduced, {waiting} not measured yet"
+    typer.echo(text + f", {otherwise} measured otherwise" * bool(otherwise))
     if failed:
         raise typer.Exit(1)
 
@@ -301,4 +311,8 @@ def _give(text: str, out: Path | None) -> None:
 
 def _check_folder(out: Path) -> None:
     """Refuse an output folder that cannot become one."""
+    from engine.errors import UserError
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file and not a folder; name a folder")
     _check_out(out / "file")

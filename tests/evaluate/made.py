@@ -19,20 +19,30 @@ ENVIRONMENT = {
     "world_size": 8,
     "backend": "nccl",
 }
+MASKS = {"grid": 2, "ratio": 0.5, "mask": "block", "switch": True, "mask_per": "batch", "exact_ratio": False}
 MIX: dict[str, dict[str, Any]] = {
     "vanilla": {"kind": "none"},
     "random": {"kind": "none"},
     "unmix": {"kind": "unmix", "unmix_prob": 0.5},
-    "mixmask": {"kind": "mixmask", "grid": 2, "ratio": 0.5, "mask": "block", "switch": True},
+    "mixmask": {"kind": "mixmask", **MASKS},
     "mixmask+unmix": {
         "kind": "mixmask+unmix",
-        "grid": 2,
-        "ratio": 0.5,
-        "mask": "block",
-        "switch": True,
+        **MASKS,
         "unmix_prob": 0.5,
         "permutation": "different",
     },
+}
+SGD = {"kind": "sgd", "weight_decay": 5e-4}
+ADAM = {"kind": "adam", "weight_decay": 1e-6}
+TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # framework and optimizer, the paper's tables 8 and 10
+    "moco": ({"dim": 128, "momentum": 0.99, "queue_size": 4096, "temperature": 0.1}, {**SGD, "lr": 0.06}),
+    "simclr": ({"dim": 64, "projector_width": 1024}, {**ADAM, "lr": 0.003}),
+    "byol": ({"dim": 128, "projector_width": 1024, "momentum": 0.99}, {**ADAM, "lr": 0.002}),
+    "simsiam": ({"dim": 128}, {**SGD, "lr": 0.03}),
+    "mocov2": (
+        {"dim": 128, "momentum": 0.999, "queue_size": 65536, "temperature": 0.2},
+        {"kind": "sgd", "weight_decay": 1e-4, "lr": 0.03},
+    ),
 }
 GRIDS = {"cifar100": 2, "tiny_imagenet": 4, "imagenet1k": 8}
 IMAGES = {"train": "aaaa", "test": "bbbb"}
@@ -53,10 +63,12 @@ def backbone(
     recipe = {
         "data": {"name": dataset},
         "backbone": {"arch": "resnet18" if small else "resnet50"},
-        "framework": {"kind": framework},
+        "framework": {"kind": framework, **TRAINED.get(framework, ({}, {}))[0]},
+        "optimizer": TRAINED.get(framework, ({}, {}))[1],
         "mix": mixing,
         "epochs": 0 if method == "random" else epochs,
         "batch_size": 512 if small else 256,
+        "warmup_epochs": 10 if framework == "simsiam" else 0,
         "precision": "bf16",
         "seed": seed,
         **changes,
@@ -84,20 +96,15 @@ def backbone(
     )
 
 
+DETECT = {"engine": "detectron2", "batch_size": 16, "lr": 0.02, "weight_decay": 1e-4}
 RECIPES: dict[str, dict[str, Any]] = {
     "knn": {"protocol": "knn", "k": 200, "temperature": 0.1},
     "linear": {"protocol": "linear", "lr": 30.0, "epochs": 100, "batch_size": 256, "milestones": [60, 80]},
     "semisup_1": {"protocol": "semisup", "labels": 1.0, "epochs": 20, "batch_size": 256},
     "semisup_10": {"protocol": "semisup", "labels": 10.0, "epochs": 20, "batch_size": 256},
     "semisup_100": {"protocol": "semisup", "labels": 100.0, "epochs": 20, "batch_size": 256},
-    "detect_voc": {"protocol": "detect_voc", "engine": "detectron2", "iterations": 24000, "batch_size": 16, "lr": 0.02},
-    "detect_coco": {
-        "protocol": "detect_coco",
-        "engine": "detectron2",
-        "iterations": 90000,
-        "batch_size": 16,
-        "lr": 0.02,
-    },
+    "detect_voc": {"protocol": "detect_voc", **DETECT, "iterations": 24000, "milestones": [18000, 22000]},
+    "detect_coco": {"protocol": "detect_coco", **DETECT, "iterations": 90000, "milestones": [60000, 80000]},
 }
 SETTINGS = {
     "knn": ("k", "temperature"),
@@ -207,7 +214,7 @@ def laboratory() -> list[Record]:
         if method == "mixmask":
             coco = {key: value + 0.4 for key, value in coco.items()}
             twice = {key: value + 1.5 for key, value in coco.items()}
-            records.append(transfer(of, "detect_coco", twice, iterations=180000))
+            records.append(transfer(of, "detect_coco", twice, iterations=180000, milestones=[120000, 160000]))
             ap = {"bbox/AP": 57.0, "bbox/AP50": 82.0, "bbox/AP75": 63.0}
             records.append(transfer(of, "detect_voc", ap, engine="torchvision"))
         records.append(transfer(of, "detect_coco", coco))

@@ -23,7 +23,7 @@ from evaluate.tables import FEW, NOT_RECORDED, Cell, Table, build
 from tests.evaluate.made import backbone, laboratory, transfer
 
 GOLDEN = Path(__file__).parent / "golden"
-IDS = ("1", "2", "3", "4", "5", "semisup", "7", "methods")
+IDS = ("1", "2", "3", "4", "5", "semisup", "7", "7-2x", "methods")
 
 
 def table_of(records: list[Record], id: str) -> Table:
@@ -151,15 +151,26 @@ def test_the_order_of_runs_does_not_matter(seed: int, id: str) -> None:
 def test_footnotes_say_what_differs() -> None:
     seven = table_of(laboratory(), "7")
     texts = [text for _, text in seven.footnotes]
-    assert texts == ["iterations 180,000 (published: 90,000)", "engine torchvision (published: detectron2)", FEW]
+    assert texts == [
+        "the publication does not state pretrain.epochs 200",
+        "engine torchvision (published: detectron2)",
+        FEW,
+    ]
     letters = {text: letter for letter, text in seven.footnotes}
     torchvision = the_cell(seven, ("MoCo v2", "MixMask"), ("VOC 2007", "box AP"), 1)
-    assert torchvision.marks == (letters["engine torchvision (published: detectron2)"], letters[FEW])
+    assert set(torchvision.marks) == set(letters.values())
     assert torchvision.few
     assert torchvision.published is None
     five = the_cell(seven, ("MoCo v2", "MixMask"), ("VOC 2007", "box AP"), 0)
     assert not five.few
     assert five.published is not None
+
+
+def test_twice_the_schedule_is_a_table_of_its_own() -> None:
+    twice = [41.1, 60.8, 44.3, 36.3, 57.6, 38.4]
+    assert [cell.results[0].value for _, _, cell in cells(table_of(laboratory(), "7-2x"))] == pytest.approx(twice)
+    shown = [result.value for _, _, cell in cells(table_of(laboratory(), "7")) for result in cell.results]
+    assert not {*twice} & {*shown}
 
 
 def test_missing_runs_leave_the_published_number() -> None:
@@ -168,7 +179,9 @@ def test_missing_runs_leave_the_published_number() -> None:
     assert cell.summary is None
     assert cell.published is not None
     assert "– [70.0]" in render(table, "md")
-    assert [cell for row, column, cell in cells(table) if row == ("Random",) and column != CIFAR] == []
+    missing = [cell for row, column, cell in cells(table) if row == ("Random",) and column != CIFAR]
+    assert len(missing) == len(table.columns) - 1
+    assert {(cell.summary, cell.published) for cell in missing} == {(None, None)}
 
 
 def test_only_a_faithful_run_stands_beside_the_published_number() -> None:
@@ -262,7 +275,7 @@ def test_a_pivot_has_any_rows_and_columns() -> None:
 def test_csv_holds_every_cell_in_full_precision() -> None:
     table = table_of(laboratory(), "5")
     rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
-    assert len(rows) == len(cells(table))
+    assert len(rows) == len([cell for _, _, cell in cells(table) if cell.results or cell.published])
     vanilla = next(row for row in rows if row["row"] == "Vanilla" and row["n"] == "5")
     cell = the_cell(table, ("Vanilla",), CIFAR)
     assert cell.summary is not None
@@ -300,7 +313,53 @@ def test_a_file_of_published_numbers_that_is_wrong_says_where(tmp_path: Path, te
         read_published(file)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("us,5,cifar100,moco,mixmask,knn,10,,top1,99.9", "published twice, as 68.4 (paper) and 99.9 (us)"),
+        ("us,77,cifar100,moco,mixmask,knn,10,,top1,99.9", "table '77': there is no such table"),
+    ],
+)
+def test_published_numbers_without_a_place_of_their_own_are_refused(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "more.csv"
+    file.write_text(f"{','.join(COLUMNS)}\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        choose("5", read_published(file))
+    assert words in str(caught.value)
+
+
+def test_a_pretraining_that_differs_in_more_than_the_mixture_takes_no_mark_away() -> None:
+    both = [
+        transfer(backbone(method="vanilla"), "knn", {"knn/top1": 60.0}),
+        transfer(backbone(method="mixmask"), "knn", {"knn/top1": 65.0}),
+    ]
+    better = transfer(backbone(method="mixmask", optimizer={"kind": "sgd", "lr": 0.5}), "knn", {"knn/top1": 70.0})
+    assert numbers(table_of(both, "5")) <= numbers(table_of([*both, better], "5"))
+    assert the_cell(table_of([*both, better], "5"), ("MixMask",), CIFAR).best
+
+
+def test_what_is_not_recorded_or_not_independent_is_said() -> None:
+    bare = transfer(backbone(), "knn", {"knn/top1": 50.0}).model_copy(update={"settings": {}, "recipe": {}})
+    assert "not recorded: k, temperature" in [text for _, text in table_of([bare], "5").footnotes]
+    first, second = (
+        backbone("imagenet1k", "mocov2", "mixmask", 200),
+        backbone("imagenet1k", "mocov2", "mixmask", 200, seed=1),
+    )
+    runs = [transfer(first, "detect_voc", {"bbox/AP": 57.0 + seed}, seed=seed) for seed in range(4)]
+    runs.append(transfer(second, "detect_voc", {"bbox/AP": 60.0}))
+    texts = [text for _, text in table_of(runs, "7").footnotes]
+    assert "5 runs on 2 backbones, which are not independent" in texts
+
+
+def test_names_that_read_like_numbers_have_an_order() -> None:
+    names = ["nan", "NaN x", "inf", "1e999", "3", "cifar"]
+    records = [transfer(backbone(name), "knn", {"knn/top1": 5.0}) for name in names]
+    one, two = table_of(records, "methods"), table_of(records[::-1], "methods")
+    assert one.columns == two.columns
+    assert [line.row for line in one.lines] == [line.row for line in two.lines]
+
+
 def test_unknown_tables_are_refused() -> None:
-    with pytest.raises(UserError, match="Valid: 1, 2, 3, 4, 5, semisup, 7, methods"):
+    with pytest.raises(UserError, match="Valid: 1, 2, 3, 4, 5, semisup, 7, 7-2x, methods"):
         choose("6", ())
     assert methods_by_protocols().id == "methods"
