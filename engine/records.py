@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from engine.provenance import code
 from engine.storage import RunDirectory, write_text
 
 SCHEMA = 2
+LARGEST = 1e100
+SCALARS = (str, int, float, bool, type(None))
 
 Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random", "unknown"]
 
@@ -45,7 +48,7 @@ class Record(BaseModel):
     fingerprint: str
     parent: str | None = None
     pretrain_dataset: str | None = None
-    pretrain_epochs: float | None = None
+    pretrain_epochs: float | None = Field(None, ge=0, allow_inf_nan=False)
     pretrain_seed: int | None = None
     lineage: str = ""
     protocol_fingerprint: str = ""
@@ -56,7 +59,15 @@ class Record(BaseModel):
     expected: Expectations = ()
     data: dict[str, Any] = {}
     environment: dict[str, Any]
-    seconds: float
+    seconds: float = Field(allow_inf_nan=False)
+
+    @field_validator("protocol")
+    @classmethod
+    def _named(cls, protocol: str) -> str:
+        share = protocol.removeprefix("semisup_")
+        if share != protocol and not re.fullmatch(r"\d+(\.\d+)?", share):
+            raise ValueError(f"{protocol}: semisup_ and a percentage was expected")
+        return protocol
 
     @field_validator("metrics")
     @classmethod
@@ -64,7 +75,29 @@ class Record(BaseModel):
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"metrics that are not finite numbers: {', '.join(bad)}")
+        huge = [name for name, value in metrics.items() if abs(value) > LARGEST]
+        if huge:
+            raise ValueError(f"metrics beyond {LARGEST:g}: {', '.join(huge)}")
         return metrics
+
+    @field_validator("recipe", "pretraining")
+    @classmethod
+    def _shaped(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        """What others rely on: parts are mappings, and what is counted or measured is a number."""
+        for part in ("mix", "backbone", "framework", "optimizer", "data"):
+            if part == "backbone" and isinstance(recipe.get(part), str):
+                continue
+            if recipe.get(part) is not None and not isinstance(recipe[part], dict):
+                raise ValueError(f"{part} is {type(recipe[part]).__name__}, a mapping was expected")
+        for key, value in (recipe.get("mix") or {}).items():
+            if not isinstance(value, SCALARS) and not (
+                isinstance(value, list) and all(isinstance(one, SCALARS) for one in value)
+            ):
+                raise ValueError(f"mix.{key} is {type(value).__name__}")
+        ratio = (recipe.get("mix") or {}).get("ratio")
+        if isinstance(ratio, list) and not all(isinstance(bound, int | float) for bound in ratio):
+            raise ValueError(f"mix.ratio is {ratio!r}")
+        return recipe
 
     def write(self, path: Path) -> None:
         """Write the record whole or not at all."""
@@ -77,10 +110,13 @@ class Record(BaseModel):
         Raises:
             ValueError: If the file is truncated, is not a record, or is of a newer schema.
         """
+        content = path.read_bytes()
         try:
-            document = json.loads(path.read_bytes())
+            document = json.loads(content)
         except json.JSONDecodeError as error:
             raise ValueError(f"truncated or not JSON: {error}") from None
+        if b"\\ud" in content.lower():  # half a character, which no file can be written with
+            json.dumps(document, ensure_ascii=False).encode()
         if not isinstance(document, dict):
             raise ValueError(f"not a record: a JSON {type(document).__name__}")
         try:

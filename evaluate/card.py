@@ -17,9 +17,10 @@ from evaluate.paper import METRICS, name, protocol_name
 from evaluate.render import escape_markdown, printable
 from evaluate.report import reproduce
 from evaluate.results import Result, results_of
-from evaluate.statistics import summarize
+from evaluate.statistics import FEW_SEEDS, summarize
 
 LICENSES = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
+ARCH = re.compile(r"^(timm/)?[A-Za-z0-9_.]+$")
 CITED = ("mixmask", "mixmask+unmix")
 CITATION = """@article{vishniakov2022mixmask,
   title   = {MixMask: Revisiting Masking Strategy for Siamese ConvNets},
@@ -34,7 +35,7 @@ def write_card(run: Path, runs: Path | None, license: str) -> str:
 
     Args:
         run: The folder of a finished pretraining run.
-        runs: Where transfer runs of it are looked for; by default the folder of runs it lies in.
+        runs: Where transfer runs of it are looked for; by default beside it, where it lies in a folder of runs.
         license: As hubs name them, such as ``mit`` or ``cc-by-nc-4.0``; ``unknown`` if nobody has said.
 
     Raises:
@@ -51,8 +52,10 @@ def write_card(run: Path, runs: Path | None, license: str) -> str:
         raise UserError(
             f"{run}: a transfer run; a card is for the backbone of a pretraining run ({found.record.parent})"
         )
-    place = runs if runs is not None else run.resolve().parent.parent
-    return render_card(found, collect(place), license)
+    if runs is None:
+        place = run.resolve()
+        runs = place.parent.parent if place.parent.name == "pretrain" else place
+    return render_card(found, collect(runs), license)
 
 
 def render_card(run: Run, collection: Collection, license: str) -> str:
@@ -74,7 +77,12 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
     )
     environment.filters["md"] = lambda value: escape_markdown(str(value))
     recipe = record.recipe or _recipe_file(run.path / "recipe.yaml")
-    backbone = recipe.get("backbone", {})
+    backbone = recipe.get("backbone")
+    backbone = backbone if isinstance(backbone, dict) else {}
+    if not ARCH.match(record.arch):
+        raise UserError(
+            f"{run.path}: its record names no architecture that code could name ({printable(record.arch)!r})"
+        )
     training = flat(
         {key: value for key, value in recipe.items() if key not in ("data", "augment", "monitor", "backbone")}
     )
@@ -100,7 +108,8 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
             ("license", license),
         ],
         results=_table(pools),
-        data=f"{escape_markdown(name(record.dataset))}, training split (listing {record.data.get('train', '?')}); "
+        data=f"{escape_markdown(name(record.dataset))}, training split "
+        f"(listing {escape_markdown(str(record.data.get('train', '?')))}); "
         "the labels were not used.",
         training=[(key, "none" if value is None else value) for key, value in training.items()],
         recipe=_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
@@ -141,6 +150,8 @@ def _table(pools: Sequence[Sequence[Result]]) -> str:
         value = f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
         settings = ", ".join(f"{key} {setting}" for key, setting in record.settings.items() if setting is not None)
         label = METRICS.get(pool[0].metric, "top-1")
+        if record.protocol == "detect_voc" and summary.n < FEW_SEEDS:
+            value += f" (fewer than {FEW_SEEDS} runs)"
         cells = (protocol_name(record.protocol), name(record.dataset), label, value, summary.n, settings)
         lines.append("| " + " | ".join(escape_markdown(str(cell)) for cell in cells) + " |")
     return "\n".join(lines) if pools else ""

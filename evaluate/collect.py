@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,16 +82,34 @@ class Collection:
     @property
     def distinct(self) -> tuple[Run, ...]:
         """The runs, each piece of work once: a copied folder, or the same work under two names, counts once."""
-        first: dict[tuple[str, str], Run] = {}
-        for run in self.runs:
-            first.setdefault((run.record.stage, run.record.fingerprint), run)
-        return tuple(first.values())
+        found: dict[tuple[str, str], Run] = {}
+        for run in sorted(self.runs, key=_content):
+            found.setdefault((run.record.stage, run.record.fingerprint), run)
+        kept = {id(run) for run in found.values()}
+        return tuple(run for run in self.runs if id(run) in kept)
+
+    @property
+    def contradictions(self) -> tuple[str, ...]:
+        """Records of one fingerprint with different numbers; `distinct` takes the one that sorts first."""
+        numbers: dict[tuple[str, str], Run] = {}
+        found = []
+        for run in sorted(self.runs, key=_content):
+            other = numbers.setdefault((run.record.stage, run.record.fingerprint), run)
+            if other.record.metrics != run.record.metrics:
+                found.append(f"left out {run.path}: other numbers than {other.path}, which says it is the same run")
+        return tuple(found)
 
     def remarks(self, most: int = 10) -> str:
         """What was left out, one file to a line; empty if nothing was."""
         lines = [f"left out {path}: {reason}" for path, reason in self.damaged]
+        lines += self.contradictions
         lines += [f"unfinished: {path}" for path in self.unfinished]
         return listed(lines, most) if lines else ""
+
+
+def _content(run: Run) -> tuple[str, str]:
+    """An order that does not depend on where a run lies."""
+    return json.dumps(run.record.metrics, sort_keys=True), run.record.name
 
 
 def collect(folder: Path) -> Collection:
@@ -165,12 +184,12 @@ def row(run: Run, per_class: bool = False) -> dict[str, Any]:
     pretraining = record.recipe if record.stage == "pretrain" else record.pretraining
     recipe = record.recipe if record.stage == "transfer" else {}
     return {
+        **{name: value for name, value in record.metrics.items() if per_class or name.count("/") < 2},
         "run": str(run.path),
         **own,
         **ablation(record),
-        "engine": record.settings.get("engine"),
-        **{name: environment.get(name) for name in ("device", "world_size", "torch", "git_commit")},
-        **{name: value for name, value in record.metrics.items() if per_class or name.count("/") < 2},
+        **flat({"engine": record.settings.get("engine")}),
+        **flat({name: environment.get(name) for name in ("device", "world_size", "torch", "git_commit")}),
         **flat(record.settings, "setting."),
         **flat(recipe, "recipe."),
         **flat(pretraining, "pretrain."),
@@ -204,7 +223,7 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
     try:
         fits = table.eval(query, engine="python", local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
-        raise UserError(f"--query {query!r}: {error}. Columns: {', '.join(map(str, table.columns))}") from None
+        raise UserError(f"--query {query!r}: {error}. Columns: {_names(table)}") from None
     except Exception as error:  # pandas passes on whatever Python makes of the text
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _no_condition(table, query, reason) from None
@@ -213,10 +232,14 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
     return table[fits]
 
 
+def _names(table: pd.DataFrame) -> str:
+    return ", ".join(name if name.isprintable() else repr(name) for name in map(str, table.columns))
+
+
 def _no_condition(table: pd.DataFrame, query: str, reason: str) -> UserError:
     return UserError(
         f"--query {query!r}: not a condition on the columns ({reason}). For example \"dataset == 'cifar100'\"; a name with "
-        f"a dot or a slash stands in backticks. Columns: {', '.join(map(str, table.columns))}"
+        f"a dot or a slash stands in backticks. Columns: {_names(table)}"
     )
 
 
@@ -229,14 +252,16 @@ def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or bool(pd.isna(value))
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:
     """The frame as a Parquet file; columns of mixed types become text."""
     plain = table.copy()
     for name in plain.columns:
-        kinds = {type(value) for value in plain[name] if not _is_empty(value)}
-        if len(kinds - {int, float}) > (0 if kinds & {int, float} else 1):
+        values = [value for value in plain[name] if not _is_empty(value)]
+        kinds = {type(value) for value in values}
+        mixed = len(kinds - {int, float}) > (0 if kinds & {int, float} else 1)
+        if mixed or any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
             plain[name] = [None if _is_empty(value) else str(value) for value in plain[name]]
     write_atomic(path, lambda file: plain.to_parquet(file, index=False))

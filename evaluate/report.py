@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_page), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters |= {"p": lambda text: printable(str(text)), "id": run_id}
     return environment.get_template("report.html.j2").render(
         title=f"Transfer results: {printable(collection.folder.resolve().name)}",
         summary=f"{len(runs) - num_transfers} pretraining and {num_transfers} transfer runs, finished"
@@ -86,6 +89,14 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
     )
 
 
+def run_id(run: Run) -> str:
+    """A run's place on the page: its fingerprint, or a digest of one that is no plain word."""
+    fingerprint = run.record.fingerprint
+    plain = re.fullmatch(r"[A-Za-z0-9_-]{1,40}", fingerprint) is not None
+    word = fingerprint if plain else hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return f"run-{'' if run.record.stage == 'transfer' else 'p-'}{word}"
+
+
 def _page(file: str) -> str:
     return resources.files("evaluate").joinpath("page", file).read_text(encoding="utf-8")
 
@@ -98,11 +109,10 @@ def _sources(tables: Sequence[Table]) -> str:
 def _linked(cell: Cell, text: str) -> str:
     """A cell's number as a link to its run, or as the list of its runs."""
     links = [
-        f'<a href="#run-{quote(result.run.record.fingerprint)}">{_seeds(result.seeds)}: {result.value:.2f}</a>'
-        for result in cell.results
+        f'<a href="#{run_id(result.run)}">{_seeds(result.seeds)}: {result.value:.2f}</a>' for result in cell.results
     ]
     if len(links) == 1:
-        return f'<a href="#run-{quote(cell.results[0].run.record.fingerprint)}">{text}</a>'
+        return f'<a href="#{run_id(cell.results[0].run)}">{text}</a>'
     return f'<details class="runs"><summary>{text}</summary>{"".join(links)}</details>'
 
 
@@ -118,17 +128,17 @@ def _drawn(plot: Plot) -> dict[str, str]:
 
 def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     """Every run with all that its page shows."""
-    known = {run.record.fingerprint for run in runs if run.record.stage == "pretrain"}
+    known = {run.record.fingerprint: run_id(run) for run in runs if run.record.stage == "pretrain"}
     children: dict[str, list[dict[str, str]]] = {}
     for run in runs:
         if run.record.parent:
-            child = {"id": run.record.fingerprint, "name": printable(run.record.name)}
+            child = {"id": run_id(run), "name": printable(run.record.name)}
             children.setdefault(run.record.parent, []).append(child)
     order = sorted(runs, key=lambda run: (run.record.stage, run.record.name, run.record.seed, run.record.fingerprint))
     return [_described(run, out, known, children.get(run.record.fingerprint, [])) for run in order]
 
 
-def _described(run: Run, out: Path, known: set[str], children: list[dict[str, str]]) -> dict[str, Any]:
+def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dict[str, str]]) -> dict[str, Any]:
     record = run.record
     headline, order = "", None
     for metric in (*headlines(record.protocol), "knn/top1", "loss"):
@@ -144,15 +154,17 @@ def _described(run: Run, out: Path, known: set[str], children: list[dict[str, st
         name(record.method),
     )
     return {
-        "id": quote(record.fingerprint),
+        "id": run_id(run),
+        "fingerprint": printable(record.fingerprint),
         "name": printable(record.name),
         "columns": [printable(text) for text in columns],
         "epochs": record.pretrain_epochs,
         "seed": record.seed,
         "headline": printable(headline),
         "order": order,
-        "parent": quote(record.parent or ""),
+        "parent": printable(record.parent or ""),
         "parent_known": record.parent in known,
+        "parent_id": known.get(record.parent or "", ""),
         "children": children if record.stage == "pretrain" else [],
         "command": reproduce(run),
         "path": printable(str(run.path)),

@@ -6,6 +6,7 @@ one message and exit code 2, a failed run with exit code 1.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -315,6 +316,9 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the console command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ± shows its code, and nothing is lost
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

@@ -10,7 +10,7 @@ from engine.records import Record
 from engine.storage import RunDirectory, write_text
 from evaluate.collect import Collection, Run
 from evaluate.paper import choose
-from evaluate.render import render_all
+from evaluate.render import escape_markdown, render_all
 from evaluate.report import write_report
 from evaluate.results import results_of
 from evaluate.tables import build
@@ -81,7 +81,7 @@ def _why(cell: LaunchedCell, launch: Launch) -> str:
         return "never started"
     last = lines[-1]
     if last["event"] == "failed":
-        return str(last.get("message") or "failed").splitlines()[0]
+        return escape_markdown(str(last.get("message") or "failed").splitlines()[0])
     if last["event"] == "started":
         return f"job {last['job']} ended without a word, as if killed"
     return f"{last['event']} (job {last['job']})"

@@ -129,3 +129,18 @@ def test_detectors_are_compared_by_their_matches(tmp_path: Path) -> None:
 def test_collections_from_disk_are_compared(tmp_path: Path) -> None:
     lab = collect(write(laboratory(), tmp_path))
     assert compare(chosen(lab, "unmix"), chosen(lab, "vanilla"))
+
+
+def test_a_recipe_in_both_groups_is_refused() -> None:
+    records = [transfer(backbone(seed=seed), "knn", {"knn/top1": 70.0 + 10 * seed}) for seed in range(4)]
+    records += [transfer(backbone(method="vanilla", seed=seed), "knn", {"knn/top1": 50.0 + seed}) for seed in range(4)]
+    lab = collection(records)
+    second = chosen(lab, "method == 'vanilla' or pretrain_seed >= 2")
+    with pytest.raises(UserError, match="both groups have runs of one backbone recipe"):
+        compare(chosen(lab, "method == 'mixmask' and pretrain_seed < 2"), second)
+
+
+def test_another_metric_is_named() -> None:
+    lab = collection(laboratory())
+    (found,) = compare(chosen(lab, "mixmask"), chosen(lab, "vanilla"), ["linear/top5"])
+    assert found.what == "ImageNet-1K, linear, top-5"

@@ -155,3 +155,12 @@ def test_the_projects_own_recipes_are_the_papers(data: str, framework: str, meas
     assert cell.published is not None, table.footnotes
     assert cell.published.value == recipe.expected[0].value
     assert all(text.startswith("the publication does not state") for _, text in table.footnotes)
+
+
+def test_a_run_that_was_measured_otherwise_proves_nothing() -> None:
+    of = backbone().model_copy(update={"expected": (expecting(68.4, 0.5),)})
+    usual = transfer(of, "knn", {"knn/top1": 68.3})
+    other = transfer(of, "knn", {"knn/top1": 61.0}, k=20)
+    checks = verify(collection(of, usual, other))
+    assert [check.reproduced for check in checks] == [True, None]
+    assert "k 20 (published: 200)" in checks[1].words()

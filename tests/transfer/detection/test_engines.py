@@ -46,7 +46,8 @@ def test_a_run_keeps_what_it_found_and_learnt(
     assert 0 <= record.metrics["bbox/AP"] <= record.metrics["bbox/AP50"] <= 100
     assert any(name.startswith("bbox/AP/") for name in record.metrics)
     assert {path.name for path in ready.run.path.iterdir()} == {
-        "recipe.yaml", "log.jsonl", "record.json", "detections.json.gz", "detector.pth"
+        "recipe.yaml", "log.jsonl", "record.json", "detections.json.gz", "detector.pth", "detections.jpg",
+        "matches_bbox.npz", *(["matches_segm.npz"] if kind == "coco" else []),
     }  # fmt: skip
     lines = [json.loads(line) for line in ready.run.log_file.read_text().splitlines()]
     names = {"step", "loss", "rpn_objectness", "rpn_box", "roi_class", "roi_box", "lr", "images_per_second"}
