@@ -14,7 +14,7 @@ from engine.errors import DataError, UserError
 from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
 from evaluate.average_precision import THRESHOLDS, compare_detectors
 from evaluate.collect import Collection, Run, collect, frame, select
-from evaluate.paper import METHODS, METRICS, metric_name, name, protocol_name
+from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name
 from evaluate.results import Result, of_backbone, results_of, telling_keys
 from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
 

@@ -7,47 +7,11 @@ from typing import Any
 
 from engine.errors import UserError
 from evaluate.collect import ABLATED
+from evaluate.names import METHODS, METRICS, NAMES, epochs_name, name, percent_name, protocol_name, setting_name
 from evaluate.published import Published, of_the_paper, stated
 from evaluate.results import DETECTION, Result
 from evaluate.tables import Key, Layout, Place
 
-NAMES = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "tiny_imagenet": "Tiny-ImageNet",
-    "imagenet1k": "ImageNet-1K",
-    "voc2007": "VOC 2007",
-    "coco2017": "COCO 2017",
-    "moco": "MoCo",
-    "mocov2": "MoCo v2",
-    "simsiam": "SimSiam",
-    "byol": "BYOL",
-    "simclr": "SimCLR",
-    "swav": "SwAV",
-    "barlowtwins": "Barlow Twins",
-    "vanilla": "Vanilla",
-    "unmix": "Un-Mix",
-    "mixmask": "MixMask",
-    "mixmask+unmix": "MixMask + Un-Mix",
-    "mscn": "MSCN",
-    "random": "Random",
-    "knn": "kNN",
-    "grid_size": "Grid size",
-    "mask": "Masking strategy",
-    "mask_ratio": "Masking ratio",
-    "switch": "Switch mixture",
-    "permutation": "Permutations",
-    "unmix_prob": "Un-Mix probability",
-}
-METRICS = {
-    "bbox/AP": "box AP",
-    "bbox/AP50": "box AP50",
-    "bbox/AP75": "box AP75",
-    "segm/AP": "mask AP",
-    "segm/AP50": "mask AP50",
-    "segm/AP75": "mask AP75",
-}
-METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
 TABLE_1 = ("grid_size", "mask", "mask_ratio", "switch")
 ABLATIONS = "Runs that vary the mask, the permutation or Un-Mix's probability stand in tables 1 to 3."
 
@@ -55,39 +19,6 @@ ORDER = {NAMES.get(method, method): number for number, method in enumerate(METHO
 
 Dims = Mapping[str, Any]
 Label = Callable[[Dims], Key]
-
-
-def name(value: Any) -> str:
-    """A data set, framework or method as the paper writes it."""
-    return "?" if value is None else NAMES.get(str(value), str(value))
-
-
-def _percent(protocol: str) -> str:
-    return f"{protocol.removeprefix('semisup_')} % of labels"
-
-
-def _epochs(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.10g}"
-
-
-def _setting(key: str, value: Any) -> str:
-    if key == "grid_size":
-        return f"{value} × {value}"
-    if key == "switch":
-        return "yes" if value in (True, "true") else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def metric_name(metric: str) -> str:
-    """A metric in words: ``top-1``, ``box AP50``."""
-    return METRICS.get(metric, metric.split("/")[-1].replace("top", "top-"))
-
-
-def protocol_name(protocol: str) -> str:
-    """A protocol in words."""
-    if protocol.startswith("semisup_"):
-        return _percent(protocol)
-    return {"detect_voc": "detection", "detect_coco": "detection", "knn": "kNN"}.get(protocol, protocol)
 
 
 def _of(number: Published) -> dict[str, Any]:
@@ -183,7 +114,7 @@ def table_1(published: Sequence[Published]) -> Layout:
     """Masks: one key of the default varied at a time; the default stands in every section."""
 
     def row(key: str, dims: Dims) -> Key:
-        return name(key), _setting(key, dims[key])
+        return name(key), setting_name(key, dims[key])
 
     placed = [
         ((row(number.setting[0], _of(number)), _measured(_of(number))), number)
@@ -219,7 +150,7 @@ def _varied(id: str, title: str, key: str, published: Sequence[Published], notes
         title,
         (name(key).lower(),),
         belongs,
-        lambda dims: (_setting(key, _number(dims[key])),),
+        lambda dims: (setting_name(key, _number(dims[key])),),
         _measured,
         published,
         (id,),
@@ -255,7 +186,7 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             ("framework", "method"),
             _table_4,
             _method_row,
-            lambda dims: (name(dims["dataset"]), f"{_epochs(dims['pretrain_epochs'])} epochs"),
+            lambda dims: (name(dims["dataset"]), f"{epochs_name(dims['pretrain_epochs'])} epochs"),
             numbers,
             ("4",),
             said=("pretrain.epochs",),
@@ -278,7 +209,7 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             ("framework", "method"),
             lambda dims: dims["protocol"].startswith("semisup_") and dims["metric"] == "semisup/top1",
             _method_row,
-            lambda dims: (name(dims["dataset"]), _percent(dims["protocol"])),
+            lambda dims: (name(dims["dataset"]), percent_name(dims["protocol"])),
             numbers,
             ("semisup",),
             notes=unpublished,
@@ -342,7 +273,7 @@ def methods_by_protocols() -> Layout:
             name(dims["framework"]),
             name(dims["method"]),
             dims["arch"],
-            _epochs(dims["pretrain_epochs"]),
+            epochs_name(dims["pretrain_epochs"]),
         )
 
     def column(dims: Dims) -> Key:

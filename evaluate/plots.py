@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from engine.storage import write_atomic
 from evaluate.collect import Run
-from evaluate.paper import METHODS, METRICS, name, protocol_name
+from evaluate.drawing import STYLES, Plot, errorbars, finished_plot, legend, panels, short
+from evaluate.names import METHODS, METRICS, name, protocol_name
 from evaluate.published import Published, stated
 from evaluate.results import DETECTION, Result, results_of, telling_keys
 from evaluate.statistics import summarize
 
-# Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
-STYLES: dict[str, tuple[str, str, str]] = {
-    "random": ("#3a3a3a", "x", ":"),
-    "vanilla": ("#0072b2", "o", "-"),
-    "mscn": ("#e69f00", "v", "-."),
-    "unmix": ("#009e73", "s", "--"),
-    "mixmask": ("#d55e00", "D", "-"),
-    "mixmask+unmix": ("#cc79a7", "^", "--"),
-    "unknown": ("#56b4e9", "P", ":"),
-}
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 DIAGNOSTICS = (
     "step",
@@ -50,39 +36,6 @@ DIAGNOSTICS = (
 )
 LARGEST = 1e12  # what is larger is damage
 MOST_LINES = 12  # in one panel: more cannot be told apart
-
-
-@dataclass(frozen=True, eq=False)
-class Plot:
-    """A figure, the file's name without suffix, what it shows, and a text for those who do not see it."""
-
-    id: str
-    title: str
-    figure: Figure
-    text: str
-
-    def render(self, form: Literal["png", "svg"]) -> bytes:
-        """The same bytes for the same runs."""
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
-            self.figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-        return buffer.getvalue()
-
-
-def write_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
-    """Every plot as PNG and as SVG."""
-    written = []
-    for plot in plots:
-        for form in ("png", "svg"):
-            payload = plot.render("png" if form == "png" else "svg")
-            path = folder / f"{plot.id}.{form}"
-            write_atomic(path, partial(_write, payload))
-            written.append(path)
-    return written
-
-
-def _write(payload: bytes, file: BinaryIO) -> None:
-    file.write(payload)
 
 
 def plots_of(runs: Sequence[Run], published: Sequence[Published] = ()) -> list[Plot]:
@@ -150,7 +103,7 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
         if not shown:
             continue
         columns = min(3, len(shown))
-        figure, axes = _figure(columns, -(-len(shown) // columns))
+        figure, axes = panels(columns, -(-len(shown) // columns))
         labels = _labels(own)
         for panel, key in zip(axes, shown):
             for run in own[:MOST_LINES]:
@@ -164,11 +117,11 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
                            marker=marker, markevery=every, ms=4)  # fmt: skip
             panel.set_title(f"{key.split('/')[0]} top-1 (%)" if key.endswith("top1") else key, fontsize=9)
             panel.set_xlabel("epochs")
-        _legend(figure, axes[0])
+        legend(figure, axes[0])
         title = f"Training of {name(framework)} on {name(dataset)}"
         left = f" ({MOST_LINES} of {len(own)} runs)" if len(own) > MOST_LINES else ""
         text = f"{', '.join(shown)} over epochs, for {', '.join(labels[run] for run in own[:MOST_LINES])}{left}."
-        plots.append(_plot(f"training-{dataset}-{framework}", title + left, figure, text))
+        plots.append(finished_plot(f"training-{dataset}-{framework}", title + left, figure, text))
     return plots
 
 
@@ -242,26 +195,28 @@ def budgets(results: Sequence[Result]) -> list[Plot]:
     for (dataset, protocol), own in _grouped(
         accuracies, lambda r: (r.run.record.dataset, r.run.record.protocol)
     ).items():
-        panels = {}
+        frameworks = {}
         for framework, there in _grouped(own, lambda r: r.run.record.framework).items():
             lines = _grouped(there, lambda r: _family(r, BUDGET))
             kept = {key: line for key, line in lines.items() if len({r.run.record.pretrain_epochs for r in line}) > 1}
             if kept:
-                panels[framework] = kept
-        if not panels:
+                frameworks[framework] = kept
+        if not frameworks:
             continue
-        figure, axes = _figure(min(3, len(panels)), -(-len(panels) // 3))
-        for panel, (framework, lines) in zip(axes, panels.items()):
+        figure, axes = panels(min(3, len(frameworks)), -(-len(frameworks) // 3))
+        for panel, (framework, lines) in zip(axes, frameworks.items()):
             for label, line in _labelled(lines):
                 points = sorted(_points(line, lambda r: r.run.record.pretrain_epochs))
-                _errorbars(panel, points, line[0].run.record.method, label)
+                errorbars(panel, points, line[0].run.record.method, label)
             panel.set_title(name(framework), fontsize=9)
             panel.set_xlabel("epochs of pretraining")
             panel.set_ylabel("top-1 (%)")
-        _legend(figure, *axes)
+        legend(figure, *axes)
         title = f"Training budget: {name(dataset)}, {protocol_name(protocol)}"
         plots.append(
-            _plot(f"budget-{dataset}-{protocol}", title, figure, f"Top-1 over epochs, {', '.join(map(name, panels))}.")
+            finished_plot(
+                f"budget-{dataset}-{protocol}", title, figure, f"Top-1 over epochs, {', '.join(map(name, frameworks))}."
+            )
         )
     return plots
 
@@ -296,20 +251,20 @@ def _ablation(results: Sequence[Result], published: Sequence[Published], key: st
             and faithful
         }
         order = sorted({str(r.dims[key]) for line in lines.values() for r in line} | {*theirs}, key=_numeric)
-        figure, (panel, *_) = _figure(1, 1)
+        figure, (panel, *_) = panels(1, 1)
         for text, line in _labelled(lines):
             points = sorted(_points(line, lambda r: order.index(str(r.dims[key]))))  # noqa: B023
-            _errorbars(panel, points, "mixmask", text)
+            errorbars(panel, points, "mixmask", text)
         if theirs:
             at = sorted(order.index(value) for value in theirs)
             panel.plot(at, [theirs[order[n]] for n in at], "x:", color="#333333", ms=6, label="published")
         panel.set_xticks(range(len(order)), order, rotation=20 if key == "mask_ratio" else 0)
         panel.set_xlabel(label)
         panel.set_ylabel("top-1 (%)")
-        _legend(figure, panel)
+        legend(figure, panel)
         dataset, framework, protocol = place
         title = f"{name(key)}: {name(dataset)}, {name(framework)}, {protocol_name(protocol)}"
-        plots.append(_plot("-".join((key, *place)), title, figure, f"Top-1 for {', '.join(order)}."))
+        plots.append(finished_plot("-".join((key, *place)), title, figure, f"Top-1 for {', '.join(order)}."))
     return plots
 
 
@@ -328,9 +283,9 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
         lines = _grouped(own, lambda r: _family(r, LABELS))
         if not any(len({_share(r) for r in line}) > 1 for line in lines.values()):
             continue
-        figure, (panel, *_) = _figure(1, 1)
+        figure, (panel, *_) = panels(1, 1)
         for label, line in _labelled(lines, with_framework=True):
-            _errorbars(panel, sorted(_points(line, _share)), line[0].run.record.method, label)
+            errorbars(panel, sorted(_points(line, _share)), line[0].run.record.method, label)
         ticks = sorted({_share(r) for r in own})
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(FixedLocator(ticks))
@@ -338,9 +293,11 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
         panel.set_xticklabels([f"{tick:g}" for tick in ticks])
         panel.set_xlabel("labels used (%)")
         panel.set_ylabel("top-1 (%)")
-        _legend(figure, panel)
+        legend(figure, panel)
         plots.append(
-            _plot(f"labels-{dataset}", f"Label efficiency: {name(dataset)}", figure, "Top-1 over the share of labels.")
+            finished_plot(
+                f"labels-{dataset}", f"Label efficiency: {name(dataset)}", figure, "Top-1 over the share of labels."
+            )
         )
     return plots
 
@@ -357,7 +314,7 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
     for (dataset, protocol, recipe), own in measured.items():
         bars = _grouped(own, lambda r: r.pool[:5])
         metrics = [metric for metric in DETECTION if any(r.metric == metric for r in own)]
-        figure, (panel, *_) = _figure(1, 1, width=max(5.0, 0.35 * len(metrics) * (len(bars) + 1)))
+        figure, (panel, *_) = panels(1, 1, width=max(5.0, 0.35 * len(metrics) * (len(bars) + 1)))
         for number, (pool, there) in enumerate(
             sorted(bars.items(), key=lambda item: (METHODS.index(item[0][2]), item[0]))
         ):
@@ -392,13 +349,13 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
         panel.set_xticks(range(len(metrics)), [METRICS[metric] for metric in metrics], fontsize=8)
         panel.set_ylabel("average precision (%)")
         panel.margins(y=0.14)
-        _legend(figure, panel)
+        legend(figure, panel)
         same = sum(1 for other in measured if other[:2] == (dataset, protocol)) > 1
         settings = own[0].run.record.settings
         which = f", {settings.get('engine')}, {settings.get('iterations')} iterations" if same else ""
         title = f"Detection: {name(dataset)}{which}"
         text = f"Box and mask average precision of {len(bars)} backbones; lines are standard deviations over runs."
-        plots.append(_plot(f"ap-{dataset}-{recipe[:8]}" if same else f"ap-{dataset}", title, figure, text))
+        plots.append(finished_plot(f"ap-{dataset}-{recipe[:8]}" if same else f"ap-{dataset}", title, figure, text))
     return plots
 
 
@@ -416,73 +373,23 @@ def throughput(runs: Sequence[Run]) -> list[Plot]:
         return name(record.dataset), name(record.framework), record.arch, where, record.method
 
     rows = sorted(_grouped(measured, what).items(), key=lambda item: (item[0][:4], METHODS.index(item[0][4])))
-    figure, (panel, *_) = _figure(1, 1, width=7.5, height=0.8 + 0.32 * len(rows))
+    figure, (panel, *_) = panels(1, 1, width=7.5, height=0.8 + 0.32 * len(rows))
     for number, (key, own) in enumerate(rows):
         summary = summarize([run.record.metrics[rate] for run in own])
         panel.barh(-number, summary.mean, xerr=summary.std or math.nan, color=STYLES[key[4]][0], capsize=2, height=0.7)
         panel.text(summary.mean, -number, f" {summary.mean:,.0f}", va="center", fontsize=7)
     names = [f"{name(key[4])}: {', '.join(key[:3])} ({key[3]})" for key, _ in rows]
-    panel.set_yticks([-n for n in range(len(rows))], [_short(text, 90) for text in names], fontsize=7)
+    panel.set_yticks([-n for n in range(len(rows))], [short(text, 90) for text in names], fontsize=7)
     panel.set_xlabel("images per second")
     panel.margins(x=0.12)
-    return [_plot("throughput", "Throughput of pretraining", figure, f"Images per second of {len(rows)} kinds of run.")]
+    return [
+        finished_plot(
+            "throughput", "Throughput of pretraining", figure, f"Images per second of {len(rows)} kinds of run."
+        )
+    ]
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    across = width if columns == 1 else 3.4 * columns
-    figure = Figure(figsize=(across, height if rows == 1 else 2.8 * rows), layout="constrained")
-    axes = [panel for line in figure.subplots(rows, columns, squeeze=False) for panel in line]
-    for panel in axes:
-        panel.grid(alpha=0.3, lw=0.5)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _errorbars(
-    panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str | None = None
-) -> None:
-    colour, marker, dash = STYLES[method]
-    panel.errorbar(
-        [at for at, *_ in points],
-        [mean for _, mean, *_ in points],
-        yerr=[std for _, _, std, _ in points],
-        fmt=marker + dash,
-        color=colour,
-        capsize=2,
-        ms=5,
-        lw=1.3,
-        label=_short(label or name(method), 60),
-    )
-
-
-def _legend(figure: Figure, *axes: Axes) -> None:
-    """One legend under the figure, each label once; panels without a line go."""
-    entries: dict[str, Any] = {}
-    for panel in axes:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    for panel in figure.axes:
-        if not panel.has_data():
-            panel.set_visible(False)
-    if entries:
-        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=2, fontsize=7, frameon=False)
-
-
-def _plot(id: str, title: str, figure: Figure, text: str) -> Plot:
-    figure.suptitle(_short(title, 90), fontsize=10)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # laid out once, so that every file of it is the same
-    safe = "".join(one if one.isascii() and (one.isalnum() or one in "-_.") else "-" for one in id)
-    return Plot(safe[:80], title, figure, text)
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+# --- grouping --------------------------------------------------------------------------------------------------------
 
 
 def _grouped(items: Any, key: Callable[[Any], Any]) -> dict[Any, list[Any]]:

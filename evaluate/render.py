@@ -8,7 +8,6 @@ import io
 import re
 import shutil
 import sys
-import unicodedata
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,14 +18,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from engine.errors import UserError
+from evaluate.latex import latex
 from evaluate.tables import Cell, Table
+from evaluate.wording import MARKS, MISSING, cell_text, numbers, printable, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}
 
-READING = "mean ± sample standard deviation (number of runs) [published, difference]"
-MARKS = "best", "cannot be told from the best (Welch's t-test, 5 %)"
-MISSING = "–"
 GAP = 2  # between columns in a terminal
 
 
@@ -43,27 +41,6 @@ def form_of(path_suffix: str) -> TableFormat:
     return SUFFIXES[path_suffix]
 
 
-def printable(text: str) -> str:
-    """A name from a record without line breaks, control and direction characters, which are shown as their codes."""
-    return "".join(
-        f"\\x{ord(one):02x}" if unicodedata.category(one) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else one
-        for one in text
-    )
-
-
-def numbers(cell: Cell) -> tuple[str, str]:
-    """A cell's own result and its published number with the difference, as plain text; either may be empty."""
-    summary = cell.summary
-    own = ""
-    if summary is not None:
-        spread = f" ± {summary.std:.1f}" if summary.std is not None else ""
-        own = f"{summary.mean:.1f}{spread} ({summary.n})"
-    if cell.published is None:
-        return own, ""
-    difference = f", {round(cell.difference, 1) + 0.0:+.1f}" if cell.difference is not None else ""  # no -0.0
-    return own, f"[{cell.published.value:.1f}{difference}]".replace("-", "−")
-
-
 def render(table: Table, form: TableFormat, width: int | None = None) -> str:
     """The table in a format, ending in a newline.
 
@@ -74,7 +51,7 @@ def render(table: Table, form: TableFormat, width: int | None = None) -> str:
     """
     if form == "term":
         return _term(table, width)
-    renderers: dict[str, Callable[[Table], str]] = {"md": _markdown, "latex": _latex, "csv": _csv, "html": html_table}
+    renderers: dict[str, Callable[[Table], str]] = {"md": _markdown, "latex": latex, "csv": _csv, "html": html_table}
     return renderers[form](table)
 
 
@@ -83,22 +60,6 @@ def render_all(tables: list[Table], form: TableFormat, width: int | None = None)
     if form == "csv":
         return _csv(*tables)
     return "\n".join(render(table, form, width) for table in tables)
-
-
-def _texts(cell: Cell | None, style: Callable[[str, Cell], str], escape: Callable[[str], str], sup: str) -> str:
-    if cell is None:
-        return ""
-    own, published = numbers(cell)
-    marked = style(escape(own), cell) if own else MISSING
-    marks = sup.format(",".join(cell.marks)) if cell.marks else ""
-    return " ".join(filter(None, (marked + marks, escape(published))))
-
-
-def _remarks(table: Table) -> list[str]:
-    lines = [f"Cells: {READING}. Published: {'; '.join(table.sources)}." if table.sources else f"Cells: {READING}."]
-    if any(cell.best for line in table.lines for cell in line.cells if cell):
-        lines.append("")  # the legend of the marks, which each format writes in its own way
-    return [*lines, *table.notes]
 
 
 def _stub(table: Table) -> list[list[str]]:
@@ -114,7 +75,7 @@ def _headings(table: Table, between: str) -> list[str]:
 
 
 def _term(table: Table, width: int | None) -> str:
-    def cell_text(cell: Cell | None) -> Text:
+    def shown_cell(cell: Cell | None) -> Text:
         if cell is None:
             return Text("")
         own, published = numbers(cell)
@@ -135,7 +96,7 @@ def _term(table: Table, width: int | None) -> str:
         [*map(Text, stub), Text(",".join(line.marks), style="cyan")] for line, stub in zip(table.lines, _stub(table))
     ]
     headings = [Text("\n".join(map(printable, column))) for column in table.columns]
-    cells = [[cell_text(cell) for cell in line.cells] for line in table.lines]
+    cells = [[shown_cell(cell) for cell in line.cells] for line in table.lines]
     widths = [max(map(_width, [headings[n], *(row[n] for row in cells)])) for n in range(len(headings))]
     stub_width = sum(
         max(map(_width, [Text(name), *(stub[n] for stub in stubs)])) + GAP for n, name in enumerate(stub_names)
@@ -156,10 +117,10 @@ def _term(table: Table, width: int | None) -> str:
                 shown.add_row(*stub[: len(stub_names)], *(row[n] for n in block))
         console.print(shown)
     legend = f"* {MARKS[0]}, ~ {MARKS[1]}"
-    remarks = [remark or legend for remark in _remarks(table)]
+    said = [remark or legend for remark in remarks(table)]
     for letter, text in table.footnotes:
         console.print(Text(f"{letter}  {printable(text)}"))
-    for remark in remarks:
+    for remark in said:
         console.print(Text(remark, style="dim"))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
@@ -203,98 +164,14 @@ def _markdown(table: Table) -> str:
         texts = [escape_markdown(text) for text in stub]
         if line.marks:
             texts[-1] += f" <sup>{','.join(line.marks)}</sup>"
-        rows.append([*texts, *(_texts(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
+        rows.append([*texts, *(cell_text(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
     headings = [*map(escape_markdown, table.row_names), *(escape_markdown(text) for text in _headings(table, " · "))]
     rule = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
     lines = [f"**{escape_markdown(_heading(table))}**", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (headings, rule, *rows)]
     foot = [f"<sup>{letter}</sup> {escape_markdown(text)}" for letter, text in table.footnotes]
-    foot += [escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in _remarks(table)]
+    foot += [escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in remarks(table)]
     return "\n".join([*lines, "", "  \n".join(foot)]) + "\n"
-
-
-# --- LaTeX -----------------------------------------------------------------------------------------------------------
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "[": "{[}",  # after the end of a row these two would be taken for its options
-    "*": "{*}",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "−": r"$-$",
-    "–": "--",
-    "…": r"\dots{}",
-}
-
-
-def _escape_latex(text: str) -> str:
-    """For pdfLaTeX: what its fonts have not is written as its code point."""
-
-    def one(letter: str) -> str:
-        if letter in LATEX:
-            return LATEX[letter]
-        plain = letter.isascii() or (letter.isalpha() and "\u00c0" <= letter <= "\u00ff" and letter not in "ÐðÞþ")
-        return letter if plain else f"{{[}}U+{ord(letter):04X}]"
-
-    return "".join(map(one, printable(text)))
-
-
-def _latex(table: Table) -> str:
-    def style(text: str, cell: Cell) -> str:
-        return rf"\textbf{{{text}}}" if cell.best else rf"\underline{{{text}}}" if cell.near_best else text
-
-    def heading(column: tuple[str, ...]) -> str:
-        levels = [_escape_latex(text) for text in column]
-        stacked = r" \\ ".join(levels)
-        return levels[0] if len(levels) == 1 else rf"\begin{{tabular}}{{@{{}}r@{{}}}}{stacked}\end{{tabular}}"
-
-    body = []
-    for line in table.lines:
-        texts = [_escape_latex(text) for text in line.row]
-        if line.marks:
-            texts[-1] += rf"\textsuperscript{{{','.join(line.marks)}}}"
-        superscript = r"\textsuperscript{{{}}}"
-        texts += [_texts(cell, style, _escape_latex, superscript).replace(MISSING, "--") for cell in line.cells]
-        body.append("  " + " & ".join(texts) + r" \\")
-    alignment = "l" * len(table.row_names) + "r" * len(table.columns)
-    headings = [*map(_escape_latex, table.row_names), *map(heading, table.columns)]
-    foot = [rf"\textsuperscript{{{letter}}} {_escape_latex(text)}" for letter, text in table.footnotes]
-    legend = rf"\textbf{{{MARKS[0]}}}, \underline{{{_escape_latex(MARKS[1])}}}."
-    foot += [_escape_latex(remark) if remark else legend for remark in _remarks(table)]
-    return "\n".join(
-        [
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"  \centering\small",
-            rf"  \caption{{{_escape_latex(table.title)}}}",
-            rf"  \begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
-            r"  \toprule",
-            "  " + " & ".join(headings) + r" \\",
-            r"  \midrule",
-            *body,
-            r"  \bottomrule",
-            r"  \end{tabular}",
-            "",
-            r"  \raggedright\footnotesize",
-            *(f"  {text} \\par" for text in foot),
-            r"\end{table}",
-            "",
-        ]
-    )
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -393,7 +270,7 @@ def html_table(table: Table, link: Callable[[Cell, str], str] = lambda cell, tex
         rows.append("<tr>" + "".join([*texts, *map(cell_html, line.cells)]) + "</tr>")
     foot = [f"<sup>{letter}</sup> {_escape_html(text)}" for letter, text in table.footnotes]
     legend = f"<strong>{MARKS[0]}</strong>, <u>{_escape_html(MARKS[1])}</u>."
-    foot += [_escape_html(remark) if remark else legend for remark in _remarks(table)]
+    foot += [_escape_html(remark) if remark else legend for remark in remarks(table)]
     notes = "".join(f"<p>{text}</p>" for text in foot)
     caption = _escape_html(_heading(table))
     return (

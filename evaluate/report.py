@@ -21,13 +21,16 @@ from engine.predictions import SHEET
 from engine.storage import last_lines, write_text
 from evaluate.collect import Collection, Run
 from evaluate.comparison import Comparison, compare
-from evaluate.paper import METRICS, choose, name, protocol_name
-from evaluate.plots import Plot, plots_of
+from evaluate.drawing import Plot
+from evaluate.names import METRICS, name, protocol_name
+from evaluate.paper import choose
+from evaluate.plots import plots_of
 from evaluate.published import Published, of_the_paper
-from evaluate.render import html_table, printable
+from evaluate.render import html_table
 from evaluate.results import headlines, results_of
 from evaluate.tables import Cell, Table, build
 from evaluate.verify import Check, expectations
+from evaluate.wording import printable
 
 LOG_LINES = 12
 MOST_IMAGE_BYTES = 4_000_000

@@ -172,7 +172,7 @@ def compare(
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
     from evaluate import comparison
-    from evaluate.render import printable
+    from evaluate.wording import printable
 
     metrics = [metric] if metric else None
     if Path(first).is_dir() and Path(second).is_dir():
@@ -205,7 +205,8 @@ def plots(
       mixmask plots runs --out plots
     """
     from engine.errors import UserError
-    from evaluate.plots import plots_of, write_plots
+    from evaluate.drawing import write_plots
+    from evaluate.plots import plots_of
     from evaluate.published import of_the_paper, read_published
 
     _check_folder(out)
@@ -245,8 +246,8 @@ def verify(runs: RunsArgument) -> None:
     Example:
       mixmask verify runs
     """
-    from evaluate.render import printable
     from evaluate.verify import verify as check
+    from evaluate.wording import printable
 
     checks = check(_collect(runs))
     for one in checks:

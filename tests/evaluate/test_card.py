@@ -7,7 +7,7 @@ import yaml
 
 from engine.errors import UserError
 from evaluate.card import write_card
-from evaluate.render import printable
+from evaluate.wording import printable
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

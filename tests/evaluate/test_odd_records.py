@@ -12,8 +12,9 @@ import pytest
 from evaluate.card import write_card
 from evaluate.collect import as_text, collect, frame, write_parquet
 from evaluate.comparison import compare
+from evaluate.drawing import write_plots
 from evaluate.paper import choose
-from evaluate.plots import plots_of, write_plots
+from evaluate.plots import plots_of
 from evaluate.render import SUFFIXES, render_all
 from evaluate.report import write_report
 from evaluate.results import results_of

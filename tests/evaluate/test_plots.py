@@ -11,17 +11,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from evaluate.collect import Run, collect
-from evaluate.plots import (
-    STYLES,
-    ablations,
-    average_precisions,
-    budgets,
-    label_efficiency,
-    plots_of,
-    read_log,
-    throughput,
-    write_plots,
-)
+from evaluate.drawing import STYLES, write_plots
+from evaluate.plots import ablations, average_precisions, budgets, label_efficiency, plots_of, read_log, throughput
 from evaluate.published import of_the_paper
 from evaluate.results import results_of
 from tests.evaluate.made import backbone, laboratory, write

@@ -18,9 +18,10 @@ from engine.errors import UserError
 from engine.records import Record
 from evaluate.collect import Run
 from evaluate.paper import methods_by_protocols
-from evaluate.render import form_of, printable, render, render_all
+from evaluate.render import form_of, render, render_all
 from evaluate.results import results_of
 from evaluate.tables import Table, build
+from evaluate.wording import printable
 from tests.evaluate.made import backbone, laboratory, transfer
 from tests.evaluate.test_tables import IDS, table_of
 from tests.needs import need

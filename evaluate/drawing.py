@@ -1,0 +1,119 @@
+"""Figures for people who cannot tell some colours apart, too."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from engine.storage import write_atomic
+from evaluate.names import name
+
+# Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
+STYLES: dict[str, tuple[str, str, str]] = {
+    "random": ("#3a3a3a", "x", ":"),
+    "vanilla": ("#0072b2", "o", "-"),
+    "mscn": ("#e69f00", "v", "-."),
+    "unmix": ("#009e73", "s", "--"),
+    "mixmask": ("#d55e00", "D", "-"),
+    "mixmask+unmix": ("#cc79a7", "^", "--"),
+    "unknown": ("#56b4e9", "P", ":"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Plot:
+    """A figure, the file's name without suffix, what it shows, and a text for those who do not see it."""
+
+    id: str
+    title: str
+    figure: Figure
+    text: str
+
+    def render(self, form: Literal["png", "svg"]) -> bytes:
+        """The same bytes for the same runs."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
+            self.figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+        return buffer.getvalue()
+
+
+def write_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
+    """Every plot as PNG and as SVG."""
+    written = []
+    for plot in plots:
+        for form in ("png", "svg"):
+            payload = plot.render("png" if form == "png" else "svg")
+            path = folder / f"{plot.id}.{form}"
+            write_atomic(path, partial(_write, payload))
+            written.append(path)
+    return written
+
+
+def _write(payload: bytes, file: BinaryIO) -> None:
+    file.write(payload)
+
+
+def panels(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels; width and height in inches, of a single one."""
+    across = width if columns == 1 else 3.4 * columns
+    figure = Figure(figsize=(across, height if rows == 1 else 2.8 * rows), layout="constrained")
+    axes = [panel for line in figure.subplots(rows, columns, squeeze=False) for panel in line]
+    for panel in axes:
+        panel.grid(alpha=0.3, lw=0.5)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    return figure, axes
+
+
+def errorbars(
+    panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str | None = None
+) -> None:
+    """A method\'s line: x, mean, sample standard deviation (NaN for one run) and number of runs of each point."""
+    colour, marker, dash = STYLES[method]
+    panel.errorbar(
+        [at for at, *_ in points],
+        [mean for _, mean, *_ in points],
+        yerr=[std for _, _, std, _ in points],
+        fmt=marker + dash,
+        color=colour,
+        capsize=2,
+        ms=5,
+        lw=1.3,
+        label=short(label or name(method), 60),
+    )
+
+
+def legend(figure: Figure, *axes: Axes) -> None:
+    """One legend under the figure, each label once; panels without a line go."""
+    entries: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    for panel in figure.axes:
+        if not panel.has_data():
+            panel.set_visible(False)
+    if entries:
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+
+
+def finished_plot(id: str, title: str, figure: Figure, text: str) -> Plot:
+    """Title and layout, once; the id becomes a file name."""
+    figure.suptitle(short(title, 90), fontsize=10)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, so that every file of it is the same
+    safe = "".join(one if one.isascii() and (one.isalnum() or one in "-_.") else "-" for one in id)
+    return Plot(safe[:80], title, figure, text)
+
+
+def short(text: str, most: int) -> str:
+    """At most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,0 +1,79 @@
+"""What data sets, frameworks, methods, protocols, metrics and settings are called in tables and plots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "tiny_imagenet": "Tiny-ImageNet",
+    "imagenet1k": "ImageNet-1K",
+    "voc2007": "VOC 2007",
+    "coco2017": "COCO 2017",
+    "moco": "MoCo",
+    "mocov2": "MoCo v2",
+    "simsiam": "SimSiam",
+    "byol": "BYOL",
+    "simclr": "SimCLR",
+    "swav": "SwAV",
+    "barlowtwins": "Barlow Twins",
+    "vanilla": "Vanilla",
+    "unmix": "Un-Mix",
+    "mixmask": "MixMask",
+    "mixmask+unmix": "MixMask + Un-Mix",
+    "mscn": "MSCN",
+    "random": "Random",
+    "knn": "kNN",
+    "grid_size": "Grid size",
+    "mask": "Masking strategy",
+    "mask_ratio": "Masking ratio",
+    "switch": "Switch mixture",
+    "permutation": "Permutations",
+    "unmix_prob": "Un-Mix probability",
+}
+METRICS = {
+    "bbox/AP": "box AP",
+    "bbox/AP50": "box AP50",
+    "bbox/AP75": "box AP75",
+    "segm/AP": "mask AP",
+    "segm/AP50": "mask AP50",
+    "segm/AP75": "mask AP75",
+}
+METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
+
+
+def name(value: Any) -> str:
+    """A data set, framework or method as the paper writes it."""
+    return "?" if value is None else NAMES.get(str(value), str(value))
+
+
+def metric_name(metric: str) -> str:
+    """A metric in words: ``top-1``, ``box AP50``."""
+    return METRICS.get(metric, metric.split("/")[-1].replace("top", "top-"))
+
+
+def protocol_name(protocol: str) -> str:
+    """A protocol in words."""
+    if protocol.startswith("semisup_"):
+        return percent_name(protocol)
+    return {"detect_voc": "detection", "detect_coco": "detection", "knn": "kNN"}.get(protocol, protocol)
+
+
+def percent_name(protocol: str) -> str:
+    """``1 % of labels`` from ``semisup_1``."""
+    return f"{protocol.removeprefix('semisup_')} % of labels"
+
+
+def epochs_name(value: float | None) -> str:
+    """A number of epochs, or a question mark."""
+    return "?" if value is None else f"{value:,.10g}"
+
+
+def setting_name(key: str, value: Any) -> str:
+    """A value of what tables 1 to 3 vary, as the paper writes it."""
+    if key == "grid_size":
+        return f"{value} × {value}"
+    if key == "switch":
+        return "yes" if value in (True, "true") else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
