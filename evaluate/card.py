@@ -115,7 +115,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
         training=[(key, "none" if value is None else value) for key, value in training.items()],
         recipe=_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)),
         environment=[(key, value) for key, value in record.environment.items() if value is not None],
-        command=_fenced(reproduce(run)),
+        command=_fenced(reproduce(run, "recipe.yaml  # the recipe above")),
         citation=CITATION if record.method in CITED else None,
     )
 

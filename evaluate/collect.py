@@ -35,7 +35,7 @@ FIXED = {
     "protocol_fingerprint": "fingerprint of the transfer recipe without its seed",
     "grid_size": "MixMask: cells per side",
     "mask": "MixMask: block or discrete",
-    "mask_ratio": "MixMask: 0.5, or uniform(a,b)",
+    "mask_ratio": "MixMask, a text: '0.5', or 'uniform(0,1)'",
     "switch": "MixMask: whether the switch image has a loss",
     "permutation": "MixMask upon Un-Mix: same or different",
     "unmix_prob": "Un-Mix: share of Mixup",

@@ -17,6 +17,7 @@ from evaluate.collect import Collection, Run, collect, frame, select
 from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name
 from evaluate.results import Result, of_backbone, results_of, telling_keys
 from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
+from evaluate.tables import text_of
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,19 @@ class Comparison:
         what: Data set, protocol and metric.
         first, second: What is compared, in words.
         result: The first minus the second.
+        one_backbone: Whether several runs of each are of a single backbone.
     """
 
     what: str
     first: str
     second: str
     result: Difference
+    one_backbone: bool = False
 
     def words(self) -> str:
         """For people."""
-        return f"{self.what}: {self.first} against {self.second}: {self.result.words()}"
+        text = f"{self.what}: {self.first} against {self.second}: {self.result.words()}"
+        return text + (", all on one backbone each: pretraining does not vary" if self.one_backbone else "")
 
 
 def chosen(collection: Collection, which: str) -> list[Run]:
@@ -48,6 +52,10 @@ def chosen(collection: Collection, which: str) -> list[Run]:
     runs = [run for run in collection.distinct if run.record.stage == "transfer"]
     if "/" in which and " " not in which and not Path(which).is_dir():
         raise UserError(f"{which}: no such run folder")
+    if which.isidentifier() and which not in METHODS:
+        raise UserError(
+            f'{which}: no such method. Valid: {", ".join(METHODS)}; or a condition, such as "grid_size == 4"'
+        )
     if which in METHODS:
         found = [run for run in runs if run.record.method == which]
     else:
@@ -115,12 +123,14 @@ def _pools(results: Sequence[Result]) -> dict[Any, dict[tuple[str, ...], list[Re
 def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequence[Sequence[Result]]) -> Comparison:
     seeds = [[result.seeds for result in group] for group in (first, second)]
     paired = sorted(map(repr, seeds[0])) == sorted(map(repr, seeds[1])) and len({*seeds[0]}) == len(seeds[0])
+    parents = [{result.run.record.parent for result in group} for group in (first, second)]
+    fixed = all(len(own) == 1 for own in parents) and max(len(first), len(second)) > 1
     ordered = [sorted(group, key=lambda result: repr(result.seeds)) for group in (first, second)]
     values = [[result.value for result in group] for group in ordered]
     record = first[0].run.record
     what = f"{name(record.dataset)}, {protocol_name(record.protocol)}, {metric_name(first[0].metric)}"
     words = [_backbone(group[0], [other[0] for other in groups]) for group in (first, second)]
-    return Comparison(what, words[0], words[1], difference(values[0], values[1], paired))
+    return Comparison(what, words[0], words[1], difference(values[0], values[1], paired), fixed)
 
 
 def _backbone(result: Result, all_results: Sequence[Result]) -> str:
@@ -132,7 +142,9 @@ def _backbone(result: Result, all_results: Sequence[Result]) -> str:
         return f"{name(record.method)} ({name(record.framework)}{epochs})"
 
     alike = [other for other in all_results if words(other) == words(result)]
-    telling = [f"{key} {result.known[key]}" for key in telling_keys(alike) if result.known.get(key) is not None]
+    telling = [
+        f"{key} {text_of(result.known[key])}" for key in telling_keys(alike) if result.known.get(key) is not None
+    ]
     if len(alike) > 1 and not telling:
         telling = [f"backbone {result.pool[4][:8]}"]
     return f"{words(result)[:-1]}, {', '.join(telling)})" if telling else words(result)

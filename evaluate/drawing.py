@@ -41,7 +41,9 @@ class Plot:
         """The same bytes for the same runs."""
         buffer = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
-            self.figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+            self.figure.savefig(
+                buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None, bbox_inches="tight"
+            )
         return buffer.getvalue()
 
 

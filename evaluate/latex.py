@@ -5,6 +5,7 @@ from __future__ import annotations
 from evaluate.tables import Cell, Table
 from evaluate.wording import MARKS, MISSING, cell_text, printable, remarks
 
+WIDE = 4  # more columns than this are shrunk to the width of the text
 LATEX = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -67,19 +68,22 @@ def latex(table: Table) -> str:
     foot = [rf"\textsuperscript{{{letter}}} {escape_latex(text)}" for letter, text in table.footnotes]
     legend = rf"\textbf{{{MARKS[0]}}}, \underline{{{escape_latex(MARKS[1])}}}."
     foot += [escape_latex(remark) if remark else legend for remark in remarks(table)]
+    wide = len(table.columns) > WIDE
+    origin = f" (table {table.id} of the paper)" if table.id.isdigit() else ""
     return "\n".join(
         [
-            r"% needs \usepackage{booktabs}",
+            r"% needs \usepackage{booktabs,graphicx}" if wide else r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             r"  \centering\small",
-            rf"  \caption{{{escape_latex(table.title)}}}",
+            rf"  \caption{{{escape_latex(table.title + origin)}}}\label{{tab:{escape_latex(table.id)}}}",
+            *([r"  \resizebox{\linewidth}{!}{%"] if wide else []),
             rf"  \begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
             r"  \toprule",
             "  " + " & ".join(headings) + r" \\",
             r"  \midrule",
             *body,
             r"  \bottomrule",
-            r"  \end{tabular}",
+            r"  \end{tabular}" + "}" * wide,
             "",
             r"  \raggedright\footnotesize",
             *(f"  {text} \\par" for text in foot),

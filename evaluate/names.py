@@ -43,6 +43,14 @@ METRICS = {
 METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
 
 
+KEYS = {shown.lower(): key for key, shown in NAMES.items()}
+
+
+def key_of(text: str) -> str:
+    """A data set's, framework's or method's key from its key or from what it is called: ``cifar100`` from ``CIFAR-100``."""
+    return text if text in NAMES else KEYS.get(text.lower(), text)
+
+
 def name(value: Any) -> str:
     """A data set, framework or method as the paper writes it."""
     return "?" if value is None else NAMES.get(str(value), str(value))

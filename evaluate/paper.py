@@ -65,6 +65,7 @@ def _layout(
         dims = _of(number)
         if number.table in tables and belongs(dims):
             placed.append(((row(dims), column(dims)), number))
+    placed = _in_place(placed)
     epochs = {place: number.pretrain_epochs for place, number in placed}
     usual = {number.dataset: number.pretrain_epochs for _, number in placed}
 
@@ -116,11 +117,11 @@ def table_1(published: Sequence[Published]) -> Layout:
     def row(key: str, dims: Dims) -> Key:
         return name(key), setting_name(key, dims[key])
 
-    placed = [
+    placed = _in_place(
         ((row(number.setting[0], _of(number)), _measured(_of(number))), number)
         for number in published
         if number.table == "1" and number.setting is not None
-    ]
+    )
     epochs = {number.dataset: number.pretrain_epochs for _, number in placed}
 
     def places(result: Result) -> Iterable[Place]:
@@ -174,8 +175,7 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
     """
     numbers = (*of_the_paper(), *published)
     inferred = ("The order of the three published values is inferred: the paper's text finds 0.5 best.",)
-    unpublished = ("The paper's text as held here has no numbers for this table.",)
-    _require_once(numbers)
+    unpublished = ("No numbers of the paper are carried for this table.",)
     tables = [
         table_1(numbers),
         _varied("2", "Permutations in Un-Mix and MixMask", "permutation", numbers),
@@ -205,7 +205,7 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
         ),
         _layout(
             "semisup",
-            "Finetuning on a share of the labels",
+            "Semi-supervised: finetuning on a share of the labels",
             ("framework", "method"),
             lambda dims: dims["protocol"].startswith("semisup_") and dims["metric"] == "semisup/top1",
             _method_row,
@@ -233,32 +233,24 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             _detection,
             numbers,
             ("7-2x",),
+            said=("iterations", "milestones"),
             notes=("Twice as long as the paper's 1x, which stands in table 7: the two are not compared.",),
         ),
     ]
     return {layout.id: layout for layout in tables}
 
 
-def _require_once(numbers: Sequence[Published]) -> None:
-    """Refuse two numbers for one cell: which of them is meant?"""
-    seen: dict[tuple[Any, ...], Published] = {}
-    for number in numbers:
-        what = (
-            number.table,
-            number.dataset,
-            number.framework,
-            number.method,
-            number.protocol,
-            number.setting,
-            number.metric,
-        )
-        epochs = (number.pretrain_epochs,) if number.table == "4" else ()
-        other = seen.setdefault((*what, *epochs), number)
-        if other is not number and number.source != "code":
-            raise UserError(
-                f"table {number.table}: {', '.join(map(str, what[1:5]))} {number.metric} is published twice, as "
-                f"{other.value:g} ({other.source}) and {number.value:g} ({number.source}); leave one out"
-            )
+def _in_place(placed: Iterable[tuple[Place, Published]]) -> list[tuple[Place, Published]]:
+    """Each number in a cell of its own: one for a cell that has another already gets a row with its source's name."""
+    taken: set[Place] = set()
+    result = []
+    for place, number in placed:
+        if place in taken:
+            row = (*place[0][:-1], f"{place[0][-1]} ({number.source})")
+            place = (row, place[1])
+        taken.add(place)
+        result.append((place, number))
+    return result
 
 
 # --- without published numbers ---------------------------------------------------------------------------------------
@@ -302,13 +294,14 @@ PIVOT = (
 )
 
 
-def pivot(rows: Sequence[str], columns: Sequence[str], known: Iterable[str]) -> Layout:
+def pivot(rows: Sequence[str], columns: Sequence[str], known: Iterable[str], what: str = "results") -> Layout:
     """Results by any of their dimensions.
 
     Args:
         rows: What a row is: dimensions (`PIVOT`), or keys of recipes such as ``lr`` and ``pretrain.batch_size``.
         columns: What a column is.
         known: Keys that some result has.
+        what: The metric, for the title.
 
     Raises:
         UserError: If a dimension is unknown, or stands twice.
@@ -328,7 +321,8 @@ def pivot(rows: Sequence[str], columns: Sequence[str], known: Iterable[str]) -> 
     def places(result: Result) -> Iterable[Place]:
         yield tuple(text(result, key) for key in rows), tuple(text(result, key) for key in columns)
 
-    return Layout("pivot", f"{', '.join(rows)} × {', '.join(columns)}", tuple(rows), places)
+    title = f"{what}: {', '.join(rows)} × {', '.join(columns)}"
+    return Layout("pivot", title, tuple(rows), places, order=ORDER)
 
 
 def choose(table: str | None, published: Sequence[Published]) -> list[Layout]:

@@ -15,6 +15,8 @@ import yaml
 
 from engine.errors import DataError
 from evaluate.collect import flat
+from evaluate.names import key_of
+from evaluate.results import headlines
 
 COLUMNS = (
     "source",
@@ -96,10 +98,14 @@ def _parse(lines: Sequence[str], name: str) -> list[Published]:
         ]
         if empty:
             raise DataError(f"{where}: {', '.join(empty)} is empty")
-        protocol = PROTOCOLS.get(entry["protocol"], entry["protocol"])
-        metric = entry["metric"]
-        if "/" not in metric:
-            metric = f"{protocol.split('_')[0]}/{metric}"
+        protocol = PROTOCOLS.get(entry["protocol"], key_of(entry["protocol"]))
+        metric = entry["metric"] if "/" in entry["metric"] else f"{protocol.split('_')[0]}/{entry['metric']}"
+        valid = headlines(protocol)
+        if not valid:
+            known = "knn, linear, semisup_1 …, detect_voc, detect_coco"
+            raise DataError(f"{where}: protocol is {entry['protocol']!r}; valid: {known}")
+        if metric not in valid:
+            raise DataError(f"{where}: metric is {entry['metric']!r}; valid for {protocol}: {', '.join(valid)}")
         setting = None
         if entry["setting"]:
             key, _, value = entry["setting"].partition("=")
@@ -110,9 +116,9 @@ def _parse(lines: Sequence[str], name: str) -> list[Published]:
             Published(
                 entry["source"],
                 entry["table"],
-                entry["dataset"],
-                entry["framework"],
-                entry["method"],
+                key_of(entry["dataset"]),
+                key_of(entry["framework"]),
+                key_of(entry["method"]),
                 protocol,
                 epochs,
                 setting,

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from engine.errors import UserError
 from engine.predictions import SHEET
 from engine.storage import last_lines, write_text
-from evaluate.collect import Collection, Run
+from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
 from evaluate.drawing import Plot
 from evaluate.names import METRICS, name, protocol_name
@@ -28,7 +28,7 @@ from evaluate.plots import plots_of
 from evaluate.published import Published, of_the_paper
 from evaluate.render import html_table
 from evaluate.results import headlines, results_of
-from evaluate.tables import Cell, Table, build
+from evaluate.tables import Cell, Table, build, text_of
 from evaluate.verify import Check, expectations
 from evaluate.wording import printable
 
@@ -162,7 +162,8 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
         "name": printable(record.name),
         "columns": [printable(text) for text in columns],
         "epochs": record.pretrain_epochs,
-        "seed": record.seed,
+        "seed": _seeds((record.pretrain_seed, record.seed)) if record.stage == "transfer" else f"seed {record.seed}",
+        "settings": printable(_settings(run)),
         "headline": printable(headline),
         "order": order,
         "parent": printable(record.parent or ""),
@@ -180,14 +181,22 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
     }
 
 
-def reproduce(run: Run) -> str:
-    """The commands that do a run again, from the recipe that lies in its folder."""
+def _settings(run: Run) -> str:
+    """What tells a run from others of its method: the mask, and how it was measured."""
     record = run.record
-    recipe = shlex.quote(printable(str(run.path / "recipe.yaml")))
-    again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} {recipe} --runs again"
+    varied = {key: value for key, value in ablation(record).items() if value is not None}
+    varied |= {key: record.settings[key] for key in ("k", "lr", "engine", "iterations") if key in record.settings}
+    return ", ".join(f"{key} {text_of(value)}" for key, value in varied.items())
+
+
+def reproduce(run: Run, recipe_file: str | None = None) -> str:
+    """The commands that do a run again, from the recipe that lies in its folder or is called otherwise."""
+    record = run.record
+    recipe = recipe_file or shlex.quote(printable(str(run.path / "recipe.yaml")))
+    again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} --runs again {recipe}"
     commit = record.environment.get("git_commit")
     lines = [f"git checkout {shlex.quote(printable(str(commit)))}"] if commit else []
-    if (run.path / "changes.patch").is_file():
+    if recipe_file is None and (run.path / "changes.patch").is_file():
         lines.append(f"git apply {shlex.quote(printable(str(run.path / 'changes.patch')))}")
     return "\n".join([*lines, again])
 

@@ -75,6 +75,8 @@ class Difference:
         parts = [f"{self.value:+.{digits}f}{error}", num]
         if self.low is not None and self.high is not None:
             parts.append(f"{CONFIDENCE:.0%} CI [{self.low:.{digits}f}, {self.high:.{digits}f}]".replace("%", " %"))
+        if self.paired and self.error is not None and self.p is None and max(self.n) > 1:
+            parts.append("all pairs differ alike, so there is nothing to test")
         if self.p is not None:
             parts.append(f"paired t-test p {_p_words(self.p)}")
         if self.low is None:

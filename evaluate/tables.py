@@ -160,6 +160,11 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
     columns = _ordered(layout, (place[1] for place in published), (group.place[1] for group in groups))
     best = _marked(groups, layout.sections)
     texts = _texts(groups)
+    alike = Counter((group.place[1], group.first.measurement) for group in groups)
+
+    def common(group: _Group) -> tuple[int]:
+        return (-alike[group.place[1], group.first.measurement],)
+
     faithful = {group.place for group in groups if group.departures == _Texts()}
     lines: list[tuple[Key, tuple[str, ...], dict[Key, tuple[Cell, tuple[str, ...]]]]] = []
     for row in rows:
@@ -168,13 +173,18 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
         )
         for place, number in published.items():
             if place[0] == row and place not in faithful:
-                stacks[()][place[1]].append((Cell((), number), ()))
+                source = () if number.source == "paper" else (f"published by {number.source}",)
+                stacks[()][place[1]].append((Cell((), number), source))
         own = [group for group in groups if group.place[0] == row]
-        for group in sorted(own, key=lambda group: (group.departures != _Texts(), texts[group].measurement)):
+        for group in sorted(
+            own, key=lambda group: (group.departures != _Texts(), *common(group), texts[group].measurement)
+        ):
             few = group.first.run.record.protocol == "detect_voc" and len(group.results) < FEW_SEEDS
             beside = published.get(group.place) if group.departures == _Texts() else None
             cell = Cell(group.results, beside, *best[group], few)
-            notes = (*texts[group].measurement, *((FEW,) if few else ()))
+            other = beside is not None and beside.source != "paper"
+            source = (f"published by {beside.source}",) if other and beside is not None else ()
+            notes = (*texts[group].measurement, *source, *((FEW,) if few else ()))
             stacks[texts[group].backbone][group.place[1]].append((cell, notes))
         for backbone in sorted(stacks):
             height = max(map(len, stacks[backbone].values()))
@@ -201,7 +211,7 @@ def _lettered(
             letters.setdefault(text, _letter(len(letters)))
 
     def finished(found: tuple[Cell, tuple[str, ...]] | None) -> Cell | None:
-        return None if found is None else replace(found[0], marks=tuple(letters[text] for text in found[1]))
+        return None if found is None else replace(found[0], marks=tuple(sorted(letters[text] for text in found[1])))
 
     return Table(
         id=layout.id,
@@ -236,7 +246,7 @@ def _departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> _Texts:
     """In what a result departs from what is stated; what is not known does not count as departing."""
     return _by_side(
         {
-            key: f"{key} {_text(known[key])} (published: {_text(value)})"
+            key: f"{key} {text_of(known[key])} (published: {text_of(value)})"
             for key, value in stated.items()
             if value is not None and known.get(key) is not None and known[key] != value
         }
@@ -248,7 +258,7 @@ def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str,
     known, record = results[0].known, results[0].run.record
     foreign = not record.pretraining and record.method != "random"
     unstated = [
-        f"{key} {_text(known[key])}" for key, value in stated.items() if value is None and known.get(key) is not None
+        f"{key} {text_of(known[key])}" for key, value in stated.items() if value is None and known.get(key) is not None
     ]
     unknown = [
         key
@@ -259,7 +269,7 @@ def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str,
     texts = [
         NOT_RECORDED if foreign else "",
         f"not recorded: {', '.join(unknown)}" if unknown else "",
-        f"the publication does not state {', '.join(unstated)}" if unstated else "",
+        f"{', '.join(unstated)} (the publication does not say)" if unstated else "",
     ]
     if 1 < len(backbones) < len(results):
         texts.append(f"{len(results)} runs on {len(backbones)} backbones, which are not independent")
@@ -314,13 +324,14 @@ def _telling(groups: Sequence[_Group], of_its: int, side: bool) -> dict[_Group, 
         )
         for group in own:
             known = [
-                f"{key} {_text(group.first.known[key])}" for key in telling if group.first.known.get(key) is not None
+                f"{key} {text_of(group.first.known[key])}" for key in telling if group.first.known.get(key) is not None
             ]
             result[group] = ("; ".join(known),) if known else ()
     return result
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """A setting's value in a footnote."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,.10g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

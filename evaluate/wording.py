@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 from evaluate.tables import Cell, Table
 
-READING = "mean ± sample standard deviation (number of runs) [published, difference]"
-MARKS = "best", "cannot be told from the best (Welch's t-test, 5 %)"
+READING = "mean ± sample standard deviation (number of runs)"
+MARKS = (
+    "highest of those made alike in its column",
+    "not told from it by Welch's t-test (5 %, three runs or more of each)",
+)
 MISSING = "–"
 
 
@@ -52,7 +55,8 @@ def cell_text(cell: Cell | None, style: Callable[[str, Cell], str], escape: Call
 
 def remarks(table: Table) -> list[str]:
     """What stands under a table; an empty text is where a format explains its marks."""
-    lines = [f"Cells: {READING}. Published: {'; '.join(table.sources)}." if table.sources else f"Cells: {READING}."]
+    published = f" [published, difference]. Published: {'; '.join(table.sources)}" if table.sources else ""
+    lines = [f"Cells: {READING}{published}."]
     if any(cell.best for line in table.lines for cell in line.cells if cell):
         lines.append("")
     return [*lines, *table.notes]

@@ -85,7 +85,7 @@ def tables(
     table: Annotated[
         str | None,
         typer.Option(
-            help="1, 2, 3, 4, 5, semisup or 7 of the paper, or methods; by default all that have a run in them."
+            help="1 2 3 4 5 semisup 7 of the paper, 7-2x, or methods; by default all that have a run in them."
         ),
     ] = None,
     rows: Annotated[
@@ -135,6 +135,8 @@ def tables(
     if query is not None:
         fits = {*collect.select(collect.frame(kept), query)["run"]}
         kept = [run for run in kept if str(run.path) in fits]
+        if not kept:
+            raise UserError(f"--query {query!r}: fits none of {len(collection.distinct)} finished runs")
     found = results_of(kept)
     if rows is not None and cols is not None:
         found = [one for one in found if first_headline(one)] if metric is None else results_of(kept, [metric])
@@ -142,7 +144,7 @@ def tables(
             valid = sorted({name for run in kept for name in run.record.metrics if run.record.stage == "transfer"})
             raise UserError(f"--metric {metric}: no transfer run has it; there are {', '.join(valid) or 'none'}")
         known = {key for one in found for key in one.known}
-        layouts = [paper.pivot(rows.split(","), cols.split(","), known)]
+        layouts = [paper.pivot(rows.split(","), cols.split(","), known, metric or "each protocol's first metric")]
     built = [build(layout, found) for layout in layouts]
     if table is None:
         built = [one for one in built if one.num_runs]
@@ -171,6 +173,7 @@ def compare(
       mixmask compare "grid_size == 4" "grid_size == 2" --runs runs --metric knn/top1
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
+    from engine.errors import UserError
     from evaluate import comparison
     from evaluate.wording import printable
 
@@ -184,12 +187,15 @@ def compare(
         return
     collection = _collect(runs)
     groups = [comparison.chosen(collection, which) for which in (first, second)]
+    if metric is not None and not any(metric in run.record.metrics for group in groups for run in group):
+        there = sorted(
+            {name for group in groups for run in group for name in run.record.metrics if name.count("/") < 2}
+        )
+        raise UserError(f"--metric {metric}: none of these runs has it; there are {', '.join(there)}")
     found = comparison.compare(groups[0], groups[1], metrics)
     for one in found:
         typer.echo(printable(one.words()))
     if not found:
-        from engine.errors import UserError
-
         raise UserError(f"no run of {first!r} was measured like one of {second!r}: there is nothing to compare")
 
 
@@ -280,6 +286,8 @@ def card(
 
     if out is not None:
         _check_out(out)
+    if not (run / "backbone.safetensors").is_file():
+        typer.echo(f"{run}: there is no backbone.safetensors, the file that the card is for", err=True)
     _give(write_card(run, runs, license), out)
 
 

@@ -187,7 +187,7 @@ def test_latex_compiles(tmp_path: Path) -> None:
     tables = [table_of(laboratory(), id) for id in IDS] + [hostile_table(*HOSTILE)]
     text = render_all(tables, "latex")
     document = (
-        "\\documentclass{article}\\usepackage[paperwidth=200cm,paperheight=60cm]{geometry}\\usepackage{booktabs}\n"
+        "\\documentclass{article}\\usepackage[paperwidth=200cm,paperheight=60cm]{geometry}\\usepackage{booktabs,graphicx}\n"
         f"\\begin{{document}}\n{text}\n\\end{{document}}\n"
     )
     (tmp_path / "tables.tex").write_text(document, encoding="utf-8")

@@ -154,7 +154,7 @@ def test_the_projects_own_recipes_are_the_papers(data: str, framework: str, meas
     (cell,) = (cell for line in table.lines for cell in line.cells if cell is not None and cell.results)
     assert cell.published is not None, table.footnotes
     assert cell.published.value == recipe.expected[0].value
-    assert all(text.startswith("the publication does not state") for _, text in table.footnotes)
+    assert all(text.endswith("(the publication does not say)") for _, text in table.footnotes)
 
 
 def test_a_run_that_was_measured_otherwise_proves_nothing() -> None:
