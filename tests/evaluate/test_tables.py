@@ -317,9 +317,12 @@ def test_a_file_of_published_numbers_that_is_wrong_says_where(tmp_path: Path, te
 
 def test_a_number_of_another_source_has_a_row_of_its_own_where_the_paper_has_one(tmp_path: Path) -> None:
     file = tmp_path / "more.csv"
-    file.write_text(
-        f"{','.join(COLUMNS)}\nOur lab,5,CIFAR-100,MoCo,MixMask,kNN,10,,top1,12.3\nOur lab,5,cifar100,moco,mscn,knn,1000,,top1,66.0\n"
-    )
+    lines = [
+        ",".join(COLUMNS),
+        "Our lab,5,CIFAR-100,MoCo,MixMask,kNN,10,,top1,12.3",
+        "Our lab,5,cifar100,moco,mscn,knn,1000,,top1,66.0",
+    ]
+    file.write_text("\n".join(lines))
     table = build(layouts(read_published(file))["5"], [])
     values = {row: cell.published.value for row, column, cell in cells(table) if column == CIFAR and cell.published}
     assert values[("MixMask",)] == 68.4
