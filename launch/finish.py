@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 from tabulate import tabulate
@@ -10,10 +11,11 @@ from engine.records import Record
 from engine.storage import RunDirectory, write_text
 from evaluate.collect import Collection, Run
 from evaluate.paper import choose
-from evaluate.render import escape_markdown, render_all
+from evaluate.render import render_all
 from evaluate.report import write_report
 from evaluate.results import results_of
 from evaluate.tables import build
+from evaluate.wording import printable
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell, latest, suite_folder
 from launch.status import headline
@@ -81,7 +83,7 @@ def _why(cell: LaunchedCell, launch: Launch) -> str:
         return "never started"
     last = lines[-1]
     if last["event"] == "failed":
-        return escape_markdown(str(last.get("message") or "failed").splitlines()[0])
+        return html.escape(printable(str(last.get("message") or "failed").splitlines()[0]), quote=False)
     if last["event"] == "started":
         return f"job {last['job']} ended without a word, as if killed"
     return f"{last['event']} (job {last['job']})"

@@ -144,3 +144,18 @@ def test_another_metric_is_named() -> None:
     lab = collection(laboratory())
     (found,) = compare(chosen(lab, "mixmask"), chosen(lab, "vanilla"), ["linear/top5"])
     assert found.what == "ImageNet-1K, linear, top-5"
+
+
+def test_runs_on_one_backbone_each_are_said_to_be() -> None:
+    lab = collection(laboratory())
+    found = {one.what: one for one in compare(chosen(lab, "mixmask"), chosen(lab, "vanilla"), ["bbox/AP", "knn/top1"])}
+    assert "pretraining does not vary" in found["VOC 2007, detection, box AP"].words()
+    assert "pretraining does not vary" not in found["CIFAR-100, kNN, top-1"].words()
+
+
+def test_a_misspelt_method_or_folder_is_named() -> None:
+    lab = collection(laboratory())
+    with pytest.raises(UserError, match="vanila: no such method. Valid: random, vanilla"):
+        chosen(lab, "vanila")
+    with pytest.raises(UserError, match="runs/transfer/x: no such run folder"):
+        chosen(lab, "runs/transfer/x")
