@@ -155,7 +155,7 @@ def test_runs_on_one_backbone_each_are_said_to_be() -> None:
 
 def test_a_misspelt_method_or_folder_is_named() -> None:
     lab = collection(laboratory())
-    with pytest.raises(UserError, match="vanila: no such method. Valid: random, vanilla"):
+    with pytest.raises(UserError, match=r"vanila: no such method\. Valid: random, vanilla"):
         chosen(lab, "vanila")
     with pytest.raises(UserError, match="runs/transfer/x: no such run folder"):
         chosen(lab, "runs/transfer/x")
