@@ -75,6 +75,17 @@ def require_output_file(path: Path) -> None:
             raise UserError(f"{path}: cannot be written, because {parent} is a file and not a folder")
 
 
+def require_output_folder(path: Path) -> None:
+    """Refuse an output path that cannot become a folder, before any work is done for it.
+
+    Raises:
+        UserError: If the path is a file, or a parent of it is one.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file and not a folder; name a folder")
+    require_output_file(path / "file")
+
+
 def last_lines(path: Path, size: int = 20_000) -> list[str]:
     """The lines in the last ``size`` bytes of a text file, the first of them perhaps cut; none if it cannot be read."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import jinja2
 import yaml
 
 from engine.errors import UserError
-from evaluate.collect import Collection, Run, collect, flat
+from evaluate.collect import Collection, Run, collect, flat, one_run
 from evaluate.names import METRICS, name, protocol_name
 from evaluate.render import escape_markdown
-from evaluate.report import reproduce
+from evaluate.report import page_file, reproduce
 from evaluate.results import Result, results_of
 from evaluate.statistics import FEW_SEEDS, summarize
 from evaluate.wording import printable
@@ -46,9 +45,7 @@ def write_card(run: Path, runs: Path | None, license: str) -> str:
         raise UserError(
             f"--license {license!r}: an identifier was expected, such as mit, apache-2.0, cc-by-nc-4.0 or unknown"
         )
-    if not (run / "record.json").is_file():
-        raise UserError(f"{run}: not the folder of a finished run (no record.json in it)")
-    found = collect(run).runs[0]
+    found = one_run(run)
     if found.record.stage != "pretrain":
         raise UserError(
             f"{run}: a transfer run; a card is for the backbone of a pretraining run ({found.record.parent})"
@@ -69,9 +66,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
     ]
     pools = _pooled(results_of(measured))
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda file: resources.files("evaluate").joinpath("page", file).read_text("utf-8")
-        ),
+        loader=jinja2.FunctionLoader(page_file),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         autoescape=False,  # Markdown, escaped by its own filter

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from engine.errors import DataError, UserError, listed
-from engine.records import Record
-from engine.storage import write_atomic
+from engine.records import Record, finished_record
+from engine.storage import RunDirectory, write_atomic
 
 FIXED = {
     "run": "the run's folder",
@@ -79,37 +81,63 @@ class Collection:
     damaged: tuple[tuple[Path, str], ...]
     unfinished: tuple[Path, ...]
 
-    @property
+    @cached_property
+    def _of_each(self) -> dict[tuple[str, str], list[Run]]:
+        """The runs of each fingerprint, in an order that does not depend on where they lie."""
+        found: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        for run in sorted(self.runs, key=lambda run: (json.dumps(run.record.metrics, sort_keys=True), run.record.name)):
+            found[run.record.stage, run.record.fingerprint].append(run)
+        return found
+
+    @cached_property
     def distinct(self) -> tuple[Run, ...]:
         """The runs, each piece of work once: a copied folder, or the same work under two names, counts once."""
-        found: dict[tuple[str, str], Run] = {}
-        for run in sorted(self.runs, key=_content):
-            found.setdefault((run.record.stage, run.record.fingerprint), run)
-        kept = {id(run) for run in found.values()}
-        return tuple(run for run in self.runs if id(run) in kept)
-
-    @property
-    def contradictions(self) -> tuple[str, ...]:
-        """Records of one fingerprint with different numbers; `distinct` takes the one that sorts first."""
-        numbers: dict[tuple[str, str], Run] = {}
-        found = []
-        for run in sorted(self.runs, key=_content):
-            other = numbers.setdefault((run.record.stage, run.record.fingerprint), run)
-            if other.record.metrics != run.record.metrics:
-                found.append(f"left out {run.path}: other numbers than {other.path}, which says it is the same run")
-        return tuple(found)
+        kept = {same[0] for same in self._of_each.values()}
+        return tuple(run for run in self.runs if run in kept)
 
     def remarks(self, most: int = 10) -> str:
         """What was left out, one file to a line; empty if nothing was."""
         lines = [f"left out {path}: {reason}" for path, reason in self.damaged]
-        lines += self.contradictions
+        lines += [
+            f"left out {run.path}: other numbers than {same[0].path}, which says it is the same run"
+            for same in self._of_each.values()
+            for run in same
+            if run.record.metrics != same[0].record.metrics
+        ]
         lines += [f"unfinished: {path}" for path in self.unfinished]
         return listed(lines, most) if lines else ""
 
 
-def _content(run: Run) -> tuple[str, str]:
-    """An order that does not depend on where a run lies."""
-    return json.dumps(run.record.metrics, sort_keys=True), run.record.name
+def collection_of(folder: Path, places: Iterable[tuple[Path, bool]]) -> Collection:
+    """The runs in some run directories.
+
+    Args:
+        folder: What the collection is called by.
+        places: Each directory, and whether it should hold a record.
+    """
+    runs, damaged, unfinished = [], [], []
+    for place, has_record in places:
+        file = RunDirectory(place).record_file
+        if not has_record:
+            unfinished.append(place)
+            continue
+        try:
+            runs.append(Run(place, Record.read(file)))
+        except (ValueError, OSError, RecursionError) as error:
+            damaged.append((file, str(error).splitlines()[0]))
+    return Collection(folder, tuple(runs), tuple(damaged), tuple(unfinished))
+
+
+def one_run(folder: Path) -> Run:
+    """The finished run in a folder.
+
+    Raises:
+        UserError: If there is none, or its record is damaged.
+    """
+    directory = RunDirectory(folder)
+    if not directory.is_finished:
+        raise DataError(f"{folder}: not the folder of a finished run (no record.json in it)")
+    return Run(folder, finished_record(directory))
 
 
 def collect(folder: Path) -> Collection:
@@ -120,17 +148,8 @@ def collect(folder: Path) -> Collection:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a' if folder.exists() else 'no such'} folder of runs")
-    runs, damaged, unfinished = [], [], []
-    for place, has_record in _run_directories(folder):
-        if not has_record:
-            unfinished.append(place)
-            continue
-        try:
-            runs.append(Run(place, Record.read(place / "record.json")))
-        except (ValueError, OSError, RecursionError) as error:
-            damaged.append((place / "record.json", str(error).splitlines()[0]))
-    collection = Collection(folder, tuple(runs), tuple(damaged), tuple(unfinished))
-    if not runs:
+    collection = collection_of(folder, _run_directories(folder))
+    if not collection.runs:
         remarks = collection.remarks()
         raise DataError(f"{folder}: no finished run" + (f"\n{remarks}" if remarks else " (no record.json in it)"))
     return collection

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import DataError, UserError
+from engine.errors import UserError
 from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
 from evaluate.average_precision import THRESHOLDS, compare_detectors
-from evaluate.collect import Collection, Run, collect, frame, select
+from evaluate.collect import Collection, Run, frame, one_run, select
 from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name
 from evaluate.results import Result, of_backbone, results_of, telling_keys
 from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
@@ -201,9 +201,7 @@ def differences(first: Path, second: Path) -> str:
 
 
 def _one(folder: Path) -> Run:
-    if not (folder / "record.json").is_file():
-        raise DataError(f"{folder}: not the folder of a finished run (no record.json in it)")
-    run = collect(folder).runs[0]
+    run = one_run(folder)
     if run.record.stage != "transfer":
         raise UserError(f"{folder}: a pretraining run; compare transfer runs")
     return run

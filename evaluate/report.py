@@ -16,9 +16,8 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from engine.errors import UserError
 from engine.predictions import SHEET
-from engine.storage import last_lines, write_text
+from engine.storage import RunDirectory, last_lines, require_output_folder, write_text
 from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
 from evaluate.drawing import Plot
@@ -51,8 +50,7 @@ def write_report(collection: Collection, out: Path, published: Sequence[Publishe
     Raises:
         UserError: If the folder is a file.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder for the report")
+    require_output_folder(out)
     page = out / "index.html"
     write_text(page, render_report(collection, out, published))
     return page
@@ -71,7 +69,7 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
     listed = _listed(runs, out)
     num_transfers = sum(run.record.stage == "transfer" for run in runs)
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_page), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FunctionLoader(page_file), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"p": lambda text: printable(str(text)), "id": run_id}
     return environment.get_template("report.html.j2").render(
@@ -79,8 +77,8 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
         summary=f"{len(runs) - num_transfers} pretraining and {num_transfers} transfer runs, finished"
         + (f"; {len(collection.unfinished)} are not" if collection.unfinished else "")
         + ".",
-        style=Markup(_page("report.css")),
-        script=Markup(_page("report.js")),
+        style=Markup(page_file("report.css")),
+        script=Markup(page_file("report.js")),
         tables=[Markup(html_table(table, _linked)) for table in tables],
         comparisons=comparisons,
         checks=checks,
@@ -100,7 +98,8 @@ def run_id(run: Run) -> str:
     return f"run-{'' if run.record.stage == 'transfer' else 'p-'}{word}"
 
 
-def _page(file: str) -> str:
+def page_file(file: str) -> str:
+    """A template, a style or a script of ``page/``."""
     return resources.files("evaluate").joinpath("page", file).read_text(encoding="utf-8")
 
 
@@ -176,8 +175,8 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
         "images": _images(run),
         "metrics": {printable(key): value for key, value in record.metrics.items()},
         "environment": {printable(str(key)): printable(str(value)) for key, value in record.environment.items()},
-        "recipe": _text(run.path / "recipe.yaml"),
-        "log": "\n".join(map(printable, last_lines(run.path / "log.jsonl")[-LOG_LINES:])),
+        "recipe": "\n".join(map(printable, last_lines(RunDirectory(run.path).recipe_file))),
+        "log": "\n".join(map(printable, last_lines(RunDirectory(run.path).log_file)[-LOG_LINES:])),
     }
 
 
@@ -212,12 +211,3 @@ def _images(run: Run) -> list[dict[str, str]]:
         return []
     text = f"Test pictures of {run.record.name}: found (left) and true objects (right)"
     return [{"form": "jpeg", "data": base64.b64encode(payload).decode(), "text": printable(text)}]
-
-
-def _text(path: Path) -> str:
-    """A text file's lines; empty if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(map(printable, lines))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
 
 from engine.errors import UserError
@@ -75,9 +75,14 @@ def verify(collection: Collection) -> list[Check]:
 def expectations(collection: Collection) -> list[Check]:
     """As `verify`; empty if no run expects anything."""
     checks: list[Check] = []
+    on: dict[str, list[Run]] = defaultdict(list)
+    for run in collection.distinct:
+        if run.record.parent is not None:
+            on[run.record.parent].append(run)
     for origin in collection.distinct:
+        transfers = on.get(origin.record.fingerprint, []) if origin.record.stage == "pretrain" else []
         for expectation in origin.record.expected:
-            measured = [run for run in _subjects(origin, collection.distinct) if _concerns(expectation, run)]
+            measured = [run for run in (origin, *transfers) if _concerns(expectation, run)]
             if len(measured) > 1 and origin in measured:
                 measured.remove(origin)
             found = [Check(expectation, origin, run, _otherwise(expectation, origin, run)) for run in measured]
@@ -96,12 +101,6 @@ def _otherwise(expectation: Expectation, origin: Run, run: Run) -> str:
         if not of_backbone(key) and value is not None and result.known.get(key) not in (None, value)
     ]
     return "; ".join(different)
-
-
-def _subjects(origin: Run, runs: Sequence[Run]) -> list[Run]:
-    if origin.record.stage == "transfer":
-        return [origin]
-    return [origin, *(run for run in runs if run.record.parent == origin.record.fingerprint)]
 
 
 def _concerns(expectation: Expectation, run: Run) -> bool:

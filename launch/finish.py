@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from engine.records import Record
 from engine.storage import RunDirectory, write_text
-from evaluate.collect import Collection, Run
+from evaluate.collect import Collection, collection_of
 from evaluate.paper import choose
 from evaluate.render import render_all
 from evaluate.report import write_report
@@ -58,19 +57,8 @@ def write_results(runs: Path, suite: str) -> str:
 
 def _collect(launch: Launch, folder: Path) -> Collection:
     """The runs of a launch's cells; a damaged record is listed, not fatal."""
-    runs, damaged, unfinished = {}, [], []
-    for cell in launch.cells:
-        if cell.stage == "convert":
-            continue
-        if not cell.is_finished:
-            unfinished.append(cell.run)
-            continue
-        file = RunDirectory(cell.run).record_file
-        try:
-            runs[cell.run] = Run(cell.run, Record.read(file))
-        except (OSError, ValueError) as error:
-            damaged.append((file, str(error).splitlines()[0]))
-    return Collection(folder, tuple(runs.values()), tuple(damaged), tuple(unfinished))
+    work = {cell.run: cell.is_finished for cell in launch.cells if cell.stage != "convert"}
+    return collection_of(folder, work.items())
 
 
 def _why(cell: LaunchedCell, launch: Launch) -> str:

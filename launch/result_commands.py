@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from evaluate.collect import Collection
+    from evaluate.published import Published
 
 RunsArgument = Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")]
@@ -116,7 +117,6 @@ def tables(
     """
     from engine.errors import UserError
     from evaluate import collect, paper
-    from evaluate.published import read_published
     from evaluate.render import form_of, render_all
     from evaluate.results import first_headline, results_of
     from evaluate.tables import build
@@ -124,7 +124,7 @@ def tables(
     if out is not None:
         _check_out(out)
     chosen = form or (form_of(out.suffix) if out is not None else "term")
-    more = [number for path in published or () for number in read_published(path)]
+    more = _published(published)
     if (rows is None) != (cols is None) or (metric is not None and rows is None):
         raise UserError("--rows, --cols and --metric make a table of your own: give --rows and --cols together")
     if rows is not None and table is not None:
@@ -211,12 +211,13 @@ def plots(
       mixmask plots runs --out plots
     """
     from engine.errors import UserError
+    from engine.storage import require_output_folder
     from evaluate.drawing import write_plots
     from evaluate.plots import plots_of
-    from evaluate.published import of_the_paper, read_published
+    from evaluate.published import of_the_paper
 
-    _check_folder(out)
-    more = [number for path in published or () for number in read_published(path)]
+    require_output_folder(out)
+    more = _published(published)
     drawn = plots_of(_collect(runs).distinct, (*of_the_paper(), *more))
     if not drawn:
         raise UserError(f"{runs}: no finished run has anything to plot")
@@ -235,12 +236,11 @@ def report(
     Example:
       mixmask report runs --out report
     """
-    from evaluate.published import read_published
+    from engine.storage import require_output_folder
     from evaluate.report import write_report
 
-    _check_folder(out)
-    more = [number for path in published or () for number in read_published(path)]
-    typer.echo(write_report(_collect(runs), out, more))
+    require_output_folder(out)
+    typer.echo(write_report(_collect(runs), out, _published(published)))
 
 
 def verify(runs: RunsArgument) -> None:
@@ -302,6 +302,13 @@ def _collect(runs: Path) -> Collection:
     return collection
 
 
+def _published(files: list[Path] | None) -> list[Published]:
+    """The numbers of ``--published``."""
+    from evaluate.published import read_published
+
+    return [number for path in files or () for number in read_published(path)]
+
+
 def _check_out(out: Path) -> None:
     from engine.storage import require_output_file
 
@@ -316,12 +323,3 @@ def _give(text: str, out: Path | None) -> None:
     else:
         write_text(out, text)
         typer.echo(out)
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse an output folder that cannot become one."""
-    from engine.errors import UserError
-
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file and not a folder; name a folder")
-    _check_out(out / "file")

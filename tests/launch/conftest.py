@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,18 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.launch.slurm import Slurm, missing, running_slurm
+from tests.needs import need
 
 DEMANDED = "MIXMASK_REQUIRE_SLURM"
 
 
 def _require(accounting: bool) -> None:
     absent = missing(accounting)
-    if not absent:
-        return
-    if os.environ.get(DEMANDED):
-        pytest.fail(f"{DEMANDED} is set, and SLURM is not complete: {', '.join(absent)}")
     packages = "slurm-wlm munge" + " slurmdbd mariadb-server" * accounting
-    pytest.skip(f"no SLURM on this machine ({', '.join(absent)} not found): apt-get install {packages}")
+    need(not absent, f"complete SLURM ({', '.join(absent)} not found)", f"apt-get install {packages}", DEMANDED)
 
 
 @pytest.fixture(scope="session")
