@@ -85,8 +85,6 @@ class Record(BaseModel):
     def _shaped(cls, recipe: dict[str, Any]) -> dict[str, Any]:
         """What others rely on: parts are mappings, and what is counted or measured is a number."""
         for part in ("mix", "backbone", "framework", "optimizer", "data"):
-            if part == "backbone" and isinstance(recipe.get(part), str):
-                continue
             if recipe.get(part) is not None and not isinstance(recipe[part], dict):
                 raise ValueError(f"{part} is {type(recipe[part]).__name__}, a mapping was expected")
         for key, value in (recipe.get("mix") or {}).items():

@@ -14,10 +14,9 @@ from engine.errors import UserError
 from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
 from evaluate.average_precision import THRESHOLDS, compare_detectors
 from evaluate.collect import Collection, Run, frame, one_run, select
-from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name
-from evaluate.results import Result, of_backbone, results_of, telling_keys
+from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name, text_of
+from evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
 from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
-from evaluate.tables import text_of
 
 
 @dataclass(frozen=True)
@@ -135,19 +134,14 @@ def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequenc
 
 def _backbone(result: Result, all_results: Sequence[Result]) -> str:
     """What was pretrained; with whatever tells it from others that would have the same words."""
-
-    def words(one: Result) -> str:
-        record = one.run.record
-        epochs = "" if record.pretrain_epochs in (None, 0) else f", {record.pretrain_epochs:,.10g} epochs"
-        return f"{name(record.method)} ({name(record.framework)}{epochs})"
-
-    alike = [other for other in all_results if words(other) == words(result)]
+    words = backbone_words(result.run.record)
+    alike = [other for other in all_results if backbone_words(other.run.record) == words]
     telling = [
         f"{key} {text_of(result.known[key])}" for key in telling_keys(alike) if result.known.get(key) is not None
     ]
     if len(alike) > 1 and not telling:
         telling = [f"backbone {result.pool[4][:8]}"]
-    return f"{words(result)[:-1]}, {', '.join(telling)})" if telling else words(result)
+    return f"{words[:-1]}, {', '.join(telling)})" if telling else words
 
 
 def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None) -> list[PairOfRuns]:

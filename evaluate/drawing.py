@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.storage import write_atomic
-from evaluate.names import name
 
 # Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -76,10 +75,8 @@ def panels(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> 
     return figure, axes
 
 
-def errorbars(
-    panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str | None = None
-) -> None:
-    """A method\'s line: x, mean, sample standard deviation (NaN for one run) and number of runs of each point."""
+def errorbars(panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str) -> None:
+    """A method's line: x, mean, sample standard deviation (NaN for one run) and number of runs of each point."""
     colour, marker, dash = STYLES[method]
     panel.errorbar(
         [at for at, *_ in points],
@@ -90,7 +87,7 @@ def errorbars(
         capsize=2,
         ms=5,
         lw=1.3,
-        label=short(label or name(method), 60),
+        label=short(label, 60),
     )
 
 

@@ -85,3 +85,10 @@ def setting_name(key: str, value: Any) -> str:
     if key == "switch":
         return "yes" if value in (True, "true") else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def text_of(value: Any) -> str:
+    """A setting's value in a footnote."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.10g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -55,7 +55,6 @@ def _layout(
     row: Label,
     column: Label,
     published: Sequence[Published],
-    tables: Sequence[str],
     said: Sequence[str] = (),
     notes: tuple[str, ...] = (),
 ) -> Layout:
@@ -63,7 +62,7 @@ def _layout(
     placed = []
     for number in published:
         dims = _of(number)
-        if number.table in tables and belongs(dims):
+        if number.table == id and belongs(dims):
             placed.append(((row(dims), column(dims)), number))
     placed = _in_place(placed)
     epochs = {place: number.pretrain_epochs for place, number in placed}
@@ -154,7 +153,6 @@ def _varied(id: str, title: str, key: str, published: Sequence[Published], notes
         lambda dims: (setting_name(key, _number(dims[key])),),
         _measured,
         published,
-        (id,),
         said=(key,),
         notes=notes,
     )
@@ -188,7 +186,6 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             _method_row,
             lambda dims: (name(dims["dataset"]), f"{epochs_name(dims['pretrain_epochs'])} epochs"),
             numbers,
-            ("4",),
             said=("pretrain.epochs",),
             notes=(ABLATIONS,),
         ),
@@ -200,7 +197,6 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             lambda dims: (name(dims["method"]),),
             _measured,
             numbers,
-            ("5",),
             notes=(ABLATIONS,),
         ),
         _layout(
@@ -211,7 +207,6 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             _method_row,
             lambda dims: (name(dims["dataset"]), percent_name(dims["protocol"])),
             numbers,
-            ("semisup",),
             notes=unpublished,
         ),
         _layout(
@@ -222,7 +217,6 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             _method_row,
             _detection,
             numbers,
-            ("7",),
         ),
         _layout(
             "7-2x",
@@ -232,7 +226,6 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             _method_row,
             _detection,
             numbers,
-            ("7-2x",),
             said=("iterations", "milestones"),
             notes=("Twice as long as the paper's 1x, which stands in table 7: the two are not compared.",),
         ),

@@ -17,7 +17,7 @@ from evaluate.collect import Run
 from evaluate.drawing import STYLES, Plot, errorbars, finished_plot, legend, panels, short
 from evaluate.names import METHODS, METRICS, name, protocol_name
 from evaluate.published import Published, stated
-from evaluate.results import DETECTION, Result, results_of, telling_keys
+from evaluate.results import DETECTION, Result, backbone_words, departures, results_of, telling_keys
 from evaluate.statistics import summarize
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
@@ -142,11 +142,10 @@ def _labels(runs: Sequence[Run]) -> dict[Run, str]:
 # --- accuracies ------------------------------------------------------------------------------------------------------
 
 
-def _as_published(result: Result, varied: str) -> bool:
-    """Whether a result departs from the paper's protocol in nothing but what is varied (and in how long it was trained)."""
-    usual = {key: value for key, value in stated(result.dims).items() if key != varied and value is not None}
-    long = result.run.record.pretrain_epochs == {"imagenet1k": 200}.get(result.run.record.dataset, 1000)
-    return long and all(result.known.get(key) in (None, value) for key, value in usual.items())
+def _is_faithful(result: Result, varied: str, number: Published) -> bool:
+    """Whether a result was made as a published number was, but for what is varied."""
+    usual = {**stated(result.dims), "pretrain.epochs": number.pretrain_epochs}
+    return not departures(result.known, {key: value for key, value in usual.items() if key != varied})
 
 
 def _labelled(
@@ -156,10 +155,7 @@ def _labelled(
 
     def plain(result: Result) -> str:
         record = result.run.record
-        if not with_framework:
-            return name(record.method)
-        epochs = f", {record.pretrain_epochs:,.10g} epochs" if record.pretrain_epochs else ""
-        return f"{name(record.method)} ({name(record.framework)}{epochs})"
+        return backbone_words(record) if with_framework else name(record.method)
 
     found = []
     for line in families.values():
@@ -241,14 +237,13 @@ def _ablation(results: Sequence[Result], published: Sequence[Published], key: st
         lines = {family: line for family, line in families.items() if len({r.dims[key] for r in line}) > 1}
         if not lines:
             continue
-        faithful = any(_as_published(r, key) for line in lines.values() for r in line)
         theirs = {
             number.setting[1]: number.value
             for number in published
             if number.setting is not None
             and number.setting[0] == key
             and (number.dataset, number.framework, number.protocol) == place
-            and faithful
+            and any(_is_faithful(r, key, number) for line in lines.values() for r in line)
         }
         order = sorted({str(r.dims[key]) for line in lines.values() for r in line} | {*theirs}, key=_numeric)
         figure, (panel, *_) = panels(1, 1)
@@ -320,8 +315,6 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
         ):
             summaries = {m: summarize(values) for m in metrics if (values := [r.value for r in there if r.metric == m])}
             at = [metrics.index(m) + (number - (len(bars) - 1) / 2) * 0.8 / len(bars) for m in summaries]
-            record = there[0].run.record
-            epochs = f", {record.pretrain_epochs:,g} epochs" if record.pretrain_epochs else ""
             panel.bar(
                 at,
                 [s.mean for s in summaries.values()],
@@ -332,7 +325,7 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
                 hatch=HATCHES[number % len(HATCHES)],
                 edgecolor="white",
                 linewidth=0.5,
-                label=f"{name(pool[2])} ({name(pool[1])}{epochs}), n = {max(s.n for s in summaries.values())}",
+                label=f"{backbone_words(there[0].run.record)}, n = {max(s.n for s in summaries.values())}",
             )
             for place, summary in zip(at, summaries.values(), strict=True):
                 height = summary.mean + (summary.std or 0.0)

@@ -21,13 +21,13 @@ from engine.storage import RunDirectory, last_lines, require_output_folder, writ
 from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
 from evaluate.drawing import Plot
-from evaluate.names import METRICS, name, protocol_name
+from evaluate.names import METRICS, name, protocol_name, text_of
 from evaluate.paper import choose
 from evaluate.plots import plots_of
 from evaluate.published import Published, of_the_paper
 from evaluate.render import html_table
 from evaluate.results import headlines, results_of
-from evaluate.tables import Cell, Table, build, text_of
+from evaluate.tables import Cell, Table, build
 from evaluate.verify import Check, expectations
 from evaluate.wording import printable
 

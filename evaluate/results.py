@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from engine.records import Record
 from evaluate.collect import ABLATED, Run, ablation, flat
+from evaluate.names import epochs_name, name, text_of
 
 HEADLINES = {"knn": ("knn/top1",), "linear": ("linear/top1",), "semisup": ("semisup/top1",)}
 DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
@@ -151,3 +153,18 @@ def telling_keys(results: Sequence[Result]) -> list[str]:
 def of_backbone(key: str) -> bool:
     """Whether a key of `Result.known` is about the backbone, not about how it was measured."""
     return key.startswith("pretrain.") or key in ABLATED
+
+
+def departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, str]:
+    """In what a result departs from what is stated, in words, by key; what is not known does not count as departing."""
+    return {
+        key: f"{key} {text_of(known[key])} (published: {text_of(value)})"
+        for key, value in stated.items()
+        if value is not None and known.get(key) is not None and known[key] != value
+    }
+
+
+def backbone_words(record: Record) -> str:
+    """What was pretrained: ``MixMask (MoCo v2, 200 epochs)``."""
+    epochs = f", {epochs_name(record.pretrain_epochs)} epochs" if record.pretrain_epochs else ""
+    return f"{name(record.method)} ({name(record.framework)}{epochs})"

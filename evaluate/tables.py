@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from evaluate.names import text_of
 from evaluate.published import Published
-from evaluate.results import Result, of_backbone, telling_keys
+from evaluate.results import Result, departures, of_backbone, telling_keys
 from evaluate.statistics import FEW_SEEDS, Summary, summarize, within_noise
 
 Key = tuple[str, ...]  # of a row or a column: one text for each level
@@ -29,7 +30,6 @@ class Cell:
         published: The number that was made the same way, if there is one.
         best: Whether its mean is the highest of those it may be compared with.
         near_best: Whether it cannot be told from the best (`within_noise`).
-        few: Whether it is VOC with fewer than five runs.
         marks: The letters of its footnotes.
     """
 
@@ -37,13 +37,18 @@ class Cell:
     published: Published | None = None
     best: bool = False
     near_best: bool = False
-    few: bool = False
     marks: tuple[str, ...] = ()
 
     @property
     def summary(self) -> Summary | None:
         """Mean, sample standard deviation and n."""
         return summarize([result.value for result in self.results]) if self.results else None
+
+    @property
+    def few(self) -> bool:
+        """Whether it is VOC with fewer than five runs."""
+        voc = any(result.run.record.protocol == "detect_voc" for result in self.results)
+        return voc and len(self.results) < FEW_SEEDS
 
     @property
     def difference(self) -> float | None:
@@ -160,49 +165,56 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
     columns = _ordered(layout, (place[1] for place in published), (group.place[1] for group in groups))
     best = _marked(groups, layout.sections)
     texts = _texts(groups)
-    alike = Counter((group.place[1], group.first.measurement) for group in groups)
-
-    def common(group: _Group) -> tuple[int]:
-        return (-alike[group.place[1], group.first.measurement],)
-
+    common = Counter((group.place[1], group.first.measurement) for group in groups)
     faithful = {group.place for group in groups if group.departures == _Texts()}
-    lines: list[tuple[Key, tuple[str, ...], dict[Key, tuple[Cell, tuple[str, ...]]]]] = []
+    lines: list[_Line] = []
     for row in rows:
-        stacks: dict[tuple[str, ...], dict[Key, list[tuple[Cell, tuple[str, ...]]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        stacks: dict[tuple[str, ...], dict[Key, list[_Noted]]] = defaultdict(lambda: defaultdict(list))
         for place, number in published.items():
             if place[0] == row and place not in faithful:
-                source = () if number.source == "paper" else (f"published by {number.source}",)
-                stacks[()][place[1]].append((Cell((), number), source))
+                stacks[()][place[1]].append(_noted(Cell((), number), ()))
         own = [group for group in groups if group.place[0] == row]
         for group in sorted(
-            own, key=lambda group: (group.departures != _Texts(), *common(group), texts[group].measurement)
+            own,
+            key=lambda group: (
+                group.departures != _Texts(),
+                -common[group.place[1], group.first.measurement],
+                texts[group].measurement,
+            ),
         ):
-            few = group.first.run.record.protocol == "detect_voc" and len(group.results) < FEW_SEEDS
             beside = published.get(group.place) if group.departures == _Texts() else None
-            cell = Cell(group.results, beside, *best[group], few)
-            other = beside is not None and beside.source != "paper"
-            source = (f"published by {beside.source}",) if other and beside is not None else ()
-            notes = (*texts[group].measurement, *source, *((FEW,) if few else ()))
-            stacks[texts[group].backbone][group.place[1]].append((cell, notes))
-        for backbone in sorted(stacks):
-            height = max(map(len, stacks[backbone].values()))
-            for level in range(height):
-                on_it = {column: stack[level] for column, stack in stacks[backbone].items() if level < len(stack)}
-                lines.append((row, backbone, on_it))
-        first = next(n for n, line in enumerate(lines) if line[0] == row)
-        filled = {column for line in lines[first:] for column in line[2]}
-        missing = {column: (Cell(()), ()) for column in columns if column not in filled}
-        lines[first] = (*lines[first][:2], {**lines[first][2], **missing})
+            cell = Cell(group.results, beside, *best[group])
+            stacks[texts[group].backbone][group.place[1]].append(_noted(cell, texts[group].measurement))
+        lines += _unstacked(row, stacks, columns)
     return _lettered(layout, columns, lines)
 
 
-def _lettered(
-    layout: Layout,
-    columns: Sequence[Key],
-    lines: Sequence[tuple[Key, tuple[str, ...], Mapping[Key, tuple[Cell, tuple[str, ...]]]]],
-) -> Table:
+_Noted = tuple[Cell, tuple[str, ...]]  # a cell and the texts of its footnotes
+_Line = tuple[Key, tuple[str, ...], dict[Key, _Noted]]  # row, texts on the backbone, cells by column
+
+
+def _noted(cell: Cell, texts: tuple[str, ...]) -> _Noted:
+    """A cell with its footnotes: whose number stands there if not the paper's, and that the runs are few."""
+    theirs = cell.published.source if cell.published is not None else "paper"
+    source = () if theirs == "paper" else (f"published by {theirs}",)
+    return cell, (*texts, *source, *((FEW,) if cell.few else ()))
+
+
+def _unstacked(
+    row: Key, stacks: Mapping[tuple[str, ...], Mapping[Key, Sequence[_Noted]]], columns: Sequence[Key]
+) -> list[_Line]:
+    """The lines of a row: one for each backbone's texts, and more where several cells stand in one column."""
+    lines: list[_Line] = []
+    for backbone in sorted(stacks):
+        for level in range(max(map(len, stacks[backbone].values()))):
+            on_it = {column: stack[level] for column, stack in stacks[backbone].items() if level < len(stack)}
+            lines.append((row, backbone, on_it))
+    filled = {column for _, _, cells in lines for column in cells}
+    missing: dict[Key, _Noted] = {column: (Cell(()), ()) for column in columns if column not in filled}
+    return [(row, lines[0][1], {**lines[0][2], **missing}), *lines[1:]]
+
+
+def _lettered(layout: Layout, columns: Sequence[Key], lines: Sequence[_Line]) -> Table:
     """The table with a letter for every text, in the order in which a reader meets them."""
     letters: dict[str, str] = {}
     for _, backbone, cells in lines:
@@ -210,7 +222,7 @@ def _lettered(
         for text in met:
             letters.setdefault(text, _letter(len(letters)))
 
-    def finished(found: tuple[Cell, tuple[str, ...]] | None) -> Cell | None:
+    def finished(found: _Noted | None) -> Cell | None:
         return None if found is None else replace(found[0], marks=tuple(sorted(letters[text] for text in found[1])))
 
     return Table(
@@ -238,19 +250,8 @@ def _groups(layout: Layout, results: Sequence[Result]) -> list[_Group]:
     for (place, _), found in sorted(pooled.items(), key=lambda item: item[0]):
         by_seed = sorted(found, key=lambda r: (*(-1 if s is None else s for s in r.seeds), r.run.record.fingerprint))
         known, stated = by_seed[0].known, layout.stated(by_seed[0], place)
-        groups.append(_Group(place, tuple(by_seed), _departures(known, stated), _remarks(by_seed, stated)))
+        groups.append(_Group(place, tuple(by_seed), _by_side(departures(known, stated)), _remarks(by_seed, stated)))
     return groups
-
-
-def _departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> _Texts:
-    """In what a result departs from what is stated; what is not known does not count as departing."""
-    return _by_side(
-        {
-            key: f"{key} {text_of(known[key])} (published: {text_of(value)})"
-            for key, value in stated.items()
-            if value is not None and known.get(key) is not None and known[key] != value
-        }
-    )
 
 
 def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str, ...]:
@@ -286,8 +287,8 @@ def _by_side(texts: Mapping[str, str]) -> _Texts:
 
 def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
     """Departures, and what tells groups apart that would else look alike: backbones in a row, measurements in a column."""
-    backbone = _telling(groups, of_its=0, side=True)
-    measurement = _telling(groups, of_its=1, side=False)
+    backbone = _telling(groups, of_backbones=True)
+    measurement = _telling(groups, of_backbones=False)
     texts = {
         group: _Texts(
             (*group.departures.backbone, *backbone[group]),
@@ -303,38 +304,24 @@ def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
     return texts
 
 
-def _telling(groups: Sequence[_Group], of_its: int, side: bool) -> dict[_Group, tuple[str, ...]]:
-    """Of each group, the keys (of the backbone, or of the measurement) in which some at one place, or in one column, differ.
-
-    Args:
-        groups: Of the whole table.
-        of_its: 0 to say the keys to all groups of a row, 1 to all of a column.
-        side: Whether keys of the backbone are meant.
-    """
-    alike: dict[Any, list[_Group]] = defaultdict(list)
+def _telling(groups: Sequence[_Group], of_backbones: bool) -> dict[_Group, tuple[str, ...]]:
+    """Of each group, what tells it from others: backbones in a row where some share a place, measurements in a column."""
+    lines: dict[Any, list[_Group]] = defaultdict(list)
     for group in groups:
-        alike[group.place[of_its], group.departures.backbone if side else group.departures.measurement].append(group)
+        row, column = group.place
+        departing = group.departures.backbone if of_backbones else group.departures.measurement
+        lines[row if of_backbones else column, departing].append(group)
     result: dict[_Group, tuple[str, ...]] = {}
-    for own in alike.values():
-        together: dict[Any, list[Result]] = defaultdict(list)
+    for own in lines.values():
+        alike: dict[Any, list[Result]] = defaultdict(list)
         for group in own:
-            together[group.place if side else None].append(group.first)
-        telling = dict.fromkeys(
-            key for found in together.values() for key in telling_keys(found) if of_backbone(key) == side
-        )
+            alike[group.place if of_backbones else None].append(group.first)
+        keys = [key for found in alike.values() for key in telling_keys(found) if of_backbone(key) == of_backbones]
         for group in own:
-            known = [
-                f"{key} {text_of(group.first.known[key])}" for key in telling if group.first.known.get(key) is not None
-            ]
-            result[group] = ("; ".join(known),) if known else ()
+            known = group.first.known
+            told = [f"{key} {text_of(known[key])}" for key in dict.fromkeys(keys) if known.get(key) is not None]
+            result[group] = ("; ".join(told),) if told else ()
     return result
-
-
-def text_of(value: Any) -> str:
-    """A setting's value in a footnote."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,.10g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool, bool]]:

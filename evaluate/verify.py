@@ -9,7 +9,7 @@ from engine.errors import UserError
 from engine.expected import Expectation
 from evaluate.collect import Collection, Run
 from evaluate.published import stated
-from evaluate.results import Result, of_backbone
+from evaluate.results import Result, departures, of_backbone
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,7 @@ def _otherwise(expectation: Expectation, origin: Run, run: Run) -> str:
     if run is origin:
         return ""
     result = Result(run, expectation.metric)
-    different = [
-        f"{key} {result.known[key]} (published: {value})"
-        for key, value in stated(result.dims).items()
-        if not of_backbone(key) and value is not None and result.known.get(key) not in (None, value)
-    ]
+    different = [text for key, text in departures(result.known, stated(result.dims)).items() if not of_backbone(key)]
     return "; ".join(different)
 
 
