@@ -132,5 +132,7 @@ def _read(path: Path, form: str, names: tuple[str, ...]) -> dict[str, npt.NDArra
             if str(content["format"]) != form:
                 raise DataError(f"{path}: of the format {content['format']}, {form} was expected")
             return {name: content[name] for name in names}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except ValueError:  # NumPy would have it loaded as a pickle, which can run code
+        raise DataError(f"{path}: damaged (not a NumPy archive of numbers)") from None
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None

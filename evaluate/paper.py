@@ -302,7 +302,7 @@ def pivot(rows: Sequence[str], columns: Sequence[str], known: Iterable[str], wha
     valid = dict.fromkeys((*PIVOT, *sorted(known)))
     wrong = [one for one in (*rows, *columns) if one not in valid]
     if wrong:
-        raise UserError(f"{', '.join(wrong)}: no such dimension. Valid: {', '.join(valid)}")
+        raise UserError(f"{', '.join(map(repr, wrong))}: no such dimension. Valid: {', '.join(valid)}")
     both = [*rows, *columns]
     if not rows or not columns or len({*both}) < len(both):
         raise UserError("--rows and --cols name at least one dimension each, none of them twice")

@@ -84,7 +84,13 @@ def read_published(path: Path) -> tuple[Published, ...]:
 
 
 def _parse(lines: Sequence[str], name: str) -> list[Published]:
-    reader = csv.DictReader(lines)
+    try:
+        return _rows(csv.DictReader(lines, strict=True), name)
+    except csv.Error as error:
+        raise DataError(f"{name}: not a readable CSV file ({error})") from None
+
+
+def _rows(reader: csv.DictReader[str], name: str) -> list[Published]:
     missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
     if missing:
         raise DataError(f"{name}: no column {', '.join(missing)}; a file of published numbers has {', '.join(COLUMNS)}")

@@ -286,9 +286,10 @@ def card(
 
     if out is not None:
         _check_out(out)
+    text = write_card(run, runs, license)
     if not (run / "backbone.safetensors").is_file():
         typer.echo(f"{run}: there is no backbone.safetensors, the file that the card is for", err=True)
-    _give(write_card(run, runs, license), out)
+    _give(text, out)
 
 
 def _collect(runs: Path) -> Collection:

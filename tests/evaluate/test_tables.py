@@ -306,6 +306,8 @@ def test_more_published_numbers_come_from_csv(tmp_path: Path) -> None:
         (f"{','.join(COLUMNS)}\nus,5,c,m,v,knn,1000,,acc,1\n", "line 2: metric is 'acc'; valid for knn: knn/top1"),
         (f"{','.join(COLUMNS)}\nus,5,c,m,v,svm,1000,,top1,1\n", "line 2: protocol is 'svm'; valid: knn, linear"),
         ("", "no column source"),
+        (f"{','.join(COLUMNS)}\n{'x' * 200_000},5,c,m,v,knn,1000,,top1,1\n", "not a readable CSV file"),
+        (f'{",".join(COLUMNS)}\n"paper"x,5,c,m,v,knn,1000,,top1,1\n', "not a readable CSV file"),
     ],
 )
 def test_a_file_of_published_numbers_that_is_wrong_says_where(tmp_path: Path, text: str, words: str) -> None:
