@@ -11,57 +11,81 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from engine.config import Recipe
+from engine.config import Recipe, added
 from engine.precision import to_device
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Normalization = Literal["imagenet", "cifar10", "cifar100", "tiny_imagenet"]
+
+# Mean and standard deviation per channel of images in [0, 1], by the data set that they were taken from.
+STATISTICS: dict[Normalization, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": (
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+    ),  # the MoCo CIFAR demo and Un-Mix, for CIFAR-100 too
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # W-MSE's code
+    "tiny_imagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),  # W-MSE's code
+}
+assert STATISTICS.keys() == {*get_args(Normalization)}
+IMAGENET_MEAN, IMAGENET_STD = STATISTICS["imagenet"]
+
+
+MAX_SIGMA = 100.0  # pixels: a wider blur leaves nothing of an image
 
 
 class CropRecipe(Recipe):
-    """A random resized crop and a flip: the defaults of supervised training at 224 pixels."""
+    """A random resized crop and a flip: the defaults of supervised training at 224 pixels.
 
-    crop: int = Field(224, ge=8)
+    ``interpolation`` is how a crop is resized; ``bicubic`` is Pillow's (a = -0.5), as W-MSE's code has it.
+    """
+
+    crop: int = Field(224, ge=8, le=4096)
     scale: tuple[float, float] = (0.08, 1.0)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = Field(0.5, ge=0, le=1)
+    interpolation: Literal["bilinear", "bicubic"] = added("bilinear")
 
     @model_validator(mode="after")
     def _crop_ranges(self) -> CropRecipe:
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {list(self.scale)}")
-        if not 0 < self.aspect[0] <= self.aspect[1]:
-            raise ValueError(f"aspect must satisfy 0 < low <= high, got {list(self.aspect)}")
+        if not 0.01 <= self.aspect[0] <= self.aspect[1] <= 100:
+            raise ValueError(f"aspect must satisfy 0.01 <= low <= high <= 100, got {list(self.aspect)}")
         return self
 
 
 class AugmentRecipe(CropRecipe):
     """One random view: crop and flip (on uint8), then jitter, greyscale and blur (on the device).
 
-    Defaults are MoCo v2's "aug+" (arXiv:2003.04297, section 2) at 224 pixels.
+    Defaults are MoCo v2's "aug+" (arXiv:2003.04297, section 2) at 224 pixels. ``normalization`` names the data set whose
+    mean and standard deviation the images are normalised with; the backbone file keeps it for the transfer protocols.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.4, ge=0)
+    brightness: float = Field(0.4, ge=0, le=10)
+    contrast: float = Field(0.4, ge=0, le=10)
+    saturation: float = Field(0.4, ge=0, le=10)
     hue: float = Field(0.1, ge=0, le=0.5)
     jitter_probability: float = Field(0.8, ge=0, le=1)
     grayscale_probability: float = Field(0.2, ge=0, le=1)
     blur_probability: float = Field(0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    normalization: Normalization = added("imagenet")
 
     @model_validator(mode="after")
     def _blur_range(self) -> AugmentRecipe:
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma must satisfy 0 < low <= high, got {list(self.blur_sigma)}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] <= MAX_SIGMA:
+            raise ValueError(
+                f"blur_sigma must satisfy 0 < low <= high <= {MAX_SIGMA:g} pixels, got {list(self.blur_sigma)}"
+            )
         return self
 
 
@@ -130,8 +154,8 @@ def draw_crop(height: int, width: int, recipe: CropRecipe, draws: random.Random)
     return (height - h) // 2, (width - w) // 2, h, w, flip
 
 
-def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Cut, resize (bilinear) and flip a batch of images of one size, each with its own crop.
+def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
+    """Cut, resize and flip a batch of images of one size, each with its own crop.
 
     Equal to cropping and then resizing each image, without anti-aliasing: meant for crops no larger than ``size``.
 
@@ -140,12 +164,19 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Te
         crops: (N, 4) top, left, height, width.
         flips: (N,) bool.
         size: Side of the result in pixels.
+        interpolation: ``bilinear``, or ``bicubic`` as Pillow has it.
 
     Returns:
         (N, 3, size, size) float in [0, 1].
     """
     num, _, height, width = images.shape
     crops = to_device(crops.float(), images.device)
+    if interpolation == "bicubic":
+        rows = _cubic_weights(crops[:, 0], crops[:, 2], height, size)
+        columns = _cubic_weights(crops[:, 1], crops[:, 3], width, size)
+        columns = torch.where(to_device(flips, images.device)[:, None, None], columns.flip(1), columns)
+        resized = torch.einsum("nyh,nchw->ncyw", rows, images.float() / 255)
+        return torch.einsum("nxw,ncyw->ncyx", columns, resized).clamp_(0, 1)
     centre = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
 
     def positions(start: Tensor, length: Tensor, mirrored: Tensor | None) -> Tensor:
@@ -161,6 +192,24 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int) -> Te
     grid_x = ((2 * x + 1) / width - 1)[:, None, :].expand(num, size, size)
     grid = torch.stack([grid_x, grid_y], dim=-1)
     return F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _cubic_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
+    """(N, size, extent): by how much each pixel along a side counts for each pixel of a crop's enlargement.
+
+    Keys' cubic kernel with a = -0.5; what lies outside the crop has no weight, and the weights of a pixel sum to 1. A crop
+    larger than ``size`` widens the kernel, which is Pillow's anti-aliasing.
+    """
+    scale = length / size
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]  # (N, size)
+    pixel = torch.arange(extent, device=start.device) + 0.5
+    distance = ((pixel - centre[:, :, None]) / scale.clamp(min=1)[:, None, None]).abs()
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, torch.zeros_like(far)))
+    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])  # (N, extent)
+    weights = weights * inside[:, None, :]
+    return weights / weights.sum(dim=2, keepdim=True)
 
 
 # --- photometric operations ------------------------------------------------------------------------------------------
@@ -346,7 +395,8 @@ class Photometric:
         together = len(images) if images.device.type != "cpu" else 1  # one image stays in a core's cache all the way
         for start in range(0, len(images), together):
             part = slice(start, start + together)
-            result[part] = normalize(apply_photometric(as_float(images[part]), draws.rows(part)))
+            augmented = apply_photometric(as_float(images[part]), draws.rows(part))
+            result[part] = normalize(augmented, self.recipe.normalization)
         return result
 
 
@@ -357,9 +407,11 @@ def as_float(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Subtract ImageNet's mean and divide by its standard deviation, per channel; uint8 or float in [0, 1] to float."""
+def normalize(images: Tensor, normalization: Normalization = "imagenet") -> Tensor:
+    """Subtract a data set's mean and divide by its standard deviation, per channel; uint8 or float in [0, 1] to float."""
     images = as_float(images)
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(values, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
+        for values in STATISTICS[normalization]
+    )
     return (images - mean).mul_(1 / std)

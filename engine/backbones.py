@@ -7,26 +7,29 @@ has torchvision's names (``conv1.weight`` … ``layer4.2.bn3.running_var``), tha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import torchvision
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from engine.augment import Normalization
 from engine.config import Recipe
 from engine.errors import CheckpointError, ConfigError
-from engine.records import Method
+from engine.heads import Head, HeadInfo
+from engine.records import Method, check_recipe_shape
 from engine.storage import write_atomic
 
 Stem = Literal["standard", "cifar"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 TIMM = "timm/"
 FORMAT = "mixmask-backbone-1"
+HEAD = "projection_head."  # before the names of the head's tensors in a backbone file
 
 
 def _known_arch(arch: str) -> str:
@@ -136,6 +139,8 @@ class BackboneInfo(BaseModel):
 
     ``lineage`` is the fingerprint without the seed: results of trunks that share it may be pooled into one mean.
     ``pretraining`` is the recipe (`engine.config.identity`), so that a result can say what was pretrained and how.
+    ``head`` describes the projection head, where the file holds it, and ``normalization`` what the images were normalised
+    with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -147,9 +152,13 @@ class BackboneInfo(BaseModel):
     fingerprint: str
     lineage: str
     dataset: str | None = None
-    epochs: float | None = None
+    epochs: float | None = Field(None, ge=0, allow_inf_nan=False)
     seed: int | None = None
     pretraining: dict[str, Any] = {}
+    normalization: Normalization = "imagenet"
+    head: HeadInfo | None = None
+
+    _pretraining = field_validator("pretraining")(check_recipe_shape)
 
     @property
     def recipe(self) -> BackboneRecipe:
@@ -157,11 +166,18 @@ class BackboneInfo(BaseModel):
         return BackboneRecipe(arch=self.arch, stem=self.stem)
 
 
-def save_backbone(path: Path, state: dict[str, Tensor], info: BackboneInfo) -> None:
-    """Write ``backbone.safetensors`` whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    payload = save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
-    write_atomic(path, lambda file: file.write(payload))
+def save_backbone(
+    path: Path, state: Mapping[str, Tensor], info: BackboneInfo, head: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``backbone.safetensors`` whole or not at all; ``head`` are the tensors that ``info.head`` describes."""
+    write_atomic(path, lambda file: file.write(backbone_bytes(state, info, head)))
+
+
+def backbone_bytes(state: Mapping[str, Tensor], info: BackboneInfo, head: Mapping[str, Tensor] | None = None) -> bytes:
+    """The content of a backbone file."""
+    every = {**state, **{f"{HEAD}{name}": tensor for name, tensor in (head or {}).items()}}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in every.items()}
+    return save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
 
 
 def is_backbone_file(path: Path) -> bool:
@@ -174,7 +190,16 @@ def is_backbone_file(path: Path) -> bool:
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneInfo]:
-    """Read a backbone file and check that it holds exactly the trunk it says.
+    """The trunk of a backbone file; see `load_backbone_and_head`."""
+    state, _, info = load_backbone_and_head(path)
+    return state, info
+
+
+def load_backbone_and_head(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], BackboneInfo]:
+    """Read a backbone file and check that it holds exactly the trunk, and the head if any, that it says.
+
+    Returns:
+        The trunk's tensors, the head's (none where the file has no head), and where they come from.
 
     Raises:
         CheckpointError: If the file is missing, truncated, or its tensors do not fit its architecture.
@@ -192,8 +217,20 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneInfo]:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata is damaged ({str(error).splitlines()[0]})") from None
+    head = {name.removeprefix(HEAD): state.pop(name) for name in list(state) if name.startswith(HEAD)}
     check_trunk_state(state, info.recipe, str(path))
-    return state, info
+    _check_head(head, info.head, path)
+    return state, head, info
+
+
+def _check_head(head: dict[str, Tensor], info: HeadInfo | None, path: Path) -> None:
+    with torch.device("meta"):
+        expected = {} if info is None else {name: t.shape for name, t in Head(info).state_dict().items()}
+    if {name: tensor.shape for name, tensor in head.items()} != expected:
+        raise CheckpointError(
+            f"{path}: its projection head is damaged: it holds {', '.join(head) or 'no tensors'}, and its metadata "
+            f"describes {', '.join(expected) or 'none'}"
+        )
 
 
 def check_trunk_state(state: dict[str, Tensor], recipe: BackboneRecipe, source: str) -> None:

@@ -40,6 +40,15 @@ def operational(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **kwargs)
 
 
+def added(default: Any, **kwargs: Any) -> Any:
+    """A field that came after the first release.
+
+    It is part of the identity like any other, but not at its default value: the fingerprint of a run that was made before
+    the field existed stays what it was.
+    """
+    return Field(default, json_schema_extra={"identity": "unless default"}, **kwargs)
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,9 +302,10 @@ def identity(recipe: BaseModel) -> dict[str, Any]:
     plain = recipe.model_dump(mode="json")
     for name, field in type(recipe).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("identity") is False:
-            continue
+        place = extra.get("identity") if isinstance(extra, dict) else None
         value = getattr(recipe, name)
+        if place is False or (place == "unless default" and value == field.default):
+            continue
         result[name] = identity(value) if isinstance(value, BaseModel) else plain[name]
     return result
 

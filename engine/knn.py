@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.augment import normalize
+from engine.augment import Normalization, normalize
 from engine.distributed import gather_dealt
 from engine.loader import ImageSource, num_batches
 from engine.precision import Precision, autocast
@@ -23,17 +23,19 @@ def extract_features(
     resize: int | None,
     crop: int,
     precision: Precision,
+    normalization: Normalization = "imagenet",
 ) -> tuple[Tensor, Tensor]:
-    """Features of every image's central crop, the trunk in eval mode (its mode is restored).
+    """Features of every image's central crop, the network in eval mode (its mode is restored).
 
     Args:
         title: Shown with the progress.
-        trunk: Images to features.
+        trunk: Images to features: a trunk, or a trunk and its head.
         source: Which images; of several processes, each one's share, and all get everyone's features.
         batch_size: Images per forward pass.
         resize: Short side before the crop, or None.
         crop: Side of the central crop.
         precision: Number format of the forward pass.
+        normalization: Whose mean and deviation the images are normalised with.
 
     Returns:
         (N, D) float32 features as the trunk gives them, and (N,) labels, in the images' order, on the trunk's device.
@@ -46,7 +48,7 @@ def extract_features(
     total = num_batches(len(source.images), batch_size)
     for images, target in track(title, batches, total, batch_size):
         with autocast(device, precision):
-            output = trunk(normalize(images).contiguous(memory_format=torch.channels_last))
+            output = trunk(normalize(images, normalization).contiguous(memory_format=torch.channels_last))
         features.append(output.float())
         labels.append(target)
     trunk.train(was_training)
@@ -106,6 +108,7 @@ def knn_of_sources(
     precision: Precision,
     k: int,
     temperature: float,
+    normalization: Normalization = "imagenet",
 ) -> tuple[Tensor, Tensor]:
     """The classes of the query images by the trunk's features and the bank's labels.
 
@@ -123,6 +126,7 @@ def knn_of_sources(
             resize=resize,
             crop=crop,
             precision=precision,
+            normalization=normalization,
         )
         for source in (bank, queries)
     )

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
@@ -29,6 +30,8 @@ from engine.randomness import derived_seed, generator
 from engine.stopping import outlive_stop_signals
 
 T = TypeVar("T")
+
+INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class _Views(Dataset[tuple[list[Tensor], int]]):
             # Decoded images lie with their channels last; a cut that does, too, is resized a third faster.
             cut = image[None, :, top : top + height, left : left + width]
             cut = cut.contiguous(memory_format=torch.channels_last)
-            cut = TF.resize(cut, [recipe.crop, recipe.crop], antialias=True)[0]
+            cut = TF.resize(cut, [recipe.crop, recipe.crop], INTERPOLATIONS[recipe.interpolation], antialias=True)[0]
             views.append(cut.flip(-1) if flip else cut)
         return views, int(self.images.labels[index])
 
@@ -301,7 +304,7 @@ class ResidentSource:
                 draws = generator(plan.seed, "crops", step, number)
                 crops = draw_crops(size, recipe.scale, recipe.aspect, draws)
                 flips = torch.rand(len(batch), generator=draws) < recipe.flip
-                cut.append(crop_and_flip(pixels, crops[rows], flips[rows], recipe.crop))
+                cut.append(crop_and_flip(pixels, crops[rows], flips[rows], recipe.crop, recipe.interpolation))
             yield Batch(cut, self.labels[where], step, rows, len(batch))
 
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -34,6 +36,37 @@ def check_precision(device: torch.device, precision: Precision) -> None:
     """
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU; on a CPU use bf16 (if `mixmask doctor` calls it fast) or fp32")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has: the GPU's own, or this machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def require_memory(parts: Mapping[str, int], device: torch.device, what: str) -> None:
+    """Refuse what needs more memory than there is.
+
+    Args:
+        parts: Bytes of each thing that must be there at the same time, by its name and the keys it depends on.
+        device: Where it must be.
+        what: For the message.
+
+    Raises:
+        ConfigError: With the largest part and its keys.
+    """
+    needed, there = sum(parts.values()), memory_of(device)
+    if needed > there:
+        largest = max(parts, key=lambda name: parts[name])
+        raise ConfigError(
+            f"{what}: needs at least {_gib(needed)} of memory, {device} has {_gib(there)}. Most of it, "
+            f"{_gib(parts[largest])}, goes to {largest}"
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -25,6 +25,26 @@ SCALARS = (str, int, float, bool, type(None))
 Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random", "unknown"]
 
 
+def check_recipe_shape(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What others rely on in a recipe that was read from a file: parts are mappings, what is counted is a number.
+
+    Raises:
+        ValueError: With the key.
+    """
+    for part in ("mix", "backbone", "framework", "optimizer", "data"):
+        if recipe.get(part) is not None and not isinstance(recipe[part], dict):
+            raise ValueError(f"{part} is {type(recipe[part]).__name__}, a mapping was expected")
+    for key, value in (recipe.get("mix") or {}).items():
+        if not isinstance(value, SCALARS) and not (
+            isinstance(value, list) and all(isinstance(one, SCALARS) for one in value)
+        ):
+            raise ValueError(f"mix.{key} is {type(value).__name__}")
+    ratio = (recipe.get("mix") or {}).get("ratio")
+    if isinstance(ratio, list) and not all(isinstance(bound, int | float) for bound in ratio):
+        raise ValueError(f"mix.ratio is {ratio!r}")
+    return recipe
+
+
 class Record(BaseModel):
     """A finished run.
 
@@ -80,22 +100,7 @@ class Record(BaseModel):
             raise ValueError(f"metrics beyond {LARGEST:g}: {', '.join(huge)}")
         return metrics
 
-    @field_validator("recipe", "pretraining")
-    @classmethod
-    def _shaped(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        """What others rely on: parts are mappings, and what is counted or measured is a number."""
-        for part in ("mix", "backbone", "framework", "optimizer", "data"):
-            if recipe.get(part) is not None and not isinstance(recipe[part], dict):
-                raise ValueError(f"{part} is {type(recipe[part]).__name__}, a mapping was expected")
-        for key, value in (recipe.get("mix") or {}).items():
-            if not isinstance(value, SCALARS) and not (
-                isinstance(value, list) and all(isinstance(one, SCALARS) for one in value)
-            ):
-                raise ValueError(f"mix.{key} is {type(value).__name__}")
-        ratio = (recipe.get("mix") or {}).get("ratio")
-        if isinstance(ratio, list) and not all(isinstance(bound, int | float) for bound in ratio):
-            raise ValueError(f"mix.ratio is {ratio!r}")
-        return recipe
+    _shaped = field_validator("recipe", "pretraining")(check_recipe_shape)
 
     def write(self, path: Path) -> None:
         """Write the record whole or not at all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,8 +13,11 @@ from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe
 from engine.config import Recipe
+from engine.heads import Head
 
 Views = tuple[Tensor, Tensor]
+
+MAX_WIDTH = 2**17  # of an embedding or a hidden layer: what is wider fits no machine
 
 
 class FrameworkRecipe(Recipe, ABC):
@@ -47,13 +49,14 @@ class Clean:
     Attributes:
         losses: (N,) the framework's loss of each image.
         query: (N, dim) embeddings of the first query view, unit vectors, for watching.
-        key: (N, dim) embeddings of the second key view, unit vectors: what mixtures of the first view are compared with.
+        keys: (N, dim) embeddings of key views, unit vectors: what mixtures of the first view are compared with, each of
+            them with every one. The first is that of the second view.
         metrics: Further scalars for the log.
     """
 
     losses: Tensor
     query: Tensor
-    key: Tensor
+    keys: tuple[Tensor, ...]
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -72,6 +75,11 @@ class Framework(nn.Module, ABC):
     @abstractmethod
     def trunk(self) -> nn.Module:
         """The part that is kept after pretraining."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """The projection head behind the trunk, which is exported beside it."""
 
     @abstractmethod
     def query(self, images: Tensor) -> Tensor:
@@ -109,35 +117,15 @@ class Framework(nn.Module, ABC):
 class Encoder(nn.Module):
     """A trunk and its projector; images (N, 3, H, W) to embeddings (N, dim) in fp32, not normalised."""
 
-    def __init__(self, trunk: nn.Module, projector: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, projector: Head) -> None:
         super().__init__()
-        self.trunk, self.projector = trunk, projector
+        self.trunk = trunk
+        self.projector: Head = projector
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed."""
         embedding: Tensor = self.projector(self.trunk(images))
         return embedding.float()
-
-
-def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> nn.Sequential:
-    """Linear layers with ReLU between them.
-
-    Args:
-        widths: Input, hidden and output widths.
-        norm: BatchNorm before each ReLU.
-        last_norm: BatchNorm after the last layer.
-        last_affine: Whether that one has weight and bias.
-    """
-    layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(itertools.pairwise(widths)):
-        last = number == len(widths) - 2
-        followed = last_norm if last else norm
-        layers.append(nn.Linear(before, after, bias=not followed))
-        if followed:
-            layers.append(nn.BatchNorm1d(after, affine=last_affine if last else True))
-        if not last:
-            layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
 
 
 @torch.no_grad()

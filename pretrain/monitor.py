@@ -7,19 +7,27 @@ from torch import nn
 
 from engine.datasets import ImageSet
 from engine.distributed import world
+from engine.heads import Head
 from engine.knn import knn_of_sources, top1
 from engine.loader import ImageSource, open_source
 from pretrain.recipe import PretrainRecipe
 
 
 class Monitor:
-    """kNN accuracy of the trunk as it stands, on the test split against the training split."""
+    """kNN accuracy of the trunk (or of its head's output) as it stands, on the test split against the training split."""
 
     def __init__(
-        self, recipe: PretrainRecipe, trunk: nn.Module, training: ImageSource, test: ImageSet, device: torch.device
+        self,
+        recipe: PretrainRecipe,
+        trunk: nn.Module,
+        head: Head,
+        training: ImageSource,
+        test: ImageSet,
+        device: torch.device,
     ) -> None:
         assert recipe.monitor is not None
-        self.recipe, self.settings, self.trunk = recipe, recipe.monitor, trunk
+        self.recipe, self.settings = recipe, recipe.monitor
+        self.network = nn.Sequential(trunk, head) if recipe.monitor.features == "head" else trunk
         whole = (
             recipe.monitor.max_bank is None and world().size == 1
         )  # then what is resident already serves as the bank
@@ -35,7 +43,7 @@ class Monitor:
         """``knn/top1`` in percent."""
         predicted, labels = knn_of_sources(
             self.recipe.name,
-            self.trunk,
+            self.network,
             self.bank,
             self.queries,
             batch_size=self.settings.batch_size,
@@ -44,5 +52,6 @@ class Monitor:
             precision=self.recipe.precision,
             k=self.settings.k,
             temperature=self.settings.temperature,
+            normalization=self.recipe.augment.normalization,
         )
         return {"knn/top1": top1(predicted, labels)}

@@ -20,9 +20,9 @@ class OptimizerRecipe(Recipe):
     weight decay, as SimCLR and BYOL do.
     """
 
-    lr: float = Field(gt=0)
-    reference_batch_size: int | None = Field(None, ge=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr: float = Field(gt=0, le=1e6)
+    reference_batch_size: int | None = Field(None, ge=1, le=2**22)
+    weight_decay: float = Field(1e-4, ge=0, le=1e6)
     decay_norm_and_bias: bool = True
 
     def rate(self, batch_size: int) -> float:

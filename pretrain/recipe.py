@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from engine.augment import AugmentRecipe
 from engine.backbones import BackboneRecipe
-from engine.config import Recipe, operational
+from engine.config import Recipe, added, operational
 from engine.datasets import DataRecipe
 from engine.expected import Expectations
 from engine.precision import DeviceName, Precision
@@ -16,12 +17,13 @@ from engine.records import Method
 from engine.watching import WatchRecipe
 from pretrain.frameworks import AnyFramework
 from pretrain.frameworks.moco import MoCoRecipe
-from pretrain.mixing import Erase, MaskOptions, MixRecipe, NoMix
+from pretrain.mixing import Erase, Groups, MaskOptions, MixRecipe, NoMix
 from pretrain.optimizers import AnyOptimizer
+from pretrain.schedules import AnySchedule, CosineRecipe
 
 
 class MonitorRecipe(Recipe):
-    """kNN accuracy of the trunk on the test split while it trains.
+    """kNN accuracy on the test split while it trains, on the trunk's output or on the projection head's.
 
     ``max_bank`` and ``max_queries`` bound the images used (spread evenly over the split); null uses all.
     """
@@ -32,6 +34,7 @@ class MonitorRecipe(Recipe):
     resize: int | None = Field(None, ge=8)
     max_bank: int | None = Field(None, ge=1)
     max_queries: int | None = Field(None, ge=1)
+    features: Literal["trunk", "head"] = added("trunk")
     batch_size: int = operational(256, ge=1)
 
 
@@ -50,11 +53,14 @@ class PretrainRecipe(Recipe):
     mix: MixRecipe = NoMix()
     augment: AugmentRecipe = AugmentRecipe()
     optimizer: AnyOptimizer
-    epochs: int = Field(ge=0)
+    schedule: AnySchedule = added(CosineRecipe())
+    epochs: int = Field(ge=0, le=10**6)
     max_steps: int | None = Field(None, ge=1, description="stop early, for trials; the schedule still ends at the stop")
-    warmup_epochs: float = Field(0, ge=0)
-    batch_size: int = Field(ge=2)
-    accumulate: int = Field(1, ge=1, description="parts of a batch, one after another, whose gradients are summed")
+    warmup_epochs: float = Field(0, ge=0, le=10**6)
+    batch_size: int = Field(ge=2, le=2**22)
+    accumulate: int = Field(
+        1, ge=1, le=2**22, description="parts of a batch, one after another, whose gradients are summed"
+    )
     clip_norm: float | None = Field(None, gt=0)
     sync_bn: bool = Field(False, description="batch statistics over all processes (GPUs only)")
     precision: Precision = "fp32"
@@ -81,6 +87,13 @@ class PretrainRecipe(Recipe):
             )
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        if isinstance(self.mix, Groups):
+            rows, groups = self.batch_size // self.accumulate, self.mix.mask_groups
+            if rows % groups or rows // groups < 2:
+                part = f"a part of {rows} images" if self.accumulate > 1 else f"batch_size {rows}"
+                raise ValueError(
+                    f"mix.mask_groups {groups}: {part} cannot be split in {groups} equal groups of at least 2"
+                )
         if self.epochs:
             self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
         if self.sync_bn and isinstance(self.framework, MoCoRecipe):
@@ -121,4 +134,4 @@ class PretrainRecipe(Recipe):
 
     def warmup_steps(self, steps_per_epoch: int) -> int:
         """Length of the warm-up."""
-        return math.floor(self.warmup_epochs * steps_per_epoch)
+        return self.schedule.warmup(math.floor(self.warmup_epochs * steps_per_epoch))

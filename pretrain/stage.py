@@ -21,11 +21,10 @@ from engine.errors import ConfigError
 from engine.job import Job, Part
 from engine.loader import Batch, BatchPlan, check_crop, open_source
 from engine.ownership import owned
-from engine.precision import check_precision, resolve_device
+from engine.precision import check_precision, require_memory, resolve_device
 from engine.progress import say
 from engine.randomness import derived_seed
 from engine.records import Record, environment, finished_record
-from engine.schedule import cosine_factor
 from engine.storage import RunDirectory, locate_run
 from engine.training import train
 from engine.watching import check_watch, open_sinks
@@ -117,7 +116,7 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     check_watch(recipe.watch)
     if recipe.sync_bn and distributed.world().size > 1 and device.type != "cuda":
         raise ConfigError("sync_bn: torch's SyncBatchNorm runs on GPUs only; leave it out on this machine")
-    _check_network(recipe)
+    _check_network(recipe, device)
     return PretrainPlan(recipe, fingerprint, run, device, *check_inputs(recipe, distributed.world().size))
 
 
@@ -151,9 +150,10 @@ def check_inputs(
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
     steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
     if recipe.epochs and warmup >= steps:
+        key = "warmup_epochs" if recipe.warmup_epochs else "schedule.warmup_steps"
         raise ConfigError(
-            f"warmup_epochs {recipe.warmup_epochs} are {warmup} steps, the run has only {steps}: "
-            f"shorten the warm-up, too (warmup_epochs=0 leaves it out)"
+            f"the warm-up of {warmup} steps ({key}) does not leave any of the run's {steps} steps: shorten the warm-up, too "
+            f"({key}=0 leaves it out)"
         )
     if recipe.epochs:
         for view in recipe.views:
@@ -181,7 +181,7 @@ def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
         raise ConfigError(str(error)) from None
 
 
-def _check_network(recipe: PretrainRecipe) -> None:
+def _check_network(recipe: PretrainRecipe, device: torch.device) -> None:
     """Build the network without its weights, so that what cannot be built or used is said now."""
     with torch.device("meta"), torch.no_grad():
         model = recipe.framework.build(recipe.backbone).eval()
@@ -193,6 +193,7 @@ def _check_network(recipe: PretrainRecipe) -> None:
                 raise ConfigError(
                     f"backbone.arch {recipe.backbone.arch} cannot take images of {view.crop} pixels: {reason}"
                 ) from None
+    _check_memory(recipe, model, device)
     if recipe.sync_bn:
         plain = (nn.BatchNorm1d, nn.BatchNorm2d)
         for module in model.modules():
@@ -201,6 +202,20 @@ def _check_network(recipe: PretrainRecipe) -> None:
                     f"sync_bn: {recipe.backbone.arch} fuses {type(module).__name__} with its activation, which "
                     f"SyncBatchNorm would drop; leave sync_bn out"
                 )
+
+
+def _check_memory(recipe: PretrainRecipe, model: Framework, device: torch.device) -> None:
+    """Refuse what cannot fit: weights with gradients and momenta, the queue, and the images of a step."""
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kept = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
+    rows = recipe.batch_size // (recipe.accumulate * distributed.world().size)
+    images = sum(3 * view.crop**2 for view in recipe.views) * max(rows, 1)
+    parts = {
+        "weights, buffers and queue (backbone.arch; framework.dim, queue_size, projector_width)": 4 * kept,
+        "gradients and momenta (the same keys)": 8 * weights,
+        "the images of a step (augment.crop, batch_size, accumulate)": 4 * images,
+    }
+    require_memory(parts, device, recipe.name)
 
 
 def run(plan: PretrainPlan) -> Path:
@@ -261,7 +276,7 @@ def _finish(
 ) -> None:
     """Write the products; the record comes last, and with it the run is finished."""
     recipe = plan.recipe
-    save_backbone(plan.product, model.trunk.state_dict(), _info(plan))
+    save_backbone(plan.product, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
     Record(
         stage="pretrain",
         protocol="pretrain",
@@ -287,7 +302,7 @@ def _finish(
     plan.run.checkpoint_file.unlink(missing_ok=True)
 
 
-def _info(plan: PretrainPlan) -> BackboneInfo:
+def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:
     recipe = plan.recipe
     return BackboneInfo(
         arch=recipe.backbone.arch,
@@ -300,6 +315,8 @@ def _info(plan: PretrainPlan) -> BackboneInfo:
         lineage=plan.lineage,
         seed=recipe.seed,
         pretraining=identity(recipe),
+        normalization=recipe.augment.normalization,
+        head=model.head.info,
     )
 
 
@@ -313,7 +330,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
     if plan.test_images is not None:
-        monitor = Monitor(recipe, model.trunk, source, plan.test_images, plan.device)
+        monitor = Monitor(recipe, model.trunk, model.head, source, plan.test_images, plan.device)
     job = Job(
         title=recipe.name,
         run=plan.run,
@@ -321,7 +338,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         data=data,
         model=model,
         optimizer=build_optimizer(recipe.optimizer, model, recipe.batch_size),
-        schedule=lambda step: cosine_factor(step, plan.num_steps, recipe.warmup_steps(per_epoch)),
+        schedule=lambda step: recipe.schedule.factor(step, plan.num_steps, per_epoch, recipe.warmup_steps(per_epoch)),
         num_steps=plan.num_steps,
         images_per_step=recipe.batch_size,
         device=plan.device,

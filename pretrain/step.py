@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from engine.augment import Photometric
-from engine.distributed import world
+from engine.distributed import gather_with_gradient, world
 from engine.job import Part
 from engine.loader import Batch
 from engine.randomness import generator, python_generator
 from pretrain.diagnostics import diagnose
 from pretrain.framework import Clean, Framework
-from pretrain.mixing import Erase, Mixture, draw_mixtures, erase, mixture_loss
+from pretrain.mixing import Erase, Mixture, Rows, draw_mixtures, erase, mixture_loss
 from pretrain.recipe import PretrainRecipe
 
 
@@ -24,8 +24,8 @@ def batch_parts(
 ) -> list[Part]:
     """The parts of a step's loss on this process's rows of a batch.
 
-    A sample's photometric augmentation depends on its row of the step's whole batch, whichever process has it; masks and
-    mixtures are drawn by each process, and for each part of an accumulated batch, on its own.
+    A sample's photometric augmentation, mask and partner depend on its row of the step's whole batch (of one part of it,
+    where gradients are accumulated over parts), whichever process has it.
 
     Args:
         framework: The framework.
@@ -44,7 +44,9 @@ def batch_parts(
     parts: list[Part] = []
     for number in range(recipe.accumulate):
         views = partial(augmented, batch.part(number, recipe.accumulate))
-        parts += StepLosses(framework, recipe, views, step, number, diagnosed).parts()
+        each = batch.total // (recipe.accumulate * world().size)
+        rows = Rows(world().rank * each, each, each * world().size)
+        parts += StepLosses(framework, recipe, views, step, number, diagnosed, rows).parts()
     return parts
 
 
@@ -64,6 +66,7 @@ class StepLosses:
         step: The step, from which masks, permutations and shuffles are drawn.
         number: Which part of an accumulated batch.
         diagnosed: Add the diagnostics.
+        rows: Which rows these are of those that all processes compute at once; all of them by default.
     """
 
     def __init__(
@@ -74,11 +77,13 @@ class StepLosses:
         step: int,
         number: int = 0,
         diagnosed: bool = False,
+        rows: Rows | None = None,
     ) -> None:
+        self.rows = rows
         self.framework, self.recipe, self.make_views, self.diagnosed = framework, recipe, views, diagnosed
         self.shared = generator(recipe.seed, "shuffle", step, number)
-        self.own = python_generator(recipe.seed, "mask", step, world().rank, number)
-        self.key = torch.empty(0)
+        self.own = python_generator(recipe.seed, "mask", step, 0, number)  # the same draws on every process
+        self.keys: tuple[Tensor, ...] = ()
         self.mixtures: list[Mixture] = []
         self.small: list[Tensor] = []
 
@@ -97,7 +102,7 @@ class StepLosses:
         share = 1 / self.recipe.accumulate
         terms = {"loss": loss * weight * share, name: loss.detach() * share}
         if clean is not None:
-            more = diagnose(clean.query.detach(), clean.key.detach()) if self.diagnosed else {}
+            more = diagnose(clean.query.detach(), clean.keys[0].detach()) if self.diagnosed else {}
             terms |= {metric: value * share for metric, value in {**clean.metrics, **more}.items()}
         return terms
 
@@ -105,34 +110,39 @@ class StepLosses:
         views = self.make_views()
         pair = (views[0], views[1])
         clean = self.framework.clean(pair, pair, self.shared)
-        self.key = clean.key
-        self.mixtures = draw_mixtures(self.recipe.mix, views[0], self.own)
+        self.keys = clean.keys
+        self.mixtures = draw_mixtures(self.recipe.mix, views[0], self.own, self.rows)
         return self._logged("clean", clean.losses.mean(), 1, clean)
 
     def _mixture(self) -> dict[str, Tensor]:
         mixture = self.mixtures.pop(0)
         mixed = self.framework.query(mixture.images)
-        switched = self.framework.loss(mixed[mixture.switched], self.key) if mixture.switch else None
-        loss = mixture_loss(self.framework.loss(mixed, self.key), switched, mixture)
-        return self._logged(mixture.name, loss, 1)
+        losses = []
+        for key in self.keys:
+            own = self.framework.loss(mixed, key)
+            partners = (gather_with_gradient(key) if mixture.across else key)[mixture.partner]
+            switched = self.framework.loss(mixed, partners) if mixture.switch else None
+            losses.append(mixture_loss(own, switched, mixture))
+        return self._logged(mixture.name, torch.stack(losses).sum(), 1)
 
     def _erased(self) -> dict[str, Tensor]:
         mix = self.recipe.mix
         assert isinstance(mix, Erase)
         first, second, *small = self.make_views()
-        hidden = erase(mix, first, self.own), second
+        hidden = erase(mix, first, self.own, self.rows), second
         if self.framework.asks_with_both_views:
-            hidden = hidden[0], erase(mix, second, self.own)
+            hidden = hidden[0], erase(mix, second, self.own, self.rows)
         clean = self.framework.clean(hidden, (first, second), self.shared)
-        self.key = clean.key
-        self.small = [erase(mix, view, self.own) for view in small]
+        self.keys = clean.keys
+        self.small = [erase(mix, view, self.own, self.rows) for view in small]
         return self._logged("erased", clean.losses.mean(), 1 / (1 + mix.extra_crops), clean)
 
     def _small(self) -> dict[str, Tensor]:
         mix = self.recipe.mix
         assert isinstance(mix, Erase)
         query = self.framework.query(self.small.pop(0))
-        return self._logged("small", self.framework.loss(query, self.key).mean(), 1 / (1 + mix.extra_crops))
+        losses = torch.stack([self.framework.loss(query, key).mean() for key in self.keys])
+        return self._logged("small", losses.sum(), 1 / (1 + mix.extra_crops))
 
 
 def sum_of(parts: Sequence[Part]) -> dict[str, Tensor]:

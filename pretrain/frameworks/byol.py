@@ -11,14 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe, build_trunk, width_of
+from engine.heads import Head, mlp
 from pretrain.framework import (
+    MAX_WIDTH,
     Clean,
     Encoder,
     Framework,
     FrameworkRecipe,
     Views,
     cosine_momentum,
-    mlp,
     move_average,
     unit,
 )
@@ -32,9 +33,9 @@ class BYOLRecipe(FrameworkRecipe):
     """
 
     kind: Literal["byol"] = "byol"
-    dim: int = Field(256, ge=1)
-    projector_layers: int = Field(2, ge=1)
-    projector_width: int = Field(4096, ge=1)
+    dim: int = Field(256, ge=1, le=MAX_WIDTH)
+    projector_layers: int = Field(2, ge=1, le=10)
+    projector_width: int = Field(4096, ge=1, le=MAX_WIDTH)
     momentum: float = Field(0.996, ge=0, lt=1)
 
     def build(self, backbone: BackboneRecipe) -> BYOL:
@@ -58,6 +59,11 @@ class BYOL(Framework):
     def trunk(self) -> nn.Module:
         """See `Framework.trunk`."""
         return self.online.trunk
+
+    @property
+    def head(self) -> Head:
+        """See `Framework.head`."""
+        return self.online.projector
 
     def encoders(self) -> Iterable[nn.Module]:
         """See `Framework.encoders`."""
@@ -85,7 +91,7 @@ class BYOL(Framework):
         first, second = self.query(queries[0]), self.query(queries[1])
         key_first, key_second = self.key(keys[0]), self.key(keys[1])
         losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
-        return Clean(losses, first, key_second)
+        return Clean(losses, first, (key_second,))
 
     def after_step(self, progress: float) -> None:
         """Move the target towards the online encoder."""

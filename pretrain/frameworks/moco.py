@@ -12,9 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
+from engine.config import added
 from engine.distributed import gather, world
+from engine.heads import Head, mlp
 from engine.precision import to_device
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, move_average, unit
+from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
 
@@ -22,16 +24,20 @@ class MoCoRecipe(FrameworkRecipe):
     """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
 
     ``bn_splits`` is the number of groups of a batch in which batch statistics are taken (1 switches it off on one device).
-    Of several processes each takes its share of the groups, so that up to that many processes do not change them; more than
-    that take statistics of their own.
+    With P processes each takes bn_splits / P of them, so results do not depend on P as long as P <= bn_splits; more
+    processes take statistics of their own.
+
+    ``symmetric``: both views ask and both answer, the two losses are added, a mixture of the first view meets both keys, and
+    both views' keys enter the queue. It is how Un-Mix's published CIFAR code trains MoCo (arXiv:2003.05438).
     """
 
     kind: Literal["mocov2", "moco"] = "mocov2"
-    dim: int = Field(128, ge=1)
-    queue_size: int = Field(65536, ge=1)
+    dim: int = Field(128, ge=1, le=MAX_WIDTH)
+    queue_size: int = Field(65536, ge=1, le=2**24)
     momentum: float = Field(0.999, ge=0, lt=1)
     temperature: float = Field(0.2, gt=0)
-    bn_splits: int = Field(8, ge=1)
+    bn_splits: int = Field(8, ge=1, le=4096)
+    symmetric: bool = added(False)
 
     def build(self, backbone: BackboneRecipe) -> MoCo:
         """See `FrameworkRecipe.build`."""
@@ -39,11 +45,13 @@ class MoCoRecipe(FrameworkRecipe):
 
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         """See `FrameworkRecipe.check_batch`."""
-        if self.queue_size % batch_size:
-            near = max(self.queue_size // batch_size, 1) * batch_size
+        keys = batch_size * (2 if self.symmetric else 1)
+        if self.queue_size % keys:
+            near = max(self.queue_size // keys, 1) * keys
+            what = f"the {keys} keys of a step (batch_size {batch_size}, symmetric)" if self.symmetric else ""
             raise ValueError(
-                f"framework.queue_size {self.queue_size} is not a multiple of batch_size {batch_size}; "
-                f"valid for this batch: {near}, {near + batch_size}, …"
+                f"framework.queue_size {self.queue_size} is not a multiple of {what or f'batch_size {batch_size}'}; "
+                f"valid for this batch: {near}, {near + keys}, …"
             )
         splits = self.bn_splits
         if splits % processes and processes % splits:
@@ -66,13 +74,13 @@ class MoCo(Framework):
     """Query encoder, its momentum copy for the keys, and the queue of negative keys."""
 
     not_shared = ("queue", "queue_position")
-    asks_with_both_views = False
     queue: Tensor
     queue_position: Tensor
 
     def __init__(self, recipe: MoCoRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe
+        self.asks_with_both_views = recipe.symmetric
         trunk = build_trunk(backbone)
         groups = max(recipe.bn_splits // world().size, 1)
         if groups > 1:
@@ -91,6 +99,11 @@ class MoCo(Framework):
     def trunk(self) -> nn.Module:
         """See `Framework.trunk`."""
         return self.query_encoder.trunk
+
+    @property
+    def head(self) -> Head:
+        """See `Framework.head`."""
+        return self.query_encoder.projector
 
     def encoders(self) -> Iterable[nn.Module]:
         """See `Framework.encoders`."""
@@ -131,13 +144,18 @@ class MoCo(Framework):
             return losses, positive.detach() > negative.detach().amax(dim=1)
 
     def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; only the first view asks and only the second one answers."""
+        """See `Framework.clean`; unless ``symmetric``, only the first view asks and only the second one answers."""
         query = self.query(queries[0])
-        key = self.key(keys[1], draws)
+        answers = [self.key(keys[1], draws)]
+        losses, first = self._contrast(query, answers[0])
+        if self.recipe.symmetric:
+            answers.append(self.key(keys[0], draws))
+            losses = losses + self.loss(self.query(queries[1]), answers[1])
         if self.training:
-            self.fresh.append(gather(key))
-        losses, first = self._contrast(query, key)
-        return Clean(losses, query, key, {"contrast_accuracy": 100 * first.float().mean()})
+            self.fresh += [
+                gather(key) for key in reversed(answers)
+            ]  # those of the first view first, as Un-Mix has them
+        return Clean(losses, query, tuple(answers), {"contrast_accuracy": 100 * first.float().mean()})
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe, build_trunk, width_of
 from engine.distributed import gather_with_gradient, world
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit
+from engine.heads import Head, mlp
+from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
 class SimCLRRecipe(FrameworkRecipe):
@@ -20,9 +21,9 @@ class SimCLRRecipe(FrameworkRecipe):
     """
 
     kind: Literal["simclr"] = "simclr"
-    dim: int = Field(128, ge=1)
-    projector_layers: int = Field(2, ge=1)
-    projector_width: int | None = Field(None, ge=1, description="hidden width; null takes the trunk's")
+    dim: int = Field(128, ge=1, le=MAX_WIDTH)
+    projector_layers: int = Field(2, ge=1, le=10)
+    projector_width: int | None = Field(None, ge=1, le=MAX_WIDTH, description="hidden width; null takes the trunk's")
     temperature: float = Field(0.5, gt=0)
 
     def build(self, backbone: BackboneRecipe) -> SimCLR:
@@ -48,6 +49,11 @@ class SimCLR(Framework):
     def trunk(self) -> nn.Module:
         """See `Framework.trunk`."""
         return self.encoder.trunk
+
+    @property
+    def head(self) -> Head:
+        """See `Framework.head`."""
+        return self.encoder.projector
 
     def query(self, images: Tensor) -> Tensor:
         """See `Framework.query`."""
@@ -81,4 +87,4 @@ class SimCLR(Framework):
         losses = (self.loss(query, key) + self.loss(key, query)) / 2
         with torch.no_grad():
             first = (self._logits(query, key).argmax(dim=1) == self._own(query)[:, 0]).float().mean()
-        return Clean(losses, query, key, {"contrast_accuracy": 100 * first})
+        return Clean(losses, query, (key,), {"contrast_accuracy": 100 * first})

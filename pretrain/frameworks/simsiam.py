@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe, build_trunk, width_of
-from pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, mlp, unit
+from engine.heads import Head, mlp
+from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
 class SimSiamRecipe(FrameworkRecipe):
@@ -22,9 +23,11 @@ class SimSiamRecipe(FrameworkRecipe):
     """
 
     kind: Literal["simsiam"] = "simsiam"
-    dim: int = Field(2048, ge=4)
-    projector_layers: int = Field(3, ge=1)
-    predictor_width: int | None = Field(None, ge=1, description="the bottleneck; null takes a quarter of dim")
+    dim: int = Field(2048, ge=4, le=MAX_WIDTH)
+    projector_layers: int = Field(3, ge=1, le=10)
+    predictor_width: int | None = Field(
+        None, ge=1, le=MAX_WIDTH, description="the bottleneck; null takes a quarter of dim"
+    )
     fixed_predictor_lr: bool = True
 
     def build(self, backbone: BackboneRecipe) -> SimSiam:
@@ -49,6 +52,11 @@ class SimSiam(Framework):
     def trunk(self) -> nn.Module:
         """See `Framework.trunk`."""
         return self.encoder.trunk
+
+    @property
+    def head(self) -> Head:
+        """See `Framework.head`."""
+        return self.encoder.projector
 
     def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:
         """See `Framework.fixed_rate_parameters`."""
@@ -75,4 +83,4 @@ class SimSiam(Framework):
         first, second = (self._predict(embedding) for embedding in asked)
         key_first, key_second = (unit(embedding.detach()) for embedding in answered)
         losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
-        return Clean(losses, first, key_second)
+        return Clean(losses, first, (key_second,))

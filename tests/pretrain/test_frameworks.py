@@ -12,8 +12,9 @@ from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
 from engine.backbones import BackboneRecipe
+from engine.heads import mlp
 from engine.randomness import generator
-from pretrain.framework import Framework, FrameworkRecipe, cosine_momentum, mlp
+from pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
 from pretrain.frameworks.byol import BYOLRecipe
 from pretrain.frameworks.moco import MoCo, MoCoRecipe
 from pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
@@ -154,7 +155,7 @@ def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
         if name == "byol":  # the paper's: the squared distances of both directions, added
             assert torch.allclose(expected, ((q1 - key) ** 2).sum(1) + ((q2 - k1) ** 2).sum(1), atol=1e-5)
     assert torch.allclose(clean.losses, expected, atol=1e-5)
-    assert torch.allclose(clean.key, key, atol=1e-5)
+    assert torch.allclose(clean.keys[0], key, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -164,7 +165,7 @@ def test_an_image_mixed_with_itself_gives_the_clean_loss(name: str) -> None:
     clean = framework.clean((images, images), (images, images), generator(0))
     mixture = Mixture("x", images, torch.rand(4), torch.arange(4))
     mixed = framework.query(mixture.images)
-    losses = framework.loss(mixed, clean.key), framework.loss(mixed[mixture.switched], clean.key)
+    losses = framework.loss(mixed, clean.keys[0]), framework.loss(mixed, clean.keys[0][mixture.partner])
     assert float(mixture_loss(*losses, mixture)) == pytest.approx(float(clean.losses.mean()), abs=1e-5)
 
 
@@ -175,7 +176,7 @@ def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
     hidden = torch.zeros_like(first)
     whole = framework.clean((first, second), (first, second), generator(0))
     erased = framework.clean((hidden, hidden), (first, second), generator(0))
-    assert torch.allclose(erased.key, whole.key, atol=1e-5)
+    assert torch.allclose(erased.keys[0], whole.keys[0], atol=1e-5)
     assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
     assert not torch.allclose(erased.losses, whole.losses)
 
@@ -251,7 +252,7 @@ def test_queue_is_first_in_first_out_and_wraps(batch: int, steps: int) -> None:
 def test_keys_enter_the_queue_after_the_step_only(moco: MoCo) -> None:
     before = moco.queue.clone()
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
-    keys = [moco.clean(views, views, generator(0)).key for _ in range(2)]  # two parts of an accumulated batch
+    keys = [moco.clean(views, views, generator(0)).keys[0] for _ in range(2)]  # two parts of an accumulated batch
     assert torch.equal(moco.queue, before)
     moco.after_step(0)
     assert torch.equal(moco.queue[:8], torch.cat(keys))

@@ -115,7 +115,7 @@ def test_mixmask_upon_unmix_draws_different_or_the_same_pairs() -> None:
     images = numbered(32)
     unmix, mixmask = draw_mixtures(MixMaskUnMix(grid=4), images, random.Random(0))
     assert (unmix.name, mixmask.name) == ("unmix", "mixmask")
-    assert torch.equal(unmix.partner, reverse_permutation(32, images.device))
+    assert unmix.partner.tolist() == reverse_permutation(32)
     assert not torch.equal(mixmask.partner, unmix.partner)
     unmix, mixmask = draw_mixtures(MixMaskUnMix(grid=4, permutation="same"), images, random.Random(0))
     assert torch.equal(mixmask.partner, unmix.partner)
@@ -182,7 +182,7 @@ def test_mixing_with_itself_gives_the_clean_loss(num: int, own: float, seed: int
     losses = torch.rand(num, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     identity = torch.arange(num)
     mixture = Mixture("x", torch.zeros(num, 3, 1, 1), torch.full((num,), own, dtype=torch.float64), identity)
-    assert torch.allclose(mixture_loss(losses, losses[mixture.switched], mixture), losses.mean())
+    assert torch.allclose(mixture_loss(losses, losses[mixture.partner], mixture), losses.mean())
 
 
 @settings(max_examples=30, deadline=None)
@@ -196,12 +196,17 @@ def test_mixture_loss_against_a_loop_with_a_lambda_per_sample(num: int, seed: in
     for i in range(num):  # mixture i shows i with its λ and its partner with 1 - λ
         expected += float(own[i] * table[i, i] + (1 - own[i]) * table[i, partner[i]]) / num
     key = torch.arange(num)
-    actual = mixture_loss(table[key, key], table[mixture.switched, key], mixture)
+    actual = mixture_loss(table[key, key], table[key, mixture.partner], mixture)
     assert abs(float(actual) - expected) < 1e-6
+    as_in_equation_6 = (own * table[key, key]).mean() + ((1 - own) * table[key, partner]).mean()
+    inverse = mixture.switched  # the paper's order: mixture p⁻¹(j) against key j
+    assert float(((1 - own[inverse]) * table[inverse, key]).mean() + (own * table[key, key]).mean()) == pytest.approx(
+        float(as_in_equation_6)
+    )
 
 
 def test_without_the_switch_term_only_the_own_part_counts() -> None:
-    partner = reverse_permutation(2, torch.device("cpu"))
+    partner = torch.tensor(reverse_permutation(2))
     mixture = Mixture("x", torch.zeros(2, 3, 1, 1), torch.tensor([0.25, 0.25]), partner)
     assert float(mixture_loss(torch.tensor([4.0, 8.0]), None, mixture)) == 1.5
 

@@ -180,7 +180,7 @@ def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int
                 j = mixture.partner.tolist().index(i)  # in mixture j, i is the partner
                 for number, weight in ((i, float(mixture.own[i])), (j, 1 - float(mixture.own[j]))):
                     query = model.query(mixture.images[number : number + 1])
-                    expected += weight / 16 * float(model.loss(query, clean.key[i : i + 1])[0])
+                    expected += weight / 16 * float(model.loss(query, clean.keys[0][i : i + 1])[0])
             counted += 2
     assert counted == num_terms
     assert float(terms["loss"]) == pytest.approx(expected, rel=1e-4)
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shap
         plan(config, runs, "framework.queue_size=100")
     with pytest.raises(ConfigError, match="set monitor: null"):
         plan(config, runs, "monitor.every_epochs=1", "data.test=null")
-    with pytest.raises(ConfigError, match="are 7 steps, the run has only 3"):
+    with pytest.raises(ConfigError, match="the warm-up of 7 steps .warmup_epochs. does not leave any of the run's 3 steps"):
         plan(config, runs, "warmup_epochs=1", "max_steps=3")
     assert not runs.exists()
 

@@ -1,0 +1,48 @@
+"""Projection heads: small networks between a trunk and the loss of its pretraining."""
+
+from __future__ import annotations
+
+import itertools
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+
+class HeadInfo(BaseModel):
+    """What a head is built from; stored in the backbone file beside its tensors.
+
+    Attributes:
+        widths: Input, hidden and output widths.
+        norm: BatchNorm before each ReLU.
+        last_norm: BatchNorm after the last layer.
+        last_affine: Whether that one has weight and bias.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    widths: tuple[int, ...] = Field(min_length=2, max_length=20)
+    norm: bool
+    last_norm: bool = False
+    last_affine: bool = True
+
+
+class Head(nn.Sequential):
+    """Linear layers with ReLU between them: (N, widths[0]) to (N, widths[-1])."""
+
+    def __init__(self, info: HeadInfo) -> None:
+        layers: list[nn.Module] = []
+        for number, (before, after) in enumerate(itertools.pairwise(info.widths)):
+            last = number == len(info.widths) - 2
+            followed = info.last_norm if last else info.norm
+            layers.append(nn.Linear(before, after, bias=not followed))
+            if followed:
+                layers.append(nn.BatchNorm1d(after, affine=info.last_affine if last else True))
+            if not last:
+                layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+        self.info = info
+
+
+def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> Head:
+    """A head from its parts; see `HeadInfo`."""
+    return Head(HeadInfo(widths=tuple(widths), norm=norm, last_norm=last_norm, last_affine=last_affine))
