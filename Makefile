@@ -27,7 +27,7 @@ REPORT ?= report
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify bench doctor
+.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify reference bench doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ plots: $(READY) ## Every plot as PNG and SVG: RUNS=… ARGS="--out plots"
 
 verify: $(READY) ## Which finished runs reproduce what their configs expect: RUNS=…
 	$(MIXMASK) verify $(RUNS) $(ARGS)
+
+reference: $(READY) ## Write evaluate/reference.json anew, after a shipped recipe or suite was changed
+	$(BIN)/python -m launch.reference
 
 bench: $(READY) ## Measure the pretraining step, the data path and the loop; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.pretraining_step

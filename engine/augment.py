@@ -175,8 +175,10 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
         rows = _cubic_weights(crops[:, 0], crops[:, 2], height, size)
         columns = _cubic_weights(crops[:, 1], crops[:, 3], width, size)
         columns = torch.where(to_device(flips, images.device)[:, None, None], columns.flip(1), columns)
-        resized = torch.einsum("nyh,nchw->ncyw", rows, images.float() / 255)
-        return torch.einsum("nxw,ncyw->ncyx", columns, resized).clamp_(0, 1)
+        across = torch.einsum("nxw,nchw->nchx", columns, images.float() / 255).clamp_(
+            0, 1
+        )  # Pillow's order, and its clamps
+        return torch.einsum("nyh,nchx->ncyx", rows, across).clamp_(0, 1)
     centre = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
 
     def positions(start: Tensor, length: Tensor, mirrored: Tensor | None) -> Tensor:

@@ -177,9 +177,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def ablation(record: Record) -> dict[str, Any]:
     """What the paper's tables 1 to 3 vary, under its names; None where the method has no such thing or it is unknown."""
-    pretraining = record.recipe if record.stage == "pretrain" else record.pretraining
+    return ablation_of(record.recipe if record.stage == "pretrain" else record.pretraining, record.method)
+
+
+def ablation_of(pretraining: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """As `ablation`, of a pretraining recipe."""
     mix = pretraining.get("mix")
-    if not isinstance(mix, Mapping) or record.method not in ("mixmask", "unmix", "mixmask+unmix"):
+    if not isinstance(mix, Mapping) or method not in ("mixmask", "unmix", "mixmask+unmix"):
         mix = {}
     ratio = mix.get("ratio")
     if isinstance(ratio, list | tuple):

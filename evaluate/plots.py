@@ -16,8 +16,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from evaluate.collect import Run
 from evaluate.drawing import STYLES, Plot, errorbars, finished_plot, legend, panels, short
 from evaluate.names import METHODS, METRICS, name, protocol_name
-from evaluate.published import Published, stated
-from evaluate.results import DETECTION, Result, backbone_words, departures, results_of, telling_keys
+from evaluate.published import Published
+from evaluate.reference import departures, stated
+from evaluate.results import DETECTION, Result, backbone_words, results_of, telling_keys
 from evaluate.statistics import summarize
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
@@ -144,8 +145,8 @@ def _labels(runs: Sequence[Run]) -> dict[Run, str]:
 
 def _is_faithful(result: Result, varied: str, number: Published) -> bool:
     """Whether a result was made as a published number was, but for what is varied."""
-    usual = {**stated(result.dims), "pretrain.epochs": number.pretrain_epochs}
-    return not departures(result.known, {key: value for key, value in usual.items() if key != varied})
+    usual = stated(result.dims)
+    return bool(usual) and not departures(result, {**usual, "pretrain.epochs": number.pretrain_epochs}, (varied,))
 
 
 def _labelled(

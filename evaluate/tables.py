@@ -11,7 +11,8 @@ from typing import Any
 
 from evaluate.names import text_of
 from evaluate.published import Published
-from evaluate.results import Result, departures, of_backbone, telling_keys
+from evaluate.reference import departures, in_words, unstated
+from evaluate.results import Result, of_backbone, telling_keys
 from evaluate.statistics import FEW_SEEDS, Summary, summarize, within_noise
 
 Key = tuple[str, ...]  # of a row or a column: one text for each level
@@ -112,7 +113,8 @@ class Layout:
         id, title, row_names: As in `Table`.
         places: Where a result stands: several places for an ablation's default, none if it does not belong.
         published: Published numbers and their places, in the order of rows and columns.
-        stated: What the publication says of how the number at a result's place was made.
+        stated: How the number at a result's place was made; of nothing, nothing departs.
+        said: Keys that a place itself says.
         sections: Whether the first level of a row is a section, within which the best is looked for.
         order: Of texts that have another order than that of letters and numbers.
         notes: As in `Table`.
@@ -124,6 +126,7 @@ class Layout:
     places: Callable[[Result], Iterable[Place]]
     published: Sequence[tuple[Place, Published]] = ()
     stated: Callable[[Result, Place], Mapping[str, Any]] = lambda result, place: {}
+    said: Callable[[Place], Sequence[str]] = lambda place: ()
     sections: bool = False
     order: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -249,28 +252,30 @@ def _groups(layout: Layout, results: Sequence[Result]) -> list[_Group]:
     groups = []
     for (place, _), found in sorted(pooled.items(), key=lambda item: item[0]):
         by_seed = sorted(found, key=lambda r: (*(-1 if s is None else s for s in r.seeds), r.run.record.fingerprint))
-        known, stated = by_seed[0].known, layout.stated(by_seed[0], place)
-        groups.append(_Group(place, tuple(by_seed), _by_side(departures(known, stated)), _remarks(by_seed, stated)))
+        stated, said = layout.stated(by_seed[0], place), layout.said(place)
+        departing = _by_side(departures(by_seed[0], stated, said))
+        groups.append(_Group(place, tuple(by_seed), departing, _remarks(by_seed, stated, said)))
     return groups
 
 
-def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str, ...]:
+def _remarks(results: Sequence[Result], stated: Mapping[str, Any], said: Sequence[str]) -> tuple[str, ...]:
     """What a reader must know although nothing departs: what is not stated, not recorded, or strange about the runs."""
     known, record = results[0].known, results[0].run.record
     foreign = not record.pretraining and record.method != "random"
-    unstated = [
-        f"{key} {text_of(known[key])}" for key, value in stated.items() if value is None and known.get(key) is not None
+    silent = [
+        f"{key} {text_of(known[key])}"
+        for key in (unstated(results[0].dims) if stated else ())
+        if known.get(key) is not None and key not in said
     ]
-    unknown = [
-        key
-        for key, value in stated.items()
-        if value is not None and known.get(key) is None and not (foreign and of_backbone(key))
-    ]
+    engine = known.get("engine")
     backbones = {result.run.record.parent or result.run.record.fingerprint for result in results}
     texts = [
         NOT_RECORDED if foreign else "",
-        f"not recorded: {', '.join(unknown)}" if unknown else "",
-        f"{', '.join(unstated)} (the publication does not say)" if unstated else "",
+        "the transfer recipe is not recorded" if stated and not record.recipe else "",
+        f"{', '.join(silent)} (the publication does not say)" if silent else "",
+        f"engine {engine} (published: Detectron2; the two are proven equal)"
+        if stated and engine == "torchvision"
+        else "",
     ]
     if 1 < len(backbones) < len(results):
         texts.append(f"{len(results)} runs on {len(backbones)} backbones, which are not independent")
@@ -281,7 +286,7 @@ def _remarks(results: Sequence[Result], stated: Mapping[str, Any]) -> tuple[str,
 
 def _by_side(texts: Mapping[str, str]) -> _Texts:
     """Texts about keys, those of the backbone and those of the measurement each as one."""
-    sides = ["; ".join(text for key, text in texts.items() if of_backbone(key) == side) for side in (True, False)]
+    sides = [in_words([text for key, text in texts.items() if of_backbone(key) == side]) for side in (True, False)]
     return _Texts(*((side,) if side else () for side in sides))
 
 

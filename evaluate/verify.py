@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from engine.errors import UserError
 from engine.expected import Expectation
 from evaluate.collect import Collection, Run
-from evaluate.published import stated
-from evaluate.results import Result, departures, of_backbone
+from evaluate.reference import departures, in_words, stated
+from evaluate.results import Result, of_backbone
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def _otherwise(expectation: Expectation, origin: Run, run: Run) -> str:
     if run is origin:
         return ""
     result = Result(run, expectation.metric)
-    different = [text for key, text in departures(result.known, stated(result.dims)).items() if not of_backbone(key)]
-    return "; ".join(different)
+    return in_words([text for key, text in departures(result, stated(result.dims)).items() if not of_backbone(key)])
 
 
 def _concerns(expectation: Expectation, run: Run) -> bool:

@@ -164,7 +164,7 @@ def compare(
 ) -> None:
     """Say by how much one way of pretraining is better, and how sure that is.
 
-    Groups of runs are compared over their seeds: a bootstrap interval, and a paired t-test where the seeds pair. Two run
+    Groups of runs are compared over their seeds: a t interval, and a paired t-test where the seeds pair. Two run
     folders are compared image by image, from the predictions that they saved.
 
     \b

@@ -89,7 +89,7 @@ class PretrainRecipe(Recipe):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         if isinstance(self.mix, Groups):
             rows, groups = self.batch_size // self.accumulate, self.mix.mask_groups
-            if rows % groups or rows // groups < 2:
+            if groups > 1 and (rows % groups or rows // groups < 2):
                 part = f"a part of {rows} images" if self.accumulate > 1 else f"batch_size {rows}"
                 raise ValueError(
                     f"mix.mask_groups {groups}: {part} cannot be split in {groups} equal groups of at least 2"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.augment import Photometric
-from engine.distributed import gather_with_gradient, world
+from engine.distributed import gather, gather_with_gradient, world
 from engine.job import Part
 from engine.loader import Batch
 from engine.randomness import generator, python_generator
@@ -120,10 +120,13 @@ class StepLosses:
         losses = []
         for key in self.keys:
             own = self.framework.loss(mixed, key)
-            partners = (gather_with_gradient(key) if mixture.across else key)[mixture.partner]
+            partners = (self._everyones(key) if mixture.across else key)[mixture.partner]
             switched = self.framework.loss(mixed, partners) if mixture.switch else None
             losses.append(mixture_loss(own, switched, mixture))
         return self._logged(mixture.name, torch.stack(losses).sum(), 1)
+
+    def _everyones(self, key: Tensor) -> Tensor:
+        return gather_with_gradient(key) if key.requires_grad else gather(key)
 
     def _erased(self) -> dict[str, Tensor]:
         mix = self.recipe.mix

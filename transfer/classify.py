@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.augment import normalize
+from engine.augment import CropRecipe, Normalization, normalize
 from engine.backbones import build_trunk, width_of
 from engine.datasets import ImageSet
-from engine.distributed import gather_dealt, world
+from engine.distributed import gather_dealt, share_statistics, world
 from engine.errors import RunFailure
+from engine.heads import Head
 from engine.job import Job, Part
-from engine.knn import knn_of_sources, top1
+from engine.knn import extract_features, knn_of_sources, top1
 from engine.loader import Batch, BatchPlan, ImageSource, num_batches, open_source
 from engine.precision import autocast
 from engine.predictions import CLASSES, ClassPredictions
@@ -40,6 +41,7 @@ class Setting:
     source: Source
     train_images: ImageSet
     test_images: ImageSet
+    normalization: Normalization
 
 
 def _trunk(setting: Setting) -> nn.Module:
@@ -48,11 +50,21 @@ def _trunk(setting: Setting) -> nn.Module:
     return trunk.to(setting.device).to(memory_format=torch.channels_last)
 
 
+def _with_head(setting: Setting) -> nn.Module:
+    """The trunk and the projection head behind it."""
+    info = setting.source.info.head
+    assert info is not None  # `transfer.stage.plan` has made sure
+    head = Head(info)
+    head.load_state_dict(setting.source.head, strict=True)
+    return nn.Sequential(_trunk(setting), head.to(setting.device))
+
+
 def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
     """kNN top-1 of the test split against the training split, in percent."""
+    network = _with_head(setting) if recipe.features == "head" else _trunk(setting)
     predicted, labels = knn_of_sources(
         recipe.name,
-        _trunk(setting).eval(),
+        network.eval(),
         open_source(setting.train_images.shard(), recipe.data, setting.device),
         open_source(setting.test_images.shard(), recipe.data, setting.device),
         batch_size=recipe.evaluation.batch_size,
@@ -61,14 +73,20 @@ def run_knn(recipe: KnnRecipe, setting: Setting) -> dict[str, float]:
         precision=recipe.precision,
         k=recipe.k,
         temperature=recipe.temperature,
+        normalization=setting.normalization,
     )
     _save(recipe, setting, predicted, labels)
     accuracy = top1(predicted, labels)
     say(
         f"{recipe.name}: kNN top-1 {accuracy:.2f} % "
-        f"(k {recipe.k}, temperature {recipe.temperature}, L2-normalised trunk output)"
+        f"(k {recipe.k}, temperature {recipe.temperature}, {knn_features(recipe)})"
     )
     return {"knn/top1": accuracy}
+
+
+def knn_features(recipe: KnnRecipe) -> str:
+    """What the neighbours are found by, in words."""
+    return f"{'projection head' if recipe.features == 'head' else 'trunk'} output, L2-normalised"
 
 
 def _save(recipe: ClassifyBase, setting: Setting, predicted: Tensor, labels: Tensor) -> None:
@@ -110,12 +128,24 @@ def run_linear(recipe: LinearRecipe, setting: Setting) -> dict[str, float]:
         RunFailure: If a weight of the frozen trunk changed.
     """
     model = _classifier(recipe, setting, frozen=True)
-    optimizer = torch.optim.SGD(
-        model.head.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    parameters = [*model.head.parameters()]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer.kind == "adam":
+        optimizer = torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
 
     def schedule(step: int, per_epoch: int, total: int) -> float:
+        if recipe.final_lr is not None:
+            return float((recipe.final_lr / recipe.lr) ** (step // per_epoch / recipe.epochs))
         return step_factor(step // per_epoch, recipe.milestones, recipe.gamma)
+
+    if recipe.augment is None:
+        result = _train_on_features(recipe, setting, model, optimizer, schedule)
+        require_unchanged(model.trunk, setting.source.state)
+        return {f"linear/{name}" if name.startswith("top") else name: value for name, value in result.items()}
 
     result = _finetune(recipe, setting, model, optimizer, schedule)
     require_unchanged(model.trunk, setting.source.state)
@@ -136,6 +166,8 @@ def require_unchanged(trunk: nn.Module, source: dict[str, Tensor]) -> None:
 def run_semisup(recipe: SemisupRecipe, setting: Setting) -> dict[str, float]:
     """Finetuning of trunk and classifier: top-1 and top-5 of the last epoch on the test split, in percent."""
     model = _classifier(recipe, setting, frozen=False)
+    if recipe.sync_bn and world().size > 1:
+        share_statistics(model)
     lr_trunk, lr_head = recipe.rates
     optimizer = torch.optim.SGD(
         [
@@ -173,9 +205,76 @@ def _finetune(
     plan = batch_plan(recipe, setting.train_images)
     source = open_source(setting.train_images, recipe.data, setting.device)
     test_source = open_source(setting.test_images.shard(), recipe.data, setting.device)
+    total = recipe.epochs * plan.steps_per_epoch
+    job = _job(recipe, setting, model, optimizer, schedule, plan)
+    views: list[CropRecipe] = [recipe.augment] if recipe.augment is not None else []
+
+    def batches(first: int) -> Iterator[Batch]:
+        return source.training(plan, views, first, total)
+
+    def losses(batch: Batch, step: int) -> list[Part]:
+        def cross_entropy() -> dict[str, Tensor]:
+            images = normalize(batch.views[0], setting.normalization).contiguous(memory_format=torch.channels_last)
+            return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+
+        return [cross_entropy]
+
+    result = train(job, batches, losses)
+    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
+    _save(recipe, setting, ranked[:, 0], labels)
+    return {**accuracies(ranked, labels, model.head.out_features), **result}
+
+
+def _train_on_features(
+    recipe: LinearRecipe,
+    setting: Setting,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+) -> dict[str, float]:
+    """Train the classifier on features that are computed once, from every image's test-time view."""
+    (features, labels), (asked, answers) = (
+        extract_features(
+            f"{recipe.name}: {split} features",
+            model.trunk,
+            open_source(images.shard(), recipe.data, setting.device),
+            batch_size=recipe.evaluation.batch_size,
+            resize=recipe.evaluation.resize,
+            crop=recipe.evaluation.crop,
+            precision=recipe.precision,
+            normalization=setting.normalization,
+        )
+        for split, images in (("training", setting.train_images), ("test", setting.test_images))
+    )
+    plan = batch_plan(recipe, setting.train_images)
+    total = recipe.epochs * plan.steps_per_epoch
+
+    def batches(first: int) -> Iterator[list[int]]:
+        return (batch[plan.share(batch)] for _, _, batch in plan.from_step(first, total))
+
+    def losses(rows: list[int], step: int) -> list[Part]:
+        which = torch.tensor(rows, device=features.device)
+        return [lambda: {"loss": F.cross_entropy(model.head(features[which]).float(), labels[which])}]
+
+    result = train(_job(recipe, setting, model, optimizer, schedule, plan), batches, losses)
+    with torch.no_grad():
+        logits = model.head(asked)
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    _save(recipe, setting, ranked[:, 0], answers)
+    return {**accuracies(ranked, answers, model.head.out_features), **result}
+
+
+def _job(
+    recipe: LinearRecipe | SemisupRecipe,
+    setting: Setting,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+    plan: BatchPlan,
+) -> Job:
     per_epoch = plan.steps_per_epoch
     total = recipe.epochs * per_epoch
-    job = Job(
+    return Job(
         title=recipe.name,
         run=setting.run,
         fingerprint=setting.fingerprint,
@@ -192,21 +291,6 @@ def _finetune(
         checkpoint_every=recipe.checkpoint_every,
     )
 
-    def batches(first: int) -> Iterator[Batch]:
-        return source.training(plan, [recipe.augment], first, total)
-
-    def losses(batch: Batch, step: int) -> list[Part]:
-        def cross_entropy() -> dict[str, Tensor]:
-            images = normalize(batch.views[0]).contiguous(memory_format=torch.channels_last)
-            return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
-
-        return [cross_entropy]
-
-    result = train(job, batches, losses)
-    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe)
-    _save(recipe, setting, ranked[:, 0], labels)
-    return {**accuracies(ranked, labels, model.head.out_features), **result}
-
 
 def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchPlan:
     """The order of the labelled images; an epoch's last, smaller batch is used too."""
@@ -215,7 +299,11 @@ def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchP
 
 @torch.no_grad()
 def rank_classes(
-    model: Classifier, source: ImageSource, evaluation: EvaluationRecipe, recipe: LinearRecipe | SemisupRecipe
+    model: Classifier,
+    source: ImageSource,
+    evaluation: EvaluationRecipe,
+    recipe: LinearRecipe | SemisupRecipe,
+    normalization: Normalization = "imagenet",
 ) -> tuple[Tensor, Tensor]:
     """(N, 5) most likely classes, best first (fewer if there are fewer), and (N,) labels, of the images of all processes."""
     model.eval()
@@ -225,7 +313,7 @@ def rank_classes(
     total = num_batches(len(source.images), evaluation.batch_size)
     for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
         with autocast(device, recipe.precision):
-            logits = model(normalize(images).contiguous(memory_format=torch.channels_last)).float()
+            logits = model(normalize(images, normalization).contiguous(memory_format=torch.channels_last)).float()
         ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
         answers.append(labels)
     return gather_dealt(torch.cat(ranked)), gather_dealt(torch.cat(answers))

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from engine.augment import CropRecipe
-from engine.config import Recipe, load_recipe, operational, read_protocol
+from engine.augment import CropRecipe, Normalization
+from engine.config import Recipe, added, load_recipe, operational, read_protocol
 from engine.datasets import DataRecipe
 from engine.expected import Expectations
 from engine.precision import DeviceName, Precision
 from engine.records import Method
 from transfer.detection.recipe import DetectRecipe
 
-Epoch = Annotated[int, Field(ge=1)]
+Epoch = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class TransferBase(Recipe):
     """What every transfer recipe has.
 
     ``backbone`` is a file: this project's ``backbone.safetensors`` or a checkpoint of a known layout. ``framework`` and
-    ``method`` label the result when the file cannot say (a foreign checkpoint).
+    ``method`` label the result when the file cannot say (a foreign checkpoint). ``normalization`` names the data set whose
+    mean and deviation the trunk was trained with; null takes what the file says, and ImageNet's where it does not.
     """
 
     name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
@@ -31,6 +32,7 @@ class TransferBase(Recipe):
     backbone: str = operational(..., min_length=1)
     framework: str | None = operational(None)
     method: Method | None = operational(None)
+    normalization: Normalization | None = added(None)
     precision: Precision = "fp32"
     device: DeviceName = operational("auto")
     expected: Expectations = operational(())
@@ -41,8 +43,8 @@ class TransferBase(Recipe):
 class EvaluationRecipe(Recipe):
     """Test-time view: short side to ``resize`` pixels (null leaves the image), then the central ``crop``."""
 
-    resize: int | None = Field(256, ge=8)
-    crop: int = Field(224, ge=8)
+    resize: int | None = Field(256, ge=8, le=8192)
+    crop: int = Field(224, ge=8, le=8192)
     batch_size: int = operational(256, ge=1)
 
     @model_validator(mode="after")
@@ -59,29 +61,54 @@ class ClassifyBase(TransferBase):
 
 
 class KnnRecipe(ClassifyBase):
-    """kNN on L2-normalised trunk features, votes weighted with exp(similarity / temperature)."""
+    """kNN on L2-normalised features, votes weighted with exp(similarity / temperature).
+
+    ``features: trunk`` takes the trunk's output, ``head`` that of the projection head, which files of this project's own
+    pretraining hold: the MoCo CIFAR demo and Un-Mix's code take the 128-d head.
+    """
 
     protocol: Literal["knn"]
     data: DataRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     k: int = Field(200, ge=1)
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.1, gt=0, le=1e6)
+    features: Literal["trunk", "head"] = added("trunk")
+
+
+class ProbeOptimizer(Recipe):
+    """Which optimizer trains a probe; ``adam`` has no use for ``momentum``."""
+
+    kind: Literal["sgd", "adam"] = "sgd"
 
 
 class LinearRecipe(ClassifyBase):
-    """A linear classifier on the frozen trunk (protocols of MoCo, ``main_lincls.py``): SGD, rate 30, ×0.1 at 60 and 80."""
+    """A linear classifier on the frozen trunk (protocols of MoCo, ``main_lincls.py``): SGD, rate 30, ×0.1 at 60 and 80.
+
+    ``augment: null`` trains on fixed features: every image's test-time view goes through the trunk once. With
+    ``schedule: exponential`` the rate falls from ``lr`` to ``final_lr``, by the same factor every epoch. W-MSE's probe
+    (arXiv:2007.06346, `htdt/self-supervised` ``eval/sgd.py``) is that with Adam: ``cifar100_linear_wmse.yaml``.
+    """
 
     protocol: Literal["linear"]
     data: DataRecipe
-    augment: CropRecipe = CropRecipe()
+    augment: CropRecipe | None = CropRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
-    lr: float = Field(30.0, gt=0)
+    optimizer: ProbeOptimizer = added(ProbeOptimizer())
+    schedule: Literal["step", "exponential"] = added("step")
+    final_lr: float | None = added(None, gt=0, le=1e6)
+    lr: float = Field(30.0, gt=0, le=1e6)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(256, ge=2)
-    epochs: int = Field(100, ge=1)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
+    batch_size: int = Field(256, ge=2, le=2**22)
+    epochs: int = Field(100, ge=1, le=10**6)
     milestones: tuple[Epoch, ...] = (60, 80)
     gamma: float = Field(0.1, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _final_rate(self) -> LinearRecipe:
+        if (self.schedule == "exponential") != (self.final_lr is not None):
+            raise ValueError("schedule: exponential and final_lr go together: set both, or neither")
+        return self
 
 
 Preset = Literal["paper_table", "paper_text", "swav", "barlow"]
@@ -99,12 +126,16 @@ PRESETS: dict[str, dict[float, tuple[float, float]]] = {
 }
 
 
+SYNCHRONISED = ("swav",)  # presets whose own code synchronises batch statistics: SwAV's eval_semisup.py
+
+
 class SemisupRecipe(ClassifyBase):
     """Finetuning everything on a share of the labels: SGD, 20 epochs, two learning rates (MixMask, section 4.4).
 
     ``preset`` names a published pair of rates for 1, 10 and 100 % of labels; ``lr_trunk`` and ``lr_head`` replace them.
     ``schedule`` is the preset's by default: cosine for ``barlow``, steps for the others. ``label_list`` names the
-    labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset.
+    labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset. ``sync_bn`` takes batch statistics
+    over all processes (GPUs only): by default where the preset's own code does, which is SwAV's.
     """
 
     protocol: Literal["semisup"]
@@ -115,15 +146,23 @@ class SemisupRecipe(ClassifyBase):
     label_list: str | None = operational(None)
     subset_seed: int = Field(0, ge=0)
     preset: Preset = "paper_table"
-    lr_trunk: float | None = Field(None, ge=0)
-    lr_head: float | None = Field(None, gt=0)
+    lr_trunk: float | None = Field(None, ge=0, le=1e6)
+    lr_head: float | None = Field(None, gt=0, le=1e6)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(256, ge=2)
-    epochs: int = Field(20, ge=1)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
+    batch_size: int = Field(256, ge=2, le=2**22)
+    epochs: int = Field(20, ge=1, le=10**6)
+    sync_bn: bool = added(False)
     schedule: Literal["step", "cosine"] | None = None
     milestones: tuple[Epoch, ...] = (12, 16)
     gamma: float = Field(0.2, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_preset_has_it(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") in SYNCHRONISED:
+            return {"sync_bn": True, **given}
+        return given
 
     @model_validator(mode="after")
     def _has_rates(self) -> SemisupRecipe:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from engine import distributed
+from engine.augment import Normalization
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
 from engine.datasets import ImageSet, OpenImages, open_split, require_same_classes
@@ -55,6 +56,11 @@ class TransferPlan:
         return self.recipe.protocol
 
     @property
+    def normalization(self) -> Normalization:
+        """Whose mean and deviation the images are normalised with."""
+        return self.recipe.normalization or self.source.info.normalization
+
+    @property
     def data(self) -> dict[str, Any]:
         """Identity of the data."""
         return {"train": self.train.summary()["listing"], "test": self.test.summary()["listing"]}
@@ -85,13 +91,33 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     for key, given, known in (("framework", recipe.framework, info.framework), ("method", recipe.method, info.method)):
         if given is not None and source.labelled and known not in ("unknown", given):
             raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
+    _check_backbone(recipe, source)
     fingerprint, run = locate(recipe, info.fingerprint, runs, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
+    if isinstance(recipe, SemisupRecipe) and recipe.sync_bn and distributed.world().size > 1 and device.type != "cuda":
+        raise ConfigError(
+            "sync_bn (preset swav sets it): torch's SyncBatchNorm runs on GPUs only; set sync_bn=false on this machine"
+        )
     if isinstance(recipe, DetectTransferRecipe):
         check_engine(recipe, info.recipe, device, recipe.precision)
     return TransferPlan(recipe, fingerprint, run, device, source, *open_data(recipe))
+
+
+def _check_backbone(recipe: TransferRecipe, source: Source) -> None:
+    """Refuse a backbone that lacks what the recipe measures, or that its detector cannot take."""
+    if isinstance(recipe, KnnRecipe) and recipe.features == "head" and source.info.head is None:
+        raise ConfigError(
+            f"features=head: {source.path} holds no projection head. Files of this project's own pretraining hold one "
+            f"(earlier versions did not write it); for others set features=trunk"
+        )
+    normalization = recipe.normalization or source.info.normalization
+    if isinstance(recipe, DetectTransferRecipe) and normalization != "imagenet":
+        raise ConfigError(
+            f"normalization: this trunk was trained with the mean and deviation of {normalization}; detection takes "
+            f"ImageNet's only (MoCo's protocol)"
+        )
 
 
 def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
@@ -121,7 +147,7 @@ def open_data(
             f"batch_size {recipe.batch_size} is larger than the {len(train)} labelled images of "
             f"'{recipe.data.name}': choose at most {len(train)}"
         )
-    if not isinstance(recipe, KnnRecipe):
+    if not isinstance(recipe, KnnRecipe) and recipe.augment is not None:
         check_crop(train, recipe.data, recipe.augment)
     if isinstance(recipe, KnnRecipe) and recipe.k > len(train):
         raise ConfigError(f"k {recipe.k} is larger than the {len(train)} training images of '{recipe.data.name}'")
@@ -231,7 +257,7 @@ def _settings(plan: TransferPlan) -> dict[str, Any]:
             **common,
             "k": recipe.k,
             "temperature": recipe.temperature,
-            "features": "trunk output, L2-normalised",
+            "features": classify.knn_features(recipe),
         }
     if isinstance(recipe, LinearRecipe):
         return {
@@ -286,7 +312,9 @@ def _measure(plan: TransferPlan) -> dict[str, float]:
         return run_detection(recipe, setting)
     assert isinstance(plan.train, ImageSet)
     assert isinstance(plan.test, ImageSet)
-    given = classify.Setting(plan.run, plan.fingerprint, plan.data, plan.device, plan.source, plan.train, plan.test)
+    given = classify.Setting(
+        plan.run, plan.fingerprint, plan.data, plan.device, plan.source, plan.train, plan.test, plan.normalization
+    )
     if isinstance(recipe, KnnRecipe):
         return classify.run_knn(recipe, given)
     if isinstance(recipe, LinearRecipe):

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -173,3 +175,24 @@ def test_normalisation_is_imagenets() -> None:
     assert normalize(image)[0, :, 0, 0].tolist() == pytest.approx(
         [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
     )
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_bicubic_crops_are_pillows(flip: bool) -> None:
+    """To the rounding of Pillow's eight-bit result."""
+    images = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    crops = draw_crops(torch.full((6, 2), 32), (0.2, 1.0), (3 / 4, 4 / 3), generator(0, "x"))
+    ours = crop_and_flip(images, crops, torch.full((6,), flip), 32, "bicubic")
+    for i, (top, left, height, width) in enumerate(crops.tolist()):
+        cut = Image.fromarray(images[i, :, top : top + height, left : left + width].permute(1, 2, 0).numpy())
+        resized = torch.from_numpy(np.array(cut.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+        assert (ours[i] - (resized.flip(-1) if flip else resized)).abs().max() < 1.6 / 255
+
+
+def test_a_normalisation_is_of_its_data_set() -> None:
+    image = torch.full((1, 3, 2, 2), 0.5)
+    assert torch.allclose(normalize(image)[0, 0, 0, 0], torch.tensor((0.5 - 0.485) / 0.229))
+    assert torch.allclose(normalize(image, "cifar10")[0, 2, 0, 0], torch.tensor((0.5 - 0.4465) / 0.2010))
+    recipe = AugmentRecipe(jitter_probability=0, grayscale_probability=0, blur_probability=0, normalization="cifar100")
+    seen = Photometric(recipe)(image, generator(0, "x"), slice(0, 1), 1)
+    assert torch.allclose(seen, normalize(image, "cifar100"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from engine.config import fingerprint_of
 from engine.records import Record
+from evaluate import reference
 
 ENVIRONMENT = {
     "python": "3.11.7",
@@ -19,32 +21,28 @@ ENVIRONMENT = {
     "world_size": 8,
     "backend": "nccl",
 }
-MASKS = {"grid": 2, "ratio": 0.5, "mask": "block", "switch": True, "mask_per": "batch", "exact_ratio": False}
-MIX: dict[str, dict[str, Any]] = {
-    "vanilla": {"kind": "none"},
-    "random": {"kind": "none"},
-    "unmix": {"kind": "unmix", "unmix_prob": 0.5},
-    "mixmask": {"kind": "mixmask", **MASKS},
-    "mixmask+unmix": {
-        "kind": "mixmask+unmix",
-        **MASKS,
-        "unmix_prob": 0.5,
-        "permutation": "different",
-    },
-}
-SGD = {"kind": "sgd", "weight_decay": 5e-4}
-ADAM = {"kind": "adam", "weight_decay": 1e-6}
-TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # framework and optimizer, the paper's tables 8 and 10
-    "moco": ({"dim": 128, "momentum": 0.99, "queue_size": 4096, "temperature": 0.1}, {**SGD, "lr": 0.06}),
-    "simclr": ({"dim": 64, "projector_width": 1024}, {**ADAM, "lr": 0.003}),
-    "byol": ({"dim": 128, "projector_width": 1024, "momentum": 0.99}, {**ADAM, "lr": 0.002}),
-    "simsiam": ({"dim": 128}, {**SGD, "lr": 0.03}),
-    "mocov2": (
-        {"dim": 128, "momentum": 0.999, "queue_size": 65536, "temperature": 0.2},
-        {"kind": "sgd", "weight_decay": 1e-4, "lr": 0.03},
-    ),
-}
-GRIDS = {"cifar100": 2, "tiny_imagenet": 4, "imagenet1k": 8}
+ROWS = reference._rows()
+PRETRAIN, TRANSFER = reference._document()["pretrain"], reference._document()["transfer"]
+
+
+def shipped(dataset: str, framework: str, method: str) -> dict[str, Any]:
+    """The recipe that comes with the project for a row of the paper; for others, a similar one."""
+    plain = "vanilla" if method == "random" else method
+    places = [
+        *(place for place in ROWS if place[:3] == (dataset, framework, plain)),
+        *(place for place in ROWS if place[1:3] == (framework, plain)),
+        *(place for place in ROWS if place[2] == plain),
+        *ROWS,
+    ]
+    return copy.deepcopy(PRETRAIN[ROWS[places[0]]["pretrain"]])
+
+
+def measured(protocol: str, dataset: str) -> dict[str, Any]:
+    """Likewise, of a transfer protocol."""
+    names = [f"{protocol} on {dataset}", *(name for name in TRANSFER if name.startswith(protocol))]
+    return copy.deepcopy(next(TRANSFER[name] for name in names if name in TRANSFER))
+
+
 IMAGES = {"train": "aaaa", "test": "bbbb"}
 
 
@@ -58,17 +56,12 @@ def backbone(
     **changes: Any,
 ) -> Record:
     """A pretraining run's record."""
-    small = dataset != "imagenet1k"
-    mixing = {**MIX[method], **({"grid": GRIDS.get(dataset, 2)} if "grid" in MIX[method] else {}), **(mix or {})}
+    recipe = shipped(dataset, framework, method)
+    recipe["data"]["name"], recipe["framework"]["kind"] = dataset, framework
     recipe = {
-        "data": {"name": dataset},
-        "backbone": {"arch": "resnet18" if small else "resnet50"},
-        "framework": {"kind": framework, **TRAINED.get(framework, ({}, {}))[0]},
-        "optimizer": TRAINED.get(framework, ({}, {}))[1],
-        "mix": mixing,
+        **recipe,
+        "mix": {**recipe["mix"], **(mix or {})},
         "epochs": 0 if method == "random" else epochs,
-        "batch_size": 512 if small else 256,
-        "warmup_epochs": 10 if framework == "simsiam" else 0,
         "precision": "bf16",
         "seed": seed,
         **changes,
@@ -96,16 +89,6 @@ def backbone(
     )
 
 
-DETECT = {"engine": "detectron2", "batch_size": 16, "lr": 0.02, "weight_decay": 1e-4}
-RECIPES: dict[str, dict[str, Any]] = {
-    "knn": {"protocol": "knn", "k": 200, "temperature": 0.1},
-    "linear": {"protocol": "linear", "lr": 30.0, "epochs": 100, "batch_size": 256, "milestones": [60, 80]},
-    "semisup_1": {"protocol": "semisup", "labels": 1.0, "epochs": 20, "batch_size": 256},
-    "semisup_10": {"protocol": "semisup", "labels": 10.0, "epochs": 20, "batch_size": 256},
-    "semisup_100": {"protocol": "semisup", "labels": 100.0, "epochs": 20, "batch_size": 256},
-    "detect_voc": {"protocol": "detect_voc", **DETECT, "iterations": 24000, "milestones": [18000, 22000]},
-    "detect_coco": {"protocol": "detect_coco", **DETECT, "iterations": 90000, "milestones": [60000, 80000]},
-}
 SETTINGS = {
     "knn": ("k", "temperature"),
     "linear": ("lr", "epochs", "batch_size"),
@@ -119,7 +102,8 @@ def transfer(
 ) -> Record:
     """A transfer run's record on a backbone."""
     place = {"detect_voc": "voc2007", "detect_coco": "coco2017"}.get(protocol, of.dataset)
-    recipe = {**RECIPES[protocol], "seed": seed, "data": {"name": dataset or place}, **changes}
+    recipe = {**measured(protocol, dataset or place), "seed": seed, **changes}
+    recipe["data"] = {**recipe["data"], "name": dataset or place}
     return Record(
         stage="transfer",
         protocol=protocol,
@@ -190,7 +174,8 @@ def laboratory() -> list[Record]:
     add(backbone(method="mixmask+unmix", mix={"permutation": "same"}), ("knn", {"knn/top1": 69.3}))
     records.append(transfer(backbone(), "knn", {"knn/top1": 66.0}, k=20))
     for method, top in (("vanilla", 67.6), ("mixmask", 69.0)):
-        of = backbone("imagenet1k", "mocov2", method, epochs=200)
+        of, longer = (backbone("imagenet1k", "mocov2", method, epochs=epochs) for epochs in (200, 800))
+        add(longer, ("linear", {"linear/top1": top + 3}), ("semisup_1", {"semisup/top1": top - 20}))
         add(of, ("linear", {"linear/top1": top, "linear/top5": top + 20}))
         for share, gain in (("1", -25.0), ("10", -5.0), ("100", 8.0)):
             records.append(transfer(of, f"semisup_{share}", {"semisup/top1": top + gain, "semisup/top5": 90.0}))
@@ -202,7 +187,7 @@ def laboratory() -> list[Record]:
                 "bbox/AP75": 63.9 + 2 * shift,
                 "bbox/AP/cat": 60.0,
             }
-            records.append(transfer(of, "detect_voc", ap, seed=seed))
+            records.append(transfer(longer, "detect_voc", ap, seed=seed, engine="detectron2"))
         coco = {
             "bbox/AP": 39.2,
             "bbox/AP50": 58.9,
@@ -214,8 +199,8 @@ def laboratory() -> list[Record]:
         if method == "mixmask":
             coco = {key: value + 0.4 for key, value in coco.items()}
             twice = {key: value + 1.5 for key, value in coco.items()}
-            records.append(transfer(of, "detect_coco", twice, iterations=180000, milestones=[120000, 160000]))
+            records.append(transfer(longer, "detect_coco", twice, iterations=180000, milestones=[120000, 160000]))
             ap = {"bbox/AP": 57.0, "bbox/AP50": 82.0, "bbox/AP75": 63.0}
-            records.append(transfer(of, "detect_voc", ap, engine="torchvision"))
-        records.append(transfer(of, "detect_coco", coco))
+            records.append(transfer(longer, "detect_voc", ap, engine="torchvision"))
+        records.append(transfer(longer, "detect_coco", coco, engine="detectron2"))
     return records

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -28,43 +27,42 @@ def test_words_are_plain() -> None:
     assert found.value == pytest.approx(gaps.mean())
     assert found.error == pytest.approx(gaps.std(ddof=1) / 5**0.5)
     assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
-    assert (
-        found.words()
-        == f"+0.8 ± 0.2, 5 seeds, 95 % CI [{found.low:.1f}, {found.high:.1f}], paired t-test p = {found.p:.2g}"
-    )
+    interval = f"[{found.low:.1f}, {found.high:.1f}] (paired t interval)"
+    assert found.words() == f"+0.8 ± 0.2, 5 seeds, 95 % CI {interval}, paired t-test p = {found.p:.2g}"
 
 
-def test_the_interval_is_that_of_all_resamples() -> None:
-    """Against every one of the 5^5 resamples, at the quantiles at which Hesterberg expands the interval."""
+def test_the_intervals_are_students_and_welchs() -> None:
     a, b = [69.3, 69.6, 69.4, 69.9, 69.2], [68.5, 68.6, 68.7, 68.8, 68.4]
-    gaps = np.array(a) - np.array(b)
-    every = [np.mean(draw) for draw in itertools.product(gaps, repeat=5)]
-    tail = stats.norm.cdf(-np.sqrt(5 / 4) * stats.t.ppf(0.975, 4))
     found = difference(a, b, paired=True)
-    assert found.low == pytest.approx(np.quantile(every, tail), abs=0.02)
-    assert found.high == pytest.approx(np.quantile(every, 1 - tail), abs=0.02)
+    interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    found = difference(a, b[:3], paired=False)
+    interval = stats.ttest_ind(a, b[:3], equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert "(Welch's t interval)" in found.words()
 
 
-@pytest.mark.parametrize(("n", "least"), [(3, 0.65), (5, 0.85), (10, 0.9)])
-def test_intervals_cover_what_they_say(n: int, least: float) -> None:
-    """On normal data: close to 95 % from ten seeds on, and never more than 1 - 2^(1 - n)."""
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("n", [3, 4, 5, 10])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_intervals_cover_what_they_say(n: int, skewed: bool) -> None:
+    """95 % of normal differences; of skewed ones (a gamma distribution with skewness 0.5) at least 94 %, too."""
+    generator = np.random.default_rng(n)
+    repeats = 8000
     hits = 0
-    for _ in range(300):
-        a, b = generator.normal(1.0, 1.0, n), generator.normal(0.0, 1.0, n)
-        found = difference(a.tolist(), b.tolist(), paired=True)
+    draws = (generator.gamma(16.0, size=(repeats, n)) - 16) / 4 if skewed else generator.normal(size=(repeats, n))
+    base = generator.normal(60.0, 5.0, size=(repeats, n))  # what the pairs have in common
+    for gaps, common in zip(draws, base, strict=True):
+        found = difference((common + 1 + gaps).tolist(), common.tolist(), paired=True)
         assert found.low is not None
         assert found.high is not None
         hits += found.low <= 1.0 <= found.high
-    assert hits / 300 >= least
-    assert hits / 300 <= 1 - 2 ** (1 - n) + 0.04
+    assert hits / repeats >= (0.935 if skewed else 0.94)
 
 
 def test_few_seeds_say_so() -> None:
     assert difference([1.0], [0.5], paired=False).words() == "+0.5, 1 seed, too few seeds for an interval (at least 3)"
     two = difference([1.0, 1.2], [0.5, 0.6], paired=True)
     assert (two.low, two.error is not None) == (None, True)
-    assert "too narrow" in difference([1.0, 1.2, 1.3], [0.5, 0.6, 0.9], paired=False).words()
     equal = difference([1.0, 1.1, 1.2, 1.3, 1.4], [0.0, 0.1, 0.2, 0.3, 0.4], paired=True)
     assert equal.p is None
     with pytest.raises(ValueError, match="cannot be compared in pairs"):

@@ -163,4 +163,4 @@ def test_a_run_that_was_measured_otherwise_proves_nothing() -> None:
     other = transfer(of, "knn", {"knn/top1": 61.0}, k=20)
     checks = verify(collection(of, usual, other))
     assert [check.reproduced for check in checks] == [True, None]
-    assert "k 20 (published: 200)" in checks[1].words()
+    assert "k 20 (this row's recipe: 200)" in checks[1].words()

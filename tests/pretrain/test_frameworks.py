@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from pretrain.frameworks.byol import BYOLRecipe
 from pretrain.frameworks.moco import MoCo, MoCoRecipe
 from pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
 from pretrain.frameworks.simsiam import SimSiamRecipe
-from pretrain.mixing import Mixture, mixture_loss
+from pretrain.mixing import MixMaskUnMix, Mixture, draw_mixtures, mixture_loss
 from pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
 from pretrain.split_batch_norm import SplitBatchNorm2d
 
@@ -374,3 +375,58 @@ def test_simclr_counts_itself_out(moco: MoCo) -> None:
     assert isinstance(framework, SimCLR)
     query = rows(1, 8, 0)
     assert framework.loss(query, rows(1, 8, 1)).tolist() == pytest.approx([0])
+
+
+# --- symmetric MoCo --------------------------------------------------------------------------------------------------
+
+
+def slow_symmetric(moco: MoCo, first: Tensor, second: Tensor, mixed: Tensor, partner: list[int], lam: float) -> float:
+    """Un-Mix's published CIFAR form, image by image: both views ask, the mixture of view 1 meets both keys, all is added."""
+
+    def embed(encoder: nn.Module, images: Tensor) -> Tensor:
+        return F.normalize(encoder(images), dim=1)
+
+    total = 0.0
+    queue, temperature = moco.queue, moco.recipe.temperature
+    for asking, answering in ((first, second), (second, first)):
+        query, key = embed(moco.query_encoder, asking), embed(moco.key_encoder, answering)
+        mixtures = embed(moco.query_encoder, mixed)
+        inverse = [partner.index(i) for i in range(len(partner))]
+        clean = slow_info_nce(query, key, queue, temperature)
+        own = slow_info_nce(mixtures, key, queue, temperature)
+        switched = slow_info_nce(mixtures[inverse], key, queue, temperature)
+        for terms, weight in ((clean, 1.0), (own, lam), (switched, 1 - lam)):
+            total += weight * sum(terms) / len(terms)
+    return total
+
+
+@pytest.mark.parametrize("permutation", ["same", "different"])
+def test_symmetric_moco_is_unmixs_published_form(permutation: str) -> None:
+    recipe = MOCO.model_copy(update={"symmetric": True, "bn_splits": 1})
+    torch.manual_seed(0)
+    moco = recipe.build(BACKBONE).eval()  # in eval mode an embedding depends on its own image alone
+    assert moco.asks_with_both_views
+    first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    mix = MixMaskUnMix(grid=4, permutation=permutation)
+    for mixture in draw_mixtures(mix, first, random.Random(0)):
+        clean = moco.clean((first, second), (first, second), generator(0))
+        assert len(clean.keys) == 2
+        mixed = moco.query(mixture.images)
+        ours = float(clean.losses.mean()) + sum(
+            float(mixture_loss(moco.loss(mixed, key), moco.loss(mixed, key[mixture.partner]), mixture))
+            for key in clean.keys
+        )
+        slow = slow_symmetric(moco, first, second, mixture.images, mixture.partner.tolist(), float(mixture.own[0]))
+        assert ours == pytest.approx(slow, rel=1e-5)
+
+
+def test_both_views_keys_enter_the_symmetric_queue() -> None:
+    moco = MOCO.model_copy(update={"symmetric": True}).build(BACKBONE).train()
+    views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    clean = moco.clean(views, views, generator(0))
+    moco.after_step(0)
+    assert torch.equal(moco.queue[:8], torch.cat([clean.keys[1], clean.keys[0]]))  # view 1's keys first
+    with pytest.raises(
+        ValueError, match=r"the 32 keys of a step \(batch_size 16, symmetric\); valid for this batch: 32, 64"
+    ):
+        MoCoRecipe(queue_size=48, symmetric=True, bn_splits=1).check_batch(16, 1, 1)

@@ -16,6 +16,7 @@ from pretrain.mixing import (
     MixMaskUnMix,
     Mixture,
     NoMix,
+    Rows,
     UnMix,
     cut_box,
     draw_masks,
@@ -249,3 +250,67 @@ def test_one_of_the_named_patterns_is_drawn() -> None:
 def test_ratios_that_mean_nothing_are_refused(ratio: Any) -> None:
     with pytest.raises(ValidationError, match="ratio must"):
         MixMask.model_validate({"ratio": ratio})
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    recipe=st.sampled_from(
+        [MixMask(grid=4, mask_groups=4), MixMask(grid=4, mask_groups=4, mask_per="sample", partner="random"),
+         UnMix(mask_groups=4), MixMaskUnMix(grid=4, mask_groups=4)]
+    ),
+    processes=st.sampled_from([2, 4]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_the_processes_rows_are_mixed_as_one_process_mixes_them(recipe: Any, processes: int, seed: int) -> None:
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    whole = draw_mixtures(recipe, images, random.Random(seed))
+    each = 16 // processes
+    for rank in range(processes):
+        mine = slice(rank * each, (rank + 1) * each)
+        parts = draw_mixtures(recipe, images[mine], random.Random(seed), Rows(rank * each, each, 16))
+        for part, complete in zip(parts, whole, strict=True):
+            assert not part.across
+            assert torch.equal(part.images, complete.images[mine])
+            assert torch.equal(part.own, complete.own[mine])
+            assert torch.equal(part.partner + rank * each, complete.partner[mine])
+            if complete.mask is not None:
+                assert part.mask is not None
+                assert torch.equal(part.mask, complete.mask[mine])
+
+
+def test_each_group_has_a_mask_and_partners_of_its_own() -> None:
+    (mixture,) = draw_mixtures(MixMask(grid=8, mask_groups=4), numbered(16, 16), random.Random(0))
+    assert mixture.mask is not None
+    groups = [mixture.mask[start : start + 4] for start in (0, 4, 8, 12)]
+    assert all(bool((group == group[:1]).all()) for group in groups)
+    assert len({tuple(group[0].flatten().tolist()) for group in groups}) == 4
+    assert mixture.partner.tolist() == [3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12]
+
+
+@pytest.mark.parametrize(
+    "recipe", [Erase(grid=4), Erase(grid=4, mask_per="batch", mask_groups=2, mask=("channelwise",))]
+)
+def test_erasing_is_the_same_on_any_number_of_processes(recipe: Erase) -> None:
+    images = torch.randn(8, 3, 16, 16)
+    whole = erase(recipe, images, random.Random(3))
+    for rank in range(2):
+        mine = slice(4 * rank, 4 * rank + 4)
+        assert torch.equal(erase(recipe, images[mine], random.Random(3), Rows(4 * rank, 4, 8)), whole[mine])
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused() -> None:
+    from pretrain.recipe import PretrainRecipe
+
+    tree: dict[str, Any] = {
+        "name": "x", "data": {"name": "x", "root": "/x"}, "optimizer": {"kind": "sgd", "lr": 0.1}, "epochs": 1,
+        "batch_size": 16, "framework": {"kind": "simsiam"},
+    }  # fmt: skip
+    PretrainRecipe.model_validate({**tree, "mix": {"kind": "mixmask", "mask_groups": 8}})
+    for groups, accumulate in ((3, 1), (16, 1), (8, 2)):
+        with pytest.raises(ValidationError, match=f"mix.mask_groups {groups}: .* cannot be split in {groups} equal"):
+            PretrainRecipe.model_validate(
+                {**tree, "accumulate": accumulate, "mix": {"kind": "mixmask", "mask_groups": groups}}
+            )

@@ -20,15 +20,18 @@ TABLE = {
              "queue": 4096, "m": 0.99, "temperature": 0.1},
     "simclr": {**SMALL, "optimizer": "adam", "lr": 0.003, "weight_decay": 1e-6, "warmup": 0, "dim": 64, "layers": 2,
                "width": 1024},
-    "byol": {**SMALL, "optimizer": "adam", "lr": 0.002, "weight_decay": 1e-6, "warmup": 0, "dim": 128, "layers": 2,
+    "byol": {**SMALL, "optimizer": "adam", "weight_decay": 1e-6, "warmup": 0, "layers": 2,
+             "lr": {"cifar100": 0.003, "tiny_imagenet": 0.002}, "dim": {"cifar100": 64, "tiny_imagenet": 128},
              "width": 1024, "m": 0.99},
-    "simsiam": {**SMALL, "optimizer": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 10, "dim": 128,
+    # SimSiam: 0.03 for a batch of 256
+    "simsiam": {**SMALL, "optimizer": "sgd", "lr": 0.06, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 10, "dim": 128,
                 "layers": 2},
     "mocov2": {"epochs": 200, "batch_size": 256, "arch": "resnet50", "stem": "standard", "optimizer": "sgd", "lr": 0.03,
                "momentum": 0.9, "weight_decay": 1e-4, "warmup": 0, "dim": 128, "queue": 65536, "m": 0.999,
                "temperature": 0.2},
 }  # fmt: skip
 DATA = {"cifar100": (32, 2), "tiny_imagenet": (64, 4), "imagenet": (224, 8)}  # crop and MixMask's grid (table 1)
+MASKS = {"cifar100": "discrete", "tiny_imagenet": "block", "imagenet": "block"}  # table 1's highlighted defaults
 BASES = [
     "cifar100_moco",
     "cifar100_simsiam",
@@ -85,7 +88,8 @@ def test_recipes_are_the_papers(base: str, row: str) -> None:
     data, framework = base.rsplit("_", 1)
     assert recipe.framework.kind == framework
     values = found(recipe)
-    for name, expected in TABLE[framework].items():
+    for name, value in TABLE[framework].items():
+        expected = value[data] if isinstance(value, dict) else value
         assert values[name] == pytest.approx(expected) if isinstance(expected, float) else values[name] == expected, (
             name
         )
@@ -98,8 +102,10 @@ def test_recipes_are_the_papers(base: str, row: str) -> None:
     mix = recipe.mix
     assert isinstance(mix, ROWS[row])
     if isinstance(mix, MixMask | MixMaskUnMix):
-        assert (mix.mask, mix.grid, mix.ratio, mix.switch) == ("block", grid, 0.5, True)
+        assert (mix.mask, mix.grid, mix.ratio, mix.switch) == (MASKS[data], grid, 0.5, True)
         assert (mix.mask_per, mix.exact_ratio) == ("batch", False)
+    if isinstance(mix, MixMask | MixMaskUnMix | UnMix):
+        assert mix.mask_groups == (8 if data == "imagenet" else 1)  # the authors' eight devices
     if isinstance(mix, MixMaskUnMix):
         assert mix.permutation == "different"
         assert mix.unmix_prob == 0.5
@@ -121,6 +127,33 @@ def test_every_row_is_headed_by_its_command_cost_and_published_number(base: str)
             assert len([line for line in text.splitlines() if not line.startswith("#")]) == 4
 
 
+def test_moco_on_small_images_is_symmetric_and_its_knn_takes_the_head() -> None:
+    for base in ("cifar100_moco", "tiny_imagenet_moco"):
+        recipe = read(base)
+        assert recipe.framework.model_dump()["symmetric"] is True
+        assert recipe.monitor is not None
+        assert recipe.monitor.features == "head"
+        text = (FOLDER / f"{base}.yaml").read_text()
+        assert "Inferred" in text
+        assert "framework.symmetric=false" in text
+
+
+def test_what_the_paper_does_not_say_has_options_with_their_source() -> None:
+    unmix = read("cifar100_moco_as_unmix").augment
+    assert (unmix.scale, unmix.normalization) == ((0.08, 1.0), "cifar10")
+    for name in ("cifar100_simclr_as_wmse", "cifar100_byol_as_wmse"):
+        recipe = read(name)
+        assert recipe.schedule.model_dump() == {
+            "kind": "steps",
+            "epochs_before_end": (50, 25),
+            "gamma": 0.2,
+            "warmup_steps": 500,
+        }
+        assert (recipe.augment.grayscale_probability, recipe.augment.interpolation) == (0.1, "bicubic")
+        assert (recipe.optimizer.lr, recipe.framework.model_dump()["dim"]) == (0.003, 64)
+    assert read("imagenet_mocov2_mscn").expected == ()
+
+
 def test_adams_recipes_leave_norms_and_biases_out_of_the_decay() -> None:
     assert not read("cifar100_simclr").optimizer.decay_norm_and_bias
     assert not read("tiny_imagenet_byol").optimizer.decay_norm_and_bias
@@ -128,7 +161,8 @@ def test_adams_recipes_leave_norms_and_biases_out_of_the_decay() -> None:
 
 
 def test_there_are_no_other_pretraining_recipes() -> None:
-    expected = {f"{base}{row}" for base in BASES for row in ROWS} | {"imagenet_mocov2_mscn"}
+    other = {"imagenet_mocov2_mscn", "cifar100_moco_as_unmix", "cifar100_simclr_as_wmse", "cifar100_byol_as_wmse"}
+    expected = {f"{base}{row}" for base in BASES for row in ROWS} | other
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
     mscn = read("imagenet_mocov2_mscn").mix
     assert isinstance(mscn, Erase)

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.backbones import BackboneInfo, load_backbone, save_backbone
+from engine.augment import normalize
+from engine.backbones import BackboneInfo, build_trunk, load_backbone, save_backbone
+from engine.config import identity
 from engine.datasets import DataRecipe, ImageSet, open_split
 from engine.errors import ConfigError, DataError, RunDirectoryError, RunFailure
+from engine.heads import mlp
+from engine.loader import BatchPlan
 from engine.predictions import CLASSES, ClassPredictions
+from engine.randomness import derived_seed
 from engine.records import Record
 from launch.builtin import configs_folder
 from tests.conftest import make_backbone
@@ -240,3 +246,120 @@ def test_two_processes_measure_what_one_does(
             for count in (1, 2)
         ]
         assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+
+
+# --- features of the head, fixed features, other normalisations ------------------------------------------------------
+
+
+@pytest.fixture
+def with_head(tmp_path: Path) -> Path:
+    """A backbone file with a projection head whose output is not the trunk's."""
+    plain = make_backbone(tmp_path / "plain.safetensors")
+    state, info = load_backbone(plain)
+    torch.manual_seed(3)
+    head = mlp([512, 16, 8], norm=True)
+    info = info.model_copy(update={"head": head.info})
+    save_backbone(tmp_path / "backbone.safetensors", state, info, head.state_dict())
+    return tmp_path / "backbone.safetensors"
+
+
+def test_knn_takes_the_head_or_the_trunk(shapes: Path, tmp_path: Path, with_head: Path, resnet18: Path) -> None:
+    trunk = make_plan(KNN, shapes, tmp_path, with_head)
+    head = make_plan(KNN, shapes, tmp_path, with_head, "features=head")
+    assert trunk.fingerprint != head.fingerprint
+    assert trunk.fingerprint == make_plan(KNN, shapes, tmp_path, with_head, "features=trunk").fingerprint
+    record = stage.run(head)
+    assert record.settings["features"] == "projection head output, L2-normalised"
+    source = head.source
+    network = torch.nn.Sequential(build_trunk(source.info.recipe), mlp([512, 16, 8], norm=True)).eval()
+    network[0].load_state_dict(source.state)
+    network[1].load_state_dict(source.head)
+    features, labels = [], []
+    for images in (head.train, head.test):
+        assert isinstance(images, ImageSet)
+        with torch.no_grad():
+            found = network(torch.cat([normalize(images.read(i)[None]) for i in range(len(images))]))
+        features.append(torch.nn.functional.normalize(found, dim=1))
+        labels.append(images.labels)
+    right = 0
+    for query, label in zip(features[1], labels[1].tolist(), strict=True):  # the vote, written out
+        similarity = (features[0] @ query).tolist()
+        nearest = sorted(range(len(similarity)), key=lambda i: -similarity[i])[:5]
+        votes = dict.fromkeys(range(10), 0.0)
+        for i in nearest:
+            votes[int(labels[0][i])] += math.exp(similarity[i] / 0.1)
+        right += max(votes, key=lambda one: votes[one]) == label
+    assert record.metrics["knn/top1"] == pytest.approx(100 * right / len(labels[1]))
+    with pytest.raises(ConfigError, match="holds no projection head"):
+        make_plan(KNN, shapes, tmp_path, resnet18, "features=head")
+
+
+def test_a_probe_on_fixed_features_is_the_loop_of_wmse(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    overrides = ["augment=null", "optimizer.kind=adam", "schedule=exponential", "lr=0.01", "final_lr=1e-6"]
+    plan = make_plan(
+        LINEAR, shapes, tmp_path, resnet18, *overrides, "epochs=3", "batch_size=40", "weight_decay=5e-6", "log_every=1"
+    )
+    record = stage.run(plan)
+    trunk = build_trunk(plan.source.info.recipe).eval()
+    trunk.load_state_dict(plan.source.state)
+    features = []
+    for images in (plan.train, plan.test):
+        assert isinstance(images, ImageSet)
+        with torch.no_grad():
+            features.append(trunk(torch.cat([normalize(images.read(i)[None]) for i in range(len(images))])))
+    assert isinstance(plan.train, ImageSet)
+    assert isinstance(plan.test, ImageSet)
+    torch.manual_seed(derived_seed(0, "head"))
+    model = classify.Classifier(build_trunk(plan.source.info.recipe), 10, frozen=True)
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01, weight_decay=5e-6)
+    order = BatchPlan(120, 40, drop_last=False, seed=0)
+    for epoch in range(3):
+        for rows in order.indices(epoch):
+            optimizer.param_groups[0]["lr"] = 0.01 * (1e-6 / 0.01) ** (epoch / 3)
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model.head(features[0][rows]), plan.train.labels[rows])
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        right = (model.head(features[1]).argmax(1) == plan.test.labels).float().mean()
+    assert record.metrics["linear/top1"] == pytest.approx(100 * float(right))
+    lines = [json.loads(line) for line in plan.run.log_file.read_text().splitlines()]
+    assert lines[-1]["loss"] == pytest.approx(float(loss), abs=0.02)
+    with pytest.raises(ConfigError, match="schedule: exponential and final_lr go together"):
+        make_plan(LINEAR, shapes, tmp_path, resnet18, "schedule=exponential")
+
+
+def test_a_backbone_brings_its_normalisation(shapes: Path, tmp_path: Path, resnet18: Path, coco: Path) -> None:
+    state, info = load_backbone(resnet18)
+    other = tmp_path / "other.safetensors"
+    save_backbone(other, state, info.model_copy(update={"normalization": "cifar10", "fingerprint": "other"}))
+    plan = make_plan(KNN, shapes, tmp_path, other)
+    assert plan.normalization == "cifar10"
+    assert make_plan(KNN, shapes, tmp_path, other, "normalization=imagenet").normalization == "imagenet"
+    assert make_plan(KNN, shapes, tmp_path, resnet18).normalization == "imagenet"
+    detect = configs_folder() / "transfer" / "detect_coco.yaml"
+    with pytest.raises(ConfigError, match="mean and deviation of cifar10; detection takes ImageNet's only"):
+        stage.plan(load_transfer_recipe(detect, [f"backbone={other}", f"data.root={coco}"]), tmp_path / "runs")
+
+
+def test_swavs_preset_synchronises_batch_statistics_and_its_fingerprint_says_so(
+    shapes: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    text = SEMISUP.replace("labels: 50\nlr_trunk: 0.01\nlr_head: 0.1\n", "labels: 10\n").replace(
+        "batch_size: 16", "batch_size: 10"
+    )
+    swav, paper = (
+        make_plan(text, shapes, tmp_path, resnet18, f"preset={preset}") for preset in ("swav", "paper_table")
+    )
+    assert (swav.recipe.sync_bn, paper.recipe.sync_bn) == (True, False)
+    assert "sync_bn" in identity(swav.recipe)
+    assert "sync_bn" not in identity(paper.recipe)
+    off = make_plan(text, shapes, tmp_path, resnet18, "preset=swav", "sync_bn=false")
+    assert off.fingerprint != swav.fingerprint
+    stage.run(swav)  # one process: there is nothing to synchronise
+    config = tmp_path / "config.yaml"
+    done = finish(
+        processes(2, "transfer", str(config), f"backbone={resnet18}", "preset=swav", "--runs", str(tmp_path / "two"))
+    )
+    assert [code for code, _, _ in done] == [2, 2]
+    assert "SyncBatchNorm runs on GPUs only; set sync_bn=false" in done[0][2]

@@ -108,7 +108,7 @@ def _write_plain(source: Source, out: Path) -> str:
 
 
 def _write_own(source: Source, out: Path) -> str:
-    save_backbone(out, source.state, source.info)
+    save_backbone(out, source.state, source.info, source.head)
     return f"{len(source.state)} tensors with where they come from"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from engine.backbones import (
+    HEAD,
     RESNETS,
     BackboneInfo,
     BackboneRecipe,
     check_trunk_state,
     is_backbone_file,
     load_backbone,
+    load_backbone_and_head,
 )
 from engine.errors import CheckpointError
 from transfer.checkpoints.account import (
@@ -50,6 +52,7 @@ class Source:
         info: Where it comes from.
         account: What became of every tensor.
         labelled: Whether the file itself says its framework and method; else the framework is a guess from names.
+        head: The tensors of the projection head that ``info.head`` describes; none where the file has no head.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Source:
     info: BackboneInfo
     account: Account
     labelled: bool = False
+    head: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
@@ -67,19 +71,20 @@ def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
             shape, or is not finite.
     """
     if path.is_file() and path.suffix == ".safetensors" and is_backbone_file(path):
-        state, info = load_backbone(path)
-        account = Account("this project's backbone file (by its metadata)", {name: name for name in state}, {})
+        state, head, info = load_backbone_and_head(path)
+        beside = {f"{HEAD}{name}": "projection head (kNN's features: head)" for name in head}
+        account = Account("this project's backbone file (by its metadata)", {name: name for name in state}, beside)
         labelled = True
     else:
         if path.is_file() and path.name == "backbone.safetensors":
             load_backbone(path)  # for its message: a truncated file of ours is not a file of another layout
         state, info, account = _foreign(path, reading)
-        labelled = False
-    broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+        labelled, head = False, {}
+    broken = [name for name, tensor in {**state, **head}.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"{path}: values that are not finite in {', '.join(broken[:5])}")
     return Source(
-        path, state, info, replace(account, warnings=(*account.warnings, *_fresh_statistics(state))), labelled
+        path, state, info, replace(account, warnings=(*account.warnings, *_fresh_statistics(state))), labelled, head
     )
 
 

@@ -1,0 +1,86 @@
+"""Writes ``evaluate/reference.json``: the recipes, as shipped, that the paper's numbers are compared with.
+
+``python -m launch.reference`` (``make reference``) after a recipe or a suite was changed; a test compares the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.config import identity
+from launch.builtin import configs_folder
+from launch.cells import Cell, expand
+from launch.cluster import Profile
+from launch.suite import load_suite
+from pretrain.recipe import PretrainRecipe
+
+SUITES = ("table5", "table4", "table2", "semisup", "table7")  # the first that has a row gives its recipes
+FILE = Path(__file__).resolve().parents[1] / "evaluate" / "reference.json"
+
+
+def reference() -> dict[str, Any]:
+    """Every row of the paper's tables with the identities of the recipes that come with this project for it.
+
+    Recipes are listed once, by a name; a pretraining recipe of a mixture says only in what it differs from the plain one.
+    """
+    folder = configs_folder() / "suites"
+    pretrain: dict[str, dict[str, Any]] = {}
+    transfer: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for suite in SUITES:
+        cells = {
+            cell.id: cell for cell in expand(load_suite(folder / f"{suite}.yaml"), folder, Profile(), Path("runs"))
+        }
+        for cell in cells.values():
+            if cell.stage != "transfer" or cell.parent is None:
+                continue
+            own, parent = cell.recipe, cells[cell.parent].recipe
+            assert own is not None
+            assert isinstance(parent, PretrainRecipe)
+            if getattr(parent.mix, "permutation", "different") == "same":  # table 2's ablation
+                continue
+            key = (cell.dataset, parent.framework.kind, parent.method, cell.protocol)
+            if key not in rows:
+                rows[key] = {"pretrain": _name(cells[cell.parent]), "transfer": f"{cell.protocol} on {cell.dataset}"}
+                pretrain.setdefault(rows[key]["pretrain"], _without_seed(identity(parent)))
+                transfer.setdefault(rows[key]["transfer"], _without_seed(identity(own)))
+    names = ("dataset", "framework", "method", "protocol")
+    return {
+        "pretrain": _compact(pretrain),
+        "transfer": transfer,
+        "rows": [{**dict(zip(names, key, strict=True)), **row} for key, row in sorted(rows.items())],
+    }
+
+
+def _name(cell: Cell) -> str:
+    recipe = cell.recipe
+    assert isinstance(recipe, PretrainRecipe)
+    return f"{recipe.data.name} {recipe.framework.kind} {recipe.method}, {recipe.epochs} epochs"
+
+
+def _without_seed(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "seed"}
+
+
+def _compact(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each recipe as what it has besides the first of its data set and framework (``like``)."""
+    firsts: dict[tuple[str, str], str] = {}
+    result = {}
+    for name, recipe in sorted(recipes.items()):
+        first = firsts.setdefault((recipe["data"]["name"], recipe["framework"]["kind"]), name)
+        assert recipe.keys() >= recipes[first].keys()
+        changes = {key: value for key, value in recipe.items() if recipes[first].get(key) != value}
+        result[name] = recipe if first == name else {"like": first, **changes}
+    return result
+
+
+def text() -> str:
+    """The file's content."""
+    return json.dumps(reference(), indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
+    print(FILE)
