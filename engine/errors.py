@@ -40,6 +40,10 @@ class RunFailure(Exception):
     """A run that started well and cannot go on, for example because its loss is no longer finite."""
 
 
+class OwnershipLost(RunFailure):
+    """Another process works in the run directory now, or the folder is gone: nothing more may be written there."""
+
+
 class Interrupted(Exception):
     """A run that was asked to stop by a signal and wrote its checkpoint; the same command goes on. Exit: 128 + signal."""
 

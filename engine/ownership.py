@@ -1,9 +1,14 @@
 """One process at a time works in a run directory: an owner file with a heartbeat, and when it may be taken over.
 
 The owner writes who it is and, every few seconds, that it still lives. Another process that wants the folder looks at that
-file: if its owner has ended on this machine, or is an earlier start of the same cluster job, or its heartbeat has stopped
-while it was watched, the folder is taken over; a heart that beats is left alone. No decision compares the clocks of
-different machines.
+file: if its owner has ended on this machine, or its heartbeat has stopped while it was watched, the folder is taken over; a
+heart that beats is left alone. No decision compares the clocks of different machines.
+
+An owner may be taken for dead and live: it was stopped (SIGSTOP, a suspended machine), or its node lost the cluster and
+not the file system. So before everything that it writes, the owner looks at the file again (`Owner.require`): if the file is
+gone or another's, nothing more is written. If its own heart has been silent for long, it beats once and waits until whoever
+may be taking over has seen that. A heartbeat changes the owner's own file in place and never makes one, so that it cannot
+undo a takeover.
 """
 
 from __future__ import annotations
@@ -22,9 +27,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import RunDirectoryError
+from engine.errors import OwnershipLost, RunDirectoryError
 from engine.progress import say
-from engine.storage import RunDirectory, write_text
+from engine.storage import RunDirectory, guarded
 
 BEAT_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0  # a heart that has not beaten for so long is dead
@@ -59,12 +64,27 @@ def _lives(pid: int) -> bool:
 
 
 def read_owner(file: Path) -> dict[str, Any] | None:
-    """What an owner file says, or None without one (or while it changes hands)."""
+    """What an owner file says; None without one, and of one that is empty or damaged."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return _parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "token" in found else None
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"token": str, "pid": int, "machine": str, "beat": int, "restart": str}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return found if isinstance(found.get("job"), str | None) and 0 < found["pid"] < 2**31 else None
+
+
+def _clock() -> float:
+    """Seconds that go on while this process, or the whole machine, sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def describe_owner(owner: Mapping[str, Any]) -> str:
@@ -133,24 +153,32 @@ class Owner:
             "beat": 0,
         }
         self.made_folder = False
+        self.lost = False
+        self.last_beat = _clock()
+        self.lock = threading.Lock()  # the heart and the guard read and write the file
         self.ended = threading.Event()
         self.heart: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Take the file, waiting if it must be seen whether its owner lives.
 
+        An earlier start of this very cluster job that still lives is waited for, however long: its node was lost to the
+        cluster and not to the file system, and this start has nothing else to do.
+
         Raises:
-            RunDirectoryError: If its owner lives.
+            RunDirectoryError: If its owner lives, or the folder cannot be written.
         """
         give_up = time.monotonic() + self.wait
         unreadable_since: float | None = None
         told = False
-        while not self._create():
+        while not self._created():
             found = read_owner(self.file)
-            if found is None:  # released a moment ago, or not to be read
+            if found is None:  # released a moment ago, or damaged
                 unreadable_since = unreadable_since or time.monotonic()
                 if time.monotonic() > unreadable_since + self.patience:
-                    raise RunDirectoryError(f"{self.file}: cannot be read; if nobody works there, delete it")
+                    say(f"{self.file}: damaged for {self.patience:g} s, so nobody beats in it; taking over")
+                    self._remove(None)
+                    unreadable_since = None
                 time.sleep(min(0.1, self.beat))
                 continue
             unreadable_since = None
@@ -160,11 +188,15 @@ class Owner:
             if not told:
                 say(f"{self.file.parent}: waiting to see whether {describe_owner(found)} still works on it")
                 told = True
-            if self._beats(found) and time.monotonic() > give_up:
+            mine = (
+                found["job"] is not None and found["job"] == self.me["job"] and found["restart"] != self.me["restart"]
+            )
+            if self._beats(found) and time.monotonic() > give_up and not mine:
                 raise RunDirectoryError(
                     f"{self.file.parent}: {describe_owner(found)} is working on it. One at a time: wait for it, or stop it"
                 )
         TAKEN_OVER.clear()
+        self.last_beat = _clock()
         self.heart = threading.Thread(target=self._keep_beating, daemon=True)
         self.heart.start()
 
@@ -173,11 +205,50 @@ class Owner:
         self.ended.set()
         if self.heart is not None:
             self.heart.join()
-        if self._is_mine():
+        if not self.lost and self._is_mine():
             self.file.unlink(missing_ok=True)
         if self.made_folder:
             with contextlib.suppress(OSError):  # work has been left in it
                 self.file.parent.rmdir()
+
+    def require(self) -> None:
+        """Make sure that this process still is the owner; called before everything that is written.
+
+        Raises:
+            OwnershipLost: If the file is gone or another's, now or at any time before.
+        """
+        with self.lock:
+            if self.lost or not self._holds():
+                self._lose()
+                there = self.file.parent.is_dir()
+                why = "another process works there now, or has finished it" if there else "the folder was deleted"
+                raise OwnershipLost(
+                    f"{self.file.parent}: no longer this process's ({why}); it stops, and nothing more was written"
+                )
+
+    def _holds(self) -> bool:
+        if _clock() - self.last_beat <= self.patience / 2:
+            return self._is_mine()
+        # The heart has been silent so long that somebody may be taking over right now. A beat undoes that, if it comes in
+        # time; whoever watches looks once a second.
+        if not self._beat():
+            return False
+        time.sleep(2 * min(1.0, self.beat))
+        return self._is_mine()
+
+    def _lose(self) -> None:
+        if not self.lost:
+            self.lost = True
+            TAKEN_OVER.set()
+
+    def _created(self) -> bool:
+        try:
+            return self._create()
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.file.parent}: cannot be written ({error.strerror or error}); name another run directory or folder "
+                f"of runs"
+            ) from None
 
     def _create(self) -> bool:
         """Make the file with its content in one step; a link fails where the name is taken, also on NFS."""
@@ -196,8 +267,6 @@ class Owner:
         return True
 
     def _is_dead(self, found: Mapping[str, Any]) -> bool:
-        if found.get("job") is not None and found["job"] == self.me["job"] and found["restart"] != self.me["restart"]:
-            return True  # SLURM does not start a job again while it runs
         if found.get("machine") == self.me["machine"]:
             return found["pid"] == self.me["pid"] or not _lives(int(found["pid"]))
         return False
@@ -216,15 +285,19 @@ class Owner:
         self._remove(found)
         return False
 
-    def _remove(self, dead: Mapping[str, Any]) -> None:
-        """Take a dead owner's file away; of several who try, one does, and a living owner's file is put back."""
+    def _remove(self, dead: Mapping[str, Any] | None) -> None:
+        """Take a dead owner's file away (None: a damaged one); of several who try, one does.
+
+        A file that is another owner's by now, or in which the heart has beaten since it was last looked at, is put back.
+        """
         grave = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         try:
             os.rename(self.file, grave)
         except FileNotFoundError:
             return
         buried = read_owner(grave)
-        if buried is not None and buried["token"] != dead["token"]:
+        seen = None if dead is None else (dead["token"], dead["beat"])
+        if buried is not None and (buried["token"], buried["beat"]) != seen:
             with contextlib.suppress(FileExistsError):
                 _take_name(grave, self.file)
         grave.unlink()
@@ -233,21 +306,43 @@ class Owner:
         found = read_owner(self.file)
         return found is not None and found["token"] == self.me["token"]
 
+    def _beat(self) -> bool:
+        """Count one up in the file, in place; False if the file is not this process's."""
+        try:
+            with self.file.open("r+", encoding="utf-8") as file:
+                found = _parsed(file.read())
+                if found is None or found["token"] != self.me["token"]:
+                    return False
+                self.me["beat"] += 1
+                file.seek(0)
+                file.write(json.dumps(self.me))
+                file.truncate()
+        except FileNotFoundError:
+            return False
+        except OSError:  # a full or vanished disk: the heart is late, and what is written next asks again
+            return True
+        self.last_beat = _clock()
+        return True
+
     def _keep_beating(self) -> None:
         while not self.ended.wait(self.beat):
-            if read_owner(self.file) is not None and not self._is_mine():  # this process slept, and was taken for dead
-                say(f"{self.file.parent}: another process has taken over; stopping")
-                TAKEN_OVER.set()
+            with self.lock:
+                if self.lost:
+                    return
+                if not self._beat():  # this process slept, and was taken for dead; or the folder is gone
+                    self._lose()
+            if self.lost:
+                say(f"{self.file.parent}: another process has taken over, or the folder is gone; stopping")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            self.me["beat"] += 1
-            with contextlib.suppress(OSError):  # a full or vanished disk stops the run itself
-                write_text(self.file, json.dumps(self.me))
 
 
 @contextlib.contextmanager
 def owned(run: RunDirectory) -> Iterator[None]:
     """Work in a run directory while nobody else does; of several processes the first one holds it.
+
+    Until the end of the context, whatever is written there is checked: the owner file must be this process's, and the run
+    must not have been finished by another.
 
     Raises:
         RunDirectoryError: If another living process works in it.
@@ -256,8 +351,18 @@ def owned(run: RunDirectory) -> Iterator[None]:
 
     owner = Owner(run.owner_file)
     distributed.first_only(owner.acquire)
-    try:
+    if not distributed.world().is_writer:
         yield
+        return
+    finished = run.is_finished  # before: its record may be given other labels
+    try:
+        with guarded(run.path, lambda: _require(owner, run, finished)):
+            yield
     finally:
-        if distributed.world().is_writer:
-            owner.release()
+        owner.release()
+
+
+def _require(owner: Owner, run: RunDirectory, finished_before: bool) -> None:
+    owner.require()
+    if run.is_finished and not finished_before and not run.is_recorded:
+        raise OwnershipLost(f"{run.path}: has been finished by another process; nothing more was written")

@@ -102,9 +102,13 @@ class Record(BaseModel):
 
     _shaped = field_validator("recipe", "pretraining")(check_recipe_shape)
 
+    def text(self) -> str:
+        """The record as it is written."""
+        return self.model_dump_json(indent=2, by_alias=True) + "\n"
+
     def write(self, path: Path) -> None:
         """Write the record whole or not at all."""
-        write_text(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
+        write_text(path, self.text())
 
     @classmethod
     def read(cls, path: Path) -> Record:

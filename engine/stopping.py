@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from engine import distributed
-from engine.errors import Interrupted
+from engine.errors import Interrupted, OwnershipLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
 
@@ -76,6 +76,19 @@ class StopSignals:
             yield
         finally:
             self.urgent = False
+
+
+@contextlib.contextmanager
+def lost_on_one_of_several() -> Iterator[None]:
+    """Where the first of several processes finds that the run is no longer its own, let all find it at the next checkpoint.
+
+    The heart has signalled the process, so a checkpoint is due after this step; raising here would leave the others waiting.
+    """
+    try:
+        yield
+    except OwnershipLost:
+        if distributed.world().size == 1:
+            raise
 
 
 def stopped(title: str, step: int, num_steps: int, number: signal.Signals, checkpoint: Path) -> Interrupted:

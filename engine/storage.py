@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +26,35 @@ UMASK = os.umask(0)  # asked once, before there are threads: it can only be aske
 os.umask(UMASK)
 
 
+_guards: dict[Path, Callable[[], None]] = {}  # folders that one process may write to, and what it checks first
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
+    """Within this context, nothing of a folder is written (by this module's functions) unless ``check`` lets it pass."""
+    place = folder.resolve()
+    _guards[place] = check
+    try:
+        yield
+    finally:
+        del _guards[place]
+
+
+def require_right_to_write(path: Path) -> None:
+    """Ask the guards of the folders that a file lies in.
+
+    Raises:
+        OwnershipLost: If the right to write there is lost.
+    """
+    if _guards:
+        resolved = path.resolve()
+        for folder, check in list(_guards.items()):
+            if resolved.is_relative_to(folder):
+                check()
+
+
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; where its folder is `guarded`, the check comes right before it takes its name.
 
     Args:
         path: The file; its folder is made if needed.
@@ -35,7 +62,9 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises:
         OSError: If the disk is full or the folder cannot be written. The old file, if any, is untouched.
+        OwnershipLost: If the folder is guarded and the right to write there is lost.
     """
+    require_right_to_write(path)  # before a folder that was deleted is made again
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -44,6 +73,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
+        require_right_to_write(path)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -119,6 +149,7 @@ class RunDirectory:
         self.attempts_file = path / "attempts.jsonl"  # which jobs have worked here, and how they ended
         self.patch_file = path / "changes.patch"  # of the code, where it had uncommitted changes
         self.scratch = path / "scratch"  # of an engine with files of its own
+        self.is_recorded = False  # whether this process has written the record
 
     @property
     def is_finished(self) -> bool:
@@ -169,6 +200,7 @@ class RunDirectory:
     def create(self, recipe: BaseModel, fingerprint: str) -> None:
         """Make the folder and write the resolved recipe, after `check`; what a crash left half written goes."""
         self.check(recipe, fingerprint)
+        require_right_to_write(self.recipe_file)
         self.path.mkdir(parents=True, exist_ok=True)
         for path in self.path.iterdir():
             if is_leftover(path):
@@ -178,14 +210,21 @@ class RunDirectory:
         if not self.recipe_file.exists():
             write_text(self.recipe_file, f"{_header(fingerprint)}\n{to_yaml(recipe)}")
 
+    def finish(self, record: str) -> None:
+        """Write the record, with which the run is finished."""
+        write_text(self.record_file, record)
+        self.is_recorded = True
+
     def discard_checkpoints(self) -> None:
         """Delete what a finished run needs no more; the record must have been written."""
         assert self.is_finished
+        require_right_to_write(self.checkpoint_file)
         self.checkpoint_file.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to ``log.jsonl``."""
+        require_right_to_write(self.log_file)
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -19,7 +19,7 @@ from engine.job import Job, Part
 from engine.precision import autocast
 from engine.progress import StepProgress, say
 from engine.randomness import derived_seed
-from engine.stopping import StopNow, StopSignals, stopped
+from engine.stopping import StopNow, StopSignals, lost_on_one_of_several, stopped
 from engine.watching import Sink
 
 B = TypeVar("B")
@@ -224,7 +224,8 @@ def _not_finite(job: Job, step: int, values: Mapping[str, float]) -> str:
 
 def _log(job: Job, sinks: Sequence[Sink], step: int, values: Mapping[str, float]) -> None:
     if distributed.world().is_writer:
-        job.run.log({"step": step, "of": job.num_steps, **values})
+        with lost_on_one_of_several():
+            job.run.log({"step": step, "of": job.num_steps, **values})
         for sink in sinks:
             sink.log(step, values)
 

@@ -65,7 +65,7 @@ class Attempts:
 
     def write(self, place: Place, event: str, message: str = "") -> None:
         """Add a line; only a job's first process does."""
-        if place.rank:
+        if place.rank or ownership.TAKEN_OVER.is_set():  # who has lost the run leaves no word in it
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         line = {

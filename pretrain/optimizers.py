@@ -20,7 +20,7 @@ class OptimizerRecipe(Recipe):
     weight decay, as SimCLR and BYOL do.
     """
 
-    lr: float = Field(gt=0, le=1e6)
+    lr: float = Field(gt=0, le=1e30)
     reference_batch_size: int | None = Field(None, ge=1, le=2**22)
     weight_decay: float = Field(1e-4, ge=0, le=1e6)
     decay_norm_and_bias: bool = True

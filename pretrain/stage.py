@@ -257,8 +257,7 @@ def _run(plan: PretrainPlan) -> None:
         result = _train(plan, model, data)
         seconds = result.pop("seconds")
         metrics = result
-    if distributed.world().is_writer:
-        _finish(plan, model, data, metrics, seconds)
+    distributed.first_only(lambda: _finish(plan, model, data, metrics, seconds))
 
 
 def _prepare(plan: PretrainPlan) -> None:
@@ -277,7 +276,7 @@ def _finish(
     """Write the products; the record comes last, and with it the run is finished."""
     recipe = plan.recipe
     save_backbone(plan.product, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
-    Record(
+    record = Record(
         stage="pretrain",
         protocol="pretrain",
         name=recipe.name,
@@ -298,8 +297,9 @@ def _finish(
         data=data,
         environment=environment(),
         seconds=seconds,
-    ).write(plan.run.record_file)
-    plan.run.checkpoint_file.unlink(missing_ok=True)
+    )
+    plan.run.finish(record.text())
+    plan.run.discard_checkpoints()
 
 
 def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from engine.augment import CropRecipe, Normalization, normalize
 from engine.backbones import build_trunk, width_of
 from engine.datasets import ImageSet
-from engine.distributed import gather_dealt, share_statistics, world
+from engine.distributed import first_only, gather_dealt, share_statistics, world
 from engine.errors import RunFailure
 from engine.heads import Head
 from engine.job import Job, Part
@@ -90,9 +90,9 @@ def knn_features(recipe: KnnRecipe) -> str:
 
 
 def _save(recipe: ClassifyBase, setting: Setting, predicted: Tensor, labels: Tensor) -> None:
-    if recipe.save_predictions and world().is_writer:
+    if recipe.save_predictions:
         answers = ClassPredictions(setting.data["test"], labels.cpu().numpy(), predicted.cpu().numpy())
-        answers.write(setting.run.path / CLASSES)
+        first_only(lambda: answers.write(setting.run.path / CLASSES))
 
 
 class Classifier(nn.Module):

@@ -96,7 +96,7 @@ class LinearRecipe(ClassifyBase):
     optimizer: ProbeOptimizer = added(ProbeOptimizer())
     schedule: Literal["step", "exponential"] = added("step")
     final_lr: float | None = added(None, gt=0, le=1e6)
-    lr: float = Field(30.0, gt=0, le=1e6)
+    lr: float = Field(30.0, gt=0, le=1e30)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, le=1e6)
     batch_size: int = Field(256, ge=2, le=2**22)

@@ -217,9 +217,12 @@ def _run(plan: TransferPlan) -> Record:
         environment=environment(),
         seconds=seconds,
     )
-    if distributed.world().is_writer:
-        record.write(directory.record_file)
+
+    def finish() -> None:
+        directory.finish(record.text())
         directory.discard_checkpoints()
+
+    distributed.first_only(finish)
     return record
 
 

@@ -91,15 +91,25 @@ def test_the_heart_of_another_machine_is_watched(tmp_path: Path, capsys: pytest.
     beating.join()
 
 
-def test_an_earlier_start_of_the_same_job_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_start_of_the_same_job_is_watched_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After NODE_FAIL the first start may live on: its node has lost the cluster, not the file system."""
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert cluster_job() == "12_3"
     file = tmp_path / "owner.json"
     write_foreign(file, job="12_3", restart="0")
-    mine = Owner(file, patience=60)
-    mine.acquire()  # would watch its heart for a minute otherwise
+    beats = [
+        threading.Timer(0.15 * n, lambda n=n: write_foreign(file, job="12_3", restart="0", beat=n)) for n in (1, 2, 3)
+    ]
+    for timer in beats:
+        timer.start()
+    mine = Owner(file, beat=0.02, patience=0.4)
+    started = time.monotonic()
+    mine.acquire()  # after the last beat and the patience
+    assert time.monotonic() - started > 0.45 + 0.35
     assert "job 12_3, process" in describe_owner(mine.me)
     mine.release()
     write_foreign(file, job="12_3", restart="1")  # two commands in one interactive job

@@ -87,7 +87,7 @@ def test_a_failed_run_is_exit_code_1(shapes: Path, tmp_path: Path) -> None:
         CONFIGS / "demo" / "pretrain.yaml",
         f"data.root={shapes}",
         "backbone.arch=resnet18",
-        "optimizer.lr=1e6",
+        "optimizer.lr=1e30",
         "warmup_epochs=0",
         "monitor=null",
         "--runs",

@@ -267,7 +267,7 @@ def test_a_truncated_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:
-    bad = plan(config, tmp_path, "optimizer.lr=1e6", "checkpoint_every=1")
+    bad = plan(config, tmp_path, "optimizer.lr=1e30", "checkpoint_every=1")
     with pytest.raises(RunFailure, match=r"not finite at step \d+ .*learning rate|weights that are not finite"):
         stage.run(bad)
     assert not bad.run.is_finished

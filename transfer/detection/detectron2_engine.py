@@ -41,8 +41,8 @@ from engine.checkpoint import require_same_data
 from engine.errors import CheckpointError, RunFailure
 from engine.progress import StepProgress, say, track
 from engine.randomness import derived_seed
-from engine.stopping import StopSignals, outlive_stop_signals, stopped
-from engine.storage import disk_problem, write_text
+from engine.stopping import StopSignals, lost_on_one_of_several, outlive_stop_signals, stopped
+from engine.storage import disk_problem, require_right_to_write, write_text
 from transfer.checkpoints.names import COUNTER, to_detectron2
 from transfer.detection.detectron2_config import make_config
 from transfer.detection.metrics import Found, voc_metrics
@@ -268,7 +268,8 @@ class _Log(_Hook):
             rate = round(self.progress.images_per_second, 2)
             line = {"step": done, "of": self.trainer.max_iter, **means, "lr": values["lr"], "images_per_second": rate}
             line["seconds"] = round(self.before + self.progress.seconds, 3)
-            self.setting.run.log(line)
+            with lost_on_one_of_several():
+                self.setting.run.log(line)
             self.sums.clear()
 
 
@@ -308,6 +309,7 @@ class _Checkpoints(_Hook):
     def _save(self) -> None:
         """The new one first; then the one before it goes."""
         old = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else None
+        require_right_to_write(self.setting.run.scratch)
         try:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
         except (OSError, RuntimeError) as error:

@@ -74,16 +74,20 @@ def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
         counted = "left out of the means" if recipe.masks else "counted with an AP of 0 (as Detectron2 does)"
         say(f"{setting.title}: warning: classes without a test object that counts are {counted}: {', '.join(unseen)}")
     outcome = _with_engine(recipe, setting)
-    if distributed.world().is_writer:
-        if recipe.save_predictions:
-            _keep(recipe, setting, outcome.found)
-        if recipe.save_detector:
-            content = {"model": outcome.detector, "__author__": "mixmask"}
-            write_atomic(setting.run.path / "detector.pth", lambda file: torch.save(content, file))
+    distributed.first_only(lambda: _keep(recipe, setting, outcome))
     return outcome.metrics
 
 
-def _keep(recipe: DetectRecipe, setting: Setting, found: Sequence[Found]) -> None:
+def _keep(recipe: DetectRecipe, setting: Setting, outcome: Outcome) -> None:
+    """Write what the recipe asks for beside the record."""
+    if recipe.save_predictions:
+        _keep_predictions(recipe, setting, outcome.found)
+    if recipe.save_detector:
+        content = {"model": outcome.detector, "__author__": "mixmask"}
+        write_atomic(setting.run.path / "detector.pth", lambda file: torch.save(content, file))
+
+
+def _keep_predictions(recipe: DetectRecipe, setting: Setting, found: Sequence[Found]) -> None:
     """Write the detections, which of them found an object, and pictures of some."""
     folder, pictures = setting.run.path, setting.test_set
     save_detections(folder / NAME, found, pictures)
