@@ -36,6 +36,10 @@ class RunDirectoryError(UserError):
     """A run directory belongs to another recipe or other data."""
 
 
+class NotWritable(RunDirectoryError):
+    """A folder that runs are to be kept in cannot be written."""
+
+
 class RunFailure(Exception):
     """A run that started well and cannot go on, for example because its loss is no longer finite."""
 

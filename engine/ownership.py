@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import OwnershipLost, RunDirectoryError
+from engine.errors import NotWritable, OwnershipLost, RunDirectoryError
 from engine.progress import say
 from engine.storage import RunDirectory, guarded
 
@@ -245,7 +245,7 @@ class Owner:
         try:
             return self._create()
         except OSError as error:
-            raise RunDirectoryError(
+            raise NotWritable(
                 f"{self.file.parent}: cannot be written ({error.strerror or error}); name another run directory or folder "
                 f"of runs"
             ) from None
@@ -333,7 +333,10 @@ class Owner:
                     self._lose()
             if self.lost:
                 say(f"{self.file.parent}: another process has taken over, or the folder is gone; stopping")
-                os.kill(os.getpid(), signal.SIGTERM)
+                if (
+                    signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+                ):  # the loop's; else what is written next ends it
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
 
 

@@ -25,8 +25,17 @@ def quieten(quiet: bool) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line for the user on standard error (standard output is for results)."""
-    _stderr.print(message, soft_wrap=True, markup=False)
+    """Print one line for the user on standard error (standard output is for results).
+
+    Nobody may be listening any more (``mixmask launch … 2>&1 | head``): that ends nothing.
+    """
+    if _stderr.quiet:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr.isatty():  # a progress bar may stand there
+            _stderr.print(message, soft_wrap=True, markup=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
 
 
 class StepProgress:

@@ -72,8 +72,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         require_right_to_write(path)
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

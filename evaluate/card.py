@@ -11,13 +11,13 @@ import jinja2
 import yaml
 
 from engine.errors import UserError
+from engine.wording import printable
 from evaluate.collect import Collection, Run, collect, flat, one_run
 from evaluate.names import METRICS, name, protocol_name
 from evaluate.render import escape_markdown
 from evaluate.report import page_file, reproduce
 from evaluate.results import Result, results_of
 from evaluate.statistics import FEW_SEEDS, summarize
-from evaluate.wording import printable
 
 LICENSES = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
 ARCH = re.compile(r"^(timm/)?[A-Za-z0-9_.]+$")

@@ -18,9 +18,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from engine.errors import UserError
+from engine.wording import printable
 from evaluate.latex import latex
 from evaluate.tables import Cell, Table
-from evaluate.wording import MARKS, MISSING, cell_text, numbers, printable, remarks
+from evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}

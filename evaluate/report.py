@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from engine.predictions import SHEET
 from engine.storage import RunDirectory, last_lines, require_output_folder, write_text
+from engine.wording import printable
 from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
 from evaluate.drawing import Plot
@@ -29,7 +30,6 @@ from evaluate.render import html_table
 from evaluate.results import headlines, results_of
 from evaluate.tables import Cell, Table, build
 from evaluate.verify import Check, expectations
-from evaluate.wording import printable
 
 LOG_LINES = 12
 MOST_IMAGE_BYTES = 4_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable
 
 from evaluate.tables import Cell, Table
@@ -13,14 +12,6 @@ MARKS = (
     "not told from it by Welch's t-test (5 %, three runs or more of each)",
 )
 MISSING = "–"
-
-
-def printable(text: str) -> str:
-    """A name from a record without line breaks, control and direction characters, which are shown as their codes."""
-    return "".join(
-        f"\\x{ord(one):02x}" if unicodedata.category(one) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else one
-        for one in text
-    )
 
 
 def numbers(cell: Cell) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -18,12 +18,14 @@ class Resources(Recipe):
     unless ``one_task_per_node`` is set.
     """
 
-    nodes: int | None = Field(None, ge=1)
-    gpus_per_node: int | None = Field(None, ge=0)
-    tasks_per_node: int | None = Field(None, ge=1, description="without GPUs; with them it is their number")
-    cpus_per_task: int | None = Field(None, ge=1)
-    mem_gb: float | None = Field(None, gt=0, description="per node; null asks for the cluster's default")
-    time_min: int | None = Field(None, ge=1, description="minutes until the job is stopped and queued again")
+    nodes: int | None = Field(None, ge=1, le=10**7)
+    gpus_per_node: int | None = Field(None, ge=0, le=10**4)
+    tasks_per_node: int | None = Field(None, ge=1, le=10**7, description="without GPUs; with them it is their number")
+    cpus_per_task: int | None = Field(None, ge=1, le=10**7)
+    mem_gb: float | None = Field(
+        None, gt=0, le=1e6, allow_inf_nan=False, description="per node; null asks for the cluster's default"
+    )
+    time_min: int | None = Field(None, ge=1, le=10**7, description="minutes until the job is stopped and queued again")
     partition: str | None = Field(None, description="instead of the profile's, as are qos and constraint")
     qos: str | None = None
     constraint: str | None = None
@@ -74,13 +76,17 @@ class Resources(Recipe):
         return f"{nodes} × ({devices}, {processes}{memory}), {self.minutes // 60} h {self.minutes % 60:02d} min"
 
 
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SETUP_FAILED = 'echo "error: a setup line of the profile failed: $BASH_COMMAND (setup_may_fail: true goes on)" >&2'
+
 DEFAULTS = Resources(nodes=1, gpus_per_node=0, cpus_per_task=1, time_min=60)
 
 
 class Profile(Recipe):
     """A cluster.
 
-    ``data`` says where data sets lie, by their ``data.name``. ``setup`` lines run in the batch script before Python;
+    ``data`` says where data sets lie, by their ``data.name``. ``setup`` lines run in the batch script before Python; a job
+    in which one of them fails ends there, unless ``setup_may_fail``;
     ``container`` stands before Python (``apptainer exec --nv image.sif``); ``local_cache`` is a folder on the node for
     temporary and compiled files, in which ``$VARIABLES`` are replaced on the node. ``sbatch`` holds any other flag.
     ``max_timeouts`` and ``max_requeues`` bound how often a job is queued again after its time limit and in all.
@@ -98,9 +104,10 @@ class Profile(Recipe):
     max_timeouts: int = Field(20, ge=0)
     max_requeues: int = Field(50, ge=0)
     setup: tuple[str, ...] = ()
+    setup_may_fail: bool = False
     container: str | None = None
     python: str | None = Field(None, description="the nodes' Python; by default the one that launches")
-    environment: dict[str, str] = Field({})
+    environment: dict[VariableName, str] = Field({})
     local_cache: str | None = None
     data: dict[str, str] = Field({})
     sbatch: dict[str, str | int | bool] = Field({})
@@ -115,10 +122,20 @@ class Profile(Recipe):
         interpreter = shlex.quote(self.python or python)
         return f"{self.container} {interpreter}" if self.container else interpreter
 
-    def setup_lines(self, snapshot: Path) -> list[str]:
-        """Shell lines before Python: the profile's, its environment, and the frozen code first on the path."""
+    def setup_lines(self, snapshot: Path, batch_script: bool = True) -> list[str]:
+        """Shell lines before Python: the profile's, its environment, and the frozen code first on the path.
+
+        Args:
+            snapshot: The folder of the frozen code.
+            batch_script: For bash, one line after another; else for ``--cluster local``, which joins them by ``&&``.
+        """
+        setup = list(self.setup)
+        if self.setup_may_fail and not batch_script:
+            setup = [f"{{ {line}; true; }}" for line in setup]
+        elif setup and not self.setup_may_fail and batch_script:
+            setup = ["set -e", f"trap {shlex.quote(SETUP_FAILED)} ERR", *setup, "trap - ERR", "set +e"]
         exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return [*self.setup, *exports, f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+        return [*setup, *exports, f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
     def sbatch_parameters(self, resources: Resources, snapshot: Path, dependency: str | None) -> dict[str, Any]:
         """What submitit is told of a job.

@@ -8,13 +8,13 @@ from pathlib import Path
 from tabulate import tabulate
 
 from engine.storage import RunDirectory, write_text
+from engine.wording import printable
 from evaluate.collect import Collection, collection_of
 from evaluate.paper import choose
 from evaluate.render import render_all
 from evaluate.report import write_report
 from evaluate.results import results_of
 from evaluate.tables import build
-from evaluate.wording import printable
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell, latest, suite_folder
 from launch.status import headline

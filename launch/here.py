@@ -95,7 +95,7 @@ def _as_processes(
         nodes=array.resources.num_nodes,
         signal_delay_s=profile.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*profile.setup_lines(record.snapshot), f"cd {shlex.quote(str(record.snapshot))}"],
+        setup=[*profile.setup_lines(record.snapshot, batch_script=False), f"cd {shlex.quote(str(record.snapshot))}"],
     )
     for start in range(0, len(cells), width):
         chosen = cells[start : start + width]

@@ -64,10 +64,13 @@ class Attempts:
         self.file = file
 
     def write(self, place: Place, event: str, message: str = "") -> None:
-        """Add a line; only a job's first process does."""
+        """Add a line; only a job's first process does.
+
+        Raises:
+            UserError: If the folder cannot be written.
+        """
         if place.rank or ownership.TAKEN_OVER.is_set():  # who has lost the run leaves no word in it
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         line = {
             "event": event,
             "job": place.job,
@@ -75,8 +78,12 @@ class Attempts:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "log": place.log,
         }
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | ({"message": message} if message else {})) + "\n")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line | ({"message": message} if message else {})) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.file.parent}: cannot be written ({error.strerror or error})") from None
 
     def read(self) -> list[dict[str, Any]]:
         """All lines; one that a crash left half written, or that is something else, is left out."""
@@ -145,12 +152,16 @@ class CellJob:
             SystemExit: 2 for a user's mistake, 1 for a failure, 128 + signal if it was stopped for good.
         """
         place = Place.here()
-        leave_trace(self.traces, place)
-        os.chdir(self.folder)
-        if all(file.is_file() for file in self.done):
-            print(f"{self.cell}: finished before, see {self.run}", flush=True)
-            return
-        self.attempts.write(place, "started")
+        try:
+            leave_trace(self.traces, place)
+            os.chdir(self.folder)
+            if all(file.is_file() for file in self.done):
+                print(f"{self.cell}: finished before, see {self.run}", flush=True)
+                return
+            self.attempts.write(place, "started")
+        except (OSError, UserError) as error:
+            print(f"error: {self.cell}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
         try:
             if self.attempts.starts(place.job) - 1 > self.max_requeues:
                 raise RunFailure(f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)")
@@ -183,6 +194,10 @@ class CellJob:
             self.attempts.write(place, "failed", traceback.format_exception_only(error)[-1].strip())
             raise
         else:
+            if (
+                place.cluster == "slurm"
+            ):  # a signal that comes now has nothing to stop, and nothing is to be queued again
+                signal.signal(submitit.JobEnvironment()._usr_sig(), signal.SIG_IGN)
             self.attempts.write(place, "done")
 
     def work(self) -> None:
@@ -264,6 +279,8 @@ class CellJob:
     def checkpoint(self) -> DelayedSubmission | None:
         """What submitit queues again; None after too many times, and the job fails."""
         place = Place.here()
+        if self.attempts.last(place.job) == "done":
+            return None
         if self.attempts.starts(place.job) > self.max_requeues:
             print(
                 f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)", file=sys.stderr, flush=True

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, RunDirectoryError, UserError
+from engine.errors import ConfigError, NotWritable, RunDirectoryError, RunFailure, UserError
 from engine.ownership import Owner, read_owner
 from engine.progress import say
 from engine.provenance import code
@@ -83,21 +83,47 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs: Path, check_data: bool) -> Plan:
+def make_plan(
+    suite: Suite,
+    folder: Path,
+    profile: Profile,
+    cluster: Cluster,
+    runs: Path,
+    check_data: bool,
+    dry: bool = False,
+) -> Plan:
     """Expand a suite and see what is left of it.
 
+    Args:
+        suite: What is asked for.
+        folder: What its paths are relative to.
+        profile: Of the cluster.
+        cluster: Where it is to run.
+        runs: Folder of all runs.
+        check_data: Open every data set once.
+        dry: Only to be looked at: where SLURM does not answer, that is said, and the plan is made without it.
+
     Raises:
-        UserError: If the suite, a recipe, a checkpoint or data are not right.
+        UserError: If the suite, a recipe, a checkpoint or data are not right, or SLURM is not there.
+        RunFailure: If SLURM does not answer.
     """
     runs = runs.resolve()
     cells = expand(suite, folder, profile, runs)
-    waiting = _queued(cells, runs) if cluster == "slurm" else {}
+    waiting: dict[str, str] = {}
+    limit = LARGEST_ARRAY
+    if cluster == "slurm":
+        try:
+            waiting = _queued(cells, runs)
+            limit = queue.largest_array()
+        except (UserError, RunFailure) as error:
+            if not dry:
+                raise
+            say(f"SLURM does not answer here, so what may be queued already is not known: {error}")
     orphans = _orphans(cells, waiting)
     waiting = {cell: job for cell, job in waiting.items() if cell not in orphans}
     left = [cell for cell in cells if not cell.is_finished and cell.id not in waiting]
     if check_data:
         check_cells(left)
-    limit = queue.largest_array() if cluster == "slurm" and left else LARGEST_ARRAY
     for resources in {cell.resources for cell in left} if cluster == "slurm" else ():
         if profile.signal_delay_s >= 60 * resources.minutes:
             raise ConfigError(
@@ -167,8 +193,8 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
     lock = Owner(runs / ".launching.json", wait=LAUNCHING_SECONDS)
     try:
         lock.acquire()
-    except OSError as error:
-        raise UserError(f"{runs}: the folder of runs cannot be written ({error.strerror})") from None
+    except NotWritable as error:
+        raise UserError(f"the folder of runs cannot be written: {error}") from None
     except RunDirectoryError as error:
         raise UserError(f"another launch into this folder has not ended: {error}") from None
     try:
@@ -177,11 +203,12 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         record = _record(plan)
         jobs = _jobs(plan, record)
         if cluster == "slurm":
-            queue.cancel(plan.orphans)
             try:
+                queue.cancel(plan.orphans)
                 slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
-            except BaseException:  # nothing of it is left, and status goes on showing the launch before
-                record.file.unlink(missing_ok=True)
+            except BaseException:
+                if not record.jobs:  # nothing was submitted, and status goes on showing the launch before
+                    record.file.unlink(missing_ok=True)
                 raise
     finally:
         lock.release()

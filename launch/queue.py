@@ -10,12 +10,20 @@ from dataclasses import dataclass
 
 from engine.errors import RunFailure, UserError
 from engine.progress import say
+from engine.wording import printable
 
 ACTIVE = frozenset(
     {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}
     | {"STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )
 SECONDS = 60
+NOT_CONFIGURED = (  # what SLURM's commands say where they have no configuration
+    r"could not establish a configuration source",
+    r"unable to process configuration file",
+    r"no such file or directory.*slurm\.conf|slurm\.conf.*no such file or directory",
+    r"resolve_ctls_from_dns_srv",
+    r"no slurm config",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,13 @@ def run(command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise RunFailure(f"{command[0]}: no answer within {SECONDS} s; is slurmctld up?") from None
     if done.returncode:
-        raise RunFailure(f"{' '.join(command[:3])}: {(done.stderr or done.stdout).strip()}")
+        words = (done.stderr or done.stdout).strip()
+        if any(re.search(pattern, words, re.IGNORECASE) for pattern in NOT_CONFIGURED):
+            raise UserError(
+                f"SLURM is installed here, but this machine is not set up to talk to a cluster ({printable(words)}). Log in "
+                f"to the cluster, set SLURM_CONF, or use --cluster local or inline"
+            )
+        raise RunFailure(f"{' '.join(command[:3])}: {printable(words)}")
     return done.stdout
 
 

@@ -174,8 +174,8 @@ def compare(
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
     from engine.errors import UserError
+    from engine.wording import printable
     from evaluate import comparison
-    from evaluate.wording import printable
 
     metrics = [metric] if metric else None
     if Path(first).is_dir() and Path(second).is_dir():
@@ -252,8 +252,8 @@ def verify(runs: RunsArgument) -> None:
     Example:
       mixmask verify runs
     """
+    from engine.wording import printable
     from evaluate.verify import verify as check
-    from evaluate.wording import printable
 
     checks = check(_collect(runs))
     for one in checks:

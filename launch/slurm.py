@@ -55,6 +55,9 @@ def submit(
 ) -> None:
     """Submit every array and the last job, and write their ids down; if one is refused, cancel the others.
 
+    The launch's file goes only when all that had been submitted is cancelled: otherwise `status` and `cancel` would not know
+    of it, and the same command would submit everything twice.
+
     Raises:
         UserError: If sbatch is missing, or the nodes do not see the folder of runs.
         RunFailure: With sbatch's message and the header that caused it.
@@ -66,7 +69,7 @@ def submit(
     cells = {cell.id: cell for cell in record.cells}
     ids: dict[str, str] = {}
     names = [job_name(suite.name, name, record.folder) for name in (*(array.name for array in arrays), "finish")]
-    with _all_or_none(ids, names):
+    with _all_or_none(ids, names, record):
         for array in arrays:
             parameters = profile.sbatch_parameters(array.resources, record.snapshot, array.dependency(ids))
             work = [jobs[cell.id] for cell in array.cells]
@@ -107,7 +110,7 @@ def job_name(suite: str, array: str, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _all_or_none(ids: Mapping[str, str], names: Sequence[str]) -> Iterator[None]:
+def _all_or_none(ids: Mapping[str, str], names: Sequence[str], record: Launch) -> Iterator[None]:
     """Cancel by name, too: sbatch may have taken a job whose number was never heard."""
     try:
         yield
@@ -115,12 +118,17 @@ def _all_or_none(ids: Mapping[str, str], names: Sequence[str]) -> Iterator[None]
         try:
             queue.cancel(ids.values())
             queue.cancel_named(names)
+            record.file.unlink(missing_ok=True)
             if ids:
                 shown = ", ".join(f"{name} (job {job})" for name, job in ids.items())
                 say(f"cancelled what had been submitted: {shown}")
         except (UserError, RunFailure) as error:
+            record.jobs = tuple(ids.values())
+            with contextlib.suppress(OSError):
+                record.write()
             say(
-                f"what had been submitted could not be cancelled, do it by hand (scancel {' '.join(ids.values())}): {error}"
+                f"what had been submitted could not be cancelled ({error}). `mixmask status {record.suite}` shows it, "
+                f"`mixmask cancel {record.suite}` tries again; or scancel {' '.join(ids.values())}"
             )
         raise
 

@@ -16,17 +16,37 @@ from rich.text import Text
 from engine.errors import UserError
 from engine.ownership import describe_owner, read_owner, seems_alive
 from engine.storage import RunDirectory, last_lines
+from engine.wording import printable
 from launch import queue
 from launch.jobs import Attempts
 from launch.ledger import Launch, LaunchedCell
 from launch.queue import JobState
 
-State = Literal["done", "running", "pending", "failed", "cancelled", "stopped", "not started"]
-COLOURS = {"done": "green", "running": "cyan", "pending": "yellow", "failed": "red", "cancelled": "magenta"}
+State = Literal["done", "running", "pending", "suspended", "failed", "cancelled", "stopped", "not started"]
+FIRST = (
+    "running",
+    "failed",
+    "suspended",
+    "stopped",
+    "cancelled",
+    "pending",
+    "not started",
+    "done",
+)  # on a short screen
+COLOURS = {
+    "done": "green",
+    "suspended": "yellow",
+    "running": "cyan",
+    "pending": "yellow",
+    "failed": "red",
+    "cancelled": "magenta",
+}
 UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
 HEADLINES = ("knn/top1", "linear/top1", "semisup/top1", "bbox/AP50", "loss")
 CAUSES = (  # of an end, in the order of what they tell
     r"^(error|failed): ",
+    r"execve\(\): ",  # srun could not start the program: no such container, no such Python
+    r": No module named ",
     r"^[\w.]*(Error|Exception|Interrupt)\b",
     r"(?i)oom-kill|out of memory",
     r"^srun: error: .*: tasks? [\d,-]+: (?!Exited with|Terminated)",
@@ -106,6 +126,8 @@ def _state(
         waits = {"Dependency": f"for {cell.parent}" if cell.parent else "", "Priority": "for its turn"}
         return "pending", waits.get(job.reason, job.reason)
     if job is not None and job.is_active:
+        if job.state == "SUSPENDED":
+            return "suspended", progress(cell.run)
         if job.state not in ("RUNNING", "COMPLETING"):
             return "pending", job.state.lower().replace("_", " ")
         if not (launch.folder / "started" / str(cell.job)).exists() and job.seconds > UNSEEN_SECONDS and not mine:
@@ -116,7 +138,7 @@ def _state(
         return "running", f"{progress(cell.run)} ({describe_owner(owner)})".strip()
     parent = before.get(cell.parent) if cell.parent is not None else None
     if job is not None and job.state == "CANCELLED":
-        if parent is not None and parent.state not in ("done", "running", "pending"):
+        if parent is not None and parent.state not in ("done", "running", "pending", "suspended"):
             return "cancelled", f"because {parent.cell} {parent.state}"
         return "cancelled", ""
     last = mine[-1] if mine else None
@@ -133,7 +155,7 @@ def _state(
     if job is not None:
         where = f" on {job.node}" if job.node else ""
         return "failed", f"{job.state.lower()}{where} {job.reason}: {last_error(log) or f'left nothing in {cell.run}'}"
-    if parent is not None and parent.state not in ("done", "running", "pending"):
+    if parent is not None and parent.state not in ("done", "running", "pending", "suspended"):
         return "cancelled" if cell.job is not None else "not started", f"because {parent.cell} {parent.state}"
     if cell.job is not None:
         return "cancelled", "its job is gone from the queue and has left nothing"
@@ -179,7 +201,7 @@ def last_error(log: str | None) -> str:
     """The line of a log that says why it ended; a launcher's remarks only if there is nothing else."""
     if log is None:
         return ""
-    lines = [line.strip() for line in last_lines(Path(log))]
+    lines = [printable(line.strip()) for line in last_lines(Path(log))]
     for pattern in CAUSES:
         found = [line for line in lines if re.search(pattern, line)]
         if found:
@@ -187,16 +209,28 @@ def last_error(log: str | None) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def table(launch: Launch, found: Sequence[CellStatus]) -> Table:
-    """For a terminal; logs are relative to the launch's folder, where they lie in it."""
+def table(launch: Launch, found: Sequence[CellStatus], rows: int | None = None, remark: str = "") -> Table:
+    """For a terminal; logs are relative to the launch's folder, where they lie in it.
+
+    Args:
+        launch: Whose cells they are.
+        found: Their states.
+        rows: Most cells to show: what runs or has failed comes first, and the others are counted.
+        remark: For under the table.
+    """
+    shown = list(found)
+    if rows is not None and len(found) > rows:
+        shown = sorted(found, key=lambda one: FIRST.index(one.state))[: max(rows, 1)]
+        remark = "\n".join(filter(None, (f"… and {len(found) - len(shown)} more cells", remark)))
     counts = Counter(one.state for one in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
     report = launch.folder.parents[1] / "report" / "index.html"
     caption = f"logs in {launch.folder}/" + (f"\nreport in {report}" if report.is_file() else "")
+    caption = "\n".join(filter(None, (remark, caption)))
     result = Table(title=f"{launch.suite}: {summary}", caption=caption, title_justify="left", caption_justify="left")
     for name in ("cell", "state", "", "job", "log"):
         result.add_column(name, overflow="fold")
-    for one in found:
+    for one in shown:
         word = one.state + (f", requeued ×{one.requeues}" if one.requeues else "")
         result.add_row(
             Text(one.cell),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,10 +51,7 @@ def launch(
         if not launching.launch(chosen, suite.parent, given, cluster, runs, check_data):
             raise typer.Exit(1)
         return
-    reachable = cluster != "slurm" or shutil.which("squeue") is not None
-    if not reachable:
-        typer.echo("no SLURM on this machine: what may be queued already is not known", err=True)
-    plan = launching.make_plan(chosen, suite.parent, given, cluster if reachable else "local", runs, check_data)
+    plan = launching.make_plan(chosen, suite.parent, given, cluster, runs, check_data, dry=True)
     typer.echo(plan.describe())
     if cluster != "slurm" or not plan.arrays:
         return
@@ -86,6 +82,7 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
+    from engine.errors import RunFailure
     from launch import ledger
     from launch import status as states
 
@@ -102,11 +99,16 @@ def status(
     if not watch:
         console.print(states.table(newest, found))
         return
-    with Live(states.table(newest, found), console=console, auto_refresh=False) as live:
-        while any(one.state in ("pending", "running") for one in found):
+    rows = console.size.height - 8 if console.is_terminal else None
+    with Live(states.table(newest, found, rows), console=console, auto_refresh=False) as live:
+        while any(one.state in ("pending", "running", "suspended") for one in found):
             time.sleep(watch)
-            found = look()
-            live.update(states.table(newest, found), refresh=True)
+            remark = ""
+            try:
+                found = look()
+            except RunFailure as error:  # slurmctld is busy or restarts: the table before stays
+                remark = f"not asked at {time.strftime('%H:%M:%S')}, shown as before: {error}"
+            live.update(states.table(newest, found, rows, remark), refresh=True)
 
 
 def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:

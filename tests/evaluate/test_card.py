@@ -7,8 +7,8 @@ import yaml
 
 from engine.errors import UserError
 from engine.records import Record
+from engine.wording import printable
 from evaluate.card import write_card
-from evaluate.wording import printable
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.records import Record
+from engine.wording import printable
 from evaluate.collect import Run
 from evaluate.paper import methods_by_protocols
 from evaluate.render import form_of, render, render_all
 from evaluate.results import results_of
 from evaluate.tables import Table, build
-from evaluate.wording import printable
 from tests.evaluate.made import backbone, laboratory, transfer
 from tests.evaluate.test_tables import IDS, table_of
 from tests.needs import need

@@ -41,6 +41,18 @@ def slurm(cluster: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
 
 
 @pytest.fixture
+def slurm_that_loses_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    """A cluster of its own, in which a node that does not answer is soon down."""
+    _require(accounting=False)
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with running_slurm(root, slurmd_timeout=6) as running, running.used(monkeypatch):
+            yield running
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
 def slurm_with_accounting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
     """A cluster of its own with a database, whose queue forgets a job within seconds."""
     _require(accounting=True)

@@ -42,6 +42,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1
 KillWait=10
 MinJobAge={min_job_age}
+SlurmdTimeout={slurmd_timeout}
 ReturnToService=2
 SlurmdParameters=config_overrides
 MpiDefault=none
@@ -117,6 +118,12 @@ class Slurm:
         self.started.append(process)
         return process
 
+    def kill_node(self, name: str) -> None:
+        """SIGKILL a node's daemon; the jobs' processes there live on, as on a node that has lost the network."""
+        process = next(one for one in self.started if "slurmd" in str(one.args) and name in list(one.args))
+        process.kill()
+        process.wait()
+
     def empty(self) -> None:
         """Cancel every job and wait until they are gone."""
         self.run("scancel", "--user", getpass.getuser(), "--full")
@@ -149,13 +156,16 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def running_slurm(root: Path, accounting: bool = False, min_job_age: int = 300) -> Iterator[Slurm]:
+def running_slurm(
+    root: Path, accounting: bool = False, min_job_age: int = 300, slurmd_timeout: int = 300
+) -> Iterator[Slurm]:
     """Start a cluster and stop it at the end.
 
     Args:
         root: An empty folder; its path must be short enough for a socket's name.
         accounting: Keep finished jobs in a database, which `sacct` asks.
         min_job_age: Seconds for which `squeue` still knows a finished job.
+        slurmd_timeout: Seconds after which a node that does not answer is down.
     """
     host = socket.gethostname()
     user = getpass.getuser()
@@ -164,6 +174,7 @@ def running_slurm(root: Path, accounting: bool = False, min_job_age: int = 300) 
     (root / "state").mkdir()
     names = ",".join(NODES)
     values = {"root": root, "host": host, "user": user, "controller": controller, "min_job_age": min_job_age}
+    values["slurmd_timeout"] = slurmd_timeout
     config = root / "slurm.conf"
     storage = f"accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\nAccountingStoragePort={dbd}\n" + (
         f"AccountingStoragePass={root}/munge/socket"

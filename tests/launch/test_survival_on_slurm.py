@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from engine.config import to_yaml
+from engine.ownership import read_owner
 from engine.records import Record
 from launch.cells import expand
 from launch.suite import load_suite
@@ -169,3 +172,29 @@ def test_at_its_time_limit_a_job_is_queued_again_so_often_and_no_oftener(
     cells = wait_until_over(runs)
     assert cells["mixmask"].state == "failed"
     assert "timed-out too many times" in cells["mixmask"].detail
+
+
+def test_a_node_is_lost_and_the_process_on_it_lives_on(
+    slurm_that_loses_nodes: Slurm, tmp_path: Path, shapes: Path
+) -> None:
+    """SLURM starts the job again on another node; the two do not write one run between them."""
+    slurm = slurm_that_loses_nodes
+    cell = {**MIXMASK, "set": {"max_steps": 40, "epochs": 6, "checkpoint_every": 3}}
+    suite = write_suite(tmp_path, [{"pretrain": [cell]}], shapes)
+    runs = tmp_path / "runs"
+    assert launch(suite, runs, profile())
+    one = found(runs)["mixmask"]
+    wait_for(lambda: len(steps(one.run)) > 2, "the first steps", FIRST_JOB_SECONDS)
+    node = slurm.run("squeue", "-h", "-j", str(one.job), "-o", "%N").strip()
+    owner = read_owner(Path(one.run) / "owner.json")
+    assert owner is not None
+    os.kill(owner["pid"], signal.SIGSTOP)  # it hangs with its node
+    try:
+        slurm.kill_node(node)
+        wait_for(lambda: events(one.run) == ["started", "started"], "it is started again elsewhere", 150)
+    finally:
+        os.kill(owner["pid"], signal.SIGCONT)
+    cells = wait_until_over(runs)
+    assert cells["mixmask"].state == "done", Path(str(cells["mixmask"].log)).read_text()
+    assert steps(one.run) == list(range(1, 41))  # no line twice, none missing
+    assert_same(weights(one.run), undisturbed(one, tmp_path / "here"))
