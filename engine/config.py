@@ -78,7 +78,8 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError) as error:  # PyYAML's own, for an impossible date or a mapping as a key
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ConfigError(f"{source}: not valid YAML: {lines[0]}", *lines[1:]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
@@ -176,7 +177,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
         recipe = model.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, model, sources, str(path), origin) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+        raise ConfigError(*dict.fromkeys(problems)) from None
     if tree.get(EXPECTED) and sources.get(EXPECTED) != origin and _changed(recipe, written, tree):
         return model.model_validate({**tree, EXPECTED: []})
     return recipe

@@ -232,7 +232,7 @@ def check_files(paths: Sequence[Path]) -> None:
     with ThreadPoolExecutor(8) as pool:
         problems = [found for found in pool.map(file_problem, paths) if found is not None]
     if problems:
-        raise DataError(listed(problems))
+        raise DataError(*listed(problems))
 
 
 def file_problem(path: Path) -> str | None:

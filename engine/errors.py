@@ -9,15 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.wording import printable
 
-class UserError(Exception):
+
+class Told(Exception):
+    """An error that a user reads.
+
+    Args:
+        lines: The message, one line each. What comes from outside (names of files, keys, classes) may stand in them as it
+            is: control characters and line breaks within a line are shown as codes.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        """The lines, safe to show."""
+        return "\n".join(printable(str(line)) for line in self.args)
+
+    def one_line(self) -> str:
+        """The message as a part of another one."""
+        return "; ".join(map(str, self.args))
+
+
+class UserError(Told):
     """Something the user can put right. The message says what was given and what would be valid."""
 
 
-def listed(problems: Sequence[str], most: int = 10) -> str:
-    """Problems one to a line, the first ``most`` of them."""
+def listed(problems: Sequence[str], most: int = 10) -> list[str]:
+    """Problems, one line each, the first ``most`` of them."""
     rest = len(problems) - most
-    return "\n".join([*problems[:most], *([f"… and {rest} more"] if rest > 0 else [])])
+    return [*problems[:most], *([f"… and {rest} more"] if rest > 0 else [])]
 
 
 class ConfigError(UserError):
@@ -40,7 +62,7 @@ class NotWritable(RunDirectoryError):
     """A folder that runs are to be kept in cannot be written."""
 
 
-class RunFailure(Exception):
+class RunFailure(Told):
     """A run that started well and cannot go on, for example because its loss is no longer finite."""
 
 
@@ -48,7 +70,7 @@ class OwnershipLost(RunFailure):
     """Another process works in the run directory now, or the folder is gone: nothing more may be written there."""
 
 
-class Interrupted(Exception):
+class Interrupted(Told):
     """A run that was asked to stop by a signal and wrote its checkpoint; the same command goes on. Exit: 128 + signal."""
 
     def __init__(self, message: str, signal: int) -> None:

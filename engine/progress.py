@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from engine.wording import printable_lines
+
 PLAIN_EVERY_SECONDS = 15.0
 
 T = TypeVar("T")
@@ -31,6 +33,7 @@ def say(message: str) -> None:
     """
     if _stderr.quiet:
         return
+    message = printable_lines(message)
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr.isatty():  # a progress bar may stand there
             _stderr.print(message, soft_wrap=True, markup=False)

@@ -92,17 +92,44 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def require_output_file(path: Path) -> None:
+def require_output_file(path: Path, force: bool = True) -> None:
     """Refuse an output path that cannot become a file, before any work is done for it.
 
+    Args:
+        path: Where something is to be written.
+        force: Whether a file that stands there may be replaced.
+
     Raises:
-        UserError: If the path is a folder, or a parent of it is a file.
+        UserError: If the path is a folder, a parent of it is a file, or it is there and may not be replaced.
     """
+    if not force and (path.exists() or path.is_symlink()) and not path.is_dir():
+        raise UserError(f"{path}: is there already; name another file, or replace it with --force")
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{path}: cannot be written, because {parent} is a file and not a folder")
+
+
+def require_own_file(path: Path, mark: bytes, force: bool) -> None:
+    """Refuse to replace a file that was not written by this project.
+
+    Args:
+        path: What is to be written.
+        mark: What stands in the first 2,000 bytes of such a file of ours.
+        force: Replace it all the same.
+
+    Raises:
+        UserError: If another file stands there.
+    """
+    require_output_file(path)
+    if force or not (path.exists() or path.is_symlink()):
+        return
+    own = False
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            own = mark in file.read(2000)
+    require_output_file(path, force=own)
 
 
 def require_output_folder(path: Path) -> None:

@@ -17,6 +17,9 @@ import pandas as pd
 from engine.errors import DataError, UserError, listed
 from engine.records import Record, finished_record
 from engine.storage import RunDirectory, write_atomic
+from engine.wording import printable
+from evaluate.query import UnknownColumn, holds
+from evaluate.spreadsheet import safe_cell
 
 FIXED = {
     "run": "the run's folder",
@@ -105,7 +108,7 @@ class Collection:
             if run.record.metrics != same[0].record.metrics
         ]
         lines += [f"unfinished: {path}" for path in self.unfinished]
-        return listed(lines, most) if lines else ""
+        return "\n".join(map(printable, listed(lines, most)))
 
 
 def collection_of(folder: Path, places: Iterable[tuple[Path, bool]]) -> Collection:
@@ -151,7 +154,7 @@ def collect(folder: Path) -> Collection:
     collection = collection_of(folder, _run_directories(folder))
     if not collection.runs:
         remarks = collection.remarks()
-        raise DataError(f"{folder}: no finished run" + (f"\n{remarks}" if remarks else " (no record.json in it)"))
+        raise DataError(f"{folder}: no finished run" + " (no record.json in it)" * (not remarks), *remarks.splitlines())
     return collection
 
 
@@ -236,7 +239,7 @@ def frame(runs: Sequence[Run], per_class: bool = False) -> pd.DataFrame:
 
 
 def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
-    """The rows of which a condition holds, in pandas' query language.
+    """The rows of which a condition holds; see `evaluate.query`.
 
     Names with dots or slashes stand in backticks: ```knn/top1` > 60``.
 
@@ -244,34 +247,35 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
         UserError: If the condition cannot be read, or names a column that is not there (the columns are listed).
     """
     try:
-        fits = table.eval(query, engine="python", local_dict={}, global_dict={})
-    except pd.errors.UndefinedVariableError as error:
+        return table[holds(table, query)]
+    except UnknownColumn as error:
         raise UserError(f"--query {query!r}: {error}. Columns: {_names(table)}") from None
-    except Exception as error:  # pandas passes on whatever Python makes of the text
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _no_condition(table, query, reason) from None
-    if not isinstance(fits, pd.Series) or fits.dtype != bool or len(fits) != len(table):
-        raise _no_condition(table, query, "it is neither true nor false of a row")
-    return table[fits]
+    except ValueError as error:
+        raise UserError(
+            f"--query {query!r}: not a condition on the columns ({error}). For example \"dataset == 'cifar100'\"; a name "
+            f"with a dot or a slash stands in backticks. Columns: {_names(table)}"
+        ) from None
 
 
 def _names(table: pd.DataFrame) -> str:
     return ", ".join(name if name.isprintable() else repr(name) for name in map(str, table.columns))
 
 
-def _no_condition(table: pd.DataFrame, query: str, reason: str) -> UserError:
-    return UserError(
-        f"--query {query!r}: not a condition on the columns ({reason}). For example \"dataset == 'cifar100'\"; a name with "
-        f"a dot or a slash stands in backticks. Columns: {_names(table)}"
-    )
-
-
 def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:
     """The frame as CSV, or as a JSON list of objects without their empty values."""
     if form == "csv":
-        return str(table.to_csv(index=False))
+        return str(safe_cells(table).to_csv(index=False))
     rows = [{key: value for key, value in row.items() if not _is_empty(value)} for row in table.to_dict("records")]
     return json.dumps(rows, indent=1, ensure_ascii=False, default=lambda value: value.item()) + "\n"
+
+
+def safe_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `safe_cell` in every place, and in its headings."""
+    plain: pd.DataFrame = table.apply(
+        lambda column: column if pd.api.types.is_numeric_dtype(column) else column.map(safe_cell)
+    )
+    plain.columns = pd.Index([safe_cell(name) for name in table.columns])
+    return plain
 
 
 def _is_empty(value: Any) -> bool:

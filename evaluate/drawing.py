@@ -13,7 +13,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.storage import write_atomic
+from engine.storage import require_own_file, write_atomic
+
+CREATOR = "mixmask plots"  # stands in every file, so that it is known as ours
 
 # Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -41,13 +43,24 @@ class Plot:
         buffer = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
             self.figure.savefig(
-                buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None, bbox_inches="tight"
+                buffer,
+                format=form,
+                dpi=150,
+                metadata={"Date": None, "Creator": CREATOR} if form == "svg" else {"Software": CREATOR},
+                bbox_inches="tight",
             )
         return buffer.getvalue()
 
 
-def write_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
-    """Every plot as PNG and as SVG."""
+def write_plots(plots: Sequence[Plot], folder: Path, force: bool = False) -> list[Path]:
+    """Every plot as PNG and as SVG; older ones of this project are replaced.
+
+    Raises:
+        UserError: If a file of that name is none of this project's and ``force`` is not given.
+    """
+    for plot in plots:
+        for form in ("png", "svg"):
+            require_own_file(folder / f"{plot.id}.{form}", CREATOR.encode(), force)
     written = []
     for plot in plots:
         for form in ("png", "svg"):

@@ -20,6 +20,7 @@ from rich.text import Text
 from engine.errors import UserError
 from engine.wording import printable
 from evaluate.latex import latex
+from evaluate.spreadsheet import safe_cell
 from evaluate.tables import Cell, Table
 from evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
 
@@ -206,7 +207,8 @@ def _csv(*tables: Table) -> str:
                     continue
                 summary, number = cell.summary, cell.published
                 writer.writerow(
-                    [
+                    safe_cell(value)
+                    for value in (
                         table.id,
                         " / ".join(stub),
                         column,
@@ -222,7 +224,7 @@ def _csv(*tables: Table) -> str:
                         "; ".join(printable(texts[mark]) for mark in (*line.marks, *cell.marks)),
                         "" if number is None else number.where,
                         " ".join(result.run.record.fingerprint for result in cell.results),
-                    ]
+                    )
                 )
     return buffer.getvalue()
 

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from engine.predictions import SHEET
-from engine.storage import RunDirectory, last_lines, require_output_folder, write_text
+from engine.storage import RunDirectory, last_lines, require_output_folder, require_own_file, write_text
 from engine.wording import printable
 from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
@@ -33,25 +33,28 @@ from evaluate.verify import Check, expectations
 
 LOG_LINES = 12
 MOST_IMAGE_BYTES = 4_000_000
+GENERATOR = '<meta name="generator" content="mixmask report">'
 FILTERS = ("Stage", "Protocol", "Data set", "Framework", "Method")
 
 
-def write_report(collection: Collection, out: Path, published: Sequence[Published] = ()) -> Path:
-    """Write ``index.html`` into a folder, whole or not at all.
+def write_report(collection: Collection, out: Path, published: Sequence[Published] = (), force: bool = False) -> Path:
+    """Write ``index.html`` into a folder, whole or not at all; an older report there is replaced.
 
     Args:
         collection: What to report.
         out: The folder.
         published: Numbers besides the paper's.
+        force: Replace an ``index.html`` that is no report, too.
 
     Returns:
         The file.
 
     Raises:
-        UserError: If the folder is a file.
+        UserError: If the folder is a file, or ``index.html`` in it is no report.
     """
     require_output_folder(out)
     page = out / "index.html"
+    require_own_file(page, GENERATOR.encode(), force)
     write_text(page, render_report(collection, out, published))
     return page
 

@@ -120,7 +120,8 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
             doubled.append(f"{first.stage}: {first.name} and {cell.name}, seed {cell.seed}")
     if doubled:
         raise ConfigError(
-            f"suite '{suite.name}' asks twice for the same work; leave one of each out:\n" + listed(doubled)
+            f"suite '{suite.name}' asks twice for the same work; leave one of each out:",
+            *listed(doubled),
         )
     return tuple(cells)
 
@@ -295,7 +296,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
             try:
                 _check_cell(cell, open_once)
             except ConfigError as error:
-                raise ConfigError(f"{cell.id}: {error}") from None
+                raise ConfigError(f"{cell.id}: {error.one_line()}") from None
 
 
 def _check_cell(cell: Cell, open_images: OpenImages) -> None:

@@ -15,6 +15,8 @@ import typer
 
 from engine.errors import Interrupted, RunFailure, UserError
 from launch import result_commands, suite_commands
+from launch.result_commands import Force
+from launch.terminal import show
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,12 +76,12 @@ def pretrain(
         plan = agreed(lambda: stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir))
         if dry_run:
             if world.is_writer:
-                typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+                show(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
             return
         say(plan.describe())
         product = stage.run(plan)
         if world.is_writer:
-            typer.echo(product)
+            show(product)
 
 
 @app.command("show-views")
@@ -88,6 +90,7 @@ def show_views(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("views.png"),
     num: Annotated[int, typer.Option(help="Number of images.", min=2, max=64)] = 8,
+    force: Force = False,
 ) -> None:
     """Draw what a recipe does to your images: views, masks, mixtures and switch images, as its first step sees them.
 
@@ -100,8 +103,8 @@ def show_views(
     from pretrain.recipe import PretrainRecipe
     from pretrain.show_views import draw_views
 
-    require_output_file(out)
-    typer.echo(draw_views(load_recipe(PretrainRecipe, config, overrides or ()), out, num))
+    require_output_file(out, force)
+    show(draw_views(load_recipe(PretrainRecipe, config, overrides or ()), out, num))
 
 
 @app.command("check-data")
@@ -125,9 +128,9 @@ def check_data(
 
     reports, problems = check_data(root, split or find_splits(root), quick)
     for report in reports:
-        typer.echo(report.describe())
+        show(report.describe())
     if problems:
-        raise DataError(listed(problems, 20))
+        raise DataError(*listed(problems, 20))
 
 
 @app.command()
@@ -143,12 +146,14 @@ def convert(
     verify: Annotated[
         bool, typer.Option(help="Read the file back with the library it is for and compare features with the source's.")
     ] = True,
+    force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
     """Write a trunk for another library, with an account of every tensor of the source.
 
     The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
-    timm, torchvision and Detectron2 are recognised by their keys. A tensor that is missing or unexplained stops it.
+    OpenMMLab, stable-pretraining, timm, transformers, torchvision and Detectron2 are recognised by their keys. A tensor
+    that is missing or unexplained stops it.
 
     \b
     Examples:
@@ -156,14 +161,16 @@ def convert(
       mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
       mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
     """
+    from engine.storage import require_output_file
     from transfer.checkpoints.account import Reading
     from transfer.checkpoints.export import check_export, export
     from transfer.checkpoints.source import read_source
 
+    require_output_file(out, force)
     found = read_source(source, Reading(layout, prefix, arch))
     check_export(found, out, to)
     result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
-    typer.echo(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
+    show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
 
 
 @app.command()
@@ -186,7 +193,7 @@ def inspect(
     from transfer.checkpoints.source import inspect as look
 
     text, problem = look(source, Reading(layout, prefix, arch), tensors)
-    typer.echo(text)
+    show(text)
     if problem is not None:
         raise problem
 
@@ -202,6 +209,7 @@ def transfer(
         Path | None,
         typer.Option(help="Write a detection recipe as Detectron2's YAML, with the trunk beside it, and run nothing."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Measure a backbone: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
 
@@ -223,25 +231,25 @@ def transfer(
     from transfer.recipe import load_transfer_recipe
 
     if dump_detectron2_config is not None:
-        require_output_file(dump_detectron2_config)
+        require_output_file(dump_detectron2_config, force)
         plan = stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir)
-        typer.echo(stage.dump_detectron2_config(plan, dump_detectron2_config))
+        show(stage.dump_detectron2_config(plan, dump_detectron2_config))
         return
     with session() as world:
         plan = agreed(lambda: stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir))
         if dry_run:
             if world.is_writer:
-                typer.echo(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
+                show(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
             return
         say(plan.describe())
         record = stage.run(plan)
         if world.is_writer:
             for name, value in record.metrics.items():
                 if name.count("/") < 2:
-                    typer.echo(f"{name} {value:.2f}")
+                    show(f"{name} {value:.2f}")
             table = per_class_table(record.metrics)
-            typer.echo(f"\n{table}\n" if table else "", nl=False)
-            typer.echo(plan.run.record_file)
+            show(f"\n{table}\n" if table else "", nl=False)
+            show(plan.run.record_file)
 
 
 @app.command("show-detections")
@@ -250,6 +258,7 @@ def show_detections(
     out: Annotated[Path, typer.Option(help="The .png or .html to write.")] = Path("detections.png"),
     num: Annotated[int, typer.Option(help="Number of pictures, spread over the test set.", min=1, max=500)] = 16,
     score: Annotated[float, typer.Option(help="Leave out detections with a lower score.", min=0, max=1)] = 0.3,
+    force: Force = False,
 ) -> None:
     """Draw test pictures with the boxes, masks, names and scores that a run found, beside what is there.
 
@@ -260,8 +269,8 @@ def show_detections(
     from engine.storage import require_output_file
     from transfer import stage
 
-    require_output_file(out)
-    typer.echo(stage.show_detections(run, out, num, score))
+    require_output_file(out, force)
+    show(stage.show_detections(run, out, num, score))
 
 
 for _command in (
@@ -296,7 +305,7 @@ def demo(
 
     if data_only:
         draw_data(out)
-        typer.echo(out / "data")
+        show(out / "data")
         return
     run_demo(out, dry_run)
 
@@ -311,7 +320,7 @@ def doctor() -> None:
     """
     from launch.doctor import examine
 
-    typer.echo(examine())
+    show(examine())
 
 
 def main() -> None:
@@ -322,16 +331,16 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        show(f"error: {error}", err=True)
         sys.exit(2)
     except RunFailure as error:
-        typer.echo(f"failed: {error}", err=True)
+        show(f"failed: {error}", err=True)
         sys.exit(1)
     except Interrupted as stop:
-        typer.echo(f"interrupted: {stop}", err=True)
+        show(f"interrupted: {stop}", err=True)
         sys.exit(128 + stop.signal)
     except OSError as error:
-        typer.echo(f"failed: {error}", err=True)
+        show(f"failed: {error}", err=True)
         sys.exit(1)
 
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from launch.terminal import show
+
 if TYPE_CHECKING:
     from evaluate.collect import Collection
     from evaluate.published import Published
 
 RunsArgument = Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 More = Annotated[
     list[Path] | None,
     typer.Option("--published", help="A CSV file with more published numbers; may be given several times."),
@@ -30,6 +33,7 @@ def results(
         typer.Option("--format", help="By default what --out ends in, or csv."),
     ] = None,
     out: Out = None,
+    force: Force = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="With the average precision of every class.")] = False,
     columns: Annotated[bool, typer.Option("--columns", help="Describe the columns and stop.")] = False,
 ) -> None:
@@ -47,25 +51,25 @@ def results(
     from evaluate import collect
 
     if out is not None:
-        _check_out(out)
+        _check_out(out, force)
     if form is None:
         form = _form_of_results(out)
     collection = _collect(runs)
     table = collect.frame(collection.runs, per_class)
     if columns:
         described = {**collect.FIXED, **collect.PATTERNS}
-        typer.echo("\n".join(f"{name}: {text}" for name, text in described.items()))
-        typer.echo("\nhere: " + ", ".join(map(str, table.columns)))
+        show("\n".join(f"{name}: {text}" for name, text in described.items()))
+        show("\nhere: " + ", ".join(map(str, table.columns)))
         return
     if query is not None:
         table = collect.select(table, query)
         if table.empty:
-            typer.echo(f"no run below {runs} fits {query!r}", err=True)
+            show(f"no run below {runs} fits {query!r}", err=True)
     if form == "parquet":
         if out is None:
             raise UserError("--format parquet: is no text; name a file with --out results.parquet")
         collect.write_parquet(table, out)
-        typer.echo(out)
+        show(out)
         return
     _give(collect.as_text(table, form), out)
 
@@ -102,6 +106,7 @@ def tables(
         typer.Option("--format", help="By default what --out ends in (.md .tex .csv .html), or the terminal's."),
     ] = None,
     out: Out = None,
+    force: Force = False,
     published: More = None,
 ) -> None:
     """Print the paper's tables with your numbers beside the published ones, or a table of your own.
@@ -122,7 +127,7 @@ def tables(
     from evaluate.tables import build
 
     if out is not None:
-        _check_out(out)
+        _check_out(out, force)
     chosen = form or (form_of(out.suffix) if out is not None else "term")
     more = _published(published)
     if (rows is None) != (cols is None) or (metric is not None and rows is None):
@@ -150,7 +155,7 @@ def tables(
         built = [one for one in built if one.num_runs]
     if not any(one.num_runs for one in built):
         which = f"table {table}" if table else "any table"
-        typer.echo(f"none of {len(kept)} finished runs has a place in {which}: see mixmask transfer", err=True)
+        show(f"none of {len(kept)} finished runs has a place in {which}: see mixmask transfer", err=True)
     _give(render_all(built, chosen), out)
 
 
@@ -174,16 +179,15 @@ def compare(
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
     from engine.errors import UserError
-    from engine.wording import printable
     from evaluate import comparison
 
     metrics = [metric] if metric else None
     if Path(first).is_dir() and Path(second).is_dir():
         for pair in comparison.compare_runs(Path(first), Path(second), metrics):
-            typer.echo(pair.words())
+            show(pair.words())
         different = comparison.differences(Path(first), Path(second))
         if different:
-            typer.echo(printable(f"measured differently: {different}"), err=True)
+            show(f"measured differently: {different}", err=True)
         return
     collection = _collect(runs)
     groups = [comparison.chosen(collection, which) for which in (first, second)]
@@ -194,7 +198,7 @@ def compare(
         raise UserError(f"--metric {metric}: none of these runs has it; there are {', '.join(there)}")
     found = comparison.compare(groups[0], groups[1], metrics)
     for one in found:
-        typer.echo(printable(one.words()))
+        show(one.words())
     if not found:
         raise UserError(f"no run of {first!r} was measured like one of {second!r}: there is nothing to compare")
 
@@ -203,6 +207,7 @@ def plots(
     runs: RunsArgument,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("plots"),
     published: More = None,
+    force: Force = False,
 ) -> None:
     """Draw training curves, budgets, ablations, average precisions, label efficiency and throughput, as PNG and SVG.
 
@@ -221,14 +226,15 @@ def plots(
     drawn = plots_of(_collect(runs).distinct, (*of_the_paper(), *more))
     if not drawn:
         raise UserError(f"{runs}: no finished run has anything to plot")
-    for path in write_plots(drawn, out):
-        typer.echo(path)
+    for path in write_plots(drawn, out, force):
+        show(path)
 
 
 def report(
     runs: RunsArgument,
     out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("report"),
     published: More = None,
+    force: Force = False,
 ) -> None:
     """Write one HTML page with every table, comparison, plot and run; it needs no network and no other file.
 
@@ -240,7 +246,7 @@ def report(
     from evaluate.report import write_report
 
     require_output_folder(out)
-    typer.echo(write_report(_collect(runs), out, _published(published)))
+    show(write_report(_collect(runs), out, _published(published), force))
 
 
 def verify(runs: RunsArgument) -> None:
@@ -252,18 +258,17 @@ def verify(runs: RunsArgument) -> None:
     Example:
       mixmask verify runs
     """
-    from engine.wording import printable
     from evaluate.verify import verify as check
 
     checks = check(_collect(runs))
     for one in checks:
-        typer.echo(printable(one.words()))
+        show(one.words())
     failed = sum(one.reproduced is False for one in checks)
     otherwise = sum(bool(one.otherwise) for one in checks)
     waiting = sum(one.reproduced is None for one in checks) - otherwise
     done = len(checks) - failed - waiting - otherwise
     text = f"{done} reproduced, {failed} not reproduced, {waiting} not measured yet"
-    typer.echo(text + f", {otherwise} measured otherwise" * bool(otherwise))
+    show(text + f", {otherwise} measured otherwise" * bool(otherwise))
     if failed:
         raise typer.Exit(1)
 
@@ -274,6 +279,7 @@ def card(
         Path | None, typer.Option(help="Where to look for transfer runs of it; by default its folder of runs.")
     ] = None,
     out: Out = None,
+    force: Force = False,
     license: Annotated[str, typer.Option(help="As model hubs name it: mit, apache-2.0, cc-by-nc-4.0 …")] = "unknown",
 ) -> None:
     """Write a model card for a backbone: method, data, recipe, transfer results, environment, licence, citation.
@@ -285,10 +291,10 @@ def card(
     from evaluate.card import write_card
 
     if out is not None:
-        _check_out(out)
+        _check_out(out, force)
     text = write_card(run, runs, license)
     if not (run / "backbone.safetensors").is_file():
-        typer.echo(f"{run}: there is no backbone.safetensors, the file that the card is for", err=True)
+        show(f"{run}: there is no backbone.safetensors, the file that the card is for", err=True)
     _give(text, out)
 
 
@@ -299,7 +305,7 @@ def _collect(runs: Path) -> Collection:
     collection = collect(runs)
     remarks = collection.remarks()
     if remarks:
-        typer.echo(remarks, err=True)
+        show(remarks, err=True)
     return collection
 
 
@@ -310,10 +316,10 @@ def _published(files: list[Path] | None) -> list[Published]:
     return [number for path in files or () for number in read_published(path)]
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, force: bool) -> None:
     from engine.storage import require_output_file
 
-    require_output_file(out)
+    require_output_file(out, force)
 
 
 def _give(text: str, out: Path | None) -> None:
@@ -323,4 +329,4 @@ def _give(text: str, out: Path | None) -> None:
         sys.stdout.write(text)
     else:
         write_text(out, text)
-        typer.echo(out)
+        show(out)

@@ -160,8 +160,9 @@ def _sbatch(
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         written = sorted(place.glob(".submission_file_*.sh"), key=lambda file: file.stat().st_mtime)
         lines = written[-1].read_text(encoding="utf-8").splitlines() if written else []
-        shown = "\n".join(line for line in lines if line.startswith("#SBATCH"))
-        raise RunFailure(f"sbatch refuses {suite}.{array}: {str(error).strip()}\nIts header was:\n{shown}") from None
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        shown = [line for line in lines if line.startswith("#SBATCH")]
+        raise RunFailure(f"sbatch refuses {suite}.{array}: {why[0]}", *why[1:], "Its header was:", *shown) from None
 
 
 def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.terminal import show
+
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must share it.")]
 
@@ -52,19 +54,17 @@ def launch(
             raise typer.Exit(1)
         return
     plan = launching.make_plan(chosen, suite.parent, given, cluster, runs, check_data, dry=True)
-    typer.echo(plan.describe())
+    show(plan.describe())
     if cluster != "slurm" or not plan.arrays:
         return
     folder = ledger.suite_folder(plan.runs, chosen.name) / "launches" / "…"
     snapshot = ledger.suite_folder(plan.runs, chosen.name) / "code" / "…"
     names = {array.name: f"<{array.name}>" for array in plan.arrays}
     for array in plan.arrays:
-        typer.echo(
-            f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, array.dependency(names))}"
-        )
+        show(f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, array.dependency(names))}")
     last = Array("finish", given.resolve(chosen.resources.finish), ())
     after = f"afterany:{':'.join([*names.values(), *plan.queued.values()])}"
-    typer.echo(f"\nfinish\n{slurm.header(chosen.name, last, given, folder, snapshot, after)}")
+    show(f"\nfinish\n{slurm.header(chosen.name, last, given, folder, snapshot, after)}")
 
 
 def status(
@@ -92,7 +92,7 @@ def status(
         return states.status(newest)
 
     if as_json:
-        typer.echo(states.as_json(newest.suite, look()))
+        show(states.as_json(newest.suite, look()))
         return
     found = look()
     console = Console()
@@ -124,7 +124,7 @@ def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
     name = _name(suite)
     ledger.latest(runs.resolve(), name)
     jobs = states.cancel(list(ledger.launches(runs.resolve(), name)))
-    typer.echo(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it waits or runs")
+    show(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it waits or runs")
 
 
 def logs(
@@ -147,8 +147,8 @@ def logs(
     if one.log is None or not Path(one.log).is_file():
         raise UserError(f"{one.cell}: {one.state}, and there is no log yet{f' ({one.log})' if one.log else ''}")
     text = Path(one.log).read_text(encoding="utf-8", errors="replace").splitlines()
-    typer.echo(f"{one.log}: {one.state} {one.detail}".strip(), err=True)
-    typer.echo("\n".join(text[-lines:] if lines else text))
+    show(f"{one.log}: {one.state} {one.detail}".strip(), err=True)
+    show("\n".join(text[-lines:] if lines else text))
 
 
 def _name(suite: str) -> str:

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.backbones import BackboneRecipe, build_trunk
 from engine.errors import CheckpointError
-from transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, Layout
-from transfer.checkpoints.names import COUNTER, DETECTRON2, SEQUENTIAL, TORCHVISION, ListedNames, Names
+from transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, TWIN, Layout
+from transfer.checkpoints.names import COUNTER, DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, ListedNames, Names
+from transfer.checkpoints.safe_read import unwrapped
+from transfer.checkpoints.stored import Stored
 
-NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2)
+NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2, TRANSFORMERS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Account:
         unknown: Source names that nothing explains.
         filled: Trunk names that the source does not store and that have a defined value (counters).
         warnings: What is odd and no error.
+        notes: What stands in the file beside tensors and was not made, in words.
     """
 
     layout: str
@@ -61,6 +63,7 @@ class Account:
     unknown: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """A few lines for the user."""
@@ -76,7 +79,7 @@ class Account:
             lines.append(f"unknown   {len(self.unknown)}: {some(self.unknown)}")
         if self.filled:
             lines.append(f"filled    {len(self.filled)} batch counters that the source does not store, with 0")
-        return "\n".join([*lines, *(f"warning   {text}" for text in self.warnings)])
+        return "\n".join([*lines, *self.notes, *(f"warning   {text}" for text in self.warnings)])
 
 
 def some(names: Sequence[str], num: int = 4) -> str:
@@ -97,7 +100,7 @@ class Found:
     why: str
 
 
-def recognise(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> Found:
+def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Found:
     """Find the layout of a file's tensors.
 
     Raises:
@@ -105,7 +108,7 @@ def recognise(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> Fo
     """
     listed = None if reading.arch is None else (ListedNames(trunk_names(named_recipe(reading.arch))),)
     if reading.prefix is not None:
-        return _given_prefix(tensors, reading.prefix, listed or NAMINGS, path)
+        return _given_prefix(tensors, unwrapped(reading.prefix), listed or NAMINGS, path)
     known = {layout.name: layout for layout in LAYOUTS}
     if reading.layout is not None and reading.layout not in known:
         near = difflib.get_close_matches(reading.layout, known, n=1)
@@ -129,7 +132,7 @@ def recognise(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> Fo
     raise CheckpointError(_unrecognised(tensors, reading, path))
 
 
-def _places(tensors: Mapping[str, Tensor], trunk: str, namings: Sequence[Names]) -> Iterator[tuple[str, Names]]:
+def _places(tensors: Mapping[str, Stored], trunk: str, namings: Sequence[Names]) -> Iterator[tuple[str, Names]]:
     """Where a trunk could begin, and how its tensors are named there."""
     for naming in namings:
         whole = re.compile(f"({trunk}){re.escape(naming.anchor)}")
@@ -139,11 +142,11 @@ def _places(tensors: Mapping[str, Tensor], trunk: str, namings: Sequence[Names])
                 yield found[1], naming.among(_behind(tensors, found[1]))
 
 
-def _behind(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+def _behind(tensors: Mapping[str, Stored], prefix: str) -> list[str]:
     return [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
 
 
-def _given_prefix(tensors: Mapping[str, Tensor], prefix: str, namings: Sequence[Names], path: Path) -> Found:
+def _given_prefix(tensors: Mapping[str, Stored], prefix: str, namings: Sequence[Names], path: Path) -> Found:
     own = _behind(tensors, prefix)
     names = next((naming.among(own) for naming in namings if naming.anchor in own), None)
     if names is None:
@@ -156,20 +159,20 @@ def _given_prefix(tensors: Mapping[str, Tensor], prefix: str, namings: Sequence[
     return Found(layout, prefix, names, f"trunk behind the given prefix '{prefix}'")
 
 
-def _candidates(tensors: Mapping[str, Tensor]) -> str:
+def _candidates(tensors: Mapping[str, Stored]) -> str:
     """Where in a file a ResNet's first convolution could be."""
     found = sorted({name[: -len(n.anchor)] for n in NAMINGS for name in tensors if _begins_network(name, n, tensors)})
     places = ", ".join(repr(prefix) for prefix in found[:5])
     return f"A first convolution stands behind {places}" if places else "No tensor in it is named like one"
 
 
-def _begins_network(name: str, naming: Names, tensors: Mapping[str, Tensor]) -> bool:
+def _begins_network(name: str, naming: Names, tensors: Mapping[str, Stored]) -> bool:
     named = name == naming.anchor or name.endswith(f".{naming.anchor}")
     copied = re.search(r"encoder_k\.|momentum|target|_ema\b", name) is not None
     return named and not copied and tensors[name].ndim == 4 and tensors[name].shape[1] == 3
 
 
-def _unrecognised(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -> str:
+def _unrecognised(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> str:
     if reading.layout is not None:
         try:
             found = recognise(tensors, replace(reading, layout=None), path)
@@ -177,6 +180,9 @@ def _unrecognised(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -
         except CheckpointError:
             looks = ""
         return f"{path}: the layout '{reading.layout}' does not fit{looks}. {_candidates(tensors)}"
+    family = _family(tensors)
+    if family is not None:
+        return f"{path}: {family}"
     groups = Counter(".".join(name.split(".")[:3]) for name in tensors)
     shown = ", ".join(f"{group} (×{count})" for group, count in groups.most_common(6))
     return (
@@ -186,10 +192,45 @@ def _unrecognised(tensors: Mapping[str, Tensor], reading: Reading, path: Path) -
     )
 
 
+# What a file that is no ResNet of a known layout is, by names that only it has: (regular expression, what to say).
+FAMILIES = (
+    (
+        r"(.*\.)?(conv1_w|res[2-5]_[0-9]+_branch2[abc]_w)",
+        "has Caffe2's names, as Detectron2's models of MSRA and Detectron (R-50.pkl): they take BGR images, have the "
+        "stride in the first 1×1 convolution of a block and folded statistics. That is another network than "
+        "torchvision's ResNet, and is not converted",
+    ),
+    (
+        r"(.*\.)?(cls_token|pos_embed(ding)?s?|blocks\.[0-9]+\.attn\..*|encoder\.layers?\.[\w.]*attention\..*"
+        r"|layers\.[0-9]+\.blocks\.[0-9]+\.attn\..*)",
+        "is a transformer, by {name}. This suite evaluates ConvNets",
+    ),
+    (
+        r"(.*\.)?(downsample_layers\.0\.0\.weight|stem\.[01]\.weight|stages\.[0-9]+\.blocks\.[0-9]+\.\w+.*)",
+        "is no ResNet of torchvision: by {name}, it looks like a ConvNeXt or another network of timm. If timm has it, "
+        "name it: --arch timm/NAME, for example --arch timm/convnext_tiny (and --prefix, if something stands before "
+        "timm's names)",
+    ),
+    (
+        r"(.*\.)?(conv1\.[036]\.weight|stem\.conv[\w.]*\.weight|layer1\.0\.(se|aa|attn)\..*|layer1\.0\.conv[12]\.aa\..*)",
+        "is a variant of the ResNet, by {name}. If timm has it, name it: --arch timm/NAME, for example "
+        "--arch timm/resnet50d (and --prefix, if something stands before timm's names)",
+    ),
+)
+
+
+def _family(tensors: Mapping[str, Stored]) -> str | None:
+    for pattern, text in FAMILIES:
+        name = next((name for name in tensors if re.fullmatch(pattern, name)), None)
+        if name is not None:
+            return text.format(name=name)
+    return None
+
+
 # --- sorting ---------------------------------------------------------------------------------------------------------
 
 
-def sort_tensors(tensors: Mapping[str, Tensor], found: Found) -> Account:
+def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> Account:
     """Say of every tensor what becomes of it in a layout."""
     used: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -211,6 +252,13 @@ def sort_tensors(tensors: Mapping[str, Tensor], found: Found) -> Account:
         else:
             left_out[name] = reason
     return Account(found.why, used, left_out, tuple(unknown))
+
+
+def twins(found: Found, left_out: Mapping[str, str]) -> dict[str, str]:
+    """The tensors that stand in a file by two names: the one that is left out, and the one that is taken."""
+    patterns = [pattern for pattern, reason in found.layout.others if reason is TWIN]
+    matches = ((name, re.fullmatch(pattern, name)) for name in left_out for pattern in patterns)
+    return {name: f"{found.prefix}{match['same']}" for name, match in matches if match is not None}
 
 
 def _in_detector(name: str, found: Found) -> str | None:

@@ -148,8 +148,8 @@ def _verify_own(source: Source, written: Path) -> str:
 
 
 def _verify_detectron2(source: Source, written: Path) -> str:
-    arrays = read_tensors(written)["model"]
-    back = {from_detectron2(name): torch.from_numpy(array) for name, array in arrays.items()}
+    arrays = read_tensors(written).tensors
+    back = {from_detectron2(name.removeprefix("model.")): stored.read() for name, stored in arrays.items()}
     expected = {name: tensor for name, tensor in source.state.items() if not name.endswith(COUNTER)}
     different = [n for n in expected.keys() | back.keys() if n not in back or not torch.equal(back[n], expected[n])]
     if different:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, Names
+from transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, Names
 
 # Containers that the training scripts put a state dict in, and what wrappers put before every name.
-C = r"(?:(?:state_dict|model_state_dict|model|network)\.)?"
-W = r"(?:(?:module|_orig_mod)\.)*"
+C = r"(?:(?:state_dict|model_state_dict|model_state|state\.model|model|network)\.)?"
+W = r"(?:module\.)*"
 
 HEAD, EMA, QUEUE, STATE = "head", "momentum or averaged copy", "queue of negatives", "optimizer and training state"
+TWIN = "the trunk's tensors by another name"  # checked: they must be equal
+CURRENT = "weights that were not averaged"
+STUDENT = "student network"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Layout:
         about: Whose it is, in words.
         trunk: Regular expression of all that stands before the trunk's names.
         signs: Regular expressions, each of which some tensor must match for the layout to be recognised.
-        others: (regular expression, reason) of tensors that are left out; of whole names.
+        others: (regular expression, reason) of tensors that are left out; of whole names. Where the reason is `TWIN`, the
+            group ``same`` is the tensor's name behind the trunk's prefix.
         namings: How the trunk's tensors may be named after ``trunk``.
         framework: The method's name in tables.
     """
@@ -48,6 +52,30 @@ LAYOUTS = (
         others=((r"model\.(key_encoder|target)\..*", EMA), (r"model\.queue(_position)?", QUEUE)),
     ),
     Layout(
+        "lucidrains-byol",
+        "the BYOL learner of byol-pytorch, of which the online network is taken",
+        rf"{C}{W}(?:learner\.)?net\.",
+        signs=(rf"{C}{W}(?:learner\.)?online_encoder\.net\..*",),
+        others=(
+            (rf"{C}{W}(?:learner\.)?online_encoder\.net\.(?P<same>.*)", TWIN),
+            (rf"{C}{W}(?:learner\.)?target_encoder\..*", EMA),
+        ),
+        framework="byol",
+    ),
+    Layout(
+        "openmmlab",
+        "OpenSelfSup, MMSelfSup and MMPretrain",
+        rf"{C}{W}backbone\.",
+        signs=(rf"{C}{W}(?:neck|encoder_q\.0|online_net\.0)\..*",),
+        others=(
+            (rf"{C}{W}(?:encoder_q|online_net|encoder|base_encoder)\.0\.(?P<same>.*)", TWIN),
+            (rf"{C}{W}(?:encoder_q|online_net|encoder|base_encoder)\.1\..*", HEAD),
+            (rf"{C}{W}(?:encoder_k|target_net|target|momentum_\w+|teacher)\..*", EMA),
+            (rf"{C}{W}\w*(?:queue|memory)\w*(?:\..*)?", QUEUE),
+        ),
+        namings=(TORCHVISION,),
+    ),
+    Layout(
         "moco",
         "MoCo v1 and v2, Un-Mix, MixMask",
         rf"{C}{W}encoder_q\.",
@@ -66,8 +94,30 @@ LAYOUTS = (
         "DINO's full checkpoint, of which the teacher is taken",
         rf"teacher\.{W}(?:backbone\.)?",
         signs=(r"student\..*backbone\..*|dino_loss\..*",),
-        others=((r"student\..*", "student network"), (r"dino_loss\..*", STATE)),
+        others=((r"student\..*", STUDENT), (r"dino_loss\..*", STATE)),
         framework="dino",
+    ),
+    Layout(
+        "lightly-dino",
+        "lightly's DINO, of which the teacher is taken",
+        rf"{C}{W}(?:teacher_)?backbone\.",
+        signs=(rf"{C}{W}student_(?:backbone|head|projection_head)\..*",),
+        others=((rf"{C}{W}student_\w+\..*", STUDENT), (rf"{C}{W}teacher_(?!backbone)\w*head\..*", HEAD)),
+        framework="dino",
+    ),
+    Layout(
+        "stable-pretraining",
+        "stable-pretraining's teacher and student, of which the teacher is taken",
+        rf"{C}{W}backbone\.teacher\.",
+        signs=(rf"{C}{W}backbone\.student\..*",),
+        others=((rf"{C}{W}\w+\.student\..*", STUDENT), (rf"{C}{W}\w+\.\w*ema_coefficient", STATE)),
+    ),
+    Layout(
+        "ema-pytorch",
+        "ema_pytorch, of which the averaged network is taken",
+        r"ema_model\.",
+        signs=(r"online_model\..*",),
+        others=((r"online_model\..*", CURRENT), (r"initted|step", STATE)),
     ),
     Layout(
         "vissl",
@@ -114,8 +164,10 @@ LAYOUTS = (
         "solo-learn, or another Lightning module",
         rf"{C}{W}backbone\.",
         others=(
-            (rf"{C}{W}momentum_\w+\..*", EMA),
+            (rf"{C}{W}(?:momentum|teacher|key|target)_\w+\..*", EMA),
+            (r"current_model_state\..*", CURRENT),
             (rf"{C}{W}\w*(queue|memory)\w*", QUEUE),
+            (rf"{C}{W}(?:transformer_encoder|pos_enc)\..*", HEAD),
             (rf"{C}{W}\w*loss\w*\..*", STATE),
         ),
         namings=(TORCHVISION,),
@@ -126,7 +178,7 @@ LAYOUTS = (
         rf"{C}{W}(?:query_|student_)?backbone\.",
         others=(
             (rf"{C}{W}(backbone|projection_head)_momentum\..*", EMA),
-            (rf"{C}{W}(momentum|teacher|target)_\w+\..*", EMA),
+            (rf"{C}{W}(momentum|teacher|target|key)_\w+\..*", EMA),
             (rf"{C}{W}(criterion|memory_bank)\..*", QUEUE),
         ),
         namings=(SEQUENTIAL,),
@@ -140,24 +192,45 @@ LAYOUTS = (
     ),
     Layout(
         "detectron2",
-        "Detectron2's backbone, alone or in a C4 detector",
-        rf"{C}(?:backbone\.)?",
-        others=((rf"{C}(roi_heads|proposal_generator|pixel_mean|pixel_std)\b.*", "the detector around the trunk"),),
+        "Detectron2's backbone, alone or in a detector",
+        rf"{C}(?:backbone\.(?:bottom_up\.)?)?",
+        others=(
+            (
+                rf"{C}(roi_heads|proposal_generator|pixel_mean|pixel_std|backbone\.(fpn_|top_block))\w*\b.*",
+                "the detector around the trunk",
+            ),
+        ),
         namings=(DETECTRON2,),
     ),
+    Layout("transformers", "a ResNet of transformers", rf"{C}{W}(?:resnet\.)?", namings=(TRANSFORMERS,)),
     Layout("plain", "a plain ResNet of torchvision or timm", rf"{C}{W}"),
+    Layout(
+        "inner",
+        "a plain ResNet as a part of a module",
+        rf"{C}{W}(?:model|net|network|resnet|encoder|trunk|backbone\.backbone|feature_extractor)\.{W}",
+    ),
+    Layout("averaged", "a file of an averaged network alone", rf"(?:state_dict_ema|model_ema|ema_state_dict|ema)\.{W}"),
 )
 
 # What may stand in any file beside the trunk; looked at after a layout's own.
 ANYWHERE = (
-    (r"(state_dict_ema|model_ema|ema)\..*", EMA),
+    (r"(state_dict_ema|model_ema|ema_state_dict|ema)\..*", EMA),
     (
-        r"(optim\w*|scaler|amp|\w*scheduler\w*|callbacks|loops|loss|criterion|best_\w+|hyper_parameters|trainer)(\..*)?",
+        r"(state\.)?(optim\w*|scaler|amp|\w*scheduler\w*|\w*callbacks\w*|loops|loss|criterion|best_\w+|hyper_parameters"
+        r"|trainer|message_hub|averaging_state|(\w+_)?rng(_\w+)?|random_state|args|config|cfg|meta|metrics|history)(\..*)?",
         STATE,
     ),
     (
-        r"(.*\.)?(fc|heads?|classifiers?|projectors?|projection|projetion|projection_head|prediction_head|mlp(_head)?"
-        r"|predictor|online_predictor|online_classifier|classification_head|prototypes|linear\w*|contrastive_head|stem\.fc)\..*",
+        r"(.*\.)?(n_averaged|num_updates|temperature|log_temperature|logit_scale|tau|center|callbacks_modules\..*)",
+        STATE,
+    ),
+    (
+        r"(.*\.)?(\w*acc|\w*accuracy|\w*metrics?|\w*auroc|\w*top[0-9]+)(\..*)?\.(tp|fp|tn|fn|confmat|total|correct)",
+        STATE,
+    ),
+    (
+        r"(.*\.)?(fc|heads?|neck|classifiers?|projection|projetion|mlp(_head)?|(\w+_)?(projector|projection_head|prediction_head"
+        r"|predictor)s?(_\w+|[0-9]+)?|online_classifier|classification_head|prototypes|linear\w*|contrastive_head|stem\.fc)\..*",
         HEAD,
     ),
 )

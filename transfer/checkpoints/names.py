@@ -18,7 +18,7 @@ def to_detectron2(name: str) -> str:
     stem = re.fullmatch(r"(conv1|bn1)\.(\w+)", name)
     if stem:
         return f"stem.conv1.{'norm.' if stem[1] == 'bn1' else ''}{stem[2]}"
-    block = re.fullmatch(r"layer([1-4])\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)", name)
+    block = re.fullmatch(r"layer([1-4])\.([0-9]{1,3})\.(conv|bn|downsample\.)([0-9])\.(\w+)", name)
     if not block:
         raise KeyError(name)
     stage, index, kind, number, leaf = block.groups()
@@ -37,7 +37,7 @@ def from_detectron2(name: str) -> str:
     stem = re.fullmatch(r"stem\.conv1\.(norm\.)?(\w+)", name)
     if stem:
         return f"{'bn1' if stem[1] else 'conv1'}.{stem[2]}"
-    block = re.fullmatch(r"res([2-5])\.(\d+)\.(conv(\d)|shortcut)\.(norm\.)?(\w+)", name)
+    block = re.fullmatch(r"res([2-5])\.([0-9]{1,3})\.(conv([0-9])|shortcut)\.(norm\.)?(\w+)", name)
     if not block:
         raise KeyError(name)
     stage, index, part, number, norm, leaf = block.groups()
@@ -78,7 +78,7 @@ class TorchvisionNames(Names):
 
     def trunk_name(self, name: str) -> str | None:
         """See `Names.trunk_name`."""
-        return name if re.fullmatch(r"(conv1|bn1|layer\d)\..+", name) else None
+        return name if re.fullmatch(r"(conv1|bn1|layer[0-9])\..+", name) else None
 
 
 class SequentialNames(Names):
@@ -94,7 +94,9 @@ class SequentialNames(Names):
 
     def among(self, names: Iterable[str]) -> Names:
         """See `Names.among`."""
-        return SequentialNames(sorted({int(m[1]) for name in names if (m := re.match(r"(\d+)\.\d+\.conv1\.", name))}))
+        return SequentialNames(
+            sorted({int(m[1]) for name in names if (m := re.match(r"([0-9]{1,3})\.[0-9]{1,3}\.conv1\.", name))})
+        )
 
     def trunk_name(self, name: str) -> str | None:
         """See `Names.trunk_name`."""
@@ -106,7 +108,7 @@ class SequentialNames(Names):
     def is_beyond(self, name: str) -> bool:
         """See `Names.is_beyond`."""
         number = name.partition(".")[0]
-        return number.isdigit() and int(number) > max(map(int, self.layers), default=0)
+        return re.fullmatch("[0-9]{1,3}", number) is not None and int(number) > max(map(int, self.layers), default=0)
 
 
 class Detectron2Names(Names):
@@ -138,4 +140,32 @@ class ListedNames(Names):
         return name if name in self.listed else None
 
 
-TORCHVISION, SEQUENTIAL, DETECTRON2 = TorchvisionNames(), SequentialNames(), Detectron2Names()
+class TransformersNames(Names):
+    """The ResNet of Hugging Face's transformers: ``embedder.embedder.convolution.weight`` …"""
+
+    anchor = "embedder.embedder.convolution.weight"
+
+    def trunk_name(self, name: str) -> str | None:
+        """See `Names.trunk_name`."""
+        stem = re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name)
+        if stem:
+            return f"{'conv1' if stem[1] == 'convolution' else 'bn1'}.{stem[2]}"
+        block = re.fullmatch(
+            r"encoder\.stages\.([0-3])\.layers\.([0-9]{1,3})\.(?:layer\.([0-2])|(shortcut))\.(convolution|normalization)\.(\w+)",
+            name,
+        )
+        if not block:
+            return None
+        stage, index, layer, shortcut, part, leaf = block.groups()
+        where, norm = f"layer{int(stage) + 1}.{index}", part == "normalization"
+        if shortcut:
+            return f"{where}.downsample.{int(norm)}.{leaf}"
+        return f"{where}.{'bn' if norm else 'conv'}{int(layer) + 1}.{leaf}"
+
+
+TORCHVISION, SEQUENTIAL, DETECTRON2, TRANSFORMERS = (
+    TorchvisionNames(),
+    SequentialNames(),
+    Detectron2Names(),
+    TransformersNames(),
+)

@@ -1,204 +1,268 @@
-"""Reading checkpoint files without running what is in them.
+"""The tensors of a checkpoint file, found without running what is in it.
 
-A pickle is a program; these readers carry out only what makes tensors, arrays and plain containers. What else it asks for
-is refused by its name.
+A file is a nest of containers. Every tensor is called by its whole way through them:
+``state_dict.module.encoder_q.conv1.weight``.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import hashlib
-import pickle
+import mmap
 import re
-import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
+from engine.wording import printable
+from transfer.checkpoints.pickles import Damaged, Inert, Refused, load
+from transfer.checkpoints.stored import Stored, odd
+from transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
 
-LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save before version 1.6: a pickled magic number
-
-
-class _Inert:
-    """Stands for an object of a library that is not needed: it keeps nothing and does nothing."""
-
-    def __init__(self, *arguments: object, **named: object) -> None:
-        del arguments, named
-
-    def __setstate__(self, state: object) -> None:
-        del state
-
-
-# Settings that training scripts save beside the tensors. They are not read: something inert takes their place.
-INERT = (
-    "omegaconf.dictconfig.DictConfig",
-    "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata",
-    "omegaconf.base.Metadata",
-    "omegaconf.nodes.AnyNode",
-    "vissl.utils.hydra_config.AttrDict",
-    "vissl.config.attr_dict.AttrDict",
-    "pathlib.PosixPath",
-    "typing.Any",
-)
+MAX_TENSORS = 100_000
+MAX_DEPTH = 100
+MAX_NAME = 1000
+# What libraries put into the names of a wrapped or compiled network's tensors, at any place.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
-class _DType:
-    """The description of a number format in a pickle; only numbers and truth values are admitted."""
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint file holds.
 
-    def __init__(self, code: str, *flags: object) -> None:
-        del flags
-        if not re.fullmatch(r"[<>|=]?[biuf]\d+|\?", str(code)):
-            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r})")
-        self.code, self.order = str(code), ""
+    Attributes:
+        tensors: Every tensor by its way through the containers, without `WRAPPERS`.
+        classes: The names of the classes for which inert objects stand.
+        wrappers: How often each of `WRAPPERS` stood in a name.
+    """
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = state[1] if state[1] in ("<", ">") else ""
+    tensors: dict[str, Stored]
+    classes: tuple[str, ...] = ()
+    wrappers: Mapping[str, int] | None = None
 
-    def real(self) -> np.dtype[Any]:
-        return np.dtype(f"{self.order}{self.code.lstrip('<>|=')}")
-
-
-class _Array:
-    """An array in a pickle: what numpy itself would restore from bytes, it is given as bytes and shape."""
-
-    def __init__(self, *arguments: object) -> None:
-        del arguments
-        self.value = np.empty(0)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _DType) or not isinstance(data, bytes | str):
-            raise pickle.UnpicklingError("GLOBAL numpy.ndarray of objects")
-        content = data.encode("latin1") if isinstance(data, str) else data
-        flat = np.frombuffer(content, dtype.real()).copy()  # which may be written to, as torch wants it
-        self.value = flat.reshape(tuple(int(side) for side in shape), order="F" if fortran else "C")
+    def notes(self) -> list[str]:
+        """What was not read, in words."""
+        said = []
+        if self.classes:
+            shown = ", ".join(printable(name)[:100] for name in self.classes[:6])
+            more = f" … and {len(self.classes) - 6} more" if len(self.classes) > 6 else ""
+            said.append(f"not made  objects of {len(self.classes)} classes: {shown}{more}")
+        if self.wrappers:
+            counts = ", ".join(f"{name} ({count} ×)" for name, count in self.wrappers.items())
+            said.append(f"wrappers  left out of the names: {counts}")
+        return said
 
 
-def _from_buffer(content: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", bytes(content)))
-    return array
+def unwrapped(name: str) -> str:
+    """A tensor's name without `WRAPPERS`."""
+    return WRAPPERS.sub("", name)
 
 
-def _scalar(dtype: _DType, content: bytes | str) -> float:
-    data = content.encode("latin1") if isinstance(content, str) else content
-    return float(np.frombuffer(data, dtype.real())[0])
+def read_tensors(path: Path) -> Contents:
+    """Find the tensors of a ``.safetensors`` file, a ``torch.save`` file, or a pickle (Detectron2's ``.pkl``).
 
-
-class _NoArray:
-    """What a pickle calls numpy.ndarray; the arrays are made by `_Array`."""
-
-
-def _encode(text: str, coding: str) -> bytes:
-    if coding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the coding {coding!r}")
-    return text.encode("latin1")
-
-
-def _no_bytes(*content: object) -> bytes:
-    if content:
-        raise pickle.UnpicklingError("GLOBAL bytes")
-    return b""
-
-
-# Names in pickles of numpy 1 and 2, and what is carried out instead: numpy's own functions trust their input.
-ARRAYS: dict[str, Any] = {
-    **{f"{module}.multiarray._reconstruct": _Array for module in ("numpy.core", "numpy._core")},
-    **{f"{module}.multiarray.scalar": _scalar for module in ("numpy.core", "numpy._core")},
-    **{f"{module}.numeric._frombuffer": _from_buffer for module in ("numpy.core", "numpy._core")},
-    "numpy.ndarray": _NoArray,
-    "numpy.dtype": _DType,
-    "_codecs.encode": _encode,
-    "__builtin__.bytes": _no_bytes,
-    "collections.OrderedDict": collections.OrderedDict,
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """What a global in the pickle stands for; anything but arrays and containers is refused."""
-        full = f"{module}.{name}"
-        if full in ARRAYS:
-            return ARRAYS[full]
-        raise pickle.UnpicklingError(f"GLOBAL {full}")
-
-
-def read_tensors(path: Path) -> Any:
-    """Read a ``.safetensors`` file, a ``torch.save`` file, or a pickle of numpy arrays (Detectron2's ``.pkl``).
-
-    Files of torch's zip format and safetensors are mapped: what is not used is not read.
+    Their numbers are read when they are asked for.
 
     Raises:
-        CheckpointError: If the file is missing, truncated, or a pickle that asks for more than tensors, arrays and
-            containers; the message names what it asks for.
+        CheckpointError: If the file is missing, damaged, holds no tensors, two of one name, or a pickle that asks for
+            functions that act on the machine; the message names what it asks for.
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, a checkpoint file was expected")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from None
+        return _named(list(_safetensors(path)), (), path)
     try:
-        if zipfile.is_zipfile(path) or _starts_with(path, LEGACY_TORCH):
-            return _torch_file(path)
-        return _arrays(path)
-    except pickle.UnpicklingError as error:
-        asked = next((line.split("GLOBAL", 1)[1] for line in str(error).splitlines() if "GLOBAL" in line), None)
-        if asked is None and "weights_only" in str(error):  # torch's words, with advice that is not ours
-            raise CheckpointError(
-                f"{path}: refused or damaged: it is no file of tensors and plain containers"
-            ) from None
-        if asked is None:
-            raise CheckpointError(f"{path}: truncated or not a checkpoint") from None
-        name = asked.split(" was not")[0].strip()
+        pickled = _pickled(path)
+        leaves = list(_leaves(pickled.content, "", Holding()))
+    except Refused as error:
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors, arrays and plain containers: {name}. Nothing of it was run. If "
-            f"you trust the file, load it with its own code and save its state dict alone"
+            f"{path}: refused, it holds more than tensors, arrays and plain containers: {printable(str(error))[:200]}. "
+            f"Nothing of it was run. If you trust the file, load it with its own code and save its state dict alone"
         ) from None
-    except Exception as error:  # torch's reader raises anything at all on a damaged file
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({_first_line(error)})") from None
+    except Damaged as error:
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({printable(str(error))[:300]})") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: its containers are nested too deeply") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: asks for more memory than there is") from None
+    return _named(leaves, pickled.classes, path)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _named(leaves: list[tuple[str, Stored]], classes: tuple[str, ...], path: Path) -> Contents:
+    wrappers = Counter(found for name, _ in leaves for found in WRAPPERS.findall(name))
+    tensors = {unwrapped(name): stored for name, stored in leaves}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    if len(tensors) < len(leaves):
+        count = Counter(unwrapped(name) for name, _ in leaves)
+        twice = [name for name, number in count.items() if number > 1]
+        more = f" … and {len(twice) - 4} more" if len(twice) > 4 else ""
+        raise CheckpointError(
+            f"{path}: several tensors have the same way through its containers: {', '.join(twice[:4])}{more}"
+        )
+    return Contents(tensors, classes, wrappers)
 
 
-def _starts_with(path: Path, magic: bytes) -> bool:
+def _pickled(path: Path) -> Pickled:
+    if is_zip(path):
+        return read_zip(path)
     with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+        if not path.stat().st_size:
+            raise Damaged("the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if is_legacy(path):
+                return read_legacy(content, path)  # type: ignore[arg-type]  # it reads as a file does
+            if content[:2] == b"\x1f\x8b":
+                raise Damaged("compressed with gzip; unpack it first")
+            if content[257:262] == b"ustar":
+                raise Damaged("a tar archive: unpack it first, or save it again with torch of today")
+            return Pickled(*load(content, embedded=embedded))  # type: ignore[arg-type]
 
 
-def _torch_file(path: Path) -> Any:
-    inert = [(type(name.rsplit(".", 1)[1], (_Inert,), {}), name) for name in INERT]
-    arrays = [(value, name) for name, value in ARRAYS.items() if not name.startswith("collections")]
-    allowed: list[Any] = [argparse.Namespace, collections.defaultdict, *inert, *arrays]
-    with torch.serialization.safe_globals(allowed):
-        return _restored(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
+    try:
+        file: Any = safe_open(path, framework="pt")
+        with file:
+            names = list(file.keys())
+            parts = {name: file.get_slice(name) for name in names}
+            described = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({printable(str(error))[:300]})") from None
+
+    def reader(name: str) -> Any:
+        def read() -> torch.Tensor:
+            with safe_open(path, framework="pt") as again:
+                tensor: torch.Tensor = again.get_tensor(name)
+            return tensor
+
+        return read
+
+    for name in names:
+        shape, code = described[name]
+        dtype = DTYPES.get(code)
+        yield (
+            _name("", name),
+            Stored(shape, dtype, reader(name)) if dtype else odd(f"a tensor of the format {printable(code)}"),
+        )
 
 
-def _arrays(path: Path) -> Any:
-    with path.open("rb") as file:
-        return _restored(_ArraysOnly(file, encoding="latin1").load())
+# --- the way through the containers ----------------------------------------------------------------------------------
 
 
-def _restored(content: Any) -> Any:
-    if isinstance(content, _Array):
-        return content.value
+class Holding:
+    """Which containers hold tensors; each is looked at once, however often it is referred to."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, bool] = {}
+        self.leaves = 0
+
+    def __call__(self, content: object, depth: int = 0) -> bool:
+        """Whether a value is a tensor or holds one at any depth."""
+        if isinstance(content, Stored):
+            return True
+        if not isinstance(content, dict | list | tuple | Inert) and _array(content) is None:
+            return False
+        if depth > MAX_DEPTH:
+            raise Damaged(f"containers nested more than {MAX_DEPTH} deep")
+        if id(content) not in self.known:
+            self.known[id(content)] = False  # a container within itself adds nothing
+            self.known[id(content)] = _array(content) is not None or any(
+                self(part, depth + 1) for part in _parts(content)
+            )
+        return self.known[id(content)]
+
+
+def _array(content: object) -> Stored | None:
+    value = getattr(content, "value", None) if type(content).__name__ == "_Array" else None
+    return value if isinstance(value, Stored) else None
+
+
+def _parts(content: object) -> list[object]:
     if isinstance(content, dict):
-        return {key: _restored(value) for key, value in content.items()}
+        return list(content.values())
+    if isinstance(content, Inert):
+        return [*content.parts, *content.items.values(), content.state]
+    return list(content) if isinstance(content, list | tuple) else []
+
+
+def _leaves(content: object, where: str, holds: Holding, depth: int = 0) -> Iterator[tuple[str, Stored]]:
+    """Every tensor in nested containers, with its way through them."""
+    value = content if isinstance(content, Stored) else _array(content)
+    if value is not None:
+        holds.leaves += 1
+        if holds.leaves > MAX_TENSORS:
+            raise Damaged(f"more than {MAX_TENSORS:,} tensors, counting one as often as it is referred to")
+        yield where, value
+        return
+    if not holds(content, depth):
+        return
+    if depth > MAX_DEPTH:
+        raise Damaged(f"containers nested more than {MAX_DEPTH} deep")
+    for key, part in _entries(content, where):
+        if part is None:
+            yield _name(where, key), odd("None where a tensor should be")
+        elif isinstance(part, _Hidden):
+            yield where or part.label, odd(f"an object of the class {printable(part.label)[:100]} that holds tensors")
+        else:
+            yield from _leaves(part, _name(where, key), holds, depth + 1)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    label: str
+
+
+def _entries(content: object, where: str) -> Iterator[tuple[object, object]]:
     if isinstance(content, list | tuple):
-        return [_restored(value) for value in content]
-    return content
+        yield from enumerate(content)
+        return
+    if isinstance(content, Inert):
+        module = _of_module(content.state)
+        if module is not None:
+            yield from module
+            return
+        hidden = Inert(*content.parts)
+        hidden.state = content.state
+        if not content.items or Holding()(hidden):
+            yield "", _Hidden(content.label)
+            return
+    items: Mapping[object, object] = content.items if isinstance(content, Inert) else content  # type: ignore[assignment]
+    tensors = sum(isinstance(value, Stored) for value in items.values())
+    for key, value in items.items():
+        if value is not None or 2 * tensors > len(items):
+            yield key, value
+    del where
+
+
+def _of_module(state: object) -> Iterator[tuple[object, object]] | None:
+    """The tensors of a network that was pickled whole, as its ``state_dict()`` has them."""
+    if not isinstance(state, dict):
+        return None
+    parts = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]
+    if not all(isinstance(part, dict) for part in parts):
+        return None
+    return ((key, value) for part in parts for key, value in part.items() if value is not None)  # type: ignore[union-attr]
+
+
+def _name(where: str, key: object) -> str:
+    if isinstance(key, int) and not isinstance(key, bool) and abs(key) >= 1 << 63:
+        raise Damaged(f"an integer of {key.bit_length():,} bits as a key")
+    text = printable(key if isinstance(key, str) else repr(key) if isinstance(key, bytes | tuple) else str(key))
+    name = f"{where}.{text}" if where else text
+    if len(name) > MAX_NAME:
+        raise Damaged(f"a name of {len(name):,} characters, which begins with {name[:80]}")
+    return name
 
 
 def digest(path: Path) -> str:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,9 +35,11 @@ from transfer.checkpoints.account import (
     some,
     sort_tensors,
     trunk_names,
+    twins,
 )
 from transfer.checkpoints.names import COUNTER, DETECTRON2
 from transfer.checkpoints.safe_read import digest, read_tensors
+from transfer.checkpoints.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
     """
     lines = [f"file      {path} ({path.stat().st_size / 1e6:,.1f} MB)"] if path.is_file() else []
     problem: CheckpointError | None = None
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     account: Account | None = None
     try:
         source = read_source(path, reading)
@@ -112,7 +112,7 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
     except CheckpointError as error:
         problem = error
     if account is None or every:
-        tensors = _all_tensors(path)
+        tensors = read_tensors(path).tensors
     if account is None:
         try:
             account = sort_tensors(tensors, recognise(tensors, reading, path))
@@ -124,14 +124,20 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
         fate = "unknown"
         if account is not None:
             fate = account.used.get(name) or account.left_out.get(name) or fate
-        lines.append(f"  {name}  {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}  {fate}")
+        lines.append(f"  {name}  {tensor}  {fate}")
     return "\n".join(lines), problem
 
 
 def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneInfo, Account]:
-    tensors = _all_tensors(path)
-    found = recognise(tensors, reading, path)
-    account = sort_tensors(tensors, found)
+    contents = read_tensors(path)
+    tensors = contents.tensors
+    try:
+        found = recognise(tensors, reading, path)
+    except CheckpointError:
+        _refuse_odd(tensors, list(tensors), path)
+        raise
+    account = replace(sort_tensors(tensors, found), notes=tuple(contents.notes()))
+    _refuse_odd(tensors, [*account.used, *account.unknown], path)
     if account.unknown:
         outside = not any(name.startswith(found.prefix) for name in account.unknown)
         remedy = f". --prefix {found.prefix!r} leaves out all that stands elsewhere" if outside else ""
@@ -145,11 +151,14 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
         raise CheckpointError(f"{path}: {len(twice)} trunk tensors have two sources each, for example {some(both)}")
     other = {name: tensors[name].dtype for name, ours in account.used.items() if not ours.endswith(COUNTER)}
     odd = [
-        f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in other.items() if not dtype.is_floating_point
+        f"{name} ({str(dtype).removeprefix('torch.')})"
+        for name, dtype in other.items()
+        if dtype is None or not dtype.is_floating_point
     ]
     if odd:
         raise CheckpointError(f"{path}: weights that are no floating-point numbers: {some(odd)}")
-    state = {ours: _plain(tensors[theirs]) for theirs, ours in account.used.items()}
+    _require_equal_twins(tensors, found, account, path)
+    state = {ours: _plain(_read(tensors[theirs], theirs, path)) for theirs, ours in account.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else named_recipe(reading.arch)
     expected = trunk_names(recipe)
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
@@ -176,29 +185,28 @@ def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
     return hashlib.sha256(f"{digest(path)} {prefix} {recipe.arch}".encode()).hexdigest()[:12]
 
 
-def _all_tensors(path: Path) -> dict[str, Tensor]:
-    listed = list(_tensors(read_tensors(path)))
-    tensors = dict(listed)
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
-    if len(tensors) < len(listed):
-        twice = [name for name, count in Counter(name for name, _ in listed).items() if count > 1]
-        raise CheckpointError(f"{path}: several tensors have the same way through its containers: {some(twice)}")
-    return tensors
+def _refuse_odd(tensors: Mapping[str, Stored], names: Sequence[str], path: Path) -> None:
+    strange = [name for name in names if tensors[name].odd]
+    if strange:
+        more = f" (and {len(strange) - 1} more such places)" if len(strange) > 1 else ""
+        raise CheckpointError(f"{path}: refused: {strange[0]} is {tensors[strange[0]].odd}{more}")
 
 
-def _tensors(content: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor and array in nested containers, with its way through them."""
-    if isinstance(content, Tensor):
-        yield where, content
-    elif isinstance(content, np.ndarray) and content.dtype.kind in "fiub":
-        yield where, torch.from_numpy(np.ascontiguousarray(content)).reshape(content.shape)
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            yield from _tensors(value, f"{where}.{key}" if where else str(key))
-    elif isinstance(content, list | tuple):
-        for number, value in enumerate(content):
-            yield from _tensors(value, f"{where}.{number}" if where else str(number))
+def _require_equal_twins(tensors: Mapping[str, Stored], found: Found, account: Account, path: Path) -> None:
+    for name, taken in twins(found, account.left_out).items():
+        if taken in account.used and not torch.equal(
+            _read(tensors[name], name, path), _read(tensors[taken], taken, path)
+        ):
+            raise CheckpointError(
+                f"{path}: {name} and {taken} should be one tensor by two names, and differ; choose with --prefix"
+            )
+
+
+def _read(stored: Stored, name: str, path: Path) -> Tensor:
+    try:
+        return stored.read()
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {name} {str(error).splitlines()[0]}") from None
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -247,6 +255,13 @@ def _fresh_statistics(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     ]
     if not fresh:
         return ()
+    folded = [name for name in fresh if f"{name}.bias" in state and bool(state[f"{name}.bias"].any())]
+    if len(fresh) == len(means) and len(folded) == len(means):
+        return (
+            "every batch normalisation has a trained bias and the statistics of initialisation, as in models converted from "
+            "Caffe (MSRA's ResNet-50): those take BGR images and have the stride in the first 1×1 convolution, and are then "
+            "another network than the one written here",
+        )
     return (
         f"{len(fresh)} of {len(means)} batch normalisations have the statistics of initialisation ({some(fresh, 2)}): "
         f"this network never saw a batch in training mode, or its statistics were not saved",

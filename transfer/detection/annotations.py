@@ -175,7 +175,7 @@ def _check_sizes(pictures: Sequence[Picture]) -> None:
     with ThreadPoolExecutor(8) as pool:
         problems = [found for found in pool.map(problem, pictures) if found is not None]
     if problems:
-        raise DataError(listed(problems))
+        raise DataError(*listed(problems))
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------

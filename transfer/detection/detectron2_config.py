@@ -46,8 +46,9 @@ def require_detectron2() -> None:
             import detectron2.engine  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"engine: detectron2 does not import here ({error}). Install it with\n  {INSTALL}\n"
-            f"or put its source tree on PYTHONPATH; engine=torchvision runs the same network and procedure without it"
+            f"engine: detectron2 does not import here ({error}). Install it with",
+            f"  {INSTALL}",
+            "or put its source tree on PYTHONPATH; engine=torchvision runs the same network and procedure without it",
         ) from None
 
 
