@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 
 from engine import cifar
-from engine.config import Recipe, operational
+from engine.config import Recipe, added, operational
 from engine.distributed import world
 from engine.errors import DataError, listed
+from engine.texts import read_text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -31,6 +32,10 @@ class DataRecipe(Recipe):
     that holds ``cifar-10-python.tar.gz``, ``cifar-100-python.tar.gz`` or what they unpack to is read as that archive.
     ``storage: stream`` decodes in worker processes at every epoch; ``storage: resident`` decodes a small data set once
     and keeps it on the device (all images must have one size).
+
+    A root that itself holds the class folders is read as its only split. ``holdout`` is the part of every class that makes
+    the test split where the data have none, drawn with ``holdout_seed``; the rest is the training split. ``allow_overlap``
+    lets images be trained and tested on.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -39,11 +44,17 @@ class DataRecipe(Recipe):
     test: str | None = "val"
     storage: Literal["stream", "resident"] = "stream"
     num_workers: int = operational(4, ge=0)
+    holdout: float = added(0.0, ge=0, lt=1)
+    holdout_seed: int = added(0, ge=0, lt=1 << 63)
+    allow_overlap: bool = added(False)
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataRecipe:
-        if self.train == self.test:
-            raise ValueError(f"train and test are the same folder '{self.train}': a score on it would mean nothing")
+        if self.train == self.test and not self.holdout and not self.allow_overlap:
+            raise ValueError(
+                f"train and test are the same folder '{self.train}': a score on it would mean nothing; "
+                f"allow_overlap: true allows it"
+            )
         return self
 
 
@@ -110,12 +121,25 @@ def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
             does not fit its images.
     """
     folder = data.train if split == "train" else data.test
-    if folder is None:
-        raise DataError(f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}")
+    if folder is None and not data.holdout:
+        raise DataError(
+            f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
+            f"data.holdout=0.2 to keep a fifth of every class for testing"
+        )
+    folder = folder or "val"
     root = Path(data.root).expanduser()
     if not root.exists():
         raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
+    if data.holdout:
+        return _held_out(data, root, split)
     path = root / folder
+    if not path.is_dir() and is_only_split(root):
+        if split == "train":
+            return _image_folder(root)
+        raise DataError(
+            f"{root}: holds class folders itself, and no split to test on: data.holdout=0.2 keeps a fifth of every class "
+            f"for testing"
+        )
     if not path.is_dir() and (archive := cifar.find(root)) is not None:
         return _archived(archive, split)
     if not path.is_dir():
@@ -127,6 +151,53 @@ def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
     if (path / "val_annotations.txt").is_file():
         return _tiny_imagenet_val(path, _class_folders(root / data.train))
     return _image_folder(path)
+
+
+def is_only_split(root: Path) -> bool:
+    """Whether a folder holds class folders with images, and none of the usual splits."""
+    if not root.is_dir() or cifar.find(root) is not None:
+        return False
+    classes = _class_folders(root)
+    return (
+        bool(classes)
+        and not {"train", "val", "test"} & set(classes)
+        and any(_images_in(root / name) for name in classes)
+    )
+
+
+def is_unlabelled(path: Path) -> bool:
+    """Whether a folder holds images and says nothing of their classes, as Tiny-ImageNet's ``test``."""
+    if not path.is_dir() or (path / "val_annotations.txt").is_file():
+        return False
+    folders = _class_folders(path)
+    return (not folders and bool(_images_in(path))) or (folders == ("images",) and bool(_images_in(path / "images")))
+
+
+def _held_out(data: DataRecipe, root: Path, split: Literal["train", "test"]) -> ImageSet:
+    """A part of the training split for testing, of every class alike, or what is left of it for training."""
+    if data.test is not None and (root / data.test).is_dir():
+        raise DataError(
+            f"{root / data.test}: is there, so data.holdout is not needed: leave it out, or set data.test=null to test on "
+            f"a part of '{data.train}' all the same"
+        )
+    if not (root / data.train).is_dir() and cifar.find(root) is not None:
+        raise DataError(f"{root}: a CIFAR archive has a test split of its own; leave data.holdout out")
+    images = open_split(data.model_copy(update={"holdout": 0.0}), "train")
+    generator = torch.Generator().manual_seed(data.holdout_seed)
+    chosen: list[int] = []
+    for label, name in enumerate(images.classes):
+        own = (images.labels == label).nonzero().flatten()
+        num = max(1, round(len(own) * data.holdout))
+        if num >= len(own):
+            raise DataError(
+                f"{images.root}: class '{name}' has {len(own)} images; data.holdout={data.holdout:g} would leave none to "
+                f"train on"
+            )
+        order = torch.randperm(len(own), generator=generator)
+        kept = order[:num] if split == "test" else order[num:]
+        chosen += own[kept.sort().values].tolist()
+    part = images.subset(sorted(chosen))
+    return replace(part, root=images.root / f"({'held out' if split == 'test' else 'not held out'}: {data.holdout:g})")
 
 
 def _archived(archive: cifar.Archive, split: Literal["train", "test"]) -> ImageSet:
@@ -171,7 +242,7 @@ def _tiny_imagenet_val(path: Path, classes: tuple[str, ...]) -> ImageSet:
     paths: list[Path] = []
     labels: list[int] = []
     annotations = path / "val_annotations.txt"
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(annotations).splitlines(), start=1):
         fields = line.split("\t")
         if len(fields) < 2 or fields[1] not in index:
             raise DataError(
@@ -187,12 +258,17 @@ def _tiny_imagenet_val(path: Path, classes: tuple[str, ...]) -> ImageSet:
     return ImageSet(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)
 
 
-def require_same_classes(train: ImageSet, test: ImageSet) -> None:
-    """Refuse a test split whose class folders differ from the training split's.
+def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = False) -> None:
+    """Refuse a test split whose class folders differ from the training split's, or that is the same folder by another name.
 
     Raises:
-        DataError: With the classes that only one of them has.
+        DataError: With the classes that only one of them has, or the folder.
     """
+    if not allow_overlap and train.pixels is None and test.root.resolve() == train.root.resolve():
+        raise DataError(
+            f"{train.root} and {test.root} are the same folder: a score on it would mean nothing. data.allow_overlap=true "
+            f"allows it"
+        )
     if train.classes != test.classes:
         only_train = sorted(set(train.classes) - set(test.classes))[:5]
         only_test = sorted(set(test.classes) - set(train.classes))[:5]

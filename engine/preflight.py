@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from engine import cifar
-from engine.datasets import DataRecipe, ImageSet, file_problem, open_split
+from engine.datasets import DataRecipe, ImageSet, file_problem, is_only_split, is_unlabelled, open_split
 from engine.errors import DataError
 from engine.progress import track
 
@@ -71,6 +71,8 @@ def find_splits(root: Path) -> list[str]:
     splits = [name for name in USUAL_SPLITS if (root / name).is_dir()]
     if not splits and root.exists() and cifar.find(root) is not None:
         return ["train", "test"]
+    if not splits and is_only_split(root):
+        return ["."]
     if not splits:
         there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
         raise DataError(
@@ -137,13 +139,19 @@ def _header(path: Path) -> tuple[int, int]:
         raise DataError(f"{path}: not a readable image ({error})") from None
 
 
-def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[SplitReport], list[str]]:
+def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[SplitReport], list[str], list[str]]:
     """Look at every split, and at what they must have in common.
 
     Returns:
-        The reports, and what is wrong: damaged files, and classes that differ between splits.
+        The reports, what is wrong (damaged files, and classes that differ between splits), and remarks on splits without
+        labels, as Tiny-ImageNet's ``test``.
     """
-    reports = [inspect_split(root.expanduser(), name, quick) for name in splits]
+    root = root.expanduser()
+    without = [name for name in splits if is_unlabelled(root / name)]
+    labelled = [name for name in splits if name not in without]
+    reports = [inspect_split(root, name, quick) for name in labelled]
+    if not reports:
+        raise DataError(f"{root / without[0]}: holds images without class folders; nothing to train or test with")
     problems = [problem for report in reports for problem in report.damaged]
     first = reports[0]
     for report in reports[1:]:
@@ -153,4 +161,4 @@ def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[Spl
                 f"{first.images.root} and {report.images.root} have different classes: {len(differing)} stand in one only, "
                 f"for example {', '.join(differing[:3])}"
             )
-    return reports, problems
+    return reports, problems, [f"{name}  {root / name}\n  images    without labels, not used" for name in without]

@@ -126,9 +126,9 @@ def check_data(
     from engine.errors import DataError, listed
     from engine.preflight import check_data, find_splits
 
-    reports, problems = check_data(root, split or find_splits(root), quick)
-    for report in reports:
-        show(report.describe())
+    reports, problems, remarks = check_data(root, split or find_splits(root), quick)
+    for text in (*(report.describe() for report in reports), *remarks):
+        show(text)
     if problems:
         raise DataError(*listed(problems, 20))
 

@@ -146,7 +146,7 @@ def check_inputs(
     train_images = open_images(recipe.data, "train")
     test_images = open_images(recipe.data, "test") if recipe.monitor is not None else None
     if test_images is not None:
-        require_same_classes(train_images, test_images)
+        require_same_classes(train_images, test_images, recipe.data.allow_overlap)
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
     steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
     if recipe.epochs and warmup >= steps:

@@ -139,7 +139,7 @@ def open_data(
         check_annotations(recipe, test_set.classes)
         return train_set, test_set
     train, test = open_images(recipe.data, "train"), open_images(recipe.data, "test")
-    require_same_classes(train, test)
+    require_same_classes(train, test, recipe.data.allow_overlap)
     if isinstance(recipe, SemisupRecipe):
         train = _labelled(recipe, train)
     if not isinstance(recipe, KnnRecipe) and recipe.batch_size > len(train):

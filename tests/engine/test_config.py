@@ -97,7 +97,7 @@ def test_override_errors_name_the_command_line() -> None:
 
 
 def test_sizes_that_do_not_fit_are_found_before_any_data_is_read() -> None:
-    assert "not a multiple of batch_size 500" in error(CIFAR, "batch_size=500")
+    assert "not a multiple of the 1000 keys of a step (batch_size 500, symmetric)" in error(CIFAR, "batch_size=500")
     assert "3584, 4096" not in error(CIFAR, "batch_size=500")
     assert "does not fit an image" in error(CIFAR, "mix.grid=48")
     assert "equal groups" in error(CIFAR, "framework.bn_splits=7")

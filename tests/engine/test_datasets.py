@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -7,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.datasets import DataRecipe, check_files, decode, open_split, require_same_classes
+from engine.config import fingerprint_of, identity
+from engine.datasets import DataRecipe, check_files, decode, is_only_split, open_split, require_same_classes
 from engine.errors import DataError
+from engine.preflight import check_data, find_splits
+from engine.texts import read_text
 
 
-def recipe(root: Path, **kwargs: str | None) -> DataRecipe:
+def recipe(root: Path, **kwargs: object) -> DataRecipe:
     return DataRecipe.model_validate({"name": "x", "root": str(root), **kwargs})
 
 
@@ -118,3 +123,94 @@ def test_summary_tells_two_sets_of_one_name_apart(mine: Path) -> None:
     assert before["num_images"] == 120
     assert after["num_images"] == 119
     assert before["listing"] != after["listing"]
+
+
+# --- one folder of class folders ---------------------------------------------------------------------------------------
+
+
+def test_a_root_of_class_folders_is_its_only_split(shapes: Path) -> None:
+    root = shapes / "train"
+    assert is_only_split(root)
+    assert not is_only_split(shapes)
+    images = open_split(recipe(root), "train")
+    assert len(images) == 120
+    with pytest.raises(DataError, match=r"no split to test on: data\.holdout=0\.2"):
+        open_split(recipe(root), "test")
+    assert find_splits(root) == ["."]
+    (report,), problems, _ = check_data(root, find_splits(root), quick=True)
+    assert len(report.images) == 120
+    assert not problems
+
+
+@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize("holdout", [0.1, 0.25, 0.5])
+def test_a_part_of_every_class_is_held_out(only: bool, holdout: float, shapes: Path) -> None:
+    data = recipe(shapes / "train", holdout=holdout) if only else recipe(shapes, test=None, holdout=holdout)
+    train, test = open_split(data, "train"), open_split(data, "test")
+    every = open_split(recipe(shapes), "train").paths
+    assert sorted(path.name for path in (*train.paths, *test.paths)) == sorted(path.name for path in every)
+    assert not set(train.paths) & set(test.paths)
+    counts = torch.bincount(test.labels, minlength=10)
+    assert torch.equal(counts, torch.full((10,), max(1, round(12 * holdout))))
+    require_same_classes(train, test)
+    assert open_split(data, "test").paths == test.paths
+    other = data.model_copy(update={"holdout_seed": 1})
+    assert open_split(other, "test").paths != test.paths
+    assert fingerprint_of(identity(data)) != fingerprint_of(identity(other))
+
+
+def test_holding_out_what_cannot_be_is_refused(mine: Path) -> None:
+    with pytest.raises(DataError, match=r"val: is there, so data\.holdout is not needed"):
+        open_split(recipe(mine, holdout=0.2), "test")
+    one = mine / "train" / "striped-star"
+    for path in sorted(one.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match=r"class 'striped-star' has 1 images; .* none to train on"):
+        open_split(recipe(mine, test=None, holdout=0.2), "train")
+
+
+def test_new_fields_do_not_change_old_fingerprints(shapes: Path) -> None:
+    assert not {"holdout", "holdout_seed", "allow_overlap"} & identity(recipe(shapes)).keys()
+
+
+def test_one_folder_by_two_names_is_refused(mine: Path) -> None:
+    (mine / "again").symlink_to(mine / "train")
+    train, test = (open_split(recipe(mine, test="again"), split) for split in ("train", "test"))
+    with pytest.raises(DataError, match=r"are the same folder: .* data\.allow_overlap=true"):
+        require_same_classes(train, test)
+    require_same_classes(train, test, allow_overlap=True)
+    assert recipe(mine, test="train", allow_overlap=True).test == "train"
+
+
+def test_images_without_labels_are_no_split(mine: Path) -> None:
+    """Tiny-ImageNet's test folder holds a folder of images and nothing else."""
+    (mine / "test" / "images").mkdir(parents=True)
+    shutil.copy(next((mine / "train" / "striped-star").iterdir()), mine / "test" / "images")
+    reports, problems, remarks = check_data(mine, find_splits(mine), quick=True)
+    assert [report.name for report in reports] == ["train", "val"]
+    assert not problems
+    assert remarks == [f"test  {mine / 'test'}\n  images    without labels, not used"]
+
+
+def test_lists_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"a\nb\xe4c\n")
+    with pytest.raises(DataError, match=r"list\.txt, line 2: the byte 0xe4 is no UTF-8"):
+        read_text(tmp_path / "list.txt")
+    (tmp_path / "list.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=r"list\.gz: truncated or not a gzip file"):
+        read_text(tmp_path / "list.gz")
+    (tmp_path / "list.gz").write_bytes(gzip.compress(b"x" * 5000)[:-9])
+    with pytest.raises(DataError, match=r"list\.gz: truncated or not a gzip file"):
+        read_text(tmp_path / "list.gz")
+    (tmp_path / "list.gz").write_bytes(gzip.compress(b"x" * 5000))
+    with pytest.raises(DataError, match="unpacks to more than 100 bytes"):
+        read_text(tmp_path / "list.gz", 100)
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in (
+        ("pipe", "no regular file"),
+        (".", "is a folder"),
+        ("x" * 300, "name too long"),
+        ("no", "No such"),
+    ):
+        with pytest.raises(DataError, match=f"(?i){said}"):
+            read_text(tmp_path / name)

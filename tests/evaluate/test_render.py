@@ -21,6 +21,7 @@ from evaluate.collect import Run
 from evaluate.paper import methods_by_protocols
 from evaluate.render import form_of, render, render_all
 from evaluate.results import results_of
+from evaluate.spreadsheet import safe_cell
 from evaluate.tables import Table, build
 from tests.evaluate.made import backbone, laboratory, transfer
 from tests.evaluate.test_tables import IDS, table_of
@@ -108,7 +109,8 @@ def check_csv(name: str) -> None:
     rows = list(csv.DictReader(io.StringIO(render(hostile_table(name), "csv"))))
     assert len(rows) == 1
     assert rows[0]["row"].split(" / ")[1:2] == [printable(name)] or " / " in name
-    assert rows[0]["column"] == f"{printable(name)} / kNN top-1"
+    assert rows[0]["column"] == safe_cell(f"{printable(name)} / kNN top-1")
+    assert not rows[0]["column"].startswith(("=", "+", "-", "@"))
 
 
 def split_markdown(line: str) -> list[str]:

@@ -18,8 +18,12 @@ from PIL import Image, UnidentifiedImageError
 
 from engine.datasets import check_files
 from engine.errors import DataError, listed
+from engine.progress import say
+from engine.texts import read_bytes, read_text
+from transfer.detection.coco_checks import check_document
 from transfer.detection.recipe import DetectRecipe
 
+MAX_XML = 1 << 26
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
@@ -118,12 +122,38 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
     train, test = _read(recipe, recipe.data.train, classes), _read(recipe, recipe.data.test, classes)
     if train.classes != test.classes:
         raise DataError(f"{root}: the classes of {recipe.data.train} and {recipe.data.test} differ")
+    if not recipe.data.allow_overlap:
+        _require_apart(recipe, train, test)
     pictures = {picture.path: picture for split in (train, test) for picture in split.pictures}
     check_files(list(pictures))
     _check_sizes(list(pictures.values()))
     if not any(not (i.difficult or i.crowd) for picture in test.pictures for i in picture.instances):
         raise DataError(f"{root}: the test pictures of {', '.join(recipe.data.test)} have no object to be found")
     return train.for_training(recipe.masks), test
+
+
+def _require_apart(recipe: DetectRecipe, train: DetectionSet, test: DetectionSet) -> None:
+    """Refuse to test on pictures that were trained on, also where one folder is reached by two names."""
+    for split, names in ((train, recipe.data.train), (test, recipe.data.test)):
+        twice = [path for path, count in Counter(_resolved(split)).items() if count > 1]
+        if twice:
+            raise DataError(f"{twice[0]}: stands twice in {', '.join(names)}; list every split once")
+    both = set(_resolved(train)) & set(_resolved(test))
+    if both:
+        raise DataError(
+            f"{min(both)}: is a training and a test picture, as are {len(both) - 1} more of "
+            f"{', '.join(recipe.data.train)} and {', '.join(recipe.data.test)}: a score on it would mean nothing. "
+            f"data.allow_overlap=true allows it"
+        )
+
+
+def _resolved(pictures: DetectionSet) -> list[Path]:
+    """The pictures' files by their only names; folders are resolved once."""
+    folders = {folder: folder.resolve() for folder in {picture.path.parent for picture in pictures.pictures}}
+    return [
+        picture.path.resolve() if picture.path.is_symlink() else folders[picture.path.parent] / picture.path.name
+        for picture in pictures.pictures
+    ]
 
 
 def open_test(recipe: DetectRecipe) -> DetectionSet:
@@ -192,7 +222,7 @@ def _read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] | None) 
             raise DataError(
                 f"{listing}: no such image list (split '{split}'). Lists there: {', '.join(there) or 'none'}"
             )
-        names = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
         if not names:
             raise DataError(f"{listing}: empty")
         found += [(folder, f"{year}/{image}", image) for image in names]
@@ -229,7 +259,7 @@ def _parse_xml(
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file")
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.fromstring(read_bytes(path, MAX_XML))
         size = (int(_text(root, "size/width")), int(_text(root, "size/height")))
         objects = []
         for node in root.iter("object"):
@@ -237,7 +267,12 @@ def _parse_xml(
             difficult = node.findtext("difficult", "0").strip() == "1"
             objects.append((_text(node, "name"), (left - 1, top - 1, right, bottom), difficult))
         return size, objects
-    except (ElementTree.ParseError, ValueError) as error:
+    except (
+        ElementTree.ParseError,
+        ValueError,
+        LookupError,
+        OverflowError,
+    ) as error:  # LookupError: an unknown encoding
         raise DataError(f"{path}: damaged annotation ({error})") from None
 
 
@@ -259,15 +294,15 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None,
     files = tuple(root / "annotations" / f"instances_{split}.json" for split in splits)
     for split, file in zip(splits, files, strict=True):
         document = _load_json(file)
+        remark = check_document(document, file, evaluated)
+        if remark is not None:
+            say(remark)
         try:
             categories = sorted(document["categories"], key=lambda c: int(c["id"]))
             found = tuple(str(c["name"]) for c in categories)
             if names and found != names:
                 raise DataError(f"{file}: its categories differ from those of {files[0]}")
             names, ids = found, tuple(int(c["id"]) for c in categories)
-            _check_ids(document, file)
-            if evaluated:
-                _check_evaluated(document, file)
             pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file, evaluated)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: not a COCO annotation file ({type(error).__name__}: {error})") from None
@@ -280,39 +315,15 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None,
     return DetectionSet(tuple(pictures), names, files, ids)
 
 
-def _check_ids(document: Any, file: Path) -> None:
-    """Image and annotation ids tell them apart, so they must differ; COCO's evaluation takes an annotation 0 for none."""
-    for kind, least in (("images", 0), ("annotations", 1)):
-        ids = [item["id"] for item in document[kind]]
-        wrong = next((i for i in ids if not isinstance(i, int) or i < least), None)
-        if wrong is not None:
-            raise DataError(f"{file}: {kind} with the id {wrong!r}; whole numbers from {least} are valid")
-        if len(set(ids)) < len(ids):
-            twice = next(i for i, count in Counter(ids).items() if count > 1)
-            raise DataError(f"{file}: several {kind} have the id {twice}")
-
-
-def _check_evaluated(document: Any, file: Path) -> None:
-    for item in document["annotations"]:
-        absent = [key for key in ("area", "iscrowd", "segmentation", "bbox", "category_id") if key not in item]
-        if absent:
-            raise DataError(
-                f"{file}: annotation {item['id']} has no {', '.join(absent)}, which COCO's evaluation needs"
-            )
-        outline = item["segmentation"]
-        if isinstance(outline, list) and not (outline and all(len(p) >= 6 and len(p) % 2 == 0 for p in outline)):
-            raise DataError(
-                f"{file}: annotation {item['id']} has an outline of fewer than three points: no mask to evaluate"
-            )
-
-
 def _load_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: truncated or not JSON ({error})") from None
+    except RecursionError:
+        raise DataError(f"{path}: not a COCO annotation file: nested too deeply") from None
 
 
 def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Path, evaluated: bool) -> list[Picture]:

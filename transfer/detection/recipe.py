@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config import Recipe, operational
+from engine.config import Recipe, added, operational
 
 Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[int, Field(ge=1)]
@@ -18,7 +18,7 @@ class DetectionData(Recipe):
 
     VOC: ``root`` is a VOCdevkit and a split is ``2007/trainval`` (VOC2007/ImageSets/Main/trainval.txt). COCO: a split is
     ``train2017`` (annotations/instances_train2017.json and the folder train2017). ``classes: null`` takes the names found
-    in the annotations.
+    in the annotations. ``allow_overlap`` lets pictures be trained and tested on, as to see a detector overfit.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -27,6 +27,21 @@ class DetectionData(Recipe):
     test: tuple[str, ...] = Field(min_length=1)
     classes: tuple[str, ...] | None = None
     num_workers: int = operational(4, ge=0)
+    allow_overlap: bool = added(False)
+
+    @model_validator(mode="after")
+    def _listed_once(self) -> DetectionData:
+        for key in ("train", "test", "classes"):
+            values = getattr(self, key) or ()
+            twice = [value for value in values if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{key} lists '{twice[0]}' twice")
+        both = sorted(set(self.train) & set(self.test))
+        if both and not self.allow_overlap:
+            raise ValueError(
+                f"train and test both list '{both[0]}': a score on it would mean nothing; allow_overlap: true allows it"
+            )
+        return self
 
 
 class RPNRecipe(Recipe):

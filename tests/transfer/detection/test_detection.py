@@ -229,7 +229,7 @@ def test_coco_trouble_is_found_before_training(coco: Path, tmp_path: Path) -> No
             open_detection(recipe)
 
     expect("not a COCO annotation file", images=3)
-    rle = {**whole["annotations"][0], "segmentation": {"size": [72, 96], "counts": [0, 6912]}}
+    rle = {**whole["annotations"][0], "segmentation": {"size": [96, 72], "counts": [0, 6912]}}
     expect("has a run-length mask and is no crowd", annotations=[rle])
     expect("which is not listed", images=whole["images"][1:])
     expect("has the unknown category", categories=whole["categories"][1:])
@@ -247,7 +247,7 @@ def test_crowds_and_empty_pictures_are_not_trained_on(coco: Path, tmp_path: Path
     for annotation in document["annotations"]:
         if annotation["image_id"] == 1:
             annotation["iscrowd"] = 1
-            annotation["segmentation"] = {"size": [72, 96], "counts": [0, 6912]}
+            annotation["segmentation"] = {"size": [96, 72], "counts": [0, 6912]}
     file.write_text(json.dumps(document))
     train, _ = open_detection(recipe_of(COCO, tmp_path / "mine", tmp_path))
     assert len(train) == 11

@@ -1,0 +1,61 @@
+"""Reading text files that others wrote: lists, annotations, configs."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+import zlib
+from pathlib import Path
+
+from engine.errors import DataError
+
+LARGEST = 1 << 32
+
+
+def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
+    """The content of a regular file; a ``.gz`` is unpacked.
+
+    Raises:
+        DataError: If it is missing, no regular file (a pipe would never end), larger than ``limit`` bytes, not readable,
+            or a ``.gz`` that is none.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise DataError(f"{path}: is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
+    with open(handle, "rb") as file:
+        if status.st_size > limit:
+            raise DataError(f"{path}: has {status.st_size:,} bytes; at most {limit:,} are read")
+        try:
+            if path.suffix != ".gz":
+                return file.read()
+            with gzip.open(file) as unpacked:
+                content = unpacked.read(limit + 1)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: truncated or not a gzip file ({error})") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(content) > limit:
+        raise DataError(f"{path}: unpacks to more than {limit:,} bytes")
+    return content
+
+
+def read_text(path: Path, limit: int = LARGEST) -> str:
+    """The text of a UTF-8 file; see `read_bytes`.
+
+    Raises:
+        DataError: If it is not UTF-8, with the line and the byte, or as `read_bytes`.
+    """
+    content = read_bytes(path, limit)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is no UTF-8; save the file as UTF-8"
+        ) from None
