@@ -22,7 +22,7 @@ from engine.augment import Normalization
 from engine.config import Recipe
 from engine.errors import CheckpointError, ConfigError
 from engine.heads import Head, HeadInfo
-from engine.records import Method, check_recipe_shape
+from engine.records import Fingerprint, Label, Method, check_recipe_shape
 from engine.storage import write_atomic
 
 Stem = Literal["standard", "cifar"]
@@ -147,13 +147,13 @@ class BackboneInfo(BaseModel):
 
     arch: Arch
     stem: Stem
-    framework: str
+    framework: Label
     method: Method
-    fingerprint: str
-    lineage: str
-    dataset: str | None = None
-    epochs: float | None = Field(None, ge=0, allow_inf_nan=False)
-    seed: int | None = None
+    fingerprint: Fingerprint
+    lineage: Fingerprint
+    dataset: Label | None = None
+    epochs: float | None = Field(None, ge=0, le=1e9, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
     pretraining: dict[str, Any] = {}
     normalization: Normalization = "imagenet"
     head: HeadInfo | None = None

@@ -19,7 +19,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
+from engine.texts import read_text
 
 R = TypeVar("R", bound="Recipe")
 
@@ -49,6 +50,8 @@ def added(default: Any, **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"identity": "unless default"}, **kwargs)
 
 
+MAX_CONFIG, MAX_VALUES = 10_000_000, 100_000  # bytes of a config file, values in it
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +79,10 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
+        _require_small(text, source)
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
     except (ValueError, TypeError) as error:  # PyYAML's own, for an impossible date or a mapping as a key
         lines = str(error).splitlines() or [type(error).__name__]
         raise ConfigError(f"{source}: not valid YAML: {lines[0]}", *lines[1:]) from None
@@ -84,6 +90,27 @@ def _parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{source}{place}: not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _require_small(text: str, source: str) -> None:
+    """Refuse a text whose references to itself (YAML's aliases) expand to more than anyone writes."""
+    if "*" not in text or "&" not in text:
+        return
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_VALUES + 1  # what is met again within itself has no end
+            inner = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+            flat = (one for part in inner for one in (part if isinstance(part, tuple) else (part,)))
+            sizes[id(node)] = min(1 + sum(map(size, flat)), MAX_VALUES + 1)
+        return sizes[id(node)]
+
+    node = yaml.compose(text, Loader=_Loader)
+    if node is not None and size(node) > MAX_VALUES:
+        raise ConfigError(
+            f"{source}: its aliases (&name, *name) expand to more than {MAX_VALUES:,} values, or to themselves"
+        )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -125,9 +152,9 @@ def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, An
     if resolved in _chain:
         raise ConfigError(f"{path}: its 'base:' leads back to itself")
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+        text = read_text(path, MAX_CONFIG)
+    except DataError as error:
+        raise ConfigError(*error.args) from None
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(tree).__name__}")

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from engine.errors import DataError
 from engine.storage import write_atomic
+from engine.texts import read_run_file
 
+MAX_FILE, MAX_UNPACKED = 1 << 32, 1 << 34  # bytes
 CLASSES = "predictions.npz"
 MATCHES = {"bbox": "matches_bbox.npz", "segm": "matches_segm.npz"}
 SHEET = "detections.jpg"  # some test pictures with what a detector found
@@ -125,14 +127,21 @@ def _write(path: Path, form: str, **arrays: Any) -> None:
 
 
 def _read(path: Path, form: str, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file; a run with save_predictions: true has one when it is finished")
+    payload = io.BytesIO(read_run_file(path, MAX_FILE))
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with zipfile.ZipFile(payload) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > MAX_UNPACKED:
+            raise DataError(f"{path}: unpacks to {size:,} bytes; at most {MAX_UNPACKED:,} are read")
+        with np.load(payload, allow_pickle=False) as content:
             if str(content["format"]) != form:
                 raise DataError(f"{path}: of the format {content['format']}, {form} was expected")
             return {name: content[name] for name in names}
     except ValueError:  # NumPy would have it loaded as a pickle, which can run code
         raise DataError(f"{path}: damaged (not a NumPy archive of numbers)") from None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # NumPy's reader raises anything at all on a damaged file
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None

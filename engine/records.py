@@ -8,21 +8,25 @@ import platform
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from engine import distributed
-from engine.errors import RunDirectoryError
+from engine.errors import DataError, RunDirectoryError
 from engine.expected import Expectations
 from engine.provenance import code
 from engine.storage import RunDirectory, write_text
+from engine.texts import read_run_file
 
 SCHEMA = 2
 LARGEST = 1e100
+MAX_RECORD = 1 << 26  # bytes
 SCALARS = (str, int, float, bool, type(None))
 
-Method = Literal["vanilla", "mixmask", "unmix", "mixmask+unmix", "mscn", "random", "unknown"]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+Method = Label  # vanilla, mixmask, unmix, mixmask+unmix, mscn, random, unknown, or what somebody calls theirs
+Fingerprint = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 def check_recipe_shape(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +35,10 @@ def check_recipe_shape(recipe: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: With the key.
     """
+    try:
+        json.dumps(recipe, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"a recipe that cannot be written again ({str(error) or type(error).__name__})") from None
     for part in ("mix", "backbone", "framework", "optimizer", "data"):
         if recipe.get(part) is not None and not isinstance(recipe[part], dict):
             raise ValueError(f"{part} is {type(recipe[part]).__name__}, a mapping was expected")
@@ -117,11 +125,16 @@ class Record(BaseModel):
         Raises:
             ValueError: If the file is truncated, is not a record, or is of a newer schema.
         """
-        content = path.read_bytes()
+        try:
+            content = read_run_file(path, MAX_RECORD)
+        except DataError as error:
+            raise ValueError(error.one_line()) from None
         try:
             document = json.loads(content)
         except json.JSONDecodeError as error:
             raise ValueError(f"truncated or not JSON: {error}") from None
+        except RecursionError:
+            raise ValueError("not a record: nested too deeply") from None
         if b"\\ud" in content.lower():  # half a character, which no file can be written with
             json.dumps(document, ensure_ascii=False).encode()
         if not isinstance(document, dict):

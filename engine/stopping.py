@@ -14,7 +14,9 @@ from typing import Any
 from engine import distributed
 from engine.errors import Interrupted, OwnershipLost
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # what a cluster sends before it takes a machine away
+# What a cluster sends before it takes a machine away, and what a terminal sends on Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+PATIENCE = b"\nstopping after this step, with a checkpoint; Ctrl-C again quits at once\n"
 
 
 class StopNow(BaseException):
@@ -24,7 +26,7 @@ class StopNow(BaseException):
 class StopSignals:
     """Turns the signals that ask a process to stop into a question that the loop asks after every step.
 
-    With several processes all get the same answer, whichever of them was signalled.
+    With several processes all get the same answer, whichever of them was signalled. A second Ctrl-C is a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            asked = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self.previous = {number: signal.signal(number, self._note) for number in asked}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,6 +46,11 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one ends everything at once
+            if not self.urgent and distributed.world().is_writer:
+                with contextlib.suppress(OSError):
+                    os.write(2, PATIENCE)
         if self.urgent:
             raise StopNow
 

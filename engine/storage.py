@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,13 +145,22 @@ def require_output_folder(path: Path) -> None:
 
 
 def last_lines(path: Path, size: int = 20_000) -> list[str]:
-    """The lines in the last ``size`` bytes of a text file, the first of them perhaps cut; none if it cannot be read."""
+    """The lines in the last ``size`` bytes of a text file, the first of them perhaps cut; none if it cannot be read.
+
+    A pipe or a device is not read, nor a link that leads out of the file's folder.
+    """
     try:
-        with path.open("rb") as file:
+        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+            return []
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            return []
+        with open(handle, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(file.tell() - size, 0))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
+            return file.read(size).decode(errors="replace").splitlines()
+    except (OSError, RuntimeError):
         return []
 
 

@@ -59,3 +59,18 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
         raise DataError(
             f"{path}, line {line}: the byte 0x{content[error.start]:02x} is no UTF-8; save the file as UTF-8"
         ) from None
+
+
+def read_run_file(path: Path, limit: int) -> bytes:
+    """A file of somebody's run folder: a regular one that lies in it.
+
+    Raises:
+        DataError: As `read_bytes`, or if it is a link that leads out of the folder.
+    """
+    try:
+        leads_out = path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    if leads_out:
+        raise DataError(f"{path}: is a link that leads out of its folder")
+    return read_bytes(path, limit)

@@ -54,7 +54,7 @@ def train(
 
     Raises:
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
-        Interrupted: After SIGTERM or SIGUSR2, when the step has been finished and a checkpoint written.
+        Interrupted: After SIGTERM, SIGUSR2 or Ctrl-C, when the step has been finished and a checkpoint written.
     """
     start = distributed.agreed(lambda: resume(job))
     first = start.step
@@ -133,6 +133,9 @@ def train(
                     say(f"{job.title}: step {done}: warning: {warning}")
                 warned = warning is not None
             due = job.evaluate_every and (done % job.evaluate_every == 0 or done == job.num_steps)
+            if done == job.num_steps:  # what comes now may take long, and a stop in it shall cost no training
+                window.settle()
+                save(job, Start(done, elapsed(), window.sums, to_evaluate=bool(due) and job.evaluate is not None))
             if due and job.evaluate is not None:
                 evaluated = evaluate(done)
             stopped_by = stop.asked() if done < job.num_steps else None

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from engine.config import read_config
 from engine.errors import UserError
 from engine.wording import printable
 from evaluate.collect import Collection, Run, collect, flat, one_run
@@ -118,8 +119,8 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
 def _recipe_file(path: Path) -> dict[str, Any]:
     """The recipe of a run whose record is too old to hold it."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_config(path)[0]
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

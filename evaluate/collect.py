@@ -6,8 +6,8 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +127,7 @@ def collection_of(folder: Path, places: Iterable[tuple[Path, bool]]) -> Collecti
         try:
             runs.append(Run(place, Record.read(file)))
         except (ValueError, OSError, RecursionError) as error:
-            damaged.append((file, str(error).splitlines()[0]))
+            damaged.append((file, (str(error) or type(error).__name__).splitlines()[0]))
     return Collection(folder, tuple(runs), tuple(damaged), tuple(unfinished))
 
 
@@ -151,16 +151,22 @@ def collect(folder: Path) -> Collection:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a' if folder.exists() else 'no such'} folder of runs")
-    collection = collection_of(folder, _run_directories(folder))
+    unreadable: list[tuple[Path, str]] = []
+
+    def listed_as_unreadable(error: OSError) -> None:
+        unreadable.append((Path(str(error.filename)), f"cannot be read ({error.strerror})"))
+
+    found = collection_of(folder, _run_directories(folder, listed_as_unreadable))
+    collection = replace(found, damaged=(*found.damaged, *unreadable))
     if not collection.runs:
         remarks = collection.remarks()
         raise DataError(f"{folder}: no finished run" + " (no record.json in it)" * (not remarks), *remarks.splitlines())
     return collection
 
 
-def _run_directories(folder: Path) -> Iterator[tuple[Path, bool]]:
+def _run_directories(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator[tuple[Path, bool]]:
     """Folders with a record or a recipe, in order, and whether there is a record."""
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
         here = {*files, *folders}
         if "record.json" in here or "recipe.yaml" in here:
@@ -211,7 +217,7 @@ def row(run: Run, per_class: bool = False) -> dict[str, Any]:
     recipe = record.recipe if record.stage == "transfer" else {}
     return {
         **{name: value for name, value in record.metrics.items() if per_class or name.count("/") < 2},
-        "run": str(run.path),
+        "run": printable(str(run.path)),
         **own,
         **ablation(record),
         **flat({"engine": record.settings.get("engine")}),

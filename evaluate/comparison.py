@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
+from engine.wording import printable
 from evaluate.average_precision import THRESHOLDS, compare_detectors
 from evaluate.collect import Collection, Run, frame, one_run, select
 from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name, text_of
@@ -51,15 +52,15 @@ def chosen(collection: Collection, which: str) -> list[Run]:
     runs = [run for run in collection.distinct if run.record.stage == "transfer"]
     if "/" in which and " " not in which and not Path(which).is_dir():
         raise UserError(f"{which}: no such run folder")
-    if which.isidentifier() and which not in METHODS:
-        raise UserError(
-            f'{which}: no such method. Valid: {", ".join(METHODS)}; or a condition, such as "grid_size == 4"'
-        )
-    if which in METHODS:
+    methods = {run.record.method for run in runs}
+    if which.isidentifier() and which not in (*METHODS, *methods):
+        valid = ", ".join((*METHODS, *sorted(methods - {*METHODS})))
+        raise UserError(f'{which}: no such method. Valid: {valid}; or a condition, such as "grid_size == 4"')
+    if which in (*METHODS, *methods):
         found = [run for run in runs if run.record.method == which]
     else:
         kept = {*select(frame(runs), which)["run"]}
-        found = [run for run in runs if str(run.path) in kept]
+        found = [run for run in runs if printable(str(run.path)) in kept]
     if not found:
         present = ", ".join(sorted({run.record.method for run in runs})) or "none"
         raise UserError(f"{which!r}: no transfer run below {collection.folder}; methods there: {present}")

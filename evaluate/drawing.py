@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,21 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "mixmask+unmix": ("#cc79a7", "^", "--"),
     "unknown": ("#56b4e9", "P", ":"),
 }
+OTHERS = (
+    ("#882255", "<", "--"),
+    ("#117733", ">", "-."),
+    ("#332288", "*", "-"),
+    ("#999933", "h", "--"),
+    ("#aa4499", "d", "-."),
+)
+
+
+def style(method: str) -> tuple[str, str, str]:
+    """Colour, marker and dash of a method; somebody's own method has those that its name falls on."""
+    if method in STYLES:
+        return STYLES[method]
+    number = zlib.crc32(method.encode("utf-8", "replace"))
+    return OTHERS[number % len(OTHERS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +106,7 @@ def panels(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> 
 
 def errorbars(panel: Axes, points: Sequence[tuple[Any, float, float, int]], method: str, label: str) -> None:
     """A method's line: x, mean, sample standard deviation (NaN for one run) and number of runs of each point."""
-    colour, marker, dash = STYLES[method]
+    colour, marker, dash = style(method)
     panel.errorbar(
         [at for at, *_ in points],
         [mean for _, mean, *_ in points],

@@ -13,9 +13,11 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from engine.errors import DataError
+from engine.texts import read_run_file
 from evaluate.collect import Run
-from evaluate.drawing import STYLES, Plot, errorbars, finished_plot, legend, panels, short
-from evaluate.names import METHODS, METRICS, name, protocol_name
+from evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
+from evaluate.names import METRICS, method_place, name, protocol_name
 from evaluate.published import Published
 from evaluate.reference import departures, stated
 from evaluate.results import DETECTION, Result, backbone_words, results_of, telling_keys
@@ -35,6 +37,7 @@ DIAGNOSTICS = (
     "uniformity",
     "contrast_accuracy",
 )
+MAX_LOG = 1 << 28  # bytes
 LARGEST = 1e12  # what is larger is damage
 MOST_LINES = 12  # in one panel: more cannot be told apart
 
@@ -71,8 +74,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``log.jsonl`` that are whole; none if there is no such file."""
     entries = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_run_file(path, MAX_LOG).decode(errors="replace").splitlines()
+    except DataError:
         return []
     for line in lines:
         try:
@@ -112,7 +115,7 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
                 scale = (run.record.pretrain_epochs or 0) / last
                 values = [(number_of(entry, "step"), number_of(entry, key)) for entry in logs[run]]
                 finite = [(step * scale, value) for step, value in values if step is not None and value is not None]
-                colour, marker, dash = STYLES[run.record.method]
+                colour, marker, dash = style(run.record.method)
                 every = max(len(finite) // 8, 1)
                 panel.plot(*zip(*finite) if finite else ((), ()), dash, color=colour, lw=1.3, label=labels[run],
                            marker=marker, markevery=every, ms=4)  # fmt: skip
@@ -312,7 +315,7 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
         metrics = [metric for metric in DETECTION if any(r.metric == metric for r in own)]
         figure, (panel, *_) = panels(1, 1, width=max(5.0, 0.35 * len(metrics) * (len(bars) + 1)))
         for number, (pool, there) in enumerate(
-            sorted(bars.items(), key=lambda item: (METHODS.index(item[0][2]), item[0]))
+            sorted(bars.items(), key=lambda item: (method_place(item[0][2]), item[0]))
         ):
             summaries = {m: summarize(values) for m in metrics if (values := [r.value for r in there if r.metric == m])}
             at = [metrics.index(m) + (number - (len(bars) - 1) / 2) * 0.8 / len(bars) for m in summaries]
@@ -322,7 +325,7 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
                 0.8 / len(bars),
                 yerr=[math.nan if s.std is None else s.std for s in summaries.values()],
                 capsize=2,
-                color=STYLES[pool[2]][0],
+                color=style(pool[2])[0],
                 hatch=HATCHES[number % len(HATCHES)],
                 edgecolor="white",
                 linewidth=0.5,
@@ -366,11 +369,11 @@ def throughput(runs: Sequence[Run]) -> list[Plot]:
         where = f"{record.environment.get('world_size', 1)} × {record.environment.get('device', '?')}, {precision}"
         return name(record.dataset), name(record.framework), record.arch, where, record.method
 
-    rows = sorted(_grouped(measured, what).items(), key=lambda item: (item[0][:4], METHODS.index(item[0][4])))
+    rows = sorted(_grouped(measured, what).items(), key=lambda item: (item[0][:4], method_place(item[0][4])))
     figure, (panel, *_) = panels(1, 1, width=7.5, height=0.8 + 0.32 * len(rows))
     for number, (key, own) in enumerate(rows):
         summary = summarize([run.record.metrics[rate] for run in own])
-        panel.barh(-number, summary.mean, xerr=summary.std or math.nan, color=STYLES[key[4]][0], capsize=2, height=0.7)
+        panel.barh(-number, summary.mean, xerr=summary.std or math.nan, color=style(key[4])[0], capsize=2, height=0.7)
         panel.text(summary.mean, -number, f" {summary.mean:,.0f}", va="center", fontsize=7)
     names = [f"{name(key[4])}: {', '.join(key[:3])} ({key[3]})" for key, _ in rows]
     panel.set_yticks([-n for n in range(len(rows))], [short(text, 90) for text in names], fontsize=7)

@@ -154,7 +154,14 @@ def _heading(table: Table) -> str:
 def escape_markdown(text: str) -> str:
     """For a cell or a line: nothing in it is markup, and it stays in its cell."""
     escaped = html.escape(printable(text), quote=False)
-    return re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
+    escaped = re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
+    for link, code in (
+        ("://", ":&#47;&#47;"),
+        ("www.", "www&#46;"),
+        ("@", "&#64;"),
+    ):  # many renderers link bare addresses
+        escaped = re.sub(re.escape(link), code, escaped, flags=re.IGNORECASE)
+    return escaped
 
 
 def _markdown(table: Table) -> str:

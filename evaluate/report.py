@@ -16,8 +16,10 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
+from engine.errors import DataError
 from engine.predictions import SHEET
 from engine.storage import RunDirectory, last_lines, require_output_folder, require_own_file, write_text
+from engine.texts import read_run_file
 from engine.wording import printable
 from evaluate.collect import Collection, Run, ablation
 from evaluate.comparison import Comparison, compare
@@ -174,7 +176,7 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
         "children": children if record.stage == "pretrain" else [],
         "command": reproduce(run),
         "path": printable(str(run.path)),
-        "folder": quote(os.path.relpath(run.path.resolve(), out.resolve())) + "/",
+        "folder": quote(os.fsencode(os.path.relpath(run.path.resolve(), out.resolve()))) + "/",
         "images": _images(run),
         "metrics": {printable(key): value for key, value in record.metrics.items()},
         "environment": {printable(str(key)): printable(str(value)) for key, value in record.environment.items()},
@@ -207,10 +209,8 @@ def _images(run: Run) -> list[dict[str, str]]:
     """Pictures that lie in the folder: what a detector found."""
     path = run.path / SHEET
     try:
-        payload = path.read_bytes()
-    except OSError:
-        return []
-    if len(payload) > MOST_IMAGE_BYTES:
+        payload = read_run_file(path, MOST_IMAGE_BYTES)
+    except DataError:
         return []
     text = f"Test pictures of {run.record.name}: found (left) and true objects (right)"
     return [{"form": "jpeg", "data": base64.b64encode(payload).decode(), "text": printable(text)}]

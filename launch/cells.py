@@ -22,7 +22,7 @@ from pretrain.recipe import PretrainRecipe
 from transfer import stage as transfer_stage
 from transfer.checkpoints.export import SUFFIXES, Target
 from transfer.checkpoints.source import Source, read_source
-from transfer.recipe import PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
+from transfer.recipe import LABELS, PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
 
 ORIGIN = "the suite"  # where a cell's overrides stand, for messages
 
@@ -214,7 +214,7 @@ class _Expansion:
         path = (self.folder / Path(entry.path).expanduser()).resolve()
         if path not in self.sources:
             self.sources[path] = read_source(path)
-        labels = {"framework": entry.framework, "method": entry.method}
+        labels = {key: getattr(entry, key) for key in LABELS}
         given = {key: value for key, value in labels.items() if value is not None}
         return _Backbone(entry.name, path, self.sources[path].info.fingerprint, None, given)
 
@@ -289,7 +289,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if cell.recipe is None:
             continue
-        labels = {"name", "seed"} | ({"backbone", "framework", "method"} if cell.stage == "transfer" else set())
+        labels = {"name", "seed"} | ({"backbone", *LABELS} if cell.stage == "transfer" else set())
         key = f"{cell.recipe.model_dump_json(exclude=labels)} {cell.resources.processes}"
         if key not in seen:
             seen.add(key)

@@ -6,7 +6,10 @@ one message and exit code 2, a failed run with exit code 1.
 
 from __future__ import annotations
 
+import errno
 import io
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from engine.errors import Interrupted, RunFailure, UserError
+from engine.wording import printable
 from launch import result_commands, suite_commands
 from launch.result_commands import Force
 from launch.terminal import show
@@ -35,6 +39,11 @@ Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; by default named by the recipe's fingerprint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
 
+
+# A path that cannot be read or written as it was given: not a failure of the run.
+USERS_MISTAKES = (
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS, errno.ENOENT
+)  # fmt: skip
 
 Layout = Annotated[
     str | None, typer.Option("--as", help="The source's layout, where its keys do not tell it: moco, simsiam, swav, …")
@@ -323,6 +332,11 @@ def doctor() -> None:
     show(examine())
 
 
+def _typed() -> str:
+    """What was typed, to be typed again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def main() -> None:
     """Entry point of the console command."""
     for stream in (sys.stdout, sys.stderr):
@@ -337,11 +351,15 @@ def main() -> None:
         show(f"failed: {error}", err=True)
         sys.exit(1)
     except Interrupted as stop:
-        show(f"interrupted: {stop}", err=True)
+        show(f"interrupted: {stop}\n  {_typed()}", err=True)
         sys.exit(128 + stop.signal)
+    except KeyboardInterrupt:
+        show(f"interrupted at once; the same command goes on from the last checkpoint\n  {_typed()}", err=True)
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        show(f"failed: {error}", err=True)
-        sys.exit(1)
+        mistake = error.errno in USERS_MISTAKES
+        show(f"{'error' if mistake else 'failed'}: {printable(str(error))}", err=True)
+        sys.exit(2 if mistake else 1)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,18 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
 
 import submitit
 
 from engine.errors import Interrupted, UserError
+from engine.ownership import read_owner
 from engine.progress import say
+from engine.storage import RunDirectory
 from launch.arrays import Array
 from launch.cells import Cell
 from launch.cluster import Profile
@@ -34,14 +39,43 @@ def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, 
                 say(f"{cell.id}: left out, because {cell.parent} is not finished")
             else:
                 ready.append(cell)
-        try:
+        with _stoppable():
             if record.cluster == "inline":
                 for cell in ready:
                     _in_this_process(jobs[cell.id])
             else:
                 _as_processes(array, ready, jobs, profile, record)
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; the same command goes on with what is missing", signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the suite, and not a cell alone; a second Ctrl-C ends it at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise Interrupted("stopped; the same command goes on with what is missing", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once; the same command goes on with what is missing", signal.SIGINT) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """What is started in here does not hear Ctrl-C: it is told to stop with SIGTERM, once."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _parent(cell: Cell) -> str:
@@ -95,17 +129,39 @@ def _as_processes(
         nodes=array.resources.num_nodes,
         signal_delay_s=profile.signal_delay_s,
         stderr_to_stdout=True,
-        setup=[*profile.setup_lines(record.snapshot, batch_script=False), f"cd {shlex.quote(str(record.snapshot))}"],
-    )
+        setup=[
+            *profile.setup_lines(record.snapshot, batch_script=False),
+            f"cd {shlex.quote(str(record.snapshot))}",
+            "trap : TERM",
+        ],
+    )  # the shell outlives what it is told to end: it waits for the checkpoint
     for start in range(0, len(cells), width):
         chosen = cells[start : start + width]
-        started = executor.submit_array([jobs[cell.id] for cell in chosen])
+        with _deaf_to_the_terminal():
+            started = executor.submit_array([jobs[cell.id] for cell in chosen])
         for cell, job in zip(chosen, started, strict=True):
             log = job.paths.stdout
             say(f"{cell.id}: process {job.job_id}, log {log}")
             found = {"job": job.job_id, "log": log}
             record.cells = tuple(c.model_copy(update=found) if c.id == cell.id else c for c in record.cells)
         record.write()
-        for cell, job in zip(chosen, started, strict=True):
-            job.wait()
-            say(f"{cell.id}: {'done' if cell.is_finished else 'not finished, see its log'}")
+        try:
+            for cell, job in zip(chosen, started, strict=True):
+                job.wait()
+                say(f"{cell.id}: {'done' if cell.is_finished else 'not finished, see its log'}")
+        except Interrupted:
+            _stop(chosen, started)
+            raise
+
+
+def _stop(cells: Sequence[Cell], jobs: Sequence[submitit.Job[Any]]) -> None:
+    """End processes with a checkpoint, and wait for it."""
+    running = [(cell, job) for cell, job in zip(cells, jobs, strict=True) if not job.done()]
+    say(f"waiting for {len(running)} processes to write their checkpoints; Ctrl-C again does not wait")
+    for cell, _ in running:
+        owner = read_owner(RunDirectory(cell.run).owner_file)
+        if owner is not None and isinstance(owner.get("pid"), int):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(owner["pid"], signal.SIGTERM)
+    for _, job in running:
+        job.wait()

@@ -262,6 +262,8 @@ class CellJob:
             return
         if ownership.TAKEN_OVER.is_set():
             self.failed(place, f"failed: {self.cell}: another job has taken it over", 1)
+        if place.cluster == "local" and number != submitit.JobEnvironment()._usr_sig():  # the user, not the time limit
+            raise SystemExit(128 + number)
         if place.cluster == "slurm" and (queue.state_of(place.job) or "RUNNING") != "RUNNING":
             raise SystemExit(128 + number)
         for patience in REQUEUE_PATIENCE:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 def run_on_node(work: Callable[[], None], count: int) -> None:
@@ -38,7 +38,8 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in context.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                # a terminal has sent Ctrl-C to them, too, and a second one would end them at once
+                os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:

@@ -121,6 +121,7 @@ def tables(
       mixmask tables runs --rows method --cols dataset,pretrain_epochs --metric knn/top1
     """
     from engine.errors import UserError
+    from engine.wording import printable
     from evaluate import collect, paper
     from evaluate.render import form_of, render_all
     from evaluate.results import first_headline, results_of
@@ -139,7 +140,7 @@ def tables(
     kept = list(collection.distinct)
     if query is not None:
         fits = {*collect.select(collect.frame(kept), query)["run"]}
-        kept = [run for run in kept if str(run.path) in fits]
+        kept = [run for run in kept if printable(str(run.path)) in fits]
         if not kept:
             raise UserError(f"--query {query!r}: fits none of {len(collection.distinct)} finished runs")
     found = results_of(kept)

@@ -9,11 +9,12 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from engine.config import Recipe, load_recipe
-from engine.records import Method
+from engine.records import Label, Method
 from launch.cluster import Resources
 from transfer.checkpoints.export import Target
 
 NAME = r"^[A-Za-z0-9_.+-]+$"
+SUITE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"  # the name of a folder: neither hidden nor ..
 
 
 class Entry(Recipe):
@@ -48,8 +49,10 @@ class CheckpointEntry(Recipe):
 
     path: str = Field(min_length=1)
     name: str = Field(pattern=NAME)
-    framework: str | None = None
+    framework: Label | None = None
     method: Method | None = None
+    pretrain_epochs: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    pretrain_data: Label | None = None
 
 
 class ConvertEntry(Recipe):
@@ -103,7 +106,7 @@ class Settings(Recipe):
 class Suite(Recipe):
     """A table's worth of work. ``data`` says where data sets lie, by their ``data.name``, before the cluster's profile."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=SUITE_NAME)
     data: dict[str, str] = Field({})
     set: Settings = Settings()
     force: Settings = Field(Settings(), description="as set, but after the recipes' own: what the command line sets")

@@ -13,25 +13,31 @@ from engine.config import Recipe, added, load_recipe, operational, read_protocol
 from engine.datasets import DataRecipe
 from engine.expected import Expectations
 from engine.precision import DeviceName, Precision
-from engine.records import Method
+from engine.records import Label, Method
 from transfer.detection.recipe import DetectRecipe
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
 
 
+LABELS = ("framework", "method", "pretrain_epochs", "pretrain_data")  # what a user may say of a foreign checkpoint
+
+
 class TransferBase(Recipe):
     """What every transfer recipe has.
 
-    ``backbone`` is a file: this project's ``backbone.safetensors`` or a checkpoint of a known layout. ``framework`` and
-    ``method`` label the result when the file cannot say (a foreign checkpoint). ``normalization`` names the data set whose
+    ``backbone`` is a file: this project's ``backbone.safetensors`` or a checkpoint of a known layout. ``framework``,
+    ``method``, ``pretrain_epochs`` and ``pretrain_data`` label the result when the file cannot say (a foreign checkpoint):
+    any names, shown in tables as they are given. ``normalization`` names the data set whose
     mean and deviation the trunk was trained with; null takes what the file says, and ImageNet's where it does not.
     """
 
     name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
     seed: int = Field(0, ge=0)
     backbone: str = operational(..., min_length=1)
-    framework: str | None = operational(None)
+    framework: Label | None = operational(None)
     method: Method | None = operational(None)
+    pretrain_epochs: float | None = operational(None, gt=0, le=1e9, allow_inf_nan=False)
+    pretrain_data: Label | None = operational(None)
     normalization: Normalization | None = added(None)
     precision: Precision = "fp32"
     device: DeviceName = operational("auto")

@@ -26,6 +26,7 @@ from transfer.detection.annotations import DetectionSet, open_detection
 from transfer.detection.run import check_annotations, check_engine, run_detection
 from transfer.detection.setting import Setting
 from transfer.recipe import (
+    LABELS,
     DetectTransferRecipe,
     KnnRecipe,
     LinearRecipe,
@@ -88,8 +89,10 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     """
     source = read_source(Path(recipe.backbone).expanduser())
     info = source.info
-    for key, given, known in (("framework", recipe.framework, info.framework), ("method", recipe.method, info.method)):
-        if given is not None and source.labelled and known not in ("unknown", given):
+    known_labels = (info.framework, info.method, info.epochs, info.dataset)
+    for key, known in zip(LABELS, known_labels, strict=True):
+        given = getattr(recipe, key)
+        if given is not None and source.labelled and known not in ("unknown", None, given):
             raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
     _check_backbone(recipe, source)
     fingerprint, run = locate(recipe, info.fingerprint, runs, explicit)
@@ -203,8 +206,6 @@ def _run(plan: TransferPlan) -> Record:
         seed=recipe.seed,
         fingerprint=plan.fingerprint,
         parent=info.fingerprint,
-        pretrain_dataset=info.dataset,
-        pretrain_epochs=info.epochs,
         pretrain_seed=info.seed,
         lineage=info.lineage,
         protocol_fingerprint=fingerprint_of({**identity(recipe), "seed": None}),
@@ -236,15 +237,20 @@ def _prepare(plan: TransferPlan) -> None:
 
 
 def _labels(plan: TransferPlan) -> dict[str, Any]:
-    """Framework and method: what the user says (who must not contradict a file that says it itself), or what is known."""
+    """Framework, method, epochs and data: what is known, or what the user says, who must not contradict a file."""
     info, recipe = plan.source.info, plan.recipe
-    return {"framework": recipe.framework or info.framework, "method": recipe.method or info.method}
+    return {
+        "framework": recipe.framework or info.framework,
+        "method": recipe.method or info.method,
+        "pretrain_epochs": recipe.pretrain_epochs if info.epochs is None else info.epochs,
+        "pretrain_dataset": recipe.pretrain_data if info.dataset is None else info.dataset,
+    }
 
 
 def _relabelled(record: Record, plan: TransferPlan) -> Record:
     """The record of a finished run under the labels that the user gives now; it is rewritten if they changed."""
     labels = _labels(plan)
-    if labels == {"framework": record.framework, "method": record.method}:
+    if labels == {key: getattr(record, key) for key in labels}:
         return record
     changed = record.model_copy(update=labels)
     changed.write(plan.run.record_file)

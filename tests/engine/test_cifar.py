@@ -104,7 +104,7 @@ def test_batches_come_from_an_archive_too(tmp_path: Path, monkeypatch: pytest.Mo
         data = DataRecipe(name="x", root=str(tmp_path), test="test", storage=storage, num_workers=0)
         batch = next(iter(open_source(images, data, CPU).training(plan, [RECIPE], 0, 1)))
         assert batch.labels.tolist() == images.labels[plan.indices(0)[0]].tolist()
-    reports, problems = check_data(tmp_path, find_splits(tmp_path), quick=False)
+    reports, problems, _ = check_data(tmp_path, find_splits(tmp_path), quick=False)
     assert [report.name for report in reports] == ["train", "test"]
     assert problems == []
     assert reports[0].sizes == {(32, 32): 40}

@@ -20,7 +20,7 @@ def copy(shapes: Path, tmp_path: Path) -> Path:
 
 def test_a_whole_data_set_is_counted_and_measured(copy: Path) -> None:
     Image.new("RGB", (64, 40)).save(copy / "train" / "striped-star" / "wide.png")
-    reports, problems = check_data(copy, find_splits(copy), quick=False)
+    reports, problems, _ = check_data(copy, find_splits(copy), quick=False)
     assert problems == []
     train, val = reports
     assert (train.name, len(train.images), len(train.images.classes)) == ("train", 121, 10)
@@ -36,7 +36,7 @@ def test_damaged_files_are_named(copy: Path, quick: bool) -> None:
     cut, other, *_ = sorted(folder.iterdir())
     cut.write_bytes(cut.read_bytes()[:300])
     (folder / "text.jpg").write_text("not an image")
-    reports, problems = check_data(copy, ["train"], quick)
+    reports, problems, _ = check_data(copy, ["train"], quick)
     assert len(problems) == len(reports[0].damaged) == 2
     assert any(str(cut) in problem for problem in problems)
     assert any("text.jpg" in problem for problem in problems)
@@ -56,7 +56,7 @@ def test_damage_in_the_middle_is_found_by_decoding(copy: Path) -> None:
 
 def test_classes_that_differ_between_splits_are_a_problem(copy: Path) -> None:
     shutil.rmtree(copy / "val" / "striped-star")
-    _, problems = check_data(copy, ["train", "val"], quick=True)
+    _, problems, _ = check_data(copy, ["train", "val"], quick=True)
     assert len(problems) == 1
     assert "striped-star" in problems[0]
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,13 @@ def error_of(model: nn.Module, rows: Tensor) -> Tensor:
     return square
 
 
-def run(job: Job, parts: int = 1, stop_at: int | None = None) -> dict[str, float]:
+def run(
+    job: Job, parts: int = 1, stop_at: int | None = None, signals: Sequence[int] = (signal.SIGTERM,)
+) -> dict[str, float]:
     def losses(batch: Tensor, step: int) -> list[Part]:
         if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals:
+                os.kill(os.getpid(), number)
         return [lambda rows=rows: {"loss": error_of(job.model, rows) / parts} for rows in batch.chunk(parts)]
 
     return train(job, batches, losses)
@@ -109,6 +112,63 @@ def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on(tmp_path: Path,
     run(again)
     assert weights(again) == weights(whole)
     assert [line["loss"] for line in log(again)] == [line["loss"] for line in log(whole)]
+
+
+def test_ctrl_c_is_a_stop_signal_and_the_second_one_ends_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, broken = job(tmp_path / "whole"), job(tmp_path / "broken")
+    run(whole)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=r"stopped at step 4 of 10 by SIGINT; the same command goes on"):
+        run(broken, stop_at=3, signals=[signal.SIGINT])
+    assert "Ctrl-C again quits at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        run(job(tmp_path / "broken"), stop_at=6, signals=[signal.SIGINT, signal.SIGINT])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_checkpoint(broken.run.checkpoint_file)["step"] == 4
+    again = job(tmp_path / "broken")
+    run(again)
+    assert weights(again) == weights(whole)
+
+
+def test_what_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> None:
+    """As a process that its parent, and not the terminal, tells to stop."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(job(tmp_path / "run"), stop_at=3, signals=[signal.SIGINT])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_last_step_has_a_checkpoint_before_anything_else_is_done(tmp_path: Path) -> None:
+    """What comes after training (a test) may take long; a stop in it must cost no training."""
+    whole, broken = job(tmp_path / "whole"), job(tmp_path / "broken")
+    run(whole)
+    run(broken)
+    assert read_checkpoint(broken.run.checkpoint_file)["step"] == 10
+    again = job(tmp_path / "broken")
+
+    def no_batches(first: int) -> Iterator[Tensor]:
+        assert first == 10
+        yield from ()
+
+    train(again, no_batches, lambda batch, step: [])
+    assert weights(again) == weights(whole)
+
+    def stopped() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    settings = {"evaluate_every": 10, "evaluate": stopped}
+    child = os.fork()
+    if not child:
+        run(job(tmp_path / "killed", **settings))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = train(
+        job(tmp_path / "killed", evaluate_every=10, evaluate=lambda: {"knn/top1": 1.0}), no_batches, lambda b, s: []
+    )
+    assert found["knn/top1"] == 1.0
 
 
 @pytest.mark.parametrize("when", [5, 10])

@@ -45,10 +45,12 @@ LEFT_OUT: dict[str, Callable[[Document], None]] = {
     "half a character": at("settings", "note", value="\ud800"),
     "infinite seconds": at("seconds", value=float("inf")),
     "infinite epochs": at("pretrain_epochs", value=float("inf")),
-    "unknown method": at("method", value="magic"),
+    "method is a list": at("method", value=["magic"]),
+    "method is a book": at("method", value="x" * 200),
     "another key": at("surprise", value=1),
 }
 SHOWN: dict[str, Callable[[Document], None]] = {
+    "somebody's own method": at("method", value="magic"),
     "batch size is a list": at("pretraining", "batch_size", value=[512]),
     "device is a list": at("environment", "device", value=["a", "b"]),
     "device is a mapping": at("environment", "device", value={"a": {"b": [1]}}),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,51 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     assert found(runs)["mixmask"].state == "stopped"
     monkeypatch.setattr(CellJob, "work", work)
     assert launch(suite, runs, profile(), cluster="inline")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_inline_a_signal_between_steps_ends_the_suite_and_not_the_cell_alone(
+    number: int, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch.jobs import CellJob
+
+    suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
+    seen = []
+
+    def signalled(self: CellJob) -> None:
+        seen.append(self.cell)
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal was swallowed")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(CellJob, "work", signalled)
+    with pytest.raises(Interrupted):
+        launch(suite, tmp_path / "runs", profile(), cluster="inline")
+    assert len(seen) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_a_signal_stops_the_processes_with_a_checkpoint(number: int, tmp_path: Path, shapes: Path) -> None:
+    """As a user would: the command in a terminal's process group, and Ctrl-C for the whole group."""
+    long = {**MIXMASK, "set": {**MIXMASK.get("set", {}), "epochs": 2000, "max_steps": None}}
+    suite = write_suite(tmp_path, [{"pretrain": [long, {**RANDOM, "name": "later"}]}], shapes)
+    runs = tmp_path / "runs"
+    program = [sys.executable, "-m", "launch.cli", "launch", str(suite), "--runs", str(runs), "--cluster", "local"]
+    started = subprocess.Popen(program, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in runs.glob("pretrain/*/log.jsonl")):
+        assert time.monotonic() < deadline
+        assert started.poll() is None
+        time.sleep(0.1)
+    os.killpg(started.pid, number)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 128 + number, said
+    assert "interrupted: stopped; the same command goes on" in said
+    (first,) = runs.glob("pretrain/*/log.jsonl")
+    assert (first.parent / "checkpoint.pt").is_file()
+    assert found(runs)["mixmask"].state == "stopped"
 
 
 def test_local_has_one_node(tmp_path: Path, shapes: Path) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from engine.errors import DataError
 from engine.storage import write_atomic
+from engine.texts import read_run_file
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.metrics import Found
 
+MAX_FILE = 1 << 32  # bytes, unpacked
 NAME = "detections.json.gz"
 FORMAT = "mixmask-detections-1"
 
@@ -47,10 +49,10 @@ def load_detections(path: Path, pictures: DetectionSet) -> list[Found]:
     Raises:
         DataError: If the file is missing or damaged, or was made from other pictures or classes.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file; a finished detection run with save_predictions: true has one")
     try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
+        content = json.loads(read_run_file(path, MAX_FILE))
         if content["format"] != FORMAT:
             raise DataError(f"{path}: of the format {content['format']!r}, {FORMAT!r} was expected")
         keys, classes, rows = content["pictures"], content["classes"], content["detections"]
@@ -58,7 +60,7 @@ def load_detections(path: Path, pictures: DetectionSet) -> list[Found]:
             Found(picture, label, score, tuple(box), None if mask is None else {"size": mask[0], "counts": mask[1]})
             for picture, label, score, box, mask in rows
         ]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     if keys != [picture.key for picture in pictures.pictures] or classes != list(pictures.classes):
         raise DataError(f"{path}: its pictures or classes are not those that data.root holds now")
