@@ -21,6 +21,8 @@ from engine.distributed import world
 from engine.errors import DataError, listed
 from engine.texts import read_text
 
+# How many classes the data sets of these names have, which published numbers hold for.
+KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet100": 100, "imagenet1k": 1000}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -276,6 +278,14 @@ def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = 
             f"{train.root} and {test.root} have different classes: only in the first {only_train}, "
             f"only in the second {only_test}"
         )
+
+
+def other_classes(name: str, num_classes: int) -> str:
+    """What must be said beside an expectation for a data set that has another number of classes than its name says."""
+    known = KNOWN_CLASSES.get(name)
+    if known is None or known == num_classes:
+        return ""
+    return f" — holds for the {known:,} classes of {name}; these data have {num_classes:,}, give them another data.name"
 
 
 def decode(path: Path) -> Tensor:

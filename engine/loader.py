@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ from engine.datasets import DataRecipe, ImageSet
 from engine.distributed import world
 from engine.errors import ConfigError, DataError
 from engine.precision import to_device
+from engine.progress import say
 from engine.randomness import derived_seed, generator
 from engine.stopping import outlive_stop_signals
 
@@ -239,14 +242,33 @@ def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tenso
     return stacked, torch.tensor(labels)  # channels last, as they come: without a transposition on the loader's cores
 
 
+@cache
+def say_if_crowded(num_workers: int) -> None:
+    """Say once when more worker processes are asked for than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > cores:
+        say(
+            f"data.num_workers={num_workers}: this machine has {cores} cores; {cores} workers are as fast and take less "
+            f"memory"
+        )
+
+
+def quiet_loader(dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
+    """A DataLoader without torch's warning of too many workers, which `say_if_crowded` says in our words."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(dataset, **settings)
+
+
 class StreamSource:
     """Images decoded by worker processes at every epoch."""
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
+        say_if_crowded(num_workers)
         self.images, self.num_workers, self.device = images, num_workers, device
 
     def _load(self, dataset: Dataset[tuple[list[Tensor], int]], batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
-        loader = DataLoader(
+        loader = quiet_loader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from engine.errors import ConfigError
+
+KINDS = ("pretrain", "transfer", "suites", "cluster")
 
 
 def configs_folder() -> Path:
@@ -18,3 +21,41 @@ def configs_folder() -> Path:
         if (folder / "pretrain").is_dir():
             return folder
     raise ConfigError(f"no configs beside {here} or in it: reinstall the project")
+
+
+def config_file(given: Path, kind: str) -> Path:
+    """The config that a user means: a file, or the name of one that comes with the project, from any folder.
+
+    Args:
+        given: A path, or a name such as ``knn`` or ``cifar100_moco``; ``configs/…`` means the project's where there is no
+            such folder.
+        kind: Where names are looked for: ``pretrain``, ``transfer``, ``suites`` or ``cluster``.
+
+    Raises:
+        ConfigError: If it is neither; with the nearest names.
+    """
+    if given.exists() or given.is_absolute():
+        return given
+    folder = configs_folder()
+    if given.parts[0] == "configs" and folder.joinpath(*given.parts[1:]).is_file():
+        return folder.joinpath(*given.parts[1:])
+    if len(given.parts) > 1:
+        return given  # its reader says what is there
+    names = [path.stem for path in sorted((folder / kind).glob("*.yaml"))]
+    name = given.name.removesuffix(".yaml")
+    if name in names:
+        return folder / kind / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"{given}: no such config file, and no config of that name; {hint}`mixmask configs` lists them")
+
+
+def listed_configs(kind: str | None = None) -> list[tuple[str, str, str]]:
+    """Kind, name and first line of every config that comes with the project."""
+    folder = configs_folder()
+    found = []
+    for place in KINDS if kind is None else (kind,):
+        for path in sorted((folder / place).glob("*.yaml")):
+            first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+            found.append((place, path.stem, first.lstrip("# ").rstrip()))
+    return found

@@ -19,6 +19,7 @@ import typer
 from engine.errors import Interrupted, RunFailure, UserError
 from engine.wording import printable
 from launch import result_commands, suite_commands
+from launch.builtin import config_file, listed_configs
 from launch.result_commands import Force
 from launch.terminal import show
 
@@ -34,7 +35,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the config, e.g. epochs=10 mix.grid=4."),
 ]
-Config = Annotated[Path, typer.Argument(help="A YAML file, for example from configs/.")]
+Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a config (see mixmask configs).")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory; by default named by the recipe's fingerprint.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
@@ -82,7 +83,11 @@ def pretrain(
     from pretrain.recipe import PretrainRecipe
 
     with session() as world:
-        plan = agreed(lambda: stage.plan(load_recipe(PretrainRecipe, config, overrides or ()), runs, run_dir))
+        plan = agreed(
+            lambda: stage.plan(
+                load_recipe(PretrainRecipe, config_file(config, "pretrain"), overrides or ()), runs, run_dir
+            )
+        )
         if dry_run:
             if world.is_writer:
                 show(f"{to_yaml(plan.recipe)}\n{plan.describe()}")
@@ -91,6 +96,30 @@ def pretrain(
         product = stage.run(plan)
         if world.is_writer:
             show(product)
+
+
+@app.command()
+def configs(
+    kind: Annotated[
+        Literal["pretrain", "transfer", "suites", "cluster"] | None, typer.Argument(help="Only those of one kind.")
+    ] = None,
+    path: Annotated[bool, typer.Option("--path", help="Where the files lie, one to a line.")] = False,
+) -> None:
+    """List the configs that come with mixmask; each is named on the command line by its name alone.
+
+    \b
+    Examples:
+      mixmask configs transfer
+      mixmask transfer knn backbone=backbone.safetensors data.root=/data/cifar10
+    """
+    found = listed_configs(kind)
+    for number, (place, name, about) in enumerate(found):
+        if path:
+            show(config_file(Path(f"{name}.yaml"), place))
+            continue
+        if number == 0 or found[number - 1][0] != place:
+            show(f"{chr(10) * bool(number)}{place}")
+        show(f"  {name}\n      {about}")
 
 
 @app.command("show-views")
@@ -113,7 +142,7 @@ def show_views(
     from pretrain.show_views import draw_views
 
     require_output_file(out, force)
-    show(draw_views(load_recipe(PretrainRecipe, config, overrides or ()), out, num))
+    show(draw_views(load_recipe(PretrainRecipe, config_file(config, "pretrain"), overrides or ()), out, num))
 
 
 @app.command("check-data")
@@ -241,11 +270,13 @@ def transfer(
 
     if dump_detectron2_config is not None:
         require_output_file(dump_detectron2_config, force)
-        plan = stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir)
+        plan = stage.plan(load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir)
         show(stage.dump_detectron2_config(plan, dump_detectron2_config))
         return
     with session() as world:
-        plan = agreed(lambda: stage.plan(load_transfer_recipe(config, overrides or ()), runs, run_dir))
+        plan = agreed(
+            lambda: stage.plan(load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir)
+        )
         if dry_run:
             if world.is_writer:
                 show(f"{to_yaml(plan.recipe)}\n{plan.describe()}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launch.builtin import config_file
 from launch.terminal import show
 
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
@@ -48,7 +49,11 @@ def launch(
     from launch.cluster import load_profile
     from launch.suite import load_suite
 
-    chosen, given = load_suite(suite, overrides or ()), load_profile(profile)
+    suite = config_file(suite, "suites")
+    chosen, given = (
+        load_suite(suite, overrides or ()),
+        load_profile(config_file(profile, "cluster") if profile is not None else None),
+    )
     if not dry_run:
         if not launching.launch(chosen, suite.parent, given, cluster, runs, check_data):
             raise typer.Exit(1)

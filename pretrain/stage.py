@@ -16,7 +16,7 @@ from engine import distributed
 from engine.backbones import TIMM, BackboneInfo, save_backbone
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, OpenImages, open_split, require_same_classes
+from engine.datasets import ImageSet, OpenImages, open_split, other_classes, require_same_classes
 from engine.errors import ConfigError
 from engine.job import Job, Part
 from engine.loader import Batch, BatchPlan, check_crop, open_source
@@ -80,7 +80,10 @@ class PretrainPlan:
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
             *self._monitoring(),
-            *(f"expected  {expected.describe()}" for expected in recipe.expected),
+            *(
+                f"expected  {expected.describe()}{other_classes(recipe.data.name, len(self.train_images.classes))}"
+                for expected in recipe.expected
+            ),
             f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             f"product   {self.product}",
         ]

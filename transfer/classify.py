@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +223,9 @@ def _finetune(
     result = train(job, batches, losses)
     ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
     _save(recipe, setting, ranked[:, 0], labels)
-    return {**accuracies(ranked, labels, model.head.out_features), **result}
+    found = accuracies(ranked, labels, model.head.out_features)
+    _say_if_at_chance(recipe, found["top1"], model.head.out_features)
+    return {**found, **result}
 
 
 def _train_on_features(
@@ -261,7 +264,9 @@ def _train_on_features(
         logits = model.head(asked)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     _save(recipe, setting, ranked[:, 0], answers)
-    return {**accuracies(ranked, answers, model.head.out_features), **result}
+    found = accuracies(ranked, answers, model.head.out_features)
+    _say_if_at_chance(recipe, found["top1"], model.head.out_features)
+    return {**found, **result}
 
 
 def _job(
@@ -289,7 +294,38 @@ def _job(
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
+        watch=_DivergenceWatch(len(setting.train_images.classes), total // 5),
     )
+
+
+class _DivergenceWatch:
+    """Says when a classifier's loss has risen well over its start, which a rate that is too high does.
+
+    Args:
+        num_classes: Number of classes.
+        settled: From which step on; a probe's first steps may jump with the published rates, too.
+    """
+
+    def __init__(self, num_classes: int, settled: int) -> None:
+        self.start = math.log(max(num_classes, 2))  # of a classifier that knows nothing
+        self.settled = settled
+
+    def __call__(self, line: Mapping[str, float], step: int) -> str | None:
+        if step < self.settled or not line["loss"] > 1.5 * self.start:
+            return None
+        return (
+            f"the loss is {line['loss']:.3g}, and a classifier that knows nothing has {self.start:.3g}: the learning rate "
+            f"{line['lr']:.3g} is probably too high for these features"
+        )
+
+
+def _say_if_at_chance(recipe: LinearRecipe | SemisupRecipe, top1: float, num_classes: int) -> None:
+    chance = 100 / num_classes
+    if num_classes > 2 and top1 <= 1.2 * chance:
+        say(
+            f"{recipe.name}: warning: top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: nothing was learnt. The "
+            f"learning rate or the backbone does not fit"
+        )
 
 
 def batch_plan(recipe: LinearRecipe | SemisupRecipe, images: ImageSet) -> BatchPlan:

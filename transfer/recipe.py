@@ -19,6 +19,17 @@ from transfer.detection.recipe import DetectRecipe
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
 
 
+def beyond_end(milestones: Sequence[int], length: float, unit: str) -> list[str]:
+    """A sentence if milestones of a schedule lie at or after its end."""
+    late = [milestone for milestone in milestones if milestone >= length]
+    if not late:
+        return []
+    return [
+        f"milestones {', '.join(map(str, late))} are not reached in {length:g} {unit}: the learning rate is not reduced "
+        f"there"
+    ]
+
+
 LABELS = ("framework", "method", "pretrain_epochs", "pretrain_data")  # what a user may say of a foreign checkpoint
 
 
@@ -44,6 +55,16 @@ class TransferBase(Recipe):
     expected: Expectations = operational(())
     log_every: int = operational(10, ge=1)
     checkpoint_every: int = operational(500, ge=1)
+
+    def remarks(self) -> list[str]:
+        """What is odd about the recipe and no error, one sentence each."""
+        steps = getattr(self, "shape", "step") == "step" and getattr(self, "final_lr", None) is None
+        length, unit = getattr(self, "iterations", None), "iterations"
+        if length is None:
+            length, unit = getattr(self, "epochs", None), "epochs"
+        if length is None or not steps:
+            return []
+        return beyond_end(getattr(self, "milestones", ()), length, unit)
 
 
 class EvaluationRecipe(Recipe):

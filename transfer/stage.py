@@ -12,7 +12,7 @@ from engine import distributed
 from engine.augment import Normalization
 from engine.checkpoint import require_same_data
 from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, OpenImages, open_split, require_same_classes
+from engine.datasets import ImageSet, OpenImages, open_split, other_classes, require_same_classes
 from engine.errors import ConfigError, RunDirectoryError
 from engine.loader import check_crop
 from engine.ownership import owned
@@ -75,7 +75,11 @@ class TransferPlan:
                 f"images, {self.device}, {self.recipe.precision}",
                 f"backbone  {self.source.path} ({info.arch}, {labels['framework']}, {labels['method']})",
                 self.source.account.summary(),
-                *(f"expected  {expected.describe()}" for expected in self.recipe.expected),
+                *(
+                    f"expected  {expected.describe()}{other_classes(self.recipe.data.name, len(self.test.classes))}"
+                    for expected in self.recipe.expected
+                ),
+                *(f"warning   {text}" for text in self.recipe.remarks()),
                 f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
             ]
         )

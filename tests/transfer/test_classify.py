@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.augment import normalize
-from engine.backbones import BackboneInfo, build_trunk, load_backbone, save_backbone
+from engine.backbones import FORMAT, BackboneInfo, build_trunk, load_backbone, save_backbone
 from engine.config import identity
 from engine.datasets import DataRecipe, ImageSet, open_split
-from engine.errors import ConfigError, DataError, RunDirectoryError, RunFailure
+from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
 from engine.heads import mlp
 from engine.loader import BatchPlan
 from engine.predictions import CLASSES, ClassPredictions
@@ -21,7 +22,7 @@ from launch.builtin import configs_folder
 from tests.conftest import make_backbone
 from tests.processes import finish, processes
 from transfer import classify, stage
-from transfer.recipe import load_transfer_recipe
+from transfer.recipe import LinearRecipe, load_transfer_recipe
 from transfer.subsets import balanced_subset, listed_subset
 
 DATA = "data: {name: shapes, root: ROOT, train: train, test: val, storage: resident}\nevaluation: {resize: null, crop: 32}\n"
@@ -363,3 +364,93 @@ def test_swavs_preset_synchronises_batch_statistics_and_its_fingerprint_says_so(
     )
     assert [code for code, _, _ in done] == [2, 2]
     assert "SyncBatchNorm runs on GPUs only; set sync_bn=false" in done[0][2]
+
+
+# --- labels, warnings, expectations ------------------------------------------------------------------------------------
+
+
+def test_anyones_method_is_named_in_free_words(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    state, _ = load_backbone(resnet18)
+    foreign = tmp_path / "theirs.pth"
+    torch.save(state, foreign)
+    said = ["method=ours v2", "framework=SwAV++", "pretrain_epochs=150", "pretrain_data=mine"]
+    plan = make_plan(KNN, shapes, tmp_path, foreign, *said)
+    record = stage.run(plan)
+    assert (record.method, record.framework) == ("ours v2", "SwAV++")
+    assert (record.pretrain_epochs, record.pretrain_dataset) == (150, "mine")
+    again = make_plan(KNN, shapes, tmp_path, foreign, "method=theirs")
+    assert again.run.path == plan.run.path  # labels are no part of the identity
+    assert stage.run(again).method == "theirs"
+    assert Record.read(plan.run.record_file).method == "theirs"
+    for key in said:
+        with pytest.raises(ConfigError, match=rf"{key.split('=')[0]}=.*says itself that it is"):
+            make_plan(KNN, shapes, tmp_path, _labelled(tmp_path, resnet18), key)
+
+
+def _labelled(tmp_path: Path, backbone: Path) -> Path:
+    state, info = load_backbone(backbone)
+    path = tmp_path / "labelled.safetensors"
+    save_backbone(path, state, info.model_copy(update={"epochs": 3.0, "dataset": "shapes"}))
+    return path
+
+
+def test_milestones_beyond_the_end_are_warned_of(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    plan = make_plan(LINEAR, shapes, tmp_path, resnet18, "milestones=[1, 2, 5]")
+    assert "warning   milestones 2, 5 are not reached in 2 epochs" in plan.describe()
+    assert "warning   mile" not in make_plan(LINEAR, shapes, tmp_path, resnet18).describe()
+
+
+def test_a_diverging_probe_is_warned_of(
+    shapes: Path, tmp_path: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.run(make_plan(LINEAR, shapes, tmp_path, resnet18, "lr=1e6", "log_every=1"))
+    said = capsys.readouterr().err
+    assert "warning: the loss is" in said
+    assert "and a classifier that knows nothing has 2.3: the learning rate" in said
+    capsys.readouterr()
+    stage.run(make_plan(LINEAR, shapes, tmp_path, resnet18, "lr=1e-12", "log_every=1"))
+    assert "warning: the loss is" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("top1", "warned"), [(10.0, True), (12.0, True), (12.1, False), (50.0, False)])
+def test_a_probe_at_chance_is_warned_of(
+    top1: float, warned: bool, shapes: Path, tmp_path: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_plan(LINEAR, shapes, tmp_path, resnet18).recipe
+    assert isinstance(recipe, LinearRecipe)
+    classify._say_if_at_chance(recipe, top1, 10)
+    assert ("guessing gives 10.00 %" in capsys.readouterr().err) == warned
+
+
+def test_an_expectation_for_other_classes_says_so(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    text = LINEAR + "expected: [{metric: linear/top1, value: 70, tolerance: 1, source: table 5}]\n"
+    said = make_plan(text, shapes, tmp_path, resnet18, "data.name=shapes").describe()
+    assert "expected  " in said
+    assert "holds for" not in said
+    config = tmp_path / "config.yaml"
+    config.write_text(text.replace("ROOT", str(shapes)).replace("name: shapes", "name: cifar100"))
+    plan = stage.plan(load_transfer_recipe(config, [f"backbone={resnet18}"]), tmp_path / "runs")
+    assert "holds for the 100 classes of cifar100; these data have 10" in plan.describe()
+
+
+DAMAGED_METADATA = {
+    "epochs": [float("nan"), float("inf"), -1, "x", 1e300],
+    "framework": ["", 3, "x" * 500],
+    "method": ["", None, ["a"]],
+    "fingerprint": ["", "../../x", "a b", "\x1b[31m", 7],
+    "lineage": ["/", None],
+    "seed": [-1, 1.5, 1 << 70, "zero"],
+    "pretraining": [{"lr": float("nan")}, [1], {"mix": 3}],
+    "normalization": ["lab"],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED_METADATA)
+def test_metadata_of_our_own_files_is_checked_when_they_are_read(key: str, tmp_path: Path, resnet18: Path) -> None:
+    state, info = load_backbone(resnet18)
+    for value in DAMAGED_METADATA[key]:
+        document = {**json.loads(info.model_dump_json()), key: value}
+        path = tmp_path / "backbone.safetensors"
+        save_file(state, path, metadata={"format": FORMAT, "info": json.dumps(document)})
+        with pytest.raises(CheckpointError, match=r"its metadata is damaged"):
+            load_backbone(path)

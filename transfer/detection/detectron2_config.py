@@ -20,6 +20,7 @@ from transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
 from transfer.detection.recipe import DetectRecipe
 
 INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
+AS_2007 = "voc_2012_{}_ap07"
 HEADS = "Res5ROIHeadsExtraNorm"
 BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, below its $DETECTRON2_DATASETS
     "2007/trainval": "voc_2007_trainval",
@@ -219,10 +220,11 @@ def dump_config(
         raise ConfigError(
             f"data: Detectron2 has no name of its own for {', '.join(unknown)}; it knows {', '.join(BUILT_IN)}"
         )
-    if any(split.startswith("2012") for split in recipe.data.test):
-        raise ConfigError(
-            "data.test: under its own name, Detectron2 takes another average precision for 2012 than for 2007"
-        )
+    own = [split for split in recipe.data.test if split.startswith("2012")]
+    registered = "".join(
+        f'#   register_pascal_voc("{AS_2007.format(split[5:])}", "datasets/VOC2012", "{split[5:]}", 2007)\n'
+        for split in own
+    )
     usual = 80 if recipe.masks else 20
     if len(pictures.classes) != usual:
         raise ConfigError(
@@ -238,7 +240,7 @@ def dump_config(
         weights=weights,
         output=Path("output"),
         train=[BUILT_IN[split] for split in recipe.data.train],
-        test=[BUILT_IN[split] for split in recipe.data.test],
+        test=[AS_2007.format(split[5:]) if split in own else BUILT_IN[split] for split in recipe.data.test],
         num_workers=recipe.data.num_workers,
         checkpoint_every=5000,
     )
@@ -246,4 +248,10 @@ def dump_config(
         f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}. MODEL.ROI_HEADS.NAME has one more BatchNorm\n"
         f"# after res5 than Detectron2's own: `import transfer.detection.detectron2_heads` in your program registers it.\n"
     )
+    if own:
+        head += (
+            "# Under its own name, Detectron2 measures VOC 2012 with the area under the whole curve; this recipe, as all\n"
+            "# of VOC here, with the 11 points of 2007. DATASETS.TEST is the 2012 list measured so. Register it first:\n"
+            f"#   from detectron2.data.datasets import register_pascal_voc\n{registered}"
+        )
     write_text(file, head + cfg.dump())
