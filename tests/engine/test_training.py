@@ -114,8 +114,16 @@ def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on(tmp_path: Path,
     assert [line["loss"] for line in log(again)] == [line["loss"] for line in log(whole)]
 
 
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Tests may run where Ctrl-C is ignored, as in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_is_a_stop_signal_and_the_second_one_ends_at_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], heard_ctrl_c: None
 ) -> None:
     whole, broken = job(tmp_path / "whole"), job(tmp_path / "broken")
     run(whole)

@@ -78,12 +78,19 @@ def test_inline_a_signal_between_steps_ends_the_suite_and_not_the_cell_alone(
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was swallowed")
 
-    before = signal.getsignal(signal.SIGINT)
+    theirs = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background ignores
     monkeypatch.setattr(CellJob, "work", signalled)
-    with pytest.raises(Interrupted):
-        launch(suite, tmp_path / "runs", profile(), cluster="inline")
+    try:
+        with pytest.raises(Interrupted):
+            launch(suite, tmp_path / "runs", profile(), cluster="inline")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, theirs)
     assert len(seen) == 1
-    assert signal.getsignal(signal.SIGINT) is before
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
@@ -94,7 +101,9 @@ def test_local_a_signal_stops_the_processes_with_a_checkpoint(number: int, tmp_p
     suite = write_suite(tmp_path, [{"pretrain": [long, {**RANDOM, "name": "later"}]}], shapes)
     runs = tmp_path / "runs"
     program = [sys.executable, "-m", "launch.cli", "launch", str(suite), "--runs", str(runs), "--cluster", "local"]
-    started = subprocess.Popen(program, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        program, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
+    )
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in runs.glob("pretrain/*/log.jsonl")):
         assert time.monotonic() < deadline

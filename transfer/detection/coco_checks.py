@@ -38,9 +38,9 @@ def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
     for kind in ("images", "annotations", "categories"):
         if not isinstance(document.get(kind), list):
             raise DataError(f"{file}: not a COCO annotation file: no list '{kind}'")
-        broken = next((item for item in document[kind] if not isinstance(item, dict)), None)
-        if broken is not None:
-            raise DataError(f"{file}: not a COCO annotation file: {kind} with {_shown(broken)}")
+        broken = [item for item in document[kind] if not isinstance(item, dict)]
+        if broken:
+            raise DataError(f"{file}: not a COCO annotation file: {kind} with {_shown(broken[0])}")
     sizes = _images(document["images"], file)
     categories = _categories(document["categories"], file)
     _require_ids(document["annotations"], "annotations", 1, file)  # COCO's evaluation takes an annotation 0 for none

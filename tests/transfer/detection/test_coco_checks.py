@@ -121,6 +121,7 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (_set("categories", 1, "id", 1), "several categories have the id 1"),
     (_set("annotations", 3), "no list 'annotations'"),
     (_set("images", [1]), "images with 1"),
+    (_set("annotations", 0, None), "annotations with None"),
 ]
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_detections_round_trip_and_are_checked(coco: Path, voc: Path, tmp_path: 
     with pytest.raises(DataError, match=r"are not those that data\.root holds now"):
         load_detections(path, open_test(recipe_of(VOC, voc, tmp_path)))
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match=r"damaged|truncated"):
         load_detections(path, pictures)
     with pytest.raises(DataError, match="save_predictions: true"):
         load_detections(tmp_path / "none", pictures)
@@ -262,7 +263,10 @@ def test_what_detectron2_cannot_do_is_refused(voc: Path, coco: Path, tmp_path: P
     for keys, message in (
         (["precision=bf16"], "precision: Detectron2 has fp32"),
         (["clip_norm=5"], "clip_norm: Detectron2 clips each parameter"),
-        (["data.test=[2007/test,2007/trainval]", "data.train=[2007/test]"], "Detectron2 evaluates each of"),
+        (
+            ["data.test=[2007/test,2007/trainval]", "data.train=[2007/test]", "data.allow_overlap=true"],
+            "Detectron2 evaluates each of",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             plan(VOC, voc, tmp_path, resnet18, "engine=detectron2", *keys)
@@ -333,3 +337,29 @@ def test_our_saved_detector_loads_in_detectron2(voc: Path, tmp_path: Path, resne
     state = model.state_dict()
     assert state.keys() == kept.keys()
     assert all(torch.equal(state[name], kept[name]) for name in state)
+
+
+@needs_detectron2
+def test_a_dump_for_2012_says_how_it_is_measured(voc: Path, tmp_path: Path, resnet50: Path) -> None:
+    from detectron2.config import get_cfg
+
+    from transfer.detection import detectron2_config, detectron2_heads  # noqa: F401 (registers the heads)
+
+    root = tmp_path / "devkit"
+    shutil.copytree(voc, root)
+    shutil.copytree(root / "VOC2007", root / "VOC2012")
+    lists = root / "VOC2012" / "ImageSets" / "Main"
+    shutil.copy(lists / "test.txt", lists / "val.txt")
+    classes = [*"abcdefghijklmnopqrst"]
+    recipe = recipe_of(VOC, root, tmp_path, "data.test=[2012/val]", "data.allow_overlap=true")
+    pictures = open_test(recipe)
+    usual = replace(pictures, classes=(*pictures.classes, *classes)[:20])
+    info = load_backbone(resnet50)[1]
+    file = tmp_path / "d2.yaml"
+    detectron2_config.dump_config(recipe, info.recipe, usual, "fp32", 0, tmp_path / "w.pkl", file)
+    text = file.read_text()
+    assert 'register_pascal_voc("voc_2012_val_ap07", "datasets/VOC2012", "val", 2007)' in text
+    cfg = get_cfg()
+    cfg.merge_from_file(str(file))
+    assert cfg.DATASETS.TEST == ("voc_2012_val_ap07",)
+    assert cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeadsExtraNorm"
