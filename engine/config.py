@@ -310,11 +310,32 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", expected), n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}.{hint}"
-    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
+    message = _in_our_words(problem["msg"])
     if kind == "value_error" and isinstance(given, Mapping):
         with_overrides = f"{path} and {_the(origin)}" if origin in sources.values() else path
         return f"{where}: {message}" if dotted else f"{with_overrides}: {message}"
     return f"{where}: {message} (given: {given!r})"
+
+
+def _in_our_words(message: str) -> str:
+    """A message of the validation library, as a user of configs would say it."""
+    message = (
+        message.removeprefix("Value error, ").replace("valid tuple", "valid list").replace("dictionary", "mapping")
+    )
+    for pattern, ours in (
+        (r"Input should be a valid integer(, .*)?", "a whole number was expected"),
+        (r"Input should be a valid boolean(, .*)?", "true or false was expected"),
+        (r"Input should be a valid string(, .*)?", "a text was expected"),
+        (r"Input should be a valid ([a-z]+)(, .*)?", r"a \1 was expected"),
+        (r"Input should be an? ([a-z ]+)", r"a \1 was expected"),
+        (r"Input should be (.*)", r"must be \1"),
+        (r"(?:Tuple|List) should have at least ([0-9]+) items?.*", r"needs at least \1 value(s)"),
+        (r"(?:Tuple|List) should have at most ([0-9]+) items?.*", r"takes at most \1 value(s)"),
+        (r"String should (.*)", r"the text must \1"),
+        (r"Value should (.*)", r"must \1"),
+    ):
+        message = re.sub(f"^{pattern}$", ours, message)
+    return message
 
 
 def _the(origin: str) -> str:

@@ -111,7 +111,7 @@ class StepProgress:
     def advance(self, status: str = "") -> None:
         """One more step is done."""
         self.done += 1
-        rate = f"{self.images_per_second:,.0f} images/s"
+        rate = f"{self.images_per_second:,.{0 if self.images_per_second >= 10 else 2}f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, rate=rate, status=status)
             return

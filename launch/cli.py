@@ -20,15 +20,16 @@ from engine.errors import Interrupted, RunFailure, UserError
 from engine.wording import printable
 from launch import result_commands, suite_commands
 from launch.builtin import config_file, listed_configs
+from launch.command_help import GroupedCommands, show_version
 from launch.result_commands import Force
 from launch.terminal import show
 
 app = typer.Typer(
+    cls=GroupedCommands,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Pretrain ConvNets with MixMask, convert any backbone, and measure how well it transfers.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Overrides = Annotated[
@@ -57,6 +58,16 @@ Arch = Annotated[
     str | None,
     typer.Option(help="timm/ and the name of a ConvNet of timm, if the source is one; ResNets are recognised."),
 ]
+
+
+@app.callback()
+def mixmask(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Pretrain ConvNets with MixMask, convert any backbone, and measure how well it transfers."""
+    del version
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from engine.config import load_recipe
 from engine.errors import ConfigError
 from launch.builtin import KINDS, config_file, configs_folder, listed_configs
-from launch.cli import main
+from launch.cli import app, main
+from launch.command_help import GROUPS
 from pretrain.recipe import PretrainRecipe
 from transfer.recipe import load_transfer_recipe
 
@@ -50,3 +53,66 @@ def test_they_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert said.startswith("transfer\n")
     for name in ("knn_photos", "linear_photos", "finetune_photos", "detect_voc_smoke"):
         assert f"  {name}\n      " in said
+
+
+def test_help_names_every_command_once_with_a_whole_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {}
+    for option in ("-h", "--help", "--version"):
+        monkeypatch.setattr(sys, "argv", ["mixmask", option])
+        with pytest.raises(SystemExit):
+            main()
+        said[option] = capsys.readouterr().out
+    assert said["-h"] == said["--help"]
+    assert "…" not in said["-h"]
+    assert "..." not in said["-h"].replace("ARGS]...", "")
+    assert "Others" not in said["-h"]  # every command has its group
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
+    assert commands == {name for names in GROUPS.values() for name in names}
+    for name in commands:
+        assert len(re.findall(rf"^  {name} ", said["-h"], re.MULTILINE)) == 1
+    assert re.fullmatch(r"mixmask \d\S* \(torch \d\S*, torchvision \d\S*\)\n", said["--version"])
+
+
+def test_messages_of_the_validation_library_are_not_shown(tmp_path: Path) -> None:
+    for config, key, ours in (
+        ("pretrain/cifar100_moco", "epochs=x", "epochs: a whole number was expected"),
+        ("pretrain/cifar100_moco", "optimizer.lr=-1", "optimizer.lr: must be greater than 0"),
+        ("pretrain/cifar100_moco", "mix=3", "mix"),
+        ("transfer/linear", "milestones=3", "milestones: a list was expected"),
+        ("transfer/detect_voc", "data.train=[]", r"data.train: needs at least 1 value\(s\)"),
+        ("transfer/detect_voc", "precision=fp8", "precision: must be 'fp32', 'bf16' or 'fp16'"),
+        ("transfer/linear", "sync_bn=maybe", "unknown key"),
+        ("transfer/linear", "name=3", "name: a text was expected"),
+    ):
+        path = configs_folder() / f"{config}.yaml"
+        load = partial(load_recipe, PretrainRecipe) if config.startswith("pretrain") else load_transfer_recipe
+        with pytest.raises(ConfigError, match=ours) as caught:
+            load(path, ["backbone=x", key] if load is load_transfer_recipe else [key])
+        assert not re.search(r"(Input|Tuple|List|String) should", str(caught.value))
+
+
+BOMBS = {
+    "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    "itself": "a: &a [*a]\n",
+    "nested": "a: " + "[" * 5000 + "]" * 5000 + "\n",
+    "large": "a: " + "x" * 11_000_000,
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_yaml_that_expands_without_end_is_refused(bomb: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(BOMBS[bomb])
+    with pytest.raises(ConfigError, match=r"x\.yaml: .*(expand to more|nested too deeply|at most)"):
+        load_recipe(PretrainRecipe, path)
+
+
+def test_honest_aliases_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    base = configs_folder() / "pretrain" / "cifar100_moco.yaml"
+    path.write_text(f"base: {base}\nname: &name mine\ndata: {{name: *name, root: /x}}\n")
+    assert load_recipe(PretrainRecipe, path).data.name == "mine"
