@@ -193,7 +193,8 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
     try:
         yield from batches
     except DataError as error:
-        raise DataError(str(error).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()) from None
+        said = str(error.args[0]).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()
+        raise DataError(*said.splitlines()) from None
 
 
 class _Views(Dataset[tuple[list[Tensor], int]]):
@@ -244,20 +245,14 @@ def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tenso
 
 @cache
 def say_if_crowded(num_workers: int) -> None:
-    """Say once when more worker processes are asked for than there are cores."""
+    """Say once when more worker processes are asked for than there are cores, instead of torch at every pass."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
         say(
             f"data.num_workers={num_workers}: this machine has {cores} cores; {cores} workers are as fast and take less "
             f"memory"
         )
-
-
-def quiet_loader(dataset: Dataset[Any], **settings: Any) -> DataLoader[Any]:
-    """A DataLoader without torch's warning of too many workers, which `say_if_crowded` says in our words."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        return DataLoader(dataset, **settings)
 
 
 class StreamSource:
@@ -268,7 +263,7 @@ class StreamSource:
         self.images, self.num_workers, self.device = images, num_workers, device
 
     def _load(self, dataset: Dataset[tuple[list[Tensor], int]], batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
-        loader = quiet_loader(
+        loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,

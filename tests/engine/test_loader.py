@@ -8,11 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from engine.augment import CropRecipe, as_float
 from engine.datasets import DataRecipe, open_split
 from engine.errors import ConfigError, DataError
-from engine.loader import BatchPlan, ImageSource, ResidentSource, StreamSource, check_crop
+from engine.loader import (
+    BatchPlan,
+    ImageSource,
+    ResidentSource,
+    StreamSource,
+    check_crop,
+    from_workers,
+    open_source,
+    say_if_crowded,
+)
 
 CPU = torch.device("cpu")
 RECIPE = CropRecipe(crop=32, scale=(0.3, 1.0))
@@ -124,3 +134,16 @@ sys.modules["kept"] = kept
 def test_workers_outlive_signals_of_others_and_obey_their_parent() -> None:
     done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+def test_torchs_warning_of_many_workers_is_said_in_our_words(
+    shapes: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    say_if_crowded.cache_clear()
+    data = DataRecipe.model_validate({"name": "x", "root": str(shapes), "num_workers": 65})
+    source = open_source(open_split(data, "train"), data, torch.device("cpu"))
+    open_source(open_split(data, "train"), data, torch.device("cpu"))
+    assert isinstance(source, StreamSource)
+    assert capsys.readouterr().err.count("data.num_workers=65: this machine has") == 1
+    next(from_workers(DataLoader(list(range(9)), num_workers=9)))  # type: ignore[arg-type]
+    assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]

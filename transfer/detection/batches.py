@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.distributed import world
 from engine.errors import DataError
-from engine.loader import from_workers, quiet_loader, say_if_crowded
+from engine.loader import from_workers, say_if_crowded
 from engine.randomness import generator
 from engine.stopping import outlive_stop_signals
 from transfer.detection.annotations import DetectionSet
@@ -138,7 +138,7 @@ def training_batches(
     A step's batch does not depend on where the run started, nor on the number of processes.
     """
     say_if_crowded(recipe.data.num_workers)
-    loader: DataLoader[tuple[Tensor, Targets]] = quiet_loader(
+    loader: DataLoader[tuple[Tensor, Targets]] = DataLoader(
         _Training(pictures, recipe, seed),
         batch_sampler=_keys(pictures, recipe, seed, first, last),
         num_workers=recipe.data.num_workers,
@@ -169,7 +169,7 @@ def _unchanged(item: T) -> T:
 
 def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
     """This process's share of the pictures, each once: resized (3, H, W) uint8, its index, and its own (width, height)."""
-    loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = quiet_loader(
+    loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
         _Testing(pictures, recipe),
         batch_size=None,
         num_workers=recipe.data.num_workers,
