@@ -76,13 +76,17 @@ def status(
     suite: Suite,
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    cells: Annotated[bool, typer.Option("--cells", help="One line per cell, with its job and log.")] = False,
     watch: Annotated[float, typer.Option(help="Show it anew every so many seconds, until all have ended.", min=0)] = 0,
 ) -> None:
-    """Show how far a suite is: every cell's state, progress or last error, job and log.
+    """Show how far a suite is: recipes × seeds, and under it what runs, with the time left, or needs somebody.
+
+    A finished cell shows its number, a running one its share; `1:` is the seed (`0/1:` of the backbone and of the cell).
 
     \b
-    Example:
+    Examples:
       mixmask status table5 --watch 30
+      mixmask status table5 --cells
     """
     from rich.console import Console
     from rich.live import Live
@@ -90,8 +94,10 @@ def status(
     from engine.errors import RunFailure
     from launch import ledger
     from launch import status as states
+    from launch.overview import overview
 
     newest = ledger.latest(runs.resolve(), _name(suite))
+    draw = states.table if cells else overview
 
     def look() -> list[states.CellStatus]:
         return states.status(newest)
@@ -102,10 +108,10 @@ def status(
     found = look()
     console = Console()
     if not watch:
-        console.print(states.table(newest, found))
+        console.print(draw(newest, found), crop=False)
         return
     rows = console.size.height - 8 if console.is_terminal else None
-    with Live(states.table(newest, found, rows), console=console, auto_refresh=False) as live:
+    with Live(draw(newest, found, rows), console=console, auto_refresh=False) as live:
         while any(one.state in ("pending", "running", "suspended") for one in found):
             time.sleep(watch)
             remark = ""
@@ -113,7 +119,7 @@ def status(
                 found = look()
             except RunFailure as error:  # slurmctld is busy or restarts: the table before stays
                 remark = f"not asked at {time.strftime('%H:%M:%S')}, shown as before: {error}"
-            live.update(states.table(newest, found, rows, remark), refresh=True)
+            live.update(draw(newest, found, rows, remark), refresh=True)
 
 
 def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
