@@ -299,7 +299,9 @@ def _job(
 
 
 class _DivergenceWatch:
-    """Says when a classifier's loss has risen well over its start, which a rate that is too high does.
+    """Says when a classifier's loss is well over that of one that knows nothing and does not fall.
+
+    A rate that is too high does that. A loss that begins high and falls is no sign of it.
 
     Args:
         num_classes: Number of classes.
@@ -309,9 +311,12 @@ class _DivergenceWatch:
     def __init__(self, num_classes: int, settled: int) -> None:
         self.start = math.log(max(num_classes, 2))  # of a classifier that knows nothing
         self.settled = settled
+        self.before: float | None = None
 
     def __call__(self, line: Mapping[str, float], step: int) -> str | None:
-        if step < self.settled or not line["loss"] > 1.5 * self.start:
+        before, self.before = self.before, line["loss"]
+        falls = before is None or line["loss"] < 0.9 * before
+        if step < self.settled or falls or not line["loss"] > 1.5 * self.start:
             return None
         return (
             f"the loss is {line['loss']:.3g}, and a classifier that knows nothing has {self.start:.3g}: the learning rate "

@@ -61,7 +61,7 @@ def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
         if evaluated:
             _check_evaluated(item, where)
     parts = [
-        f"{number:,} {what}"
+        f"{number:,} {what if number > 1 else what.replace('boxes', 'box', 1).replace('reach ', 'reaches ', 1)}"
         for number, what in (
             (empty, "boxes of no width or height, which training leaves out"),
             (over, "boxes that reach over the border, which training clips"),

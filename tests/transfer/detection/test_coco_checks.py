@@ -46,7 +46,7 @@ def test_what_coco_holds_is_no_error() -> None:
     odd["annotations"][1]["bbox"] = [-0.5, 0, 101, 10]
     said = check_document(odd, FILE, evaluated=True)
     assert said == (
-        "instances.json: 1 boxes of no width or height, which training leaves out and 1 boxes that reach over the border, "
+        "instances.json: 1 box of no width or height, which training leaves out and 1 box that reaches over the border, "
         "which training clips"
     )
 
