@@ -122,18 +122,17 @@ def open_split(data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
         DataError: If the folder is missing or empty, a class folder has no images, or Tiny-ImageNet's annotation file
             does not fit its images.
     """
-    folder = data.train if split == "train" else data.test
-    if folder is None and not data.holdout:
-        raise DataError(
-            f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
-            f"data.holdout=0.2 to keep a fifth of every class for testing"
-        )
-    folder = folder or "val"
     root = Path(data.root).expanduser()
     if not root.exists():
         raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
     if data.holdout:
         return _held_out(data, root, split)
+    folder = data.train if split == "train" else data.test
+    if folder is None:
+        raise DataError(
+            f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
+            f"data.holdout=0.2 to keep a fifth of every class for testing"
+        )
     path = root / folder
     if not path.is_dir() and is_only_split(root):
         if split == "train":

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ import yaml
 from pydantic import BaseModel
 
 from engine.config import differing_keys, identity, to_yaml
-from engine.errors import RunDirectoryError, UserError
+from engine.errors import DataError, RunDirectoryError, UserError
 from engine.provenance import code
+from engine.texts import open_run_file
 
 UMASK = os.umask(0)  # asked once, before there are threads: it can only be asked by changing it
 os.umask(UMASK)
@@ -150,17 +150,11 @@ def last_lines(path: Path, size: int = 20_000) -> list[str]:
     A pipe or a device is not read, nor a link that leads out of the file's folder.
     """
     try:
-        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-            return []
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            return []
-        with open(handle, "rb") as file:
+        with open_run_file(path) as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(file.tell() - size, 0))
             return file.read(size).decode(errors="replace").splitlines()
-    except (OSError, RuntimeError):
+    except (DataError, OSError):
         return []
 
 

@@ -1,4 +1,4 @@
-"""Reading text files that others wrote: lists, annotations, configs."""
+"""Reading files that others wrote: lists, annotations, configs, what lies in run folders."""
 
 from __future__ import annotations
 
@@ -7,39 +7,74 @@ import os
 import stat
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.errors import DataError
 
 LARGEST = 1 << 32
 
 
-def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
-    """The content of a regular file; a ``.gz`` is unpacked.
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file; a pipe, which would never end, or a device is not opened.
 
     Raises:
-        DataError: If it is missing, no regular file (a pipe would never end), larger than ``limit`` bytes, not readable,
-            or a ``.gz`` that is none.
+        DataError: If it is missing, no regular file, or not readable.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
         os.close(handle)
-        raise DataError(f"{path}: is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
-    with open(handle, "rb") as file:
-        if status.st_size > limit:
-            raise DataError(f"{path}: has {status.st_size:,} bytes; at most {limit:,} are read")
-        try:
-            if path.suffix != ".gz":
-                return file.read()
-            with gzip.open(file) as unpacked:
-                content = unpacked.read(limit + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: truncated or not a gzip file ({error})") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}")
+    return open(handle, "rb")
+
+
+def open_run_file(path: Path) -> BinaryIO:
+    """Open a file of somebody's run folder: a regular one that lies in it.
+
+    Raises:
+        DataError: As `open_regular`, or if it is a link that leads out of the folder.
+    """
+    try:
+        leads_out = path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    if leads_out:
+        raise DataError(f"{path}: is a link that leads out of its folder")
+    return open_regular(path)
+
+
+def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
+    """The content of a regular file; a ``.gz`` is unpacked.
+
+    Raises:
+        DataError: As `open_regular`; also if it is larger than ``limit`` bytes, or a ``.gz`` that is none.
+    """
+    with open_regular(path) as file:
+        return _content(file, path, limit)
+
+
+def read_run_file(path: Path, limit: int) -> bytes:
+    """As `read_bytes`, of what `open_run_file` opens."""
+    with open_run_file(path) as file:
+        return _content(file, path, limit)
+
+
+def _content(file: BinaryIO, path: Path, limit: int) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise DataError(f"{path}: has {size:,} bytes; at most {limit:,} are read")
+    try:
+        if path.suffix != ".gz":
+            return file.read()
+        with gzip.open(file) as unpacked:
+            content = unpacked.read(limit + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: truncated or not a gzip file ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > limit:
         raise DataError(f"{path}: unpacks to more than {limit:,} bytes")
     return content
@@ -59,18 +94,3 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
         raise DataError(
             f"{path}, line {line}: the byte 0x{content[error.start]:02x} is no UTF-8; save the file as UTF-8"
         ) from None
-
-
-def read_run_file(path: Path, limit: int) -> bytes:
-    """A file of somebody's run folder: a regular one that lies in it.
-
-    Raises:
-        DataError: As `read_bytes`, or if it is a link that leads out of the folder.
-    """
-    try:
-        leads_out = path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve())
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    if leads_out:
-        raise DataError(f"{path}: is a link that leads out of its folder")
-    return read_bytes(path, limit)

@@ -79,9 +79,8 @@ def train(
         def evaluate(done: int) -> dict[str, float]:
             assert job.evaluate is not None
             window.settle()
-            if (
-                distributed.world().size > 1
-            ):  # which cannot leave in the middle, so that nothing is lost if they are killed
+            # Several processes cannot leave in the middle, and at the end a stop shall cost no training.
+            if distributed.world().size > 1 or done == job.num_steps:
                 asked = stop.asked()
                 save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
                 if asked is not None:
@@ -133,11 +132,11 @@ def train(
                     say(f"{job.title}: step {done}: warning: {warning}")
                 warned = warning is not None
             due = job.evaluate_every and (done % job.evaluate_every == 0 or done == job.num_steps)
-            if done == job.num_steps:  # what comes now may take long, and a stop in it shall cost no training
-                window.settle()
-                save(job, Start(done, elapsed(), window.sums, to_evaluate=bool(due) and job.evaluate is not None))
             if due and job.evaluate is not None:
                 evaluated = evaluate(done)
+            elif done == job.num_steps:  # the caller's test may take long, and a stop in it shall cost no training
+                window.settle()
+                save(job, Start(done, elapsed(), window.sums))
             stopped_by = stop.asked() if done < job.num_steps else None
             if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
                 window.settle()

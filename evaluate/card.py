@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
+from engine.augment import STATISTICS, Normalization
 from engine.config import read_config
 from engine.errors import UserError
 from engine.wording import printable
@@ -84,6 +85,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
         {key: value for key, value in recipe.items() if key not in ("data", "augment", "monitor", "backbone")}
     )
     return environment.get_template("card.md.j2").render(
+        statistics=STATISTICS[_normalization(recipe)],
         metadata=yaml.safe_dump(_metadata(run, pools, license), sort_keys=False, allow_unicode=False),
         dataset=record.dataset,
         method=record.method,
@@ -114,6 +116,13 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
         command=_fenced(reproduce(run, "recipe.yaml  # the recipe above")),
         citation=CITATION if record.method in CITED else None,
     )
+
+
+def _normalization(recipe: Mapping[str, Any]) -> Normalization:
+    """Whose mean and deviation the images were normalised with: ImageNet's, unless the recipe says otherwise."""
+    augment = recipe.get("augment")
+    named = augment.get("normalization") if isinstance(augment, dict) else None
+    return next((name for name in STATISTICS if name == named), "imagenet")
 
 
 def _recipe_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from engine.errors import DataError
+from engine.texts import read_text
 from evaluate.names import key_of
 from evaluate.results import headlines
 
@@ -71,11 +72,7 @@ def read_published(path: Path) -> tuple[Published, ...]:
     Raises:
         DataError: With the file, the line and what is wrong in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable CSV file ({error})") from None
-    return tuple(_parse(text.splitlines(), str(path)))
+    return tuple(_parse(read_text(path).splitlines(), str(path)))
 
 
 def _parse(lines: Sequence[str], name: str) -> list[Published]:

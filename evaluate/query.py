@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 MAX_LENGTH = 10_000
-WORDS = {"&": "and", "|": "or", "~": "not", "&&": "and", "||": "or"}
+WORDS = {"&": "and", "|": "or", "~": "not"}
+TEXT_OR_NAME = r"'[^']*'|\"[^\"]*\"|`(?P<name>[^`]*)`"
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -57,11 +58,13 @@ def holds(table: pd.DataFrame, query: str) -> pd.Series:
     quoted: list[str] = []
 
     def name_of(match: re.Match[str]) -> str:
-        quoted.append(match[1])
+        if match["name"] is None:  # a text
+            return match[0]
+        quoted.append(match["name"])
         return f" quoted_column_{len(quoted) - 1} "
 
     try:
-        tree = ast.parse(_in_words(re.sub(r"`([^`]*)`", name_of, query)), mode="eval")
+        tree = ast.parse(_in_words(re.sub(TEXT_OR_NAME, name_of, query)), mode="eval")
         found = _Condition(table, quoted).truth(tree.body)
     except SyntaxError as error:
         raise ValueError(error.msg) from None

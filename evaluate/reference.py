@@ -58,8 +58,8 @@ def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         dims: As `Result.dims`: dataset, framework, method and protocol.
     """
-    key = tuple(dims.get(name) for name in ("dataset", "framework", "method", "protocol"))
-    row = _rows().get(key)  # type: ignore[arg-type]
+    key = tuple(str(dims.get(name)) for name in ("dataset", "framework", "method", "protocol"))
+    row = _rows().get(key)
     if row is None:  # a backbone that this project has no recipe for: how it is measured is known
         row = next((one for place, one in _rows().items() if (place[0], place[3]) == (key[0], key[3])), None)
         if row is None:
@@ -73,7 +73,7 @@ def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
         }
     pretrain = _document()["pretrain"][row["pretrain"]]
     arch, dataset, epochs = pretrain["backbone"]["arch"], pretrain["data"]["name"], pretrain["epochs"]
-    return _known(facts(_document()["transfer"][row["transfer"]], pretrain, arch, dataset, epochs, str(key[2])))
+    return _known(facts(_document()["transfer"][row["transfer"]], pretrain, arch, dataset, epochs, key[2]))
 
 
 def unstated(dims: Mapping[str, Any]) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved reci
 
 # A path that cannot be read or written as it was given: not a failure of the run.
 USERS_MISTAKES = (
-    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS, errno.ENOENT
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS
 )  # fmt: skip
 
 Layout = Annotated[
@@ -258,7 +258,7 @@ def transfer(
         Path | None,
         typer.Option(help="Write a detection recipe as Detectron2's YAML, with the trunk beside it, and run nothing."),
     ] = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of --dump-detectron2-config.")] = False,
 ) -> None:
     """Measure a backbone: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
 
@@ -274,15 +274,13 @@ def transfer(
     from engine.config import to_yaml
     from engine.distributed import agreed, session
     from engine.progress import say
-    from engine.storage import require_output_file
     from transfer import stage
     from transfer.detection.summary import per_class_table
     from transfer.recipe import load_transfer_recipe
 
     if dump_detectron2_config is not None:
-        require_output_file(dump_detectron2_config, force)
         plan = stage.plan(load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir)
-        show(stage.dump_detectron2_config(plan, dump_detectron2_config))
+        show(stage.dump_detectron2_config(plan, dump_detectron2_config, force))
         return
     with session() as world:
         plan = agreed(

@@ -143,12 +143,8 @@ def run_linear(recipe: LinearRecipe, setting: Setting) -> dict[str, float]:
             return float((recipe.final_lr / recipe.lr) ** (step // per_epoch / recipe.epochs))
         return step_factor(step // per_epoch, recipe.milestones, recipe.gamma)
 
-    if recipe.augment is None:
-        result = _train_on_features(recipe, setting, model, optimizer, schedule)
-        require_unchanged(model.trunk, setting.source.state)
-        return {f"linear/{name}" if name.startswith("top") else name: value for name, value in result.items()}
-
-    result = _finetune(recipe, setting, model, optimizer, schedule)
+    learn = _train_on_features if recipe.augment is None else _finetune
+    result = learn(recipe, setting, model, optimizer, schedule)
     require_unchanged(model.trunk, setting.source.state)
     return {f"linear/{name}" if name.startswith("top") else name: value for name, value in result.items()}
 
@@ -208,7 +204,8 @@ def _finetune(
     test_source = open_source(setting.test_images.shard(), recipe.data, setting.device)
     total = recipe.epochs * plan.steps_per_epoch
     job = _job(recipe, setting, model, optimizer, schedule, plan)
-    views: list[CropRecipe] = [recipe.augment] if recipe.augment is not None else []
+    assert recipe.augment is not None  # else the classifier learns from features
+    views: list[CropRecipe] = [recipe.augment]
 
     def batches(first: int) -> Iterator[Batch]:
         return source.training(plan, views, first, total)
@@ -222,10 +219,7 @@ def _finetune(
 
     result = train(job, batches, losses)
     ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
-    _save(recipe, setting, ranked[:, 0], labels)
-    found = accuracies(ranked, labels, model.head.out_features)
-    _say_if_at_chance(recipe, found["top1"], model.head.out_features)
-    return {**found, **result}
+    return {**_scored(recipe, setting, ranked, labels), **result}
 
 
 def _train_on_features(
@@ -263,10 +257,16 @@ def _train_on_features(
     with torch.no_grad():
         logits = model.head(asked)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    _save(recipe, setting, ranked[:, 0], answers)
-    found = accuracies(ranked, answers, model.head.out_features)
-    _say_if_at_chance(recipe, found["top1"], model.head.out_features)
-    return {**found, **result}
+    return {**_scored(recipe, setting, ranked, answers), **result}
+
+
+def _scored(recipe: LinearRecipe | SemisupRecipe, setting: Setting, ranked: Tensor, labels: Tensor) -> dict[str, float]:
+    """Keep what was answered, and say how good it is."""
+    num_classes = len(setting.train_images.classes)
+    _save(recipe, setting, ranked[:, 0], labels)
+    found = accuracies(ranked, labels, num_classes)
+    _say_if_at_chance(recipe, found["top1"], num_classes)
+    return found
 
 
 def _job(

@@ -19,7 +19,7 @@ from engine.ownership import owned
 from engine.precision import check_precision, resolve_device
 from engine.progress import say
 from engine.records import Record, environment, finished_record
-from engine.storage import RunDirectory, locate_run
+from engine.storage import RunDirectory, locate_run, require_output_file
 from transfer import classify
 from transfer.checkpoints.source import Source, read_source
 from transfer.detection.annotations import DetectionSet, open_detection
@@ -335,10 +335,11 @@ def _measure(plan: TransferPlan) -> dict[str, float]:
     return classify.run_semisup(recipe, given)
 
 
-def dump_detectron2_config(plan: TransferPlan, file: Path) -> str:
+def dump_detectron2_config(plan: TransferPlan, file: Path, force: bool = False) -> str:
     """Write a detection plan for Detectron2's own tools: a YAML file, and the trunk as ``.pkl`` beside it.
 
     Raises:
+        UserError: If a file stands there and ``force`` is not given.
         ConfigError: If the recipe is not one of detection, or Detectron2 cannot do it or does not import.
     """
     if not isinstance(plan.recipe, DetectTransferRecipe):
@@ -350,8 +351,8 @@ def dump_detectron2_config(plan: TransferPlan, file: Path) -> str:
     if file.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{file}: Detectron2's configs end in .yaml")
     weights = file.with_suffix(".pkl")
-    if weights.exists():
-        raise ConfigError(f"{weights}: is there already, and the trunk goes there; name another file")
+    for path in (file, weights):
+        require_output_file(path, force)
     recipe = plan.recipe
     trunk = plan.source.info.recipe
     dump_config(recipe, trunk, plan.test, recipe.precision, recipe.seed, weights.resolve(), file)

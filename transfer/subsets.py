@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from engine.datasets import ImageSet
 from engine.errors import DataError
 from engine.randomness import generator
+from engine.texts import read_text
 
 
 def balanced_subset(images: ImageSet, percent: float, seed: int) -> ImageSet:
@@ -34,14 +34,12 @@ def listed_subset(images: ImageSet, listing: Path) -> ImageSet:
     """The images that a list names, one file name per line (SimCLR's ``1percent.txt``; ``.gz`` is read too).
 
     Raises:
-        DataError: If the list is missing or empty, names files that the data set does not have, or cannot name
+        DataError: If the list is missing, empty or not readable, names files that the data set does not have, or cannot name
             an image because file names repeat.
     """
     if not listing.is_file():
         raise DataError(f"{listing}: no such list of labelled images")
-    opener = gzip.open if listing.suffix == ".gz" else open
-    with opener(listing, "rt", encoding="utf-8") as file:
-        names = [line.strip() for line in file if line.strip()]
+    names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
     if not names:
         raise DataError(f"{listing}: empty")
     where = {path.name: index for index, path in enumerate(images.paths)}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
+from engine import distributed, training
 from engine.checkpoint import read_checkpoint
 from engine.errors import Interrupted, RunFailure
 from engine.job import Job, Part
@@ -374,3 +374,12 @@ def test_several_processes_leave_an_evaluation_to_whoever_runs_them(monkeypatch:
         assert len(theirs) == 2
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_last_step_is_saved_once(evaluated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr(training, "save", lambda job, reached: saved.append((reached.step, reached.to_evaluate)))
+    settings = {"evaluate_every": 10, "evaluate": lambda: {"knn/top1": 1.0}} if evaluated else {}
+    run(job(tmp_path / "run", checkpoint_every=100, **settings))
+    assert saved == [(10, evaluated)]

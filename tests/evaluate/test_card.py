@@ -94,3 +94,13 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             write_card(folder, None, license)
+
+
+def test_a_card_says_what_the_images_were_normalised_with(tmp_path: Path) -> None:
+    runs = write(laboratory(), tmp_path)
+    for dataset, mean in (("imagenet1k", "(0.485, 0.456, 0.406)"), ("cifar100", "(0.4914, 0.4822, 0.4465)")):
+        record = folder_of(runs, dataset, "mixmask") / "record.json"
+        found = Record.read(record)
+        augment = {**found.recipe.get("augment", {}), **({"normalization": "cifar10"} if dataset == "cifar100" else {})}
+        found.model_copy(update={"recipe": {**found.recipe, "augment": augment}}).write(record)
+        assert f"normalised with the mean {mean}" in write_card(record.parent, None, "mit")

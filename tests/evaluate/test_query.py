@@ -30,6 +30,7 @@ TABLE = pd.DataFrame(
         ("sure and epochs > -1", [0]),
         ("epochs == epochs", [0, 1]),
         ("dataset == '`a` & ~b'", []),
+        ("dataset in ['`a` & ~b', \"cifar10\"]", [0]),
     ],
 )
 def test_conditions(query: str, rows: list[int]) -> None:
@@ -64,6 +65,11 @@ def test_anything_else_is_refused_and_does_nothing(query: str, tmp_path: Path, m
     with pytest.raises(UserError, match="--query"):
         select(TABLE, query)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_with_backticks_is_a_text() -> None:
+    table = pd.DataFrame({"name": ["`a` & ~b", "a"]})
+    assert list(select(table, "name == '`a` & ~b'").index) == [0]
 
 
 @given(st.text(alphabet="ab('`&|~=<>! 19*[],.\\\"\n", max_size=30))

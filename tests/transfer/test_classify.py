@@ -460,3 +460,15 @@ def test_a_loss_that_falls_from_high_is_no_divergence() -> None:
     watch = classify._DivergenceWatch(10, settled=2)
     said = [watch({"loss": loss, "lr": 0.1}, step) for step, loss in enumerate([50, 40, 30, 20, 19.5, 25, 5, 3.4, 3.3])]
     assert [text is not None for text in said] == [False, False, False, False, True, True, False, False, False]
+
+
+def test_a_list_of_labelled_images_that_cannot_be_read_is_named(shapes: Path, tmp_path: Path) -> None:
+    images = open_split(DataRecipe(name="x", root=str(shapes)), "train")
+    for name, content, said in (
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz: truncated or not a gzip file"),
+        ("b.txt", b"a.png\n\xff\xfe.png\n", r"b\.txt, line 2: the byte 0xff is no UTF-8"),
+        ("c.txt", b"\n", r"c\.txt: empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            listed_subset(images, tmp_path / name)

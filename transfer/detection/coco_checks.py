@@ -61,14 +61,14 @@ def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
         if evaluated:
             _check_evaluated(item, where)
     parts = [
-        f"{number:,} {what if number > 1 else what.replace('boxes', 'box', 1).replace('reach ', 'reaches ', 1)}"
+        f"{what}: {number:,}"
         for number, what in (
             (empty, "boxes of no width or height, which training leaves out"),
             (over, "boxes that reach over the border, which training clips"),
         )
         if number
     ]
-    return f"{file}: {' and '.join(parts)}" if parts else None
+    return f"{file}: {'; '.join(parts)}" if parts else None
 
 
 def _images(images: list[dict[str, Any]], file: Path) -> dict[int, tuple[int, int]]:
@@ -103,15 +103,12 @@ def _categories(categories: list[dict[str, Any]], file: Path) -> set[int]:
 
 def _require_ids(items: list[dict[str, Any]], kind: str, least: int, file: Path) -> None:
     ids = [item.get("id") for item in items]
-    wrong = next((i for i in ids if not _whole(i) or not least <= i <= MAX_ID), _RIGHT)  # type: ignore[operator]
-    if wrong is not _RIGHT:
-        raise DataError(f"{file}: {kind} with the id {_shown(wrong)}; whole numbers from {least} are valid")
+    wrong = [i for i in ids if type(i) is not int or not least <= i <= MAX_ID]
+    if wrong:
+        raise DataError(f"{file}: {kind} with the id {_shown(wrong[0])}; whole numbers from {least} are valid")
     if len(set(ids)) < len(ids):
         twice = next(i for i, count in Counter(ids).items() if count > 1)
         raise DataError(f"{file}: several {kind} have the id {twice}")
-
-
-_RIGHT = object()
 
 
 def _whole(value: object) -> bool:

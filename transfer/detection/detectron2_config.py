@@ -15,6 +15,7 @@ from engine.backbones import RESNETS, BackboneRecipe
 from engine.errors import ConfigError
 from engine.precision import Precision
 from engine.storage import write_text
+from engine.texts import read_text
 from transfer.detection.annotations import DetectionSet
 from transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
 from transfer.detection.recipe import DetectRecipe
@@ -112,7 +113,7 @@ def _load_voc(root: Path, split: str, classes: Sequence[str], evaluated: bool) -
     folder = root / f"VOC{year}"
     load_voc_instances(str(folder), images, list(classes))
     if evaluated:  # by the whole line, and with every field of every object
-        for line in (folder / "ImageSets" / "Main" / f"{images}.txt").read_text().splitlines():
+        for line in read_text(folder / "ImageSets" / "Main" / f"{images}.txt").splitlines():
             file = folder / "Annotations" / f"{line.strip()}.xml"
             try:
                 parse_rec(str(file))

@@ -46,8 +46,8 @@ def test_what_coco_holds_is_no_error() -> None:
     odd["annotations"][1]["bbox"] = [-0.5, 0, 101, 10]
     said = check_document(odd, FILE, evaluated=True)
     assert said == (
-        "instances.json: 1 box of no width or height, which training leaves out and 1 box that reaches over the border, "
-        "which training clips"
+        "instances.json: boxes of no width or height, which training leaves out: 1; boxes that reach over the border, "
+        "which training clips: 1"
     )
 
 
