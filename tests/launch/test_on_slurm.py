@@ -203,7 +203,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
     accounting: bool, request: pytest.FixtureRequest, tmp_path: Path, shapes: Path
 ) -> None:
     slurm: Slurm = request.getfixturevalue("slurm_with_accounting" if accounting else "slurm")
-    long = {**MIXMASK, "set": {"max_steps": 1000}, "seeds": [0, 1]}
+    long = {**MIXMASK, "set": {"max_steps": 100_000}, "seeds": [0, 1]}
     suite = write_suite(tmp_path, [{"pretrain": [long]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
@@ -230,7 +230,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
 def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from launch.cli import app
 
-    long = {**MIXMASK, "set": {"max_steps": 1000}}
+    long = {**MIXMASK, "set": {"max_steps": 100_000}}
     suite = write_suite(tmp_path, [{"pretrain": [long], "transfer": [KNN]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())

@@ -127,7 +127,7 @@ def test_mistakes_are_answered_and_nothing_is_written(lab: Path, tmp_path: Path)
         ("no format has the suffix '.xlsx'", ("results", lab, "--out", tmp_path / "r.xlsx")),
         ("name a file with --out", ("results", lab, "--format", "parquet")),
         ("no column source", ("tables", lab, "--published", file)),
-        ("not a readable CSV file", ("tables", lab, "--published", tmp_path / "absent.csv")),
+        ("absent.csv: cannot be read (No such file", ("tables", lab, "--published", tmp_path / "absent.csv")),
         ("expects anything", ("verify", lab)),
         ("methods there", ("compare", "mscn", "vanilla", "--runs", lab)),
         ("nothing to compare", ("compare", "protocol == 'linear'", "protocol == 'knn'", "--runs", lab)),

@@ -20,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import CheckpointError
 from engine.wording import printable
-from transfer.checkpoints.pickles import Damaged, Inert, Refused, load
+from transfer.checkpoints.containers import every_tensor, joined
+from transfer.checkpoints.pickles import load
+from transfer.checkpoints.stand_ins import Damaged, Refused
 from transfer.checkpoints.stored import Stored, odd
 from transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
 
-MAX_TENSORS = 100_000
-MAX_DEPTH = 100
-MAX_NAME = 1000
 # What libraries put into the names of a wrapped or compiled network's tensors, at any place.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 DTYPES = {
@@ -84,7 +83,7 @@ def read_tensors(path: Path) -> Contents:
         return _named(list(_safetensors(path)), (), path)
     try:
         pickled = _pickled(path)
-        leaves = list(_leaves(pickled.content, "", Holding()))
+        leaves = list(every_tensor(pickled.content))
     except Refused as error:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors, arrays and plain containers: {printable(str(error))[:200]}. "
@@ -152,117 +151,9 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
         shape, code = described[name]
         dtype = DTYPES.get(code)
         yield (
-            _name("", name),
+            joined("", name),
             Stored(shape, dtype, reader(name)) if dtype else odd(f"a tensor of the format {printable(code)}"),
         )
-
-
-# --- the way through the containers ----------------------------------------------------------------------------------
-
-
-class Holding:
-    """Which containers hold tensors; each is looked at once, however often it is referred to."""
-
-    def __init__(self) -> None:
-        self.known: dict[int, bool] = {}
-        self.leaves = 0
-
-    def __call__(self, content: object, depth: int = 0) -> bool:
-        """Whether a value is a tensor or holds one at any depth."""
-        if isinstance(content, Stored):
-            return True
-        if not isinstance(content, dict | list | tuple | Inert) and _array(content) is None:
-            return False
-        if depth > MAX_DEPTH:
-            raise Damaged(f"containers nested more than {MAX_DEPTH} deep")
-        if id(content) not in self.known:
-            self.known[id(content)] = False  # a container within itself adds nothing
-            self.known[id(content)] = _array(content) is not None or any(
-                self(part, depth + 1) for part in _parts(content)
-            )
-        return self.known[id(content)]
-
-
-def _array(content: object) -> Stored | None:
-    value = getattr(content, "value", None) if type(content).__name__ == "_Array" else None
-    return value if isinstance(value, Stored) else None
-
-
-def _parts(content: object) -> list[object]:
-    if isinstance(content, dict):
-        return list(content.values())
-    if isinstance(content, Inert):
-        return [*content.parts, *content.items.values(), content.state]
-    return list(content) if isinstance(content, list | tuple) else []
-
-
-def _leaves(content: object, where: str, holds: Holding, depth: int = 0) -> Iterator[tuple[str, Stored]]:
-    """Every tensor in nested containers, with its way through them."""
-    value = content if isinstance(content, Stored) else _array(content)
-    if value is not None:
-        holds.leaves += 1
-        if holds.leaves > MAX_TENSORS:
-            raise Damaged(f"more than {MAX_TENSORS:,} tensors, counting one as often as it is referred to")
-        yield where, value
-        return
-    if not holds(content, depth):
-        return
-    if depth > MAX_DEPTH:
-        raise Damaged(f"containers nested more than {MAX_DEPTH} deep")
-    for key, part in _entries(content, where):
-        if part is None:
-            yield _name(where, key), odd("None where a tensor should be")
-        elif isinstance(part, _Hidden):
-            yield where or part.label, odd(f"an object of the class {printable(part.label)[:100]} that holds tensors")
-        else:
-            yield from _leaves(part, _name(where, key), holds, depth + 1)
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    label: str
-
-
-def _entries(content: object, where: str) -> Iterator[tuple[object, object]]:
-    if isinstance(content, list | tuple):
-        yield from enumerate(content)
-        return
-    if isinstance(content, Inert):
-        module = _of_module(content.state)
-        if module is not None:
-            yield from module
-            return
-        hidden = Inert(*content.parts)
-        hidden.state = content.state
-        if not content.items or Holding()(hidden):
-            yield "", _Hidden(content.label)
-            return
-    items: Mapping[object, object] = content.items if isinstance(content, Inert) else content  # type: ignore[assignment]
-    tensors = sum(isinstance(value, Stored) for value in items.values())
-    for key, value in items.items():
-        if value is not None or 2 * tensors > len(items):
-            yield key, value
-    del where
-
-
-def _of_module(state: object) -> Iterator[tuple[object, object]] | None:
-    """The tensors of a network that was pickled whole, as its ``state_dict()`` has them."""
-    if not isinstance(state, dict):
-        return None
-    parts = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]
-    if not all(isinstance(part, dict) for part in parts):
-        return None
-    return ((key, value) for part in parts for key, value in part.items() if value is not None)  # type: ignore[union-attr]
-
-
-def _name(where: str, key: object) -> str:
-    if isinstance(key, int) and not isinstance(key, bool) and abs(key) >= 1 << 63:
-        raise Damaged(f"an integer of {key.bit_length():,} bits as a key")
-    text = printable(key if isinstance(key, str) else repr(key) if isinstance(key, bytes | tuple) else str(key))
-    name = f"{where}.{text}" if where else text
-    if len(name) > MAX_NAME:
-        raise Damaged(f"a name of {len(name):,} characters, which begins with {name[:80]}")
-    return name
 
 
 def digest(path: Path) -> str:
