@@ -6,8 +6,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import IO, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +21,74 @@ PLAIN_EVERY_SECONDS = 15.0
 T = TypeVar("T")
 
 _stderr = Console(stderr=True, highlight=False)
+
+
+class _Log:
+    """The log of what this process does now, if it keeps one."""
+
+    file: IO[str] | None = None
+    path: Path | None = None
+
+
+class _Copied:
+    """A stream that also writes into the log; a terminal stays one."""
+
+    def __init__(self, stream: TextIO, log: IO[str]) -> None:
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        """Write the text to both."""
+        _write(self._log, text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Whatever is said or printed in here is also added to a file, as plain lines; progress bars are not.
+
+    This is the log of what runs without a process of its own. A file that cannot be written is left out.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = stack.enter_context(path.open("a", encoding="utf-8", errors="replace"))
+        except OSError as error:
+            say(f"warning: no log is kept: {path}: {error.strerror or error}")
+            yield
+            return
+        _write(log, f"--- {datetime.now(timezone.utc).isoformat(timespec='seconds')}\n")
+        global _stderr
+        before = _stderr
+        _stderr = Console(file=sys.stderr, quiet=before.quiet, highlight=False)  # bars go to the terminal alone
+        _Log.file, _Log.path = log, path
+        stack.enter_context(contextlib.redirect_stdout(_Copied(sys.stdout, log)))  # type: ignore[type-var]
+        stack.enter_context(contextlib.redirect_stderr(_Copied(sys.stderr, log)))  # type: ignore[type-var]
+        try:
+            yield
+        finally:
+            before.quiet = _stderr.quiet
+            _stderr = before
+            _Log.file = _Log.path = None
+
+
+def log_file() -> Path | None:
+    """The file that `logged` writes just now."""
+    return _Log.path
+
+
+def _keep(line: str) -> None:
+    """Add a line to the log that does not pass through a copied stream."""
+    if _Log.file is not None:
+        _write(_Log.file, line + "\n")
+
+
+def _write(log: IO[str], text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk does not end what is logged
+        log.write(text)
+        log.flush()
 
 
 def quieten(quiet: bool) -> None:
@@ -37,6 +107,7 @@ def say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr.isatty():  # a progress bar may stand there
             _stderr.print(message, soft_wrap=True, markup=False)
+            _keep(message)
         else:
             print(message, file=sys.stderr, flush=True)
 
@@ -114,14 +185,17 @@ class StepProgress:
         rate = f"{self.images_per_second:,.{0 if self.images_per_second >= 10 else 2}f} images/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, rate=rate, status=status)
-            return
-        if self.silent:
+        elif self.silent:
             return
         now = time.monotonic()
         if now - self.last_line >= PLAIN_EVERY_SECONDS or (self.announce_end and self.done == self.total):
             left = (self.total - self.done) * self.seconds / max(self.done - self.first, 1)
             shown = f"{status}, " if status else ""
-            say(f"{self.title}: step {self.done}/{self.total}, {shown}{rate}, {left:,.0f} s left")
+            line = f"{self.title}: step {self.done}/{self.total}, {shown}{rate}, {left:,.0f} s left"
+            if self.bar is None:
+                say(line)
+            else:
+                _keep(printable_lines(line))
             self.last_line = now
 
 

@@ -27,7 +27,7 @@ from evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}
 
-GAP = 2  # between columns in a terminal
+GAP = 3  # what a column takes in a terminal beside its text: rich pads it on both sides and puts a blank between
 
 
 def form_of(path_suffix: str) -> TableFormat:
@@ -99,21 +99,30 @@ def _term(table: Table, width: int | None) -> str:
     ]
     headings = [Text("\n".join(map(printable, column))) for column in table.columns]
     cells = [[shown_cell(cell) for cell in line.cells] for line in table.lines]
-    widths = [max(map(_width, [headings[n], *(row[n] for row in cells)])) for n in range(len(headings))]
-    stub_width = sum(
-        max(map(_width, [Text(name), *(stub[n] for stub in stubs)])) + GAP for n, name in enumerate(stub_names)
-    )
     limit = width or shutil.get_terminal_size((200, 24)).columns
+    widths = [max(map(_width, [headings[n], *(row[n] for row in cells)])) for n in range(len(headings))]
+    stub_widths = [
+        max(map(_width, [Text(printable(name)), *(stub[n] for stub in stubs)])) for n, name in enumerate(stub_names)
+    ]
+    most = max(limit // 2, limit - max(widths, default=0) - GAP)
+    if sum(stub_widths) + GAP * len(stub_widths) > most:  # what names a row becomes one text that wraps between words
+        stub_names = [" · ".join(filter(None, stub_names))]
+        stubs = [[Text(" · ").join(text for text in stub if text)] for stub in stubs]
+        stub_widths = [min(most - GAP, max(map(_width, [Text(stub_names[0]), *(stub[0] for stub in stubs)])))]
+    room = limit - sum(stub_widths) - GAP * len(stub_widths)
+    widths = [max(min(one, room - GAP), 1) for one in widths]
     buffer = io.StringIO()
     colour = sys.stdout.isatty()
     console = Console(file=buffer, width=limit, force_terminal=colour, no_color=not colour, highlight=False)
     console.print(Text(_heading(table), style="bold"))
-    for block in _blocks(widths, limit - stub_width):
-        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in stub_names:
-            shown.add_column(Text(printable(name)), overflow="fold")
+    for number, block in enumerate(_blocks(widths, room)):
+        if number:
+            console.print()
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for name, one in zip(stub_names, stub_widths, strict=True):
+            shown.add_column(Text(printable(name)), overflow="fold", width=one)
         for n in block:
-            shown.add_column(headings[n], justify="right", overflow="fold")
+            shown.add_column(headings[n], justify="right", overflow="fold", width=widths[n])
         for stub, row in zip(stubs, cells, strict=True):
             if any(row[n].plain for n in block):
                 shown.add_row(*stub[: len(stub_names)], *(row[n] for n in block))

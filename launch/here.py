@@ -17,7 +17,7 @@ import submitit
 
 from engine.errors import Interrupted, UserError
 from engine.ownership import read_owner
-from engine.progress import say
+from engine.progress import logged, say
 from engine.storage import RunDirectory
 from launch.arrays import Array
 from launch.cells import Cell
@@ -42,7 +42,10 @@ def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, 
         with _stoppable():
             if record.cluster == "inline":
                 for cell in ready:
-                    _in_this_process(jobs[cell.id])
+                    log = record.folder / "jobs" / array.name / f"{cell.id.replace('/', '_')}.log"
+                    _note(record, cell, log=log)
+                    with logged(log):
+                        _in_this_process(jobs[cell.id])
             else:
                 _as_processes(array, ready, jobs, profile, record)
 
@@ -77,6 +80,12 @@ def _deaf_to_the_terminal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def _note(record: Launch, cell: Cell, **found: object) -> None:
+    """Keep where a cell runs and what it writes."""
+    record.cells = tuple(one.model_copy(update=found) if one.id == cell.id else one for one in record.cells)
+    record.write()
 
 
 def _parent(cell: Cell) -> str:
@@ -143,9 +152,7 @@ def _as_processes(
         for cell, job in zip(chosen, started, strict=True):
             log = job.paths.stdout
             say(f"{cell.id}: process {job.job_id}, log {log}")
-            found = {"job": job.job_id, "log": log}
-            record.cells = tuple(c.model_copy(update=found) if c.id == cell.id else c for c in record.cells)
-        record.write()
+            _note(record, cell, job=job.job_id, log=log)
         try:
             for cell, job in zip(chosen, started, strict=True):
                 job.wait()

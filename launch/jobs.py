@@ -28,6 +28,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from engine import ownership
 from engine.errors import Interrupted, RunFailure, UserError
+from engine.progress import log_file
 from engine.storage import RunDirectory, write_text
 from launch import queue
 from launch.node import run_on_node
@@ -52,7 +53,8 @@ class Place:
     def here(cls) -> Place:
         """Of this process."""
         if "SUBMITIT_EXECUTOR" not in os.environ:
-            return cls("inline", f"{socket.gethostname()}:{os.getpid()}", 0, None)
+            log = log_file()
+            return cls("inline", f"{socket.gethostname()}:{os.getpid()}", 0, None if log is None else str(log))
         env = submitit.JobEnvironment()
         return cls(env.cluster, env.job_id, env.global_rank, str(env.paths.stdout))
 

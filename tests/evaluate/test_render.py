@@ -220,6 +220,15 @@ def test_the_terminal_gets_columns_side_by_side_only_where_they_fit() -> None:
         assert text.count("57.8 ± 0.2 (5)") == 1
 
 
+@pytest.mark.parametrize("id", ["1", "7", "methods"])
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_heading_is_broken_inside_a_word_on_a_narrow_terminal(id: str, width: int) -> None:
+    table = table_of(laboratory(), id)
+    text = render(table, "term", width=width)
+    for words in (*table.row_names, *(part for column in table.columns for part in column)):
+        assert all(word in text for word in words.split()), words
+
+
 def test_formats_follow_suffixes() -> None:
     assert [form_of(suffix) for suffix in (".md", ".tex", ".csv", ".html")] == ["md", "latex", "csv", "html"]
     with pytest.raises(UserError, match=r"'\.docx'.*valid: \.md, \.tex"):

@@ -14,6 +14,7 @@ import pytest
 from engine.errors import Interrupted, UserError
 from engine.records import Record
 from launch import ledger
+from launch.cli import app
 from launch.jobs import Attempts
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
@@ -28,6 +29,14 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
     said = capsys.readouterr()
     assert "left out, because pretrain/mixmask-" in said.err
     assert "2 of 4 cells are finished" in said.out
+    logs = {name: one.log for name, one in found(runs).items()}
+    assert logs["mixmask-knn"] is None
+    assert logs["mixmask"] is not None
+    assert "no such data folder" in Path(logs["mixmask"]).read_text()
+    assert "Traceback" not in Path(logs["mixmask"]).read_text()
+    with pytest.raises(SystemExit, match="0"):
+        app(["logs", "random-knn", "--runs", str(runs)])
+    assert "kNN top-1" in capsys.readouterr().out
     assert {name: one.state for name, one in found(runs).items()} == {
         "random": "done",
         "mixmask": "failed",
