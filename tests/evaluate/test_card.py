@@ -3,9 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from engine.backbones import load_backbone, save_backbone
 from engine.errors import UserError
+from engine.heads import Head, HeadInfo
 from engine.records import Record
 from engine.wording import printable
 from evaluate.card import write_card
@@ -48,20 +51,26 @@ def test_a_card_without_results_says_so(tmp_path: Path) -> None:
     assert "Cite the work that introduced MoCo." in text
 
 
-def test_the_code_of_a_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CIFAR stem, from the file that pretraining writes."""
+@pytest.mark.parametrize("head", [False, True])
+def test_the_code_of_a_card_runs(head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CIFAR stem, from the file that pretraining writes, with its projection head or without."""
     from tests.conftest import make_backbone
 
     record = backbone()
     record = record.model_copy(update={"recipe": {**record.recipe, "backbone": {"arch": "resnet18", "stem": "cifar"}}})
     runs = write([record], tmp_path)
     folder = folder_of(runs, "cifar100", "mixmask")
-    make_backbone(folder / "backbone.safetensors", "resnet18", "cifar")
+    file = make_backbone(folder / "backbone.safetensors", "resnet18", "cifar")
+    if head:
+        state, info = load_backbone(file)
+        made = HeadInfo(widths=(512, 128), norm=False)
+        save_backbone(file, state, info.model_copy(update={"head": made}), Head(made).state_dict())
     code = write_card(folder, None, "mit").split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder)
     names: dict[str, object] = {}
     exec(code, names)
     assert names["model"].conv1.kernel_size == (3, 3)
+    assert torch.equal(names["model"].conv1.weight, load_backbone(file)[0]["conv1.weight"])
 
 
 def test_hostile_names_stay_in_their_place(tmp_path: Path) -> None:
