@@ -25,9 +25,11 @@ RUNS ?= runs
 FORMAT ?= term
 REPORT ?= report
 ARGS ?=
+# Processes that tests are shared out to
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify reference bench doctor
+.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify reference bench doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +45,10 @@ demo: $(READY) ## Pretrain, convert, transfer, tabulate on synthetic pictures (a
 	$(MIXMASK) demo $(ARGS)
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-quick: $(READY) ## The tests that take seconds: no SLURM, no browser, no TeX
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not real" $(ARGS)
 
 lint: $(READY) ## Formatting, lint, types, and the three floors
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -21,6 +21,24 @@ def pytest_report_header() -> str:
     return f"detectron2: {detectron2.__file__}"
 
 
+REAL = {  # fixtures that start a real component, and the group of tests that one worker runs one after another
+    "cluster": "slurm",
+    "slurm_that_loses_nodes": "slurm",
+    "slurm_with_accounting": "slurm",
+    "browser": "browser",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        groups = {REAL[name] for name in getattr(item, "fixturenames", ()) if name in REAL}
+        if item.path.name.endswith("on_slurm.py"):  # some ask for their cluster while they run
+            groups.add("slurm")
+        for group in groups:
+            item.add_marker(pytest.mark.real)
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def committed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run directories look the same in a checkout with uncommitted changes."""

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = str(Path(__file__).resolve().parents[1])
+from tests import zygote
+from tests.zygote import ROOT, Started
+
+__all__ = ["ROOT", "finish", "processes", "python"]
 
 
-def processes(
-    count: int, *arguments: str, program: Sequence[str] = ("-m", "launch.cli")
-) -> list[subprocess.Popen[str]]:
+def processes(count: int, *arguments: str, program: Sequence[str] = ("-m", "launch.cli")) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     return [
-        subprocess.Popen(
-            [sys.executable, *program, *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        zygote.start([*program, *arguments], {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
 
 
-def finish(started: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+def finish(started: list[Started]) -> list[tuple[int, str, str]]:
     try:
         texts = [process.communicate(timeout=150) for process in started]
     finally:

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,7 @@ from engine.backbones import load_backbone
 from engine.errors import OwnershipLost, RunDirectoryError, RunFailure
 from engine.ownership import TAKEN_OVER, Owner, owned, read_owner
 from engine.storage import RunDirectory, write_text
-from tests.processes import ROOT
+from tests import zygote
 
 PATIENCE = 1.0
 RUN = """
@@ -79,18 +77,12 @@ checkpoint_every: 2
 """
 
 
-def start(config: Path, run: Path, moment: str = "", gate: Path = Path("none")) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(config), str(run), moment, str(gate)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(config: Path, run: Path, moment: str = "", gate: Path = Path("none")) -> zygote.Started:
+    arguments = ["-c", RUN, str(config), str(run), moment, str(gate)]
+    return zygote.start(arguments, {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def says(process: subprocess.Popen[str], word: str) -> None:
+def says(process: zygote.Started, word: str) -> None:
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line == f"{word}\n", (line, process.stderr.read() if process.stderr and process.poll() is not None else "")

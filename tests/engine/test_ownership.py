@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from engine.errors import RunDirectoryError
 from engine.ownership import TAKEN_OVER, Owner, cluster_job, describe_owner, owned, read_owner, seems_alive
 from engine.storage import RunDirectory
-from tests.processes import ROOT
+from tests import zygote
 
 HOLD = """
 import sys, time
@@ -29,10 +27,9 @@ time.sleep(60)
 """
 
 
-def holder(file: Path) -> subprocess.Popen[str]:
+def holder(file: Path) -> zygote.Started:
     """Another process that owns the file."""
-    started = subprocess.Popen([sys.executable, "-c", HOLD, str(file)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None
+    started = zygote.start(["-c", HOLD, str(file)])
     assert started.stdout.readline() == "holding\n"
     return started
 
@@ -146,10 +143,7 @@ for _ in range(8):
     owner.release()
 """
     )
-    several = [
-        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    several = [zygote.start(["-c", program, str(tmp_path)]) for _ in range(3)]
     texts = [process.communicate(timeout=120)[1] for process in several]
     assert [process.returncode for process in several] == [0, 0, 0], texts
     assert not file.exists()

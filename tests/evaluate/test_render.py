@@ -188,6 +188,7 @@ def has_tex() -> bool:
     )
 
 
+@pytest.mark.real
 def test_latex_compiles(tmp_path: Path) -> None:
     """Every table, and one with every hostile name, in one document."""
     need(

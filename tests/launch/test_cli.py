@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import zygote
 from tests.conftest import make_backbone
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def mixmask(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return zygote.run(["-m", "launch.cli", *map(str, arguments)])
 
 
 def refused(*arguments: object) -> str:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -81,13 +79,9 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_
     stage.run(whole)
 
     interrupted = plan(config, tmp_path / "interrupted")
-    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},  # as many threads as here: their number changes the rounding
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    process = zygote.start(
+        ["-m", "launch.cli", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")],
+        {**os.environ, "OMP_NUM_THREADS": "2"},  # as many threads as here: their number changes the rounding
     )
     deadline = time.monotonic() + 120
     log = interrupted.run.log_file
@@ -342,10 +336,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_the_checkpoi
     """Launchers signal workers, too; the run must still write its checkpoint and end as if only it had been told."""
     overrides = ["epochs=50", "data.num_workers=2", "checkpoint_every=10000"]
     stopped = plan(config, tmp_path, *overrides)
-    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), *overrides, "--runs", str(tmp_path)]
-    process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = zygote.start(["-m", "launch.cli", "pretrain", str(config), *overrides, "--runs", str(tmp_path)])
     deadline = time.monotonic() + 120
     while not stopped.run.log_file.exists() or len(stopped.run.log_file.read_text().splitlines()) < 3:
         assert process.poll() is None

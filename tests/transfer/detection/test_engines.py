@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, load_backbone, save_backbone
-from engine.errors import ConfigError, DataError, RunDirectoryError
+from engine.errors import ConfigError, DataError, RunDirectoryError, UserError
 from tests.processes import ROOT, finish, processes
 from tests.transfer.detection.test_detection import COCO, VOC, plan, recipe_of
 from transfer import stage
@@ -304,7 +304,7 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
         stage.dump_detectron2_config(ready, tmp_path / "coco.pkl")
     said = stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     assert "265 tensors" in said
-    with pytest.raises(ConfigError, match=r"coco\.pkl: is there already"):
+    with pytest.raises(UserError, match=r"coco\.yaml: is there already.*--force"):
         stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "out" / "coco.yaml"))
