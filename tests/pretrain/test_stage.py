@@ -21,6 +21,7 @@ from pretrain import stage
 from pretrain.mixing import draw_mixtures
 from pretrain.recipe import PretrainRecipe
 from pretrain.step import StepLosses, sum_of
+from tests import zygote
 from transfer import stage as transfer_stage
 from transfer.recipe import load_transfer_recipe
 
