@@ -171,6 +171,10 @@ def _serve(channel: socket.socket) -> None:
     import torch._dynamo  # noqa: F401
     import torchvision  # noqa: F401
 
+    import evaluate.report  # noqa: F401
+    import launch.cli
+    import launch.jobs  # noqa: F401
+    import pretrain.stage  # noqa: F401
     import transfer.stage  # noqa: F401
 
     woken, wake = os.pipe()
