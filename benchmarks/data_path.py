@@ -26,10 +26,10 @@ from torchvision import transforms as T
 from torchvision.transforms.v2 import functional as TF
 
 from benchmarks.measure import interleaved, parser, report
-from engine.augment import AugmentRecipe, Photometric
-from engine.datasets import ImageSet, decode
-from engine.loader import BatchPlan, StreamSource
-from engine.randomness import generator
+from mixmask.engine.augment import AugmentRecipe, Photometric
+from mixmask.engine.images import FileImages, decode
+from mixmask.engine.loader import BatchPlan, StreamSource
+from mixmask.engine.randomness import generator
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ def pil(paths: Sequence[Path], photometric: bool) -> Callable[[], None]:
 
 def loader(paths: Sequence[Path], photometric: bool) -> Callable[[], None]:
     num = len(paths)
-    images = ImageSet(tuple(paths), torch.zeros(num, dtype=torch.int64), ("x",), paths[0].parent)
+    images = FileImages(tuple(paths), torch.zeros(num, dtype=torch.int64), ("x",), paths[0].parent)
     recipe = AugmentRecipe()
     batch_size = 20
     plan = BatchPlan(num, batch_size, True, seed=0)

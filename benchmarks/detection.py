@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from benchmarks.measure import interleaved, parser, report
-from engine.backbones import BackboneRecipe, build_trunk
-from engine.precision import autocast, fast_bf16
-from engine.randomness import generator
-from launch.builtin import configs_folder
-from transfer.detection import torchvision_engine
-from transfer.detection.annotations import open_detection
-from transfer.detection.batches import DetectionBatch, training_batches
-from transfer.detection.c4 import C4Detector
-from transfer.detection.detectron2_config import make_config, require_detectron2
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.weights import detector_to_detectron2
-from transfer.recipe import load_transfer_recipe
+from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.precision import autocast, fast_bf16
+from mixmask.engine.randomness import generator
+from mixmask.launch.builtin import configs_folder
+from mixmask.transfer.detection import torchvision_engine
+from mixmask.transfer.detection.annotations import open_detection
+from mixmask.transfer.detection.batches import DetectionBatch, training_batches
+from mixmask.transfer.detection.c4 import C4Detector
+from mixmask.transfer.detection.detectron2_config import make_config, require_detectron2
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.weights import detector_to_detectron2
+from mixmask.transfer.recipe import load_transfer_recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,7 +60,7 @@ def main() -> None:
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
 
-    import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
+    import mixmask.transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
 
     overrides = [f"data.root={given.root}", "backbone=none", f"batch_size={given.batch}", "data.num_workers=0"]
     overrides += given.overrides

@@ -24,24 +24,24 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import interleaved, parser, report
-from engine.backbones import BackboneRecipe
-from engine.config import load_recipe
-from engine.datasets import ImageSet
-from engine.job import Job, Part
-from engine.loader import Batch, BatchPlan, ResidentSource
-from engine.precision import Precision, autocast, fast_bf16
-from engine.storage import RunDirectory
-from engine.training import train
-from launch.builtin import configs_folder
-from pretrain.optimizers import build_optimizer
-from pretrain.recipe import PretrainRecipe
-from pretrain.step import batch_parts
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.config import load_recipe
+from mixmask.engine.images import FileImages
+from mixmask.engine.job import Job, Part
+from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
+from mixmask.engine.precision import Precision, autocast, fast_bf16
+from mixmask.engine.storage import RunDirectory
+from mixmask.engine.training import train
+from mixmask.launch.builtin import configs_folder
+from mixmask.pretrain.optimizers import build_optimizer
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.step import batch_parts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def show_help() -> None:
-    subprocess.run([sys.executable, "-m", "launch.cli", "--help"], capture_output=True, check=True)
+    subprocess.run([sys.executable, "-m", "mixmask", "--help"], capture_output=True, check=True)
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     )
     num = 4096
     pixels = torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = ImageSet(
+    images = FileImages(
         tuple(Path(str(i)) for i in range(num)), torch.zeros(num, dtype=torch.int64), ("x",), Path(), pixels
     )
     source = ResidentSource(images, DEVICE)

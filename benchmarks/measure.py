@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.records import environment
-from engine.storage import write_text
+from mixmask.engine.records import environment
+from mixmask.engine.storage import write_text
 
 Call = Callable[[], object]
 

@@ -14,6 +14,7 @@ ResNet-50, bf16 where the hardware has it, one process. In one run, interleaved:
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,14 +27,17 @@ from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import nn
 
 from benchmarks.measure import interleaved, parser, report
-from engine.backbones import BackboneRecipe
-from engine.datasets import DataRecipe
-from engine.precision import Precision, autocast, fast_bf16
-from pretrain.frameworks.moco import MoCoRecipe
-from pretrain.mixing import MixMask, MixMaskUnMix, MixRecipe, NoMix
-from pretrain.optimizers import SGDRecipe, build_optimizer
-from pretrain.recipe import PretrainRecipe
-from pretrain.step import StepLosses
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.precision import Precision, autocast, fast_bf16
+from mixmask.pretrain.frameworks.moco import MoCoRecipe
+from mixmask.pretrain.mixture import MixtureRecipe
+from mixmask.pretrain.mixtures.mixmask import MixMask
+from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
+from mixmask.pretrain.mixtures.none import NoMix
+from mixmask.pretrain.optimizers import SGDRecipe, build_optimizer
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.step import step_terms
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUEUE = 65536
@@ -50,7 +54,7 @@ def done(call: Callable[[], Any]) -> None:
         torch.cuda.synchronize()
 
 
-def ours(mix: MixRecipe, bn_splits: int, size: int, batch: int, precision: Precision) -> Callable[[], None]:
+def ours(mix: MixtureRecipe, bn_splits: int, size: int, batch: int, precision: Precision) -> Callable[[], None]:
     recipe = PretrainRecipe(
         name="bench",
         data=DataRecipe(name="bench", root="bench"),
@@ -66,10 +70,13 @@ def ours(mix: MixRecipe, bn_splits: int, size: int, batch: int, precision: Preci
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        for part in StepLosses(model, recipe, lambda: images, 0).parts():
+        terms = step_terms(model, recipe.mix, images, random.Random(0), torch.Generator().manual_seed(0))
+        while True:
             with autocast(DEVICE, precision):
-                loss = part()["loss"]
-            loss.backward()
+                term = next(terms, None)
+            if term is None:
+                break
+            (term.loss * term.weight).backward()
         optimizer.step()
         model.after_step(0.5)
 

@@ -12,14 +12,14 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import interleaved, parser, report
-from engine.config import identity, load_recipe
-from evaluate.collect import collect, frame
-from evaluate.paper import choose
-from evaluate.results import results_of
-from evaluate.tables import build
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.config import identity, load_recipe
+from mixmask.evaluate.collect import collect, frame
+from mixmask.evaluate.paper import choose
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import build
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer.recipe import load_transfer_recipe
 from tests.evaluate.made import backbone, transfer, write
-from transfer.recipe import load_transfer_recipe
 
 RUNS = 10_000
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from engine.config import Recipe, added
-from engine.precision import to_device
+from mixmask.engine.config import Recipe, added
+from mixmask.engine.precision import to_device
 
 Normalization = Literal["imagenet", "cifar10", "cifar100", "tiny_imagenet"]
 

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from engine.augment import Normalization
-from engine.config import Recipe
-from engine.errors import CheckpointError, ConfigError
-from engine.heads import Head, HeadInfo
-from engine.records import Fingerprint, Label, Method, check_recipe_shape
-from engine.storage import write_atomic
+from mixmask.engine.augment import Normalization
+from mixmask.engine.config import Recipe
+from mixmask.engine.errors import CheckpointError, ConfigError
+from mixmask.engine.heads import Head, HeadInfo
+from mixmask.engine.records import Fingerprint, Label, Method, check_recipe_shape
+from mixmask.engine.storage import write_atomic
 
 Stem = Literal["standard", "cifar"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from engine import distributed
-from engine.errors import CheckpointError, RunDirectoryError, RunFailure
-from engine.job import Job
-from engine.progress import say
-from engine.storage import RunDirectory, disk_problem, write_atomic
+from mixmask.engine import distributed
+from mixmask.engine.errors import CheckpointError, RunDirectoryError, RunFailure
+from mixmask.engine.job import Job
+from mixmask.engine.progress import say
+from mixmask.engine.storage import RunDirectory, disk_problem, write_atomic
 
 
 @dataclass(frozen=True)

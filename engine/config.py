@@ -19,8 +19,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.errors import ConfigError, DataError
-from engine.texts import read_text
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.texts import read_text
 
 R = TypeVar("R", bound="Recipe")
 
@@ -224,20 +224,16 @@ def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]
     return {**identity(before), "seed": None} != {**identity(recipe), "seed": None}
 
 
-def read_protocol(path: Path | str, overrides: Sequence[str], valid: Sequence[str]) -> str:
-    """The ``protocol`` that a config names, before the rest of it is validated.
+def read_key(path: Path | str, overrides: Sequence[str], key: str) -> Any:
+    """What a config says under a key of its first level, before the rest of it is validated; None if nothing.
 
     Raises:
-        ConfigError: If it is missing or not one of ``valid``.
+        ConfigError: If the file cannot be read.
     """
     tree, _ = read_config(Path(path))
     for override in overrides:
         tree, _ = _apply_override(tree, override)
-    protocol = tree.get("protocol")
-    if protocol not in valid:
-        given = "is missing" if protocol is None else f"is {protocol!r}"
-        raise ConfigError(f"{path}: the key 'protocol' {given}; valid: {', '.join(valid)}")
-    return str(protocol)
+    return tree.get(key)
 
 
 # --- explaining ------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
-from engine.errors import ConfigError, Interrupted, RunFailure, UserError
-from engine.progress import quieten
+from mixmask.engine.errors import ConfigError, Interrupted, RunFailure, UserError
+from mixmask.engine.progress import quieten
 
 T = TypeVar("T")
 

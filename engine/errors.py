@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.wording import printable
+from mixmask.engine.wording import printable
 
 
 class Told(Exception):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from engine.config import Recipe
+from mixmask.engine.config import Recipe
 
 
 class Expectation(Recipe):

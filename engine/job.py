@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.precision import Precision
-from engine.storage import RunDirectory
-from engine.watching import Sink
+from mixmask.engine.precision import Precision
+from mixmask.engine.storage import RunDirectory
+from mixmask.engine.watching import Sink
 
 Part = Callable[[], dict[str, Tensor]]
 

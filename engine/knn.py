@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.augment import Normalization, normalize
-from engine.distributed import gather_dealt
-from engine.loader import ImageSource, num_batches
-from engine.precision import Precision, autocast
-from engine.progress import track
+from mixmask.engine.augment import Normalization, normalize
+from mixmask.engine.distributed import gather_dealt
+from mixmask.engine.loader import ImageSource, num_batches
+from mixmask.engine.precision import Precision, autocast
+from mixmask.engine.progress import track
 
 
 @torch.no_grad()

@@ -23,14 +23,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
-from engine.datasets import DataRecipe, ImageSet
-from engine.distributed import world
-from engine.errors import ConfigError, DataError
-from engine.precision import to_device
-from engine.progress import say
-from engine.randomness import derived_seed, generator
-from engine.stopping import outlive_stop_signals
+from mixmask.engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.distributed import world
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.precision import to_device
+from mixmask.engine.progress import say
+from mixmask.engine.randomness import derived_seed, generator
+from mixmask.engine.stopping import outlive_stop_signals
 
 T = TypeVar("T")
 
@@ -302,8 +303,8 @@ class ResidentSource:
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
         self.images, self.device = images, device
-        pixels = _decoded(images) if images.pixels is None else images.pixels
-        self.pixels = pixels.to(device)
+        pixels = images.array()
+        self.pixels = (_decoded(images) if pixels is None else pixels).to(device)
         self.labels = images.labels.to(device)
 
     def training(

@@ -27,9 +27,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import NotWritable, OwnershipLost, RunDirectoryError
-from engine.progress import say
-from engine.storage import RunDirectory, guarded
+from mixmask.engine.errors import NotWritable, OwnershipLost, RunDirectoryError
+from mixmask.engine.progress import say
+from mixmask.engine.storage import RunDirectory, guarded
 
 BEAT_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0  # a heart that has not beaten for so long is dead
@@ -350,7 +350,7 @@ def owned(run: RunDirectory) -> Iterator[None]:
     Raises:
         RunDirectoryError: If another living process works in it.
     """
-    from engine import distributed  # and with it torch, which `mixmask status` does without
+    from mixmask.engine import distributed  # and with it torch, which `mixmask status` does without
 
     owner = Owner(run.owner_file)
     distributed.first_only(owner.acquire)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import DataError
-from engine.storage import write_atomic
-from engine.texts import read_run_file
+from mixmask.engine.errors import DataError
+from mixmask.engine.storage import write_atomic
+from mixmask.engine.texts import read_run_file
 
 MAX_FILE, MAX_UNPACKED = 1 << 32, 1 << 34  # bytes
 CLASSES = "predictions.npz"

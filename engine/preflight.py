@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from engine import cifar
-from engine.datasets import DataRecipe, ImageSet, file_problem, is_only_split, is_unlabelled, open_split
-from engine.errors import DataError
-from engine.progress import track
+from mixmask.engine.data import KINDS, open_split
+from mixmask.engine.data.folder import USUAL_SPLITS, is_unlabelled
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.progress import track
 
-USUAL_SPLITS = ("train", "val", "test")
 CHUNK = 256
 
 
@@ -62,21 +62,18 @@ def _middle(values: Sequence[int]) -> int:
 
 
 def find_splits(root: Path) -> list[str]:
-    """The splits that lie in ``root`` under their usual names; of a CIFAR archive, train and test.
+    """The splits that lie in ``root``, as the kind of data says that recognises them.
 
     Raises:
         DataError: If there is none.
     """
     root = root.expanduser()
-    splits = [name for name in USUAL_SPLITS if (root / name).is_dir()]
-    if not splits and root.exists() and cifar.find(root) is not None:
-        return ["train", "test"]
-    if not splits and is_only_split(root):
-        return ["."]
+    kinds = sorted((one() for one in KINDS.classes()), key=lambda one: one.general)
+    splits = next((found for one in kinds if root.exists() and (found := one.splits(root))), [])
     if not splits:
         there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
         raise DataError(
-            f"{root}: none of {', '.join(USUAL_SPLITS)} and no CIFAR archive in it "
+            f"{root}: none of {', '.join(USUAL_SPLITS)} and no archive that is known in it "
             f"({'it holds ' + ', '.join(there) if there else 'no such folder, or an empty one'}); name the splits"
         )
     return splits
@@ -99,16 +96,12 @@ def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
     images = open_split(data, "train" if name == train else "test")
     sizes: Counter[tuple[int, int]] = Counter()
     damaged: list[str] = []
-    if images.pixels is not None:
-        sizes[(images.pixels.shape[3], images.pixels.shape[2])] = len(images)
-        return SplitReport(name, images, sizes, damaged)
-    paths = images.paths
-    chunks = [range(start, min(start + CHUNK, len(paths))) for start in range(0, len(paths), CHUNK)]
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def look(index: int) -> tuple[int, int] | str:
             try:
-                return _header(paths[index]) if quick else _decoded(images, index)
+                return images.size(index) if quick else _decoded(images, index)
             except DataError as error:
                 return str(error)
 
@@ -125,18 +118,6 @@ def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
 def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
     _, height, width = images.read(index).shape
     return width, height
-
-
-def _header(path: Path) -> tuple[int, int]:
-    problem = file_problem(path)
-    if problem is not None:
-        raise DataError(problem)
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return width, height
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{path}: not a readable image ({error})") from None
 
 
 def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[SplitReport], list[str], list[str]]:

@@ -14,7 +14,7 @@ from typing import IO, TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.wording import printable_lines
+from mixmask.engine.wording import printable_lines
 
 PLAIN_EVERY_SECONDS = 15.0
 

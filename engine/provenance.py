@@ -12,7 +12,7 @@ from pathlib import Path
 
 COMMIT_FILE = "COMMIT"
 PATCH_FILE = "changes.patch"
-CODE = ("engine", "pretrain", "transfer", "evaluate", "launch", "configs")  # what can change a number
+CODE = ("mixmask", "engine", "pretrain", "transfer", "evaluate", "launch", "configs")  # what can change a number
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Code:
 @cache
 def code() -> Code:
     """The state of the code that runs, as it was when it was first asked for."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[1]  # of a checkout; elsewhere it is the package itself
+    if not (root / "mixmask").is_dir():
+        root = root.parent
     if (root / COMMIT_FILE).is_file():
         commit = (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
         patch = root / PATCH_FILE

@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
-from engine import distributed
-from engine.errors import DataError, RunDirectoryError
-from engine.expected import Expectations
-from engine.provenance import code
-from engine.storage import RunDirectory, write_text
-from engine.texts import read_run_file
+from mixmask.engine import distributed
+from mixmask.engine.errors import DataError, RunDirectoryError
+from mixmask.engine.expected import Expectations
+from mixmask.engine.provenance import code
+from mixmask.engine.storage import RunDirectory, write_text
+from mixmask.engine.texts import read_run_file
 
-SCHEMA = 2
+SCHEMA = 3
 LARGEST = 1e100
 MAX_RECORD = 1 << 26  # bytes
 SCALARS = (str, int, float, bool, type(None))
@@ -60,6 +60,10 @@ class Record(BaseModel):
     ``protocol_fingerprint`` say which runs may share a cell: the pretraining and the transfer recipe without their seeds.
     ``recipe`` is the run's own recipe and ``pretraining`` the one that made its backbone, each without what cannot change
     a number (`engine.config.identity`); empty where it is not known, as for a foreign checkpoint.
+
+    Whoever reads a record needs no list of protocols: ``title`` is what the protocol is called, ``headlines`` are the
+    metrics that it is run for, the most important first, with what a table's column calls each, and ``task`` is its name on
+    hubs. ``num_seeds`` runs with other seeds make a result, for the reason that ``variation`` gives.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -80,6 +84,11 @@ class Record(BaseModel):
     pretrain_seed: int | None = None
     lineage: str = ""
     protocol_fingerprint: str = ""
+    title: str = ""
+    task: str = "image-classification"
+    headlines: dict[str, str] = {}
+    num_seeds: int = Field(1, ge=1)
+    variation: str = ""
     settings: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     pretraining: dict[str, Any] = {}
@@ -88,14 +97,6 @@ class Record(BaseModel):
     data: dict[str, Any] = {}
     environment: dict[str, Any]
     seconds: float = Field(allow_inf_nan=False)
-
-    @field_validator("protocol")
-    @classmethod
-    def _named(cls, protocol: str) -> str:
-        share = protocol.removeprefix("semisup_")
-        if share != protocol and not re.fullmatch(r"\d+(\.\d+)?", share):
-            raise ValueError(f"{protocol}: semisup_ and a percentage was expected")
-        return protocol
 
     @field_validator("metrics")
     @classmethod
@@ -109,6 +110,16 @@ class Record(BaseModel):
         return metrics
 
     _shaped = field_validator("recipe", "pretraining")(check_recipe_shape)
+
+    @property
+    def headline(self) -> tuple[str, float] | None:
+        """The first headline that was measured: its metric and value."""
+        return next(((metric, self.metrics[metric]) for metric in self.headlines if metric in self.metrics), None)
+
+    def metric_name(self, metric: str) -> str:
+        """A metric in words, beside the protocol's title: ``top-1``, ``box AP50``."""
+        plain = metric.split("/")[-1].replace("top", "top-")
+        return self.headlines.get(metric, plain).removeprefix(f"{self.title} ")
 
     def text(self) -> str:
         """The record as it is written."""
@@ -146,18 +157,55 @@ class Record(BaseModel):
 
 
 def migrated(document: dict[str, Any]) -> dict[str, Any]:
-    """A record's document under the present schema. Schema 1 kept no recipes, and one expectation or none.
+    """A record's document under the present schema.
+
+    Schema 1 kept no recipes, and one expectation or none. Schema 2 did not say what its protocol is called and run for.
 
     Raises:
         ValueError: If it is of no known schema.
     """
     version = document.get("schema")
     if version == 1:
-        return {**document, "schema": SCHEMA, "expected": document.get("expected") or []}
+        document = {**document, "expected": document.get("expected") or []}
+    if version in (1, 2):
+        return {**document, **said_before_schema_3(str(document.get("protocol"))), "schema": SCHEMA}
     if version != SCHEMA:
         known = f"this version reads 1 to {SCHEMA}"
         raise ValueError("not a record: no schema" if version is None else f"of schema {version!r}; {known}")
     return document
+
+
+def said_before_schema_3(protocol: str) -> dict[str, Any]:
+    """What records of schema 1 and 2 left to be known of the protocols that there were.
+
+    Raises:
+        ValueError: If the name is that of a share of labels and has none.
+    """
+    family, _, share = protocol.partition("_")
+    if family == "semisup":
+        if not re.fullmatch(r"\d+(\.\d+)?", share):
+            raise ValueError(f"protocol: {protocol}: semisup_ and a percentage was expected")
+        title = f"{share} % of labels"
+        return {"title": title, "headlines": {"semisup/top1": f"{title} top-1"}}
+    if family == "detect":
+        boxes, masks = (
+            {f"{kind}/{ap}": f"{word} {ap}" for ap in ("AP", "AP50", "AP75")}
+            for kind, word in (("bbox", "box"), ("segm", "mask"))
+        )
+        said: dict[str, Any] = {"title": "detection", "task": "object-detection", "headlines": {**boxes, **masks}}
+        if protocol == "detect_voc":
+            said |= {
+                "headlines": boxes,
+                "num_seeds": 5,
+                "variation": "on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75",
+            }
+        return said
+    titles = {"knn": "kNN", "linear": "linear"}
+    if protocol in titles:
+        return {"title": titles[protocol], "headlines": {f"{protocol}/top1": f"{titles[protocol]} top-1"}}
+    if protocol == "pretrain":
+        return {"title": "pretraining", "headlines": {"knn/top1": "kNN top-1", "loss": "loss"}}
+    return {"title": protocol, "headlines": {}}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from engine import distributed
-from engine.errors import Interrupted, OwnershipLost
+from mixmask.engine import distributed
+from mixmask.engine.errors import Interrupted, OwnershipLost
 
 # What a cluster sends before it takes a machine away, and what a terminal sends on Ctrl-C.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 import yaml
 from pydantic import BaseModel
 
-from engine.config import differing_keys, identity, to_yaml
-from engine.errors import DataError, RunDirectoryError, UserError
-from engine.provenance import code
-from engine.texts import open_run_file
+from mixmask.engine.config import differing_keys, identity, to_yaml
+from mixmask.engine.errors import DataError, RunDirectoryError, UserError
+from mixmask.engine.provenance import code
+from mixmask.engine.texts import open_run_file
 
 UMASK = os.umask(0)  # asked once, before there are threads: it can only be asked by changing it
 os.umask(UMASK)

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from engine.errors import DataError
+from mixmask.engine.errors import DataError
 
 LARGEST = 1 << 32
 

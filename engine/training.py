@@ -12,15 +12,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
-from engine.checkpoint import Start, require_finite, resume, save
-from engine.errors import Interrupted, RunFailure
-from engine.job import Job, Part
-from engine.precision import autocast
-from engine.progress import StepProgress, say
-from engine.randomness import derived_seed
-from engine.stopping import StopNow, StopSignals, lost_on_one_of_several, stopped
-from engine.watching import Sink
+from mixmask.engine import distributed
+from mixmask.engine.checkpoint import Start, require_finite, resume, save
+from mixmask.engine.errors import Interrupted, RunFailure
+from mixmask.engine.job import Job, Part
+from mixmask.engine.precision import autocast
+from mixmask.engine.progress import StepProgress, say
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.stopping import StopNow, StopSignals, lost_on_one_of_several, stopped
+from mixmask.engine.watching import Sink
 
 B = TypeVar("B")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from engine.config import Recipe, operational
-from engine.errors import ConfigError
-from engine.storage import RunDirectory
+from mixmask.engine.config import Recipe, operational
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.storage import RunDirectory
 
 
 class WatchRecipe(Recipe):

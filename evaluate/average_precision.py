@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.predictions import DetectionMatches
-from engine.progress import track
-from evaluate.statistics import CONFIDENCE, PairOfRuns
+from mixmask.engine.predictions import DetectionMatches
+from mixmask.engine.progress import track
+from mixmask.evaluate.statistics import CONFIDENCE, PairOfRuns
 
 Floats = npt.NDArray[np.float64]
 

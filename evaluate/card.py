@@ -10,16 +10,16 @@ from typing import Any
 import jinja2
 import yaml
 
-from engine.augment import STATISTICS, Normalization
-from engine.config import read_config
-from engine.errors import UserError
-from engine.wording import printable
-from evaluate.collect import Collection, Run, collect, flat, one_run
-from evaluate.names import METRICS, name, protocol_name
-from evaluate.render import escape_markdown
-from evaluate.report import page_file, reproduce
-from evaluate.results import Result, results_of
-from evaluate.statistics import FEW_SEEDS, summarize
+from mixmask.engine.augment import STATISTICS, Normalization
+from mixmask.engine.config import read_config
+from mixmask.engine.errors import UserError
+from mixmask.engine.wording import printable
+from mixmask.evaluate.collect import Collection, Run, collect, flat, one_run
+from mixmask.evaluate.names import name
+from mixmask.evaluate.render import escape_markdown
+from mixmask.evaluate.report import page_file, reproduce
+from mixmask.evaluate.results import Result, results_of
+from mixmask.evaluate.statistics import summarize
 
 LICENSES = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
 ARCH = re.compile(r"^(timm/)?[A-Za-z0-9_.]+$")
@@ -155,10 +155,10 @@ def _table(pools: Sequence[Sequence[Result]]) -> str:
         summary = summarize([result.value for result in pool])
         value = f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
         settings = ", ".join(f"{key} {setting}" for key, setting in record.settings.items() if setting is not None)
-        label = METRICS.get(pool[0].metric, "top-1")
-        if record.protocol == "detect_voc" and summary.n < FEW_SEEDS:
-            value += f" (fewer than {FEW_SEEDS} runs)"
-        cells = (protocol_name(record.protocol), name(record.dataset), label, value, summary.n, settings)
+        label = record.metric_name(pool[0].metric)
+        if summary.n < record.num_seeds:
+            value += f" (fewer than {record.num_seeds} runs)"
+        cells = (record.title, name(record.dataset), label, value, summary.n, settings)
         lines.append("| " + " | ".join(escape_markdown(str(cell)) for cell in cells) + " |")
     return "\n".join(lines) if pools else ""
 
@@ -166,24 +166,25 @@ def _table(pools: Sequence[Sequence[Result]]) -> str:
 def _metadata(run: Run, pools: Sequence[Sequence[Result]], license: str) -> dict[str, Any]:
     """What hubs read: the fields of Hugging Face's model cards, results as a model index."""
     record = run.record
-    by_measurement: dict[tuple[str, str, str], list[Sequence[Result]]] = {}
+    by_measurement: dict[tuple[str, str, str, str], list[Sequence[Result]]] = {}
     for pool in pools:
         first = pool[0].run.record
-        by_measurement.setdefault((first.protocol, first.dataset, first.protocol_fingerprint), []).append(pool)
+        key = (first.protocol, first.dataset, first.protocol_fingerprint, first.task)
+        by_measurement.setdefault(key, []).append(pool)
     results = [
         {
-            "task": {"type": "object-detection" if protocol.startswith("detect_") else "image-classification"},
+            "task": {"type": task},
             "dataset": {"name": printable(name(dataset)), "type": printable(dataset)},
             "metrics": [
                 {
                     "type": printable(pool[0].metric),
-                    "name": f"{protocol_name(protocol)} {METRICS.get(pool[0].metric, 'top-1')}",
+                    "name": printable(f"{pool[0].run.record.title} {pool[0].run.record.metric_name(pool[0].metric)}"),
                     "value": round(summarize([result.value for result in pool]).mean, 2),
                 }
                 for pool in own
             ],
         }
-        for (protocol, dataset, _), own in by_measurement.items()
+        for (_, dataset, _, task), own in by_measurement.items()
     ]
     return {
         "license": license,

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from engine.errors import DataError, UserError, listed
-from engine.records import Record, finished_record
-from engine.storage import RunDirectory, write_atomic
-from engine.wording import printable
-from evaluate.query import UnknownColumn, holds
-from evaluate.spreadsheet import safe_cell
+from mixmask.engine.errors import DataError, UserError, listed
+from mixmask.engine.records import Record, finished_record
+from mixmask.engine.storage import RunDirectory, write_atomic
+from mixmask.engine.wording import printable
+from mixmask.evaluate.query import UnknownColumn, holds
+from mixmask.evaluate.spreadsheet import safe_cell
 
 FIXED = {
     "run": "the run's folder",

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
-from engine.wording import printable
-from evaluate.average_precision import THRESHOLDS, compare_detectors
-from evaluate.collect import Collection, Run, frame, one_run, select
-from evaluate.names import METHODS, METRICS, metric_name, name, protocol_name, text_of
-from evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
-from evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
+from mixmask.engine.errors import UserError
+from mixmask.engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
+from mixmask.engine.wording import printable
+from mixmask.evaluate.average_precision import THRESHOLDS, compare_detectors
+from mixmask.evaluate.collect import Collection, Run, frame, one_run, select
+from mixmask.evaluate.names import METHODS, METRICS, name, text_of
+from mixmask.evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
+from mixmask.evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequenc
     ordered = [sorted(group, key=lambda result: repr(result.seeds)) for group in (first, second)]
     values = [[result.value for result in group] for group in ordered]
     record = first[0].run.record
-    what = f"{name(record.dataset)}, {protocol_name(record.protocol)}, {metric_name(first[0].metric)}"
+    what = f"{name(record.dataset)}, {record.title}, {record.metric_name(first[0].metric)}"
     words = [_backbone(group[0], [other[0] for other in groups]) for group in (first, second)]
     return Comparison(what, words[0], words[1], difference(values[0], values[1], paired), fixed)
 
@@ -161,8 +161,8 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         raise UserError(
             f"{first} is a run of {runs[0].record.protocol} and {second} of {runs[1].record.protocol}: not comparable"
         )
-    if not runs[0].record.protocol.startswith("detect_"):
-        metric = f"{runs[0].record.protocol.split('_')[0]}/top1"
+    if not any((run.path / file).is_file() for run in runs for file in MATCHES.values()):
+        metric = next((one for one in runs[0].record.headlines if one.endswith("/top1")), "")
         if metrics is not None and metrics != [metric]:
             raise UserError(
                 f"--metric {', '.join(metrics)}: of two runs of {runs[0].record.protocol}, {metric} is compared"

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.storage import require_own_file, write_atomic
+from mixmask.engine.storage import require_own_file, write_atomic
 
 CREATOR = "mixmask plots"  # stands in every file, so that it is known as ours
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.wording import printable
-from evaluate.tables import Cell, Table
-from evaluate.wording import MARKS, MISSING, cell_text, remarks
+from mixmask.engine.wording import printable
+from mixmask.evaluate.tables import Cell, Table
+from mixmask.evaluate.wording import MARKS, MISSING, cell_text, remarks
 
 WIDE = 4  # more columns than this are shrunk to the width of the text
 LATEX = {

@@ -61,23 +61,6 @@ def name(value: Any) -> str:
     return "?" if value is None else NAMES.get(str(value), str(value))
 
 
-def metric_name(metric: str) -> str:
-    """A metric in words: ``top-1``, ``box AP50``."""
-    return METRICS.get(metric, metric.split("/")[-1].replace("top", "top-"))
-
-
-def protocol_name(protocol: str) -> str:
-    """A protocol in words."""
-    if protocol.startswith("semisup_"):
-        return percent_name(protocol)
-    return {"detect_voc": "detection", "detect_coco": "detection", "knn": "kNN"}.get(protocol, protocol)
-
-
-def percent_name(protocol: str) -> str:
-    """``1 % of labels`` from ``semisup_1``."""
-    return f"{protocol.removeprefix('semisup_')} % of labels"
-
-
 def epochs_name(value: float | None) -> str:
     """A number of epochs, or a question mark."""
     return "?" if value is None else f"{value:,.10g}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from engine.errors import UserError
-from evaluate.collect import ABLATED
-from evaluate.names import METHODS, METRICS, NAMES, epochs_name, name, percent_name, protocol_name, setting_name
-from evaluate.published import Published, of_the_paper
-from evaluate.reference import stated
-from evaluate.results import DETECTION, Result
-from evaluate.tables import Key, Layout, Place
+from mixmask.engine.errors import UserError
+from mixmask.engine.records import said_before_schema_3
+from mixmask.evaluate.collect import ABLATED
+from mixmask.evaluate.names import METHODS, METRICS, NAMES, epochs_name, name, setting_name
+from mixmask.evaluate.published import Published, of_the_paper
+from mixmask.evaluate.reference import stated
+from mixmask.evaluate.results import DETECTION, Result
+from mixmask.evaluate.tables import Key, Layout, Place
 
 TABLE_1 = ("grid_size", "mask", "mask_ratio", "switch")
 DISCRETE = (
@@ -38,6 +39,7 @@ def _of(number: Published) -> dict[str, Any]:
         "framework": number.framework,
         "method": number.method,
         "metric": number.metric,
+        "title": said_before_schema_3(number.protocol)["title"],
         "pretrain_epochs": number.pretrain_epochs,
         "pretrain_dataset": "imagenet1k" if number.protocol.startswith("detect_") else number.dataset,
     }
@@ -100,7 +102,7 @@ def _table_4(dims: Dims) -> bool:
 
 
 def _measured(dims: Dims) -> Key:
-    return name(dims["dataset"]), name(dims["framework"]), protocol_name(dims["protocol"])
+    return name(dims["dataset"]), name(dims["framework"]), dims["title"]
 
 
 def _detected(dims: Dims) -> bool:
@@ -214,7 +216,7 @@ def layouts(published: Sequence[Published] = ()) -> dict[str, Layout]:
             ("framework", "method"),
             lambda dims: dims["protocol"].startswith("semisup_") and dims["metric"] == "semisup/top1",
             _method_row,
-            lambda dims: (name(dims["dataset"]), percent_name(dims["protocol"])),
+            lambda dims: (name(dims["dataset"]), dims["title"]),
             numbers,
             notes=unpublished,
         ),
@@ -271,8 +273,7 @@ def methods_by_protocols() -> Layout:
         )
 
     def column(dims: Dims) -> Key:
-        protocol = protocol_name(dims["protocol"])
-        return name(dims["dataset"]), METRICS.get(dims["metric"], f"{protocol} top-1")
+        return name(dims["dataset"]), dims["column"]
 
     return Layout(
         "methods",

@@ -13,15 +13,15 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from engine.errors import DataError
-from engine.texts import read_run_file
-from evaluate.collect import Run
-from evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
-from evaluate.names import METRICS, method_place, name, protocol_name
-from evaluate.published import Published
-from evaluate.reference import departures, stated
-from evaluate.results import DETECTION, Result, backbone_words, results_of, telling_keys
-from evaluate.statistics import summarize
+from mixmask.engine.errors import DataError
+from mixmask.engine.texts import read_run_file
+from mixmask.evaluate.collect import Run
+from mixmask.evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
+from mixmask.evaluate.names import METRICS, method_place, name
+from mixmask.evaluate.published import Published
+from mixmask.evaluate.reference import departures, stated
+from mixmask.evaluate.results import DETECTION, Result, backbone_words, results_of, telling_keys
+from mixmask.evaluate.statistics import summarize
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 DIAGNOSTICS = (
@@ -212,7 +212,7 @@ def budgets(results: Sequence[Result]) -> list[Plot]:
             panel.set_xlabel("epochs of pretraining")
             panel.set_ylabel("top-1 (%)")
         legend(figure, *axes)
-        title = f"Training budget: {name(dataset)}, {protocol_name(protocol)}"
+        title = f"Training budget: {name(dataset)}, {own[0].run.record.title}"
         plots.append(
             finished_plot(
                 f"budget-{dataset}-{protocol}", title, figure, f"Top-1 over epochs, {', '.join(map(name, frameworks))}."
@@ -261,8 +261,8 @@ def _ablation(results: Sequence[Result], published: Sequence[Published], key: st
         panel.set_xlabel(label)
         panel.set_ylabel("top-1 (%)")
         legend(figure, panel)
-        dataset, framework, protocol = place
-        title = f"{name(key)}: {name(dataset)}, {name(framework)}, {protocol_name(protocol)}"
+        dataset, framework, _ = place
+        title = f"{name(key)}: {name(dataset)}, {name(framework)}, {own[0].run.record.title}"
         plots.append(finished_plot("-".join((key, *place)), title, figure, f"Top-1 for {', '.join(order)}."))
     return plots
 
@@ -276,7 +276,11 @@ def _numeric(text: str) -> tuple[int, float, str]:
 
 def label_efficiency(results: Sequence[Result]) -> list[Plot]:
     """Accuracy after finetuning over the share of labels."""
-    shares = [r for r in results if r.run.record.protocol.startswith("semisup_")]
+    shares = [
+        r
+        for r in results
+        if isinstance(r.run.record.settings.get("labels"), int | float) and r.metric.endswith("/top1")
+    ]
     plots = []
     for dataset, own in _grouped(shares, lambda r: r.run.record.dataset).items():
         lines = _grouped(own, lambda r: _family(r, LABELS))
@@ -302,7 +306,7 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
 
 
 def _share(result: Result) -> float:
-    return float(result.run.record.protocol.removeprefix("semisup_"))
+    return float(result.run.record.settings["labels"])
 
 
 def average_precisions(results: Sequence[Result]) -> list[Plot]:

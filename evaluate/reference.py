@@ -12,9 +12,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from engine.records import Record
-from evaluate.names import text_of
-from evaluate.results import Result, facts, of_backbone
+from mixmask.engine.records import Record
+from mixmask.evaluate.names import text_of
+from mixmask.evaluate.results import Result, facts, of_backbone
 
 # Keys in which a run may differ from the shipped recipe, and why. A key stands for all below it.
 MAY_DIFFER = {
@@ -37,7 +37,7 @@ MOST = 6  # departures in a footnote
 
 @cache
 def _document() -> dict[str, Any]:
-    text = resources.files("evaluate").joinpath("reference.json").read_text(encoding="utf-8")
+    text = resources.files("mixmask.evaluate").joinpath("reference.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
     recipes = document["pretrain"]
     for name, recipe in recipes.items():

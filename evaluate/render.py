@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from engine.errors import UserError
-from engine.wording import printable
-from evaluate.latex import latex
-from evaluate.spreadsheet import safe_cell
-from evaluate.tables import Cell, Table
-from evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
+from mixmask.engine.errors import UserError
+from mixmask.engine.wording import printable
+from mixmask.evaluate.latex import latex
+from mixmask.evaluate.spreadsheet import safe_cell
+from mixmask.evaluate.tables import Cell, Table
+from mixmask.evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}

@@ -16,22 +16,22 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from engine.errors import DataError
-from engine.predictions import SHEET
-from engine.storage import RunDirectory, last_lines, require_output_folder, require_own_file, write_text
-from engine.texts import read_run_file
-from engine.wording import printable
-from evaluate.collect import Collection, Run, ablation
-from evaluate.comparison import Comparison, compare
-from evaluate.drawing import Plot
-from evaluate.names import METRICS, name, protocol_name, text_of
-from evaluate.paper import choose
-from evaluate.plots import plots_of
-from evaluate.published import Published, of_the_paper
-from evaluate.render import html_table
-from evaluate.results import headlines, results_of
-from evaluate.tables import Cell, Table, build
-from evaluate.verify import Check, expectations
+from mixmask.engine.errors import DataError
+from mixmask.engine.predictions import SHEET
+from mixmask.engine.storage import RunDirectory, last_lines, require_output_folder, require_own_file, write_text
+from mixmask.engine.texts import read_run_file
+from mixmask.engine.wording import printable
+from mixmask.evaluate.collect import Collection, Run, ablation
+from mixmask.evaluate.comparison import Comparison, compare
+from mixmask.evaluate.drawing import Plot
+from mixmask.evaluate.names import name, text_of
+from mixmask.evaluate.paper import choose
+from mixmask.evaluate.plots import plots_of
+from mixmask.evaluate.published import Published, of_the_paper
+from mixmask.evaluate.render import html_table
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import Cell, Table, build
+from mixmask.evaluate.verify import Check, expectations
 
 LOG_LINES = 12
 MOST_IMAGE_BYTES = 4_000_000
@@ -105,7 +105,7 @@ def run_id(run: Run) -> str:
 
 def page_file(file: str) -> str:
     """A template, a style or a script of ``page/``."""
-    return resources.files("evaluate").joinpath("page", file).read_text(encoding="utf-8")
+    return resources.files("mixmask.evaluate").joinpath("page", file).read_text(encoding="utf-8")
 
 
 def _sources(tables: Sequence[Table]) -> str:
@@ -148,14 +148,12 @@ def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
 def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dict[str, str]]) -> dict[str, Any]:
     record = run.record
     headline, order = "", None
-    for metric in (*headlines(record.protocol), "knn/top1", "loss"):
-        if metric in record.metrics:
-            order = record.metrics[metric]
-            headline = f"{METRICS.get(metric, metric)} {order:.2f}"
-            break
+    if record.headline is not None:
+        metric, order = record.headline
+        headline = f"{record.headlines[metric]} {order:.2f}"
     columns = (
         record.stage,
-        protocol_name(record.protocol) if record.stage == "transfer" else "",
+        record.title if record.stage == "transfer" else "",
         name(record.dataset),
         name(record.framework),
         name(record.method),

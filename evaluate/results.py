@@ -9,22 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from engine.records import Record
-from evaluate.collect import ABLATED, Run, ablation, ablation_of, flat
-from evaluate.names import epochs_name, name
+from mixmask.engine.records import Record
+from mixmask.evaluate.collect import ABLATED, Run, ablation, ablation_of, flat
+from mixmask.evaluate.names import epochs_name, name
 
-HEADLINES = {"knn": ("knn/top1",), "linear": ("linear/top1",), "semisup": ("semisup/top1",)}
 DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
 TWICE_COCO = 180_000  # iterations of the schedule 2x
 SEEDS = ("seed", "pretrain.seed")
 TWICE = ("recipe_iterations", "recipe_batch_size", "num_labelled", "pretrain.backbone.arch", "pretrain.data.name")
-
-
-def headlines(protocol: str) -> tuple[str, ...]:
-    """The metrics for which a protocol is run, the most important first."""
-    if protocol.startswith("detect_"):
-        return DETECTION
-    return HEADLINES.get(protocol.split("_")[0], ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +44,8 @@ class Result:
             "pretrain_dataset": record.pretrain_dataset,
             "pretrain_epochs": record.pretrain_epochs,
             "metric": self.metric,
+            "title": record.title,
+            "column": record.headlines.get(self.metric, f"{record.title} {record.metric_name(self.metric)}"),
             **ablation(record),
             "doubled": record.protocol == "detect_coco" and self.known.get("iterations") == TWICE_COCO,
         }
@@ -155,14 +149,14 @@ def results_of(runs: Iterable[Run], metrics: Sequence[str] | None = None) -> lis
     found = []
     for run in runs:
         if run.record.stage == "transfer":
-            wanted = headlines(run.record.protocol) if metrics is None else metrics
+            wanted = [*run.record.headlines] if metrics is None else metrics
             found += [Result(run, metric) for metric in wanted if metric in run.record.metrics]
     return found
 
 
 def first_headline(result: Result) -> bool:
     """Whether it is the number for which its protocol is run in the first place."""
-    return result.metric == headlines(result.run.record.protocol)[0]
+    return result.metric == next(iter(result.run.record.headlines), None)
 
 
 def telling_keys(results: Sequence[Result]) -> list[str]:

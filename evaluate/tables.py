@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evaluate.names import text_of
-from evaluate.published import Published
-from evaluate.reference import departures, in_words, unstated
-from evaluate.results import Result, of_backbone, telling_keys
-from evaluate.statistics import FEW_SEEDS, Summary, summarize, within_noise
+from mixmask.evaluate.names import text_of
+from mixmask.evaluate.published import Published
+from mixmask.evaluate.reference import departures, in_words, unstated
+from mixmask.evaluate.results import Result, of_backbone, telling_keys
+from mixmask.evaluate.statistics import Summary, summarize, within_noise
 
 Key = tuple[str, ...]  # of a row or a column: one text for each level
 Place = tuple[Key, Key]
 
 NOT_RECORDED = "how the backbone was pretrained is not recorded"
-FEW = f"fewer than {FEW_SEEDS} runs: on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75"
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,12 @@ class Cell:
         return summarize([result.value for result in self.results]) if self.results else None
 
     @property
-    def few(self) -> bool:
-        """Whether it is VOC with fewer than five runs."""
-        voc = any(result.run.record.protocol == "detect_voc" for result in self.results)
-        return voc and len(self.results) < FEW_SEEDS
+    def few(self) -> str:
+        """What must be said of so few runs, if the protocol asks for more: of VOC with fewer than five."""
+        record = self.results[0].run.record if self.results else None
+        if record is None or len(self.results) >= record.num_seeds:
+            return ""
+        return f"fewer than {record.num_seeds} runs: {record.variation}"
 
     @property
     def difference(self) -> float | None:
@@ -200,7 +201,7 @@ def _noted(cell: Cell, texts: tuple[str, ...]) -> _Noted:
     """A cell with its footnotes: whose number stands there if not the paper's, and that the runs are few."""
     theirs = cell.published.source if cell.published is not None else "paper"
     source = () if theirs == "paper" else (f"published by {theirs}",)
-    return cell, (*texts, *source, *((FEW,) if cell.few else ()))
+    return cell, (*texts, *source, *((cell.few,) if cell.few else ()))
 
 
 def _unstacked(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from engine.errors import UserError
-from engine.expected import Expectation
-from evaluate.collect import Collection, Run
-from evaluate.reference import departures, in_words, stated
-from evaluate.results import Result, of_backbone
+from mixmask.engine.errors import UserError
+from mixmask.engine.expected import Expectation
+from mixmask.evaluate.collect import Collection, Run
+from mixmask.evaluate.reference import departures, in_words, stated
+from mixmask.evaluate.results import Result, of_backbone
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from evaluate.tables import Cell, Table
+from mixmask.evaluate.tables import Cell, Table
 
 READING = "mean ± sample standard deviation (number of runs)"
 MARKS = (

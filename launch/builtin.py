@@ -1,11 +1,11 @@
-"""Where the configs that come with the project lie: beside the packages in a checkout, inside `launch` when installed."""
+"""Where the configs that come with the project lie: at the root of a checkout, inside the package when installed."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-from engine.errors import ConfigError
+from mixmask.engine.errors import ConfigError
 
 KINDS = ("pretrain", "transfer", "suites", "cluster")
 
@@ -16,11 +16,10 @@ def configs_folder() -> Path:
     Raises:
         ConfigError: If the installation is incomplete.
     """
-    here = Path(__file__).resolve().parent
-    for folder in (here.parent / "configs", here / "configs"):
-        if (folder / "pretrain").is_dir():
-            return folder
-    raise ConfigError(f"no configs beside {here} or in it: reinstall the project")
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    if not (folder / "pretrain").is_dir():
+        raise ConfigError(f"{folder}: no such folder: reinstall the project")
+    return folder
 
 
 def config_file(given: Path, kind: str) -> Path:

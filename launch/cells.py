@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config import fingerprint_of, load_recipe, read_protocol
-from engine.datasets import DataRecipe, ImageSet, OpenImages, open_split
-from engine.errors import ConfigError, listed
-from engine.storage import RunDirectory, locate_run
-from launch.cluster import Profile, Resources
-from launch.ledger import LaunchedCell, Stage
-from launch.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
-from pretrain import stage as pretrain_stage
-from pretrain.recipe import PretrainRecipe
-from transfer import stage as transfer_stage
-from transfer.checkpoints.export import SUFFIXES, Target
-from transfer.checkpoints.source import Source, read_source
-from transfer.recipe import LABELS, PROTOCOLS, DetectTransferRecipe, SemisupRecipe, TransferRecipe, load_transfer_recipe
+from mixmask.engine.config import fingerprint_of, load_recipe, read_key
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe, OpenImages
+from mixmask.engine.errors import ConfigError, listed
+from mixmask.engine.images import ImageSet
+from mixmask.engine.storage import RunDirectory, locate_run
+from mixmask.launch.cluster import Profile, Resources
+from mixmask.launch.ledger import LaunchedCell, Stage
+from mixmask.launch.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
+from mixmask.pretrain import stage as pretrain_stage
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer import stage as transfer_stage
+from mixmask.transfer.checkpoints.export import SUFFIXES, Target
+from mixmask.transfer.checkpoints.source import Source, read_source
+from mixmask.transfer.protocol import LABELS, TransferRecipe
+from mixmask.transfer.recipe import load_transfer_recipe, protocol_of
 
 ORIGIN = "the suite"  # where a cell's overrides stand, for messages
 
@@ -155,9 +158,11 @@ class _Expansion:
             for backbone in backbones:
                 yield self._convert(grid.convert, backbone, target)
         for entry in grid.transfer:
-            protocol = read_protocol(self.folder / entry.config, (), tuple(PROTOCOLS))
-            common = {**self.suite.set.transfer, **getattr(self.suite.set, protocol)}
-            forced = {**self.suite.force.transfer, **getattr(self.suite.force, protocol)}
+            config = self.folder / entry.config
+            protocol_of(config)
+            protocol = read_key(config, (), "protocol")
+            common = {**self.suite.set.transfer, **self.suite.set.of(protocol)}
+            forced = {**self.suite.force.transfer, **self.suite.force.of(protocol)}
             for name, overrides, seed in self._variants(entry, common, forced):
                 for backbone in backbones:
                     yield self._transfer(entry, backbone, name, overrides, seed)
@@ -245,15 +250,14 @@ class _Expansion:
             config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)], ORIGIN
         )
         fingerprint, run = transfer_stage.locate(recipe, backbone.fingerprint, self.runs)
-        theirs = isinstance(recipe, DetectTransferRecipe) and recipe.engine == "detectron2"
         resources = self._resources("transfer", entry.resources)
         return Cell(
             "transfer",
             name,
             fingerprint,
             run.path,
-            resources.over(Resources(one_task_per_node=True)) if theirs else resources,
-            f"semisup_{recipe.labels:g}" if isinstance(recipe, SemisupRecipe) else recipe.protocol,
+            resources.over(Resources(one_task_per_node=True)) if recipe.one_task_per_node() else resources,
+            recipe.record_name,
             recipe.data.name,
             seed,
             recipe=recipe,
@@ -305,7 +309,5 @@ def _check_cell(cell: Cell, open_images: OpenImages) -> None:
         pretrain_stage.check_inputs(cell.recipe, processes, open_images)
         return
     assert cell.recipe is not None
-    batch = getattr(cell.recipe, "batch_size", processes)
-    if batch % processes:
-        raise ConfigError(f"batch_size {batch} cannot be shared by {processes} processes: choose a multiple")
-    transfer_stage.open_data(cell.recipe, open_images)
+    cell.recipe.check_processes(processes)
+    cell.recipe.open(open_images)

@@ -16,13 +16,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from engine.errors import Interrupted, RunFailure, UserError
-from engine.wording import printable
-from launch import result_commands, suite_commands
-from launch.builtin import config_file, listed_configs
-from launch.command_help import GroupedCommands, show_version
-from launch.result_commands import Force
-from launch.terminal import show
+from mixmask.engine.errors import Interrupted, RunFailure, UserError
+from mixmask.engine.wording import printable
+from mixmask.launch import result_commands, suite_commands
+from mixmask.launch.builtin import config_file, listed_configs
+from mixmask.launch.command_help import GroupedCommands, show_version
+from mixmask.launch.result_commands import Force
+from mixmask.launch.terminal import show
 
 app = typer.Typer(
     cls=GroupedCommands,
@@ -87,11 +87,11 @@ def pretrain(
     Example:
       mixmask pretrain configs/pretrain/cifar100_moco_mixmask.yaml data.root=/data/cifar100 epochs=200
     """
-    from engine.config import load_recipe, to_yaml
-    from engine.distributed import agreed, session
-    from engine.progress import say
-    from pretrain import stage
-    from pretrain.recipe import PretrainRecipe
+    from mixmask.engine.config import load_recipe, to_yaml
+    from mixmask.engine.distributed import agreed, session
+    from mixmask.engine.progress import say
+    from mixmask.pretrain import stage
+    from mixmask.pretrain.recipe import PretrainRecipe
 
     with session() as world:
         plan = agreed(
@@ -147,10 +147,10 @@ def show_views(
     Example:
       mixmask show-views configs/pretrain/imagenet_mocov2_mixmask.yaml data.root=/data/imagenet --out views.png
     """
-    from engine.config import load_recipe
-    from engine.storage import require_output_file
-    from pretrain.recipe import PretrainRecipe
-    from pretrain.show_views import draw_views
+    from mixmask.engine.config import load_recipe
+    from mixmask.engine.storage import require_output_file
+    from mixmask.pretrain.recipe import PretrainRecipe
+    from mixmask.pretrain.show_views import draw_views
 
     require_output_file(out, force)
     show(draw_views(load_recipe(PretrainRecipe, config_file(config, "pretrain"), overrides or ()), out, num))
@@ -172,8 +172,8 @@ def check_data(
     Example:
       mixmask check-data /data/imagenet
     """
-    from engine.errors import DataError, listed
-    from engine.preflight import check_data, find_splits
+    from mixmask.engine.errors import DataError, listed
+    from mixmask.engine.preflight import check_data, find_splits
 
     reports, problems, remarks = check_data(root, split or find_splits(root), quick)
     for text in (*(report.describe() for report in reports), *remarks):
@@ -210,10 +210,10 @@ def convert(
       mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
       mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
     """
-    from engine.storage import require_output_file
-    from transfer.checkpoints.account import Reading
-    from transfer.checkpoints.export import check_export, export
-    from transfer.checkpoints.source import read_source
+    from mixmask.engine.storage import require_output_file
+    from mixmask.transfer.checkpoints.account import Reading
+    from mixmask.transfer.checkpoints.export import check_export, export
+    from mixmask.transfer.checkpoints.source import read_source
 
     require_output_file(out, force)
     found = read_source(source, Reading(layout, prefix, arch))
@@ -238,8 +238,8 @@ def inspect(
     Example:
       mixmask inspect moco_v2_800ep_pretrain.pth.tar
     """
-    from transfer.checkpoints.account import Reading
-    from transfer.checkpoints.source import inspect as look
+    from mixmask.transfer.checkpoints.account import Reading
+    from mixmask.transfer.checkpoints.source import inspect as look
 
     text, problem = look(source, Reading(layout, prefix, arch), tensors)
     show(text)
@@ -271,16 +271,18 @@ def transfer(
       mixmask transfer configs/transfer/detect_voc.yaml backbone=backbone.safetensors data.root=/data/VOCdevkit
       mixmask transfer configs/transfer/detect_coco.yaml backbone=b.safetensors engine=detectron2 data.root=/data/coco
     """
-    from engine.config import to_yaml
-    from engine.distributed import agreed, session
-    from engine.progress import say
-    from transfer import stage
-    from transfer.detection.summary import per_class_table
-    from transfer.recipe import load_transfer_recipe
+    from mixmask.engine.config import to_yaml
+    from mixmask.engine.distributed import agreed, session
+    from mixmask.engine.progress import say
+    from mixmask.transfer import stage
+    from mixmask.transfer.detection.summary import per_class_table
+    from mixmask.transfer.recipe import load_transfer_recipe
 
     if dump_detectron2_config is not None:
+        from mixmask.transfer.detection import commands
+
         plan = stage.plan(load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir)
-        show(stage.dump_detectron2_config(plan, dump_detectron2_config, force))
+        show(commands.dump_detectron2_config(plan, dump_detectron2_config, force))
         return
     with session() as world:
         plan = agreed(
@@ -315,11 +317,11 @@ def show_detections(
     Example:
       mixmask show-detections runs/transfer/voc-detect-1a2b3c4d5e6f --num 16 --out detections.html
     """
-    from engine.storage import require_output_file
-    from transfer import stage
+    from mixmask.engine.storage import require_output_file
+    from mixmask.transfer.detection import commands
 
     require_output_file(out, force)
-    show(stage.show_detections(run, out, num, score))
+    show(commands.show_detections(run, out, num, score))
 
 
 for _command in (
@@ -350,7 +352,7 @@ def demo(
     Example:
       mixmask demo --out /tmp/demo
     """
-    from launch.demo import draw_data, run_demo
+    from mixmask.launch.demo import draw_data, run_demo
 
     if data_only:
         draw_data(out)
@@ -367,7 +369,7 @@ def doctor() -> None:
     Example:
       mixmask doctor
     """
-    from launch.doctor import examine
+    from mixmask.launch.doctor import examine
 
     show(examine())
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from engine.config import Recipe, load_recipe
+from mixmask.engine.config import Recipe, load_recipe
 
 
 class Resources(Recipe):

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import torch
 
-from engine.config import load_recipe, read_config
-from engine.precision import fast_bf16, resolve_device
-from engine.progress import say
-from engine.records import Record
-from engine.storage import write_text
-from evaluate.collect import collect
-from evaluate.paper import methods_by_protocols
-from evaluate.render import render
-from evaluate.report import write_report
-from evaluate.results import results_of
-from evaluate.tables import build
-from launch import demo_data
-from launch.builtin import configs_folder
-from pretrain import stage as pretrain_stage
-from pretrain.recipe import PretrainRecipe
-from transfer import stage as transfer_stage
-from transfer.checkpoints.export import SUFFIXES, TARGETS, export
-from transfer.checkpoints.source import read_source
-from transfer.recipe import load_transfer_recipe
+from mixmask.engine.config import load_recipe, read_config
+from mixmask.engine.precision import fast_bf16, resolve_device
+from mixmask.engine.progress import say
+from mixmask.engine.records import Record
+from mixmask.engine.storage import write_text
+from mixmask.evaluate.collect import collect
+from mixmask.evaluate.paper import methods_by_protocols
+from mixmask.evaluate.render import render
+from mixmask.evaluate.report import write_report
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import build
+from mixmask.launch import demo_data
+from mixmask.launch.builtin import configs_folder
+from mixmask.pretrain import stage as pretrain_stage
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer import stage as transfer_stage
+from mixmask.transfer.checkpoints.export import SUFFIXES, TARGETS, export
+from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.recipe import load_transfer_recipe
 
 METHODS = {"random": ["epochs=0"], "vanilla": ["mix.kind=none"], "mixmask": []}
 CLASSIFICATION = ("knn", "linear", "semisup_1", "semisup_10", "semisup_100")

@@ -9,9 +9,9 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from engine.config import read_config
-from engine.errors import RunFailure, UserError
-from launch.builtin import configs_folder
+from mixmask.engine.config import read_config
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.launch.builtin import configs_folder
 
 PACKAGES = (
     "torch",
@@ -47,7 +47,7 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import torch
 
-    from engine.precision import fast_bf16
+    from mixmask.engine.precision import fast_bf16
 
     def speed(device: torch.device) -> str:
         return "fast, use precision=bf16" if fast_bf16(device) else "not computed by the hardware, use precision=fp32"
@@ -65,7 +65,7 @@ def _devices() -> list[str]:
 
 
 def _engines() -> list[str]:
-    from transfer.detection.detectron2_config import INSTALL
+    from mixmask.transfer.detection.detectron2_config import INSTALL
 
     lines = ["detection     engine torchvision: ready"]
     try:
@@ -79,7 +79,7 @@ def _engines() -> list[str]:
 
 
 def _cluster() -> list[str]:
-    from launch import queue
+    from mixmask.launch import queue
 
     try:
         return [f"slurm         {queue.run(['sbatch', '--version']).strip()}: mixmask launch submits to it"]

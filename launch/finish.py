@@ -7,17 +7,17 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from engine.storage import RunDirectory, write_text
-from engine.wording import printable
-from evaluate.collect import Collection, collection_of
-from evaluate.paper import choose
-from evaluate.render import render_all
-from evaluate.report import write_report
-from evaluate.results import results_of
-from evaluate.tables import build
-from launch.jobs import Attempts
-from launch.ledger import Launch, LaunchedCell, latest, suite_folder
-from launch.status import headline
+from mixmask.engine.storage import RunDirectory, write_text
+from mixmask.engine.wording import printable
+from mixmask.evaluate.collect import Collection, collection_of
+from mixmask.evaluate.paper import choose
+from mixmask.evaluate.render import render_all
+from mixmask.evaluate.report import write_report
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import build
+from mixmask.launch.jobs import Attempts
+from mixmask.launch.ledger import Launch, LaunchedCell, latest, suite_folder
+from mixmask.launch.status import headline
 
 
 def write_results(runs: Path, suite: str) -> str:

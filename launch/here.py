@@ -15,15 +15,15 @@ from typing import Any
 
 import submitit
 
-from engine.errors import Interrupted, UserError
-from engine.ownership import read_owner
-from engine.progress import logged, say
-from engine.storage import RunDirectory
-from launch.arrays import Array
-from launch.cells import Cell
-from launch.cluster import Profile
-from launch.jobs import CellJob
-from launch.ledger import Launch
+from mixmask.engine.errors import Interrupted, UserError
+from mixmask.engine.ownership import read_owner
+from mixmask.engine.progress import logged, say
+from mixmask.engine.storage import RunDirectory
+from mixmask.launch.arrays import Array
+from mixmask.launch.cells import Cell
+from mixmask.launch.cluster import Profile
+from mixmask.launch.jobs import CellJob
+from mixmask.launch.ledger import Launch
 
 
 def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, record: Launch) -> None:

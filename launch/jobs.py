@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any
 import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from engine import ownership
-from engine.errors import Interrupted, RunFailure, UserError
-from engine.progress import log_file
-from engine.storage import RunDirectory, write_text
-from launch import queue
-from launch.node import run_on_node
+from mixmask.engine import ownership
+from mixmask.engine.errors import Interrupted, RunFailure, UserError
+from mixmask.engine.progress import log_file
+from mixmask.engine.storage import RunDirectory, write_text
+from mixmask.launch import queue
+from mixmask.launch.node import run_on_node
 
 if TYPE_CHECKING:
-    from transfer.checkpoints.export import Target
+    from mixmask.transfer.checkpoints.export import Target
 
 
 REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds between attempts to be queued again
@@ -207,13 +207,13 @@ class CellJob:
         if self.stage == "convert":
             self.convert()
             return
-        from engine.config import load_recipe
-        from engine.distributed import agreed, session
-        from engine.progress import say
-        from pretrain import stage as pretrain_stage
-        from pretrain.recipe import PretrainRecipe
-        from transfer import stage as transfer_stage
-        from transfer.recipe import load_transfer_recipe
+        from mixmask.engine.config import load_recipe
+        from mixmask.engine.distributed import agreed, session
+        from mixmask.engine.progress import say
+        from mixmask.pretrain import stage as pretrain_stage
+        from mixmask.pretrain.recipe import PretrainRecipe
+        from mixmask.transfer import stage as transfer_stage
+        from mixmask.transfer.recipe import load_transfer_recipe
 
         assert self.recipe is not None
         recipe, runs = self.recipe, self.run.parents[1]
@@ -229,19 +229,12 @@ class CellJob:
 
     def convert(self) -> None:
         """Write the backbone in another format, read back by the library it is for."""
-        from engine.ownership import owned
-        from transfer.checkpoints.export import check_export, export
-        from transfer.checkpoints.source import read_source
+        from mixmask.engine.run import carry_out
+        from mixmask.transfer.checkpoints.conversion import Conversion
 
         assert self.source is not None
         assert self.target is not None
-        with owned(RunDirectory(self.run)):
-            if self.done[0].is_file():  # written while it was waited for
-                return
-            found = read_source(self.source)
-            check_export(found, self.done[0], self.target)
-            written = export(found, self.done[0], self.target)
-        print(f"source    {self.source}\n{found.account.summary()}\nwritten   {written}")
+        carry_out(Conversion(RunDirectory(self.run), self.source, self.done[0], self.target))
 
     def failed(self, place: Place, message: str, code: int) -> None:
         """End with a message instead of a traceback."""
@@ -358,6 +351,6 @@ class FinishJob:
 
     def __call__(self) -> None:
         """Write them."""
-        from launch.finish import write_results
+        from mixmask.launch.finish import write_results
 
         print(write_results(self.runs, self.suite), flush=True)

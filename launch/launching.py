@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import ConfigError, NotWritable, RunDirectoryError, RunFailure, UserError
-from engine.ownership import Owner, read_owner
-from engine.progress import say
-from engine.provenance import code
-from engine.storage import write_text
-from launch import here, ledger, queue, slurm
-from launch.arrays import Array, plan_arrays
-from launch.cells import Cell, check_cells, expand
-from launch.cluster import Profile
-from launch.finish import write_results
-from launch.jobs import CellJob
-from launch.ledger import Cluster, Launch
-from launch.snapshot import freeze
-from launch.suite import Suite
+from mixmask.engine.errors import ConfigError, NotWritable, RunDirectoryError, RunFailure, UserError
+from mixmask.engine.ownership import Owner, read_owner
+from mixmask.engine.progress import say
+from mixmask.engine.provenance import code
+from mixmask.engine.storage import write_text
+from mixmask.launch import here, ledger, queue, slurm
+from mixmask.launch.arrays import Array, plan_arrays
+from mixmask.launch.cells import Cell, check_cells, expand
+from mixmask.launch.cluster import Profile
+from mixmask.launch.finish import write_results
+from mixmask.launch.jobs import CellJob
+from mixmask.launch.ledger import Cluster, Launch
+from mixmask.launch.snapshot import freeze
+from mixmask.launch.suite import Suite
 
 SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
@@ -244,7 +244,7 @@ def _record(plan: Plan) -> Launch:
 
 def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
     """What each cell's job is to do, with its resolved recipe written down."""
-    from engine.config import to_yaml
+    from mixmask.engine.config import to_yaml
 
     found = {}
     for array in plan.arrays:

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.errors import UserError
-from engine.storage import write_text
+from mixmask.engine.errors import UserError
+from mixmask.engine.storage import write_text
 
 Stage = Literal["pretrain", "convert", "transfer"]
 Cluster = Literal["slurm", "local", "inline"]

@@ -28,7 +28,7 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
     """
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-    from engine.errors import RunFailure
+    from mixmask.engine.errors import RunFailure
 
     common, node = _rendezvous(count)
     context = start_processes(
@@ -59,7 +59,7 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
 
 def _rendezvous(count: int) -> tuple[dict[str, str], int]:
     """The variables that torchrun would set, but for the ranks; and the number of this node."""
-    from engine.distributed import read_launch
+    from mixmask.engine.distributed import read_launch
 
     launch = read_launch(os.environ)
     if launch is not None:  # one task on each of several nodes
@@ -73,7 +73,7 @@ def _rendezvous(count: int) -> tuple[dict[str, str], int]:
 
 
 def _process(index: int, work: Callable[[], None], common: dict[str, str], first: int) -> None:
-    from engine.errors import RunFailure, UserError
+    from mixmask.engine.errors import RunFailure, UserError
 
     os.environ.update({**common, "RANK": str(first + index), "LOCAL_RANK": str(index)})
     try:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from engine.wording import printable
-from launch.ledger import Launch
-from launch.status import COLOURS, FIRST, CellStatus
+from mixmask.engine.wording import printable
+from mixmask.launch.ledger import Launch
+from mixmask.launch.status import COLOURS, FIRST, CellStatus
 
 SEED = re.compile(r"_seed-([0-9]+)")
 SHORT = {"not started": "–", "pending": "waits", "cancelled": "cancelled", "suspended": "susp."}

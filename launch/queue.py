@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.errors import RunFailure, UserError
-from engine.progress import say
-from engine.wording import printable
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.engine.progress import say
+from mixmask.engine.wording import printable
 
 ACTIVE = frozenset(
     {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED"}

@@ -1,6 +1,6 @@
 """Writes ``evaluate/reference.json``: the recipes, as shipped, that the paper's numbers are compared with.
 
-``python -m launch.reference`` (``make reference``) after a recipe or a suite was changed; a test compares the file.
+``python -m mixmask.launch.reference`` (``make reference``) after a recipe or a suite was changed; a test compares the file.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.config import identity
-from launch.builtin import configs_folder
-from launch.cells import Cell, expand
-from launch.cluster import Profile
-from launch.suite import load_suite
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.config import identity
+from mixmask.launch.builtin import configs_folder
+from mixmask.launch.cells import Cell, expand
+from mixmask.launch.cluster import Profile
+from mixmask.launch.suite import load_suite
+from mixmask.pretrain.recipe import PretrainRecipe
 
 SUITES = ("table5", "table4", "table2", "semisup", "table7")  # the first that has a row gives its recipes
 FILE = Path(__file__).resolve().parents[1] / "evaluate" / "reference.json"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launch.terminal import show
+from mixmask.launch.terminal import show
 
 if TYPE_CHECKING:
-    from evaluate.collect import Collection
-    from evaluate.published import Published
+    from mixmask.evaluate.collect import Collection
+    from mixmask.evaluate.published import Published
 
 RunsArgument = Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")]
@@ -47,8 +47,8 @@ def results(
       mixmask results runs --out results.parquet
       mixmask results runs --columns
     """
-    from engine.errors import UserError
-    from evaluate import collect
+    from mixmask.engine.errors import UserError
+    from mixmask.evaluate import collect
 
     if out is not None:
         _check_out(out, force)
@@ -75,7 +75,7 @@ def results(
 
 
 def _form_of_results(out: Path | None) -> Literal["csv", "json", "parquet"]:
-    from engine.errors import UserError
+    from mixmask.engine.errors import UserError
 
     forms: dict[str, Literal["csv", "json", "parquet"]] = {".csv": "csv", ".json": "json", ".parquet": "parquet"}
     if out is None:
@@ -120,12 +120,12 @@ def tables(
       mixmask tables runs --table 7 --format latex --out table7.tex
       mixmask tables runs --rows method --cols dataset,pretrain_epochs --metric knn/top1
     """
-    from engine.errors import UserError
-    from engine.wording import printable
-    from evaluate import collect, paper
-    from evaluate.render import form_of, render_all
-    from evaluate.results import first_headline, results_of
-    from evaluate.tables import build
+    from mixmask.engine.errors import UserError
+    from mixmask.engine.wording import printable
+    from mixmask.evaluate import collect, paper
+    from mixmask.evaluate.render import form_of, render_all
+    from mixmask.evaluate.results import first_headline, results_of
+    from mixmask.evaluate.tables import build
 
     if out is not None:
         _check_out(out, force)
@@ -179,8 +179,8 @@ def compare(
       mixmask compare "grid_size == 4" "grid_size == 2" --runs runs --metric knn/top1
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
-    from engine.errors import UserError
-    from evaluate import comparison
+    from mixmask.engine.errors import UserError
+    from mixmask.evaluate import comparison
 
     metrics = [metric] if metric else None
     if Path(first).is_dir() and Path(second).is_dir():
@@ -216,11 +216,11 @@ def plots(
     Example:
       mixmask plots runs --out plots
     """
-    from engine.errors import UserError
-    from engine.storage import require_output_folder
-    from evaluate.drawing import write_plots
-    from evaluate.plots import plots_of
-    from evaluate.published import of_the_paper
+    from mixmask.engine.errors import UserError
+    from mixmask.engine.storage import require_output_folder
+    from mixmask.evaluate.drawing import write_plots
+    from mixmask.evaluate.plots import plots_of
+    from mixmask.evaluate.published import of_the_paper
 
     require_output_folder(out)
     more = _published(published)
@@ -243,8 +243,8 @@ def report(
     Example:
       mixmask report runs --out report
     """
-    from engine.storage import require_output_folder
-    from evaluate.report import write_report
+    from mixmask.engine.storage import require_output_folder
+    from mixmask.evaluate.report import write_report
 
     require_output_folder(out)
     show(write_report(_collect(runs), out, _published(published), force))
@@ -259,7 +259,7 @@ def verify(runs: RunsArgument) -> None:
     Example:
       mixmask verify runs
     """
-    from evaluate.verify import verify as check
+    from mixmask.evaluate.verify import verify as check
 
     checks = check(_collect(runs))
     for one in checks:
@@ -289,7 +289,7 @@ def card(
     Example:
       mixmask card runs/pretrain/imagenet-mocov2-mixmask-1a2b3c4d5e6f --license mit --out README.md
     """
-    from evaluate.card import write_card
+    from mixmask.evaluate.card import write_card
 
     if out is not None:
         _check_out(out, force)
@@ -301,7 +301,7 @@ def card(
 
 def _collect(runs: Path) -> Collection:
     """The finished runs; what was left out is said on standard error."""
-    from evaluate.collect import collect
+    from mixmask.evaluate.collect import collect
 
     collection = collect(runs)
     remarks = collection.remarks()
@@ -312,19 +312,19 @@ def _collect(runs: Path) -> Collection:
 
 def _published(files: list[Path] | None) -> list[Published]:
     """The numbers of ``--published``."""
-    from evaluate.published import read_published
+    from mixmask.evaluate.published import read_published
 
     return [number for path in files or () for number in read_published(path)]
 
 
 def _check_out(out: Path, force: bool) -> None:
-    from engine.storage import require_output_file
+    from mixmask.engine.storage import require_output_file
 
     require_output_file(out, force)
 
 
 def _give(text: str, out: Path | None) -> None:
-    from engine.storage import write_text
+    from mixmask.engine.storage import write_text
 
     if out is None:
         sys.stdout.write(text)

@@ -16,14 +16,14 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm import slurm as submitit_slurm
 
-from engine.errors import RunFailure, UserError
-from engine.progress import say
-from launch import queue
-from launch.arrays import Array
-from launch.cluster import Profile, Resources
-from launch.jobs import CellJob, FinishJob, ProbeJob
-from launch.ledger import Launch, launches
-from launch.suite import Suite
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.engine.progress import say
+from mixmask.launch import queue
+from mixmask.launch.arrays import Array
+from mixmask.launch.cluster import Profile, Resources
+from mixmask.launch.jobs import CellJob, FinishJob, ProbeJob
+from mixmask.launch.ledger import Launch, launches
+from mixmask.launch.suite import Suite
 
 APPEARING_SECONDS = 30.0  # which a network file system may take to show a new file
 

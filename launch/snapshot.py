@@ -8,23 +8,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from engine.provenance import COMMIT_FILE, PATCH_FILE, code
-from launch.builtin import configs_folder
-
-PACKAGES = ("engine", "pretrain", "transfer", "evaluate", "launch")
+import mixmask
+from mixmask.engine.provenance import COMMIT_FILE, PATCH_FILE, code
+from mixmask.launch.builtin import configs_folder
 
 
 def freeze(folder: Path) -> Path:
     """Copy the packages and the configs into ``folder``, unless the same code lies there already.
 
     Returns:
-        The copy: the packages, ``COMMIT`` and, with uncommitted changes, ``changes.patch``.
+        The copy: the package, ``COMMIT`` and, with uncommitted changes, ``changes.patch``.
     """
-    root = Path(__file__).resolve().parents[1]
-    files = {path.relative_to(root): path for name in PACKAGES for path in sorted((root / name).rglob("*"))}
+    package = Path(mixmask.__file__).parent
+    files: dict[Path, Path] = {}
+    for place, folders, names in os.walk(package, followlinks=True):  # in a checkout the five packages are links
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        files |= {Path("mixmask", os.path.relpath(place, package), name): Path(place, name) for name in names}
     configs = configs_folder()
-    files |= {Path("configs") / path.relative_to(configs): path for path in sorted(configs.rglob("*.yaml"))}
-    files = {name: path for name, path in files.items() if path.is_file() and "__pycache__" not in name.parts}
+    files |= {Path("mixmask", "configs", path.relative_to(configs)): path for path in configs.rglob("*.yaml")}
     state = code()
     digest = hashlib.sha256(f"{state.commit}\n".encode() + state.patch)
     for name, path in sorted(files.items()):

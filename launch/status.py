@@ -13,14 +13,14 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from engine.errors import UserError
-from engine.ownership import describe_owner, read_owner, seems_alive
-from engine.storage import RunDirectory, last_lines
-from engine.wording import printable
-from launch import queue
-from launch.jobs import Attempts
-from launch.ledger import Launch, LaunchedCell
-from launch.queue import JobState
+from mixmask.engine.errors import UserError
+from mixmask.engine.ownership import describe_owner, read_owner, seems_alive
+from mixmask.engine.storage import RunDirectory, last_lines
+from mixmask.engine.wording import printable
+from mixmask.launch import queue
+from mixmask.launch.jobs import Attempts
+from mixmask.launch.ledger import Launch, LaunchedCell
+from mixmask.launch.queue import JobState
 
 State = Literal["done", "running", "pending", "suspended", "failed", "cancelled", "stopped", "not started"]
 FIRST = (
@@ -42,7 +42,6 @@ COLOURS = {
     "cancelled": "magenta",
 }
 UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
-HEADLINES = ("knn/top1", "linear/top1", "semisup/top1", "bbox/AP50", "loss")
 CAUSES = (  # of an end, in the order of what they tell
     r"^(error|failed): ",
     r"execve\(\): ",  # srun could not start the program: no such container, no such Python
@@ -167,10 +166,15 @@ def headline(cell: LaunchedCell) -> str:
     if cell.stage == "convert":
         return cell.done[0].name
     try:
-        metrics = json.loads(cell.done[0].read_text(encoding="utf-8"))["metrics"]
+        document = json.loads(cell.done[0].read_text(encoding="utf-8"))
+        if "headlines" not in document:  # of an earlier version; the module needs torch, whose import takes seconds
+            from mixmask.engine.records import migrated
+
+            document = migrated(document)
+        metrics = document["metrics"]
+        return next((f"{printable(name)} {metrics[name]:.2f}" for name in document["headlines"] if name in metrics), "")
     except (OSError, ValueError, KeyError, TypeError):
         return f"damaged: {cell.done[0]}"
-    return next((f"{name} {metrics[name]:.2f}" for name in HEADLINES if name in metrics), "")
 
 
 def progress(run: Path) -> str:

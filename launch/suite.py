@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from engine.config import Recipe, load_recipe
-from engine.records import Label, Method
-from launch.cluster import Resources
-from transfer.checkpoints.export import Target
+from mixmask.engine.config import Recipe, load_recipe
+from mixmask.engine.records import Label, Method
+from mixmask.launch.cluster import Resources
+from mixmask.transfer.checkpoints.export import Target
+from mixmask.transfer.protocols import PROTOCOLS
 
 NAME = r"^[A-Za-z0-9_.+-]+$"
 SUITE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"  # the name of a folder: neither hidden nor ..
@@ -92,15 +94,32 @@ class StageResources(Recipe):
 
 
 class Settings(Recipe):
-    """Keys that every recipe of a stage takes, then those of a protocol; a recipe's own ``set`` comes after them."""
+    """Keys that every recipe of a stage takes, then those of a protocol; a recipe's own ``set`` comes after them.
+
+    Besides ``pretrain`` and ``transfer``, every protocol that exists is a key here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     pretrain: dict[str, Any] = Field({})
     transfer: dict[str, Any] = Field({})
-    knn: dict[str, Any] = Field({})
-    linear: dict[str, Any] = Field({})
-    semisup: dict[str, Any] = Field({})
-    detect_voc: dict[str, Any] = Field({})
-    detect_coco: dict[str, Any] = Field({})
+
+    @model_validator(mode="after")
+    def _protocols(self) -> Settings:
+        valid = ["pretrain", "transfer", *PROTOCOLS.by_name()]
+        for key, value in (self.model_extra or {}).items():
+            if key not in valid:
+                near = difflib.get_close_matches(key, valid, n=1)
+                hint = f" Did you mean '{near[0]}'?" if near else ""
+                raise ValueError(f"unknown key '{key}'.{hint} Valid keys here: {', '.join(valid)}")
+            if not isinstance(value, dict):
+                raise ValueError(f"{key}: a mapping was expected (given: {value!r})")
+        return self
+
+    def of(self, protocol: str) -> dict[str, Any]:
+        """The keys of a protocol's recipes."""
+        found: dict[str, Any] = (self.model_extra or {}).get(protocol, {})
+        return found
 
 
 class Suite(Recipe):

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.builtin import config_file
-from launch.terminal import show
+from mixmask.launch.builtin import config_file
+from mixmask.launch.terminal import show
 
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must share it.")]
@@ -44,10 +44,10 @@ def launch(
       mixmask launch configs/suites/table5.yaml --profile configs/cluster/example.yaml --dry-run
       mixmask launch configs/suites/demo.yaml --cluster inline
     """
-    from launch import launching, ledger, slurm
-    from launch.arrays import Array
-    from launch.cluster import load_profile
-    from launch.suite import load_suite
+    from mixmask.launch import launching, ledger, slurm
+    from mixmask.launch.arrays import Array
+    from mixmask.launch.cluster import load_profile
+    from mixmask.launch.suite import load_suite
 
     suite = config_file(suite, "suites")
     chosen, given = (
@@ -91,10 +91,10 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    from engine.errors import RunFailure
-    from launch import ledger
-    from launch import status as states
-    from launch.overview import overview
+    from mixmask.engine.errors import RunFailure
+    from mixmask.launch import ledger
+    from mixmask.launch import status as states
+    from mixmask.launch.overview import overview
 
     newest = ledger.latest(runs.resolve(), _name(suite))
     draw = states.table if cells else overview
@@ -129,8 +129,8 @@ def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
     Example:
       mixmask cancel table5
     """
-    from launch import ledger
-    from launch import status as states
+    from mixmask.launch import ledger
+    from mixmask.launch import status as states
 
     name = _name(suite)
     ledger.latest(runs.resolve(), name)
@@ -149,9 +149,9 @@ def logs(
     Example:
       mixmask logs cifar100-moco-mixmask-cifar100-knn
     """
-    from engine.errors import UserError
-    from launch import ledger
-    from launch import status as states
+    from mixmask.engine.errors import UserError
+    from mixmask.launch import ledger
+    from mixmask.launch import status as states
 
     newest, found = states.find_cell(list(ledger.launches(runs.resolve()))[::-1], cell)
     one = next(one for one in states.status(newest) if one.cell == found.id)
@@ -164,7 +164,7 @@ def logs(
 
 def _name(suite: str) -> str:
     """A suite's name, given it or its file."""
-    from engine.config import read_config
+    from mixmask.engine.config import read_config
 
     path = Path(suite)
     if path.suffix in (".yaml", ".yml"):

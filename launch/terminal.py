@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from engine.wording import printable_lines
+from mixmask.engine.wording import printable_lines
 
 
 def show(text: object, err: bool = False, nl: bool = True) -> None:

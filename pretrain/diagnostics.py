@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 COLLAPSED_STD = 0.05
@@ -49,7 +50,8 @@ def uniformity(embedding: Tensor) -> Tensor:
 
 
 def diagnose(query: Tensor, key: Tensor) -> dict[str, Tensor]:
-    """All of them, from (N, dim) queries and their keys, unit vectors."""
+    """All of them, from (N, dim) queries and their keys, of any length."""
+    query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
     return {
         "feature_std": feature_std(query),
         "rank_me": rank_me(query),

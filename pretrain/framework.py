@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe
-from engine.config import Recipe
-from engine.heads import Head
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.config import Recipe
+from mixmask.engine.heads import Head
 
 Views = tuple[Tensor, Tensor]
 
@@ -48,7 +48,7 @@ class Clean:
 
     Attributes:
         losses: (N,) the framework's loss of each image.
-        query: (N, dim) embeddings of the first query view, unit vectors, for watching.
+        query: (N, dim) embeddings of the first query view, for watching.
         keys: (N, dim) embeddings of key views, unit vectors: what mixtures of the first view are compared with, each of
             them with every one. The first is that of the second view.
         metrics: Further scalars for the log.
@@ -63,7 +63,7 @@ class Clean:
 class Framework(nn.Module, ABC):
     """An encoder and its similarity.
 
-    The stage calls `clean` with two views of the batch, `query` and `loss` for every mixture of the first view, and after
+    A step calls `forward_views` with two views of the batch, `query` and `mixed_loss` for every mixture, and after
     the optimizer's step `after_step`. Mixing the query side alone thus works the same way for every framework.
     """
 
@@ -89,14 +89,29 @@ class Framework(nn.Module, ABC):
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """(N, dim) queries and (N, dim) keys, row i of both from image i, to (N,) losses on the scale of the clean loss."""
 
+    def mixed_loss(self, query: Tensor, key: Tensor, lam: Tensor) -> Tensor:
+        """A mixed query's loss, weighed by area: the mean of λ · L(q, k) over the batch (a term of equation 6).
+
+        A framework whose loss is not one of single images overrides this.
+
+        Args:
+            query: (N, dim) embeddings of mixed images.
+            key: (N, dim) embeddings of the images that they show with the shares ``lam``.
+            lam: (N,) λ, in [0, 1].
+
+        Returns:
+            A scalar.
+        """
+        return (lam * self.loss(query, key)).mean()
+
     @abstractmethod
-    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         """The framework's loss on a batch.
 
         Args:
             queries: Two views (N, 3, H, W) for the query side; only the first is looked at unless `asks_with_both_views`.
             keys: The same two views for the key side; the same tensors, unless the query side is erased.
-            draws: For what the framework draws itself; equal on all processes.
+            rng: For what the framework draws itself; equal on all processes.
         """
 
     def after_step(self, progress: float) -> None:

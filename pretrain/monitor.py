@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.datasets import ImageSet
-from engine.distributed import world
-from engine.heads import Head
-from engine.knn import knn_of_sources, top1
-from engine.loader import ImageSource, open_source
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.distributed import world
+from mixmask.engine.heads import Head
+from mixmask.engine.images import ImageSet
+from mixmask.engine.knn import knn_of_sources, top1
+from mixmask.engine.loader import ImageSource, open_source
+from mixmask.pretrain.recipe import PretrainRecipe
 
 
 class Monitor:

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from engine.config import Recipe
-from pretrain.framework import Framework
+from mixmask.engine.config import Recipe
+from mixmask.pretrain.framework import Framework
 
 
 class OptimizerRecipe(Recipe):

@@ -7,19 +7,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from engine.augment import AugmentRecipe
-from engine.backbones import BackboneRecipe
-from engine.config import Recipe, added, operational
-from engine.datasets import DataRecipe
-from engine.expected import Expectations
-from engine.precision import DeviceName, Precision
-from engine.records import Method
-from engine.watching import WatchRecipe
-from pretrain.frameworks import AnyFramework
-from pretrain.frameworks.moco import MoCoRecipe
-from pretrain.mixing import Erase, Groups, MaskOptions, MixRecipe, NoMix
-from pretrain.optimizers import AnyOptimizer
-from pretrain.schedules import AnySchedule, CosineRecipe
+from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.config import Recipe, added, operational
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.expected import Expectations
+from mixmask.engine.precision import DeviceName, Precision
+from mixmask.engine.records import Method
+from mixmask.engine.watching import WatchRecipe
+from mixmask.pretrain.frameworks import AnyFramework
+from mixmask.pretrain.frameworks.moco import MoCoRecipe
+from mixmask.pretrain.mixtures import AnyMixture
+from mixmask.pretrain.mixtures.none import NoMix
+from mixmask.pretrain.optimizers import AnyOptimizer
+from mixmask.pretrain.schedules import AnySchedule, CosineRecipe
 
 
 class MonitorRecipe(Recipe):
@@ -50,7 +51,7 @@ class PretrainRecipe(Recipe):
     data: DataRecipe
     backbone: BackboneRecipe = BackboneRecipe()
     framework: AnyFramework = MoCoRecipe()
-    mix: MixRecipe = NoMix()
+    mix: AnyMixture = NoMix()
     augment: AugmentRecipe = AugmentRecipe()
     optimizer: AnyOptimizer
     schedule: AnySchedule = added(CosineRecipe())
@@ -76,24 +77,9 @@ class PretrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _fits(self) -> PretrainRecipe:
-        if isinstance(self.mix, MaskOptions) and self.mix.grid > self.augment.crop:
-            raise ValueError(
-                f"mix.grid {self.mix.grid} does not fit an image of augment.crop {self.augment.crop} pixels; "
-                f"valid: 2 … {self.augment.crop}"
-            )
-        if isinstance(self.mix, Erase) and self.mix.extra_crops and self.mix.grid > self.mix.extra_crop:
-            raise ValueError(
-                f"mix.grid {self.mix.grid} does not fit a view of mix.extra_crop {self.mix.extra_crop} pixels"
-            )
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
-        if isinstance(self.mix, Groups):
-            rows, groups = self.batch_size // self.accumulate, self.mix.mask_groups
-            if groups > 1 and (rows % groups or rows // groups < 2):
-                part = f"a part of {rows} images" if self.accumulate > 1 else f"batch_size {rows}"
-                raise ValueError(
-                    f"mix.mask_groups {groups}: {part} cannot be split in {groups} equal groups of at least 2"
-                )
+        self.mix.check(self.augment, self.batch_size // self.accumulate)
         if self.epochs:
             self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
         if self.sync_bn and isinstance(self.framework, MoCoRecipe):
@@ -116,12 +102,8 @@ class PretrainRecipe(Recipe):
 
     @property
     def views(self) -> list[AugmentRecipe]:
-        """How each view of an image is drawn: two full ones, then the small ones of erasing."""
-        views = [self.augment, self.augment]
-        if isinstance(self.mix, Erase):
-            small = self.augment.model_copy(update={"crop": self.mix.extra_crop, "scale": self.mix.extra_scale})
-            views += [small] * self.mix.extra_crops
-        return views
+        """How each view of an image is drawn: two full ones, then what the mixture asks for."""
+        return [self.augment, self.augment, *self.mix.extra_views(self.augment)]
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Length of the run."""

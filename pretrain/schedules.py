@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from engine.config import Recipe
-from engine.schedule import cosine_factor
+from mixmask.engine.config import Recipe
+from mixmask.engine.schedule import cosine_factor
 
 Epochs = Annotated[int, Field(ge=1)]
 

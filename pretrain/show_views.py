@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.augment import IMAGENET_MEAN, IMAGENET_STD, Photometric
-from engine.datasets import open_split
-from engine.loader import BatchPlan, check_crop, open_source
-from engine.randomness import generator, python_generator
-from engine.storage import write_atomic
-from pretrain.mixing import Erase, draw_mixtures, erase
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.augment import STATISTICS, Normalization, Photometric
+from mixmask.engine.data import open_split
+from mixmask.engine.loader import BatchPlan, check_crop, open_source
+from mixmask.engine.randomness import generator, python_generator
+from mixmask.engine.storage import write_atomic
+from mixmask.pretrain.recipe import PretrainRecipe
 
 Column = tuple[str, list[Tensor], list[str]]  # heading, one (3, H, W) in [0, 1] per image, a caption for each
 
@@ -52,32 +51,19 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
     names = [chosen.classes[int(chosen.labels[index])][:18] for index in order]
     columns: list[Column] = [
         ("image", originals, names),
-        ("view 1 (query)", _shown(views[0]), none),
-        ("view 2 (key)", _shown(views[1]), none),
+        ("view 1 (query)", _shown(views[0], recipe.augment.normalization), none),
+        ("view 2 (key)", _shown(views[1], recipe.augment.normalization), none),
     ]
-    draws = python_generator(recipe.seed, "mask", 0, 0, 0)
-    if isinstance(recipe.mix, Erase):
-        headings = ["view 1, erased", "view 2, erased", *(f"small {i + 1}, erased" for i in range(len(views) - 2))]
-        columns += [(heading, _shown(erase(recipe.mix, view, draws)), none) for heading, view in zip(headings, views)]
-        return columns
-    for mixture in draw_mixtures(recipe.mix, views[0], draws):
-        own, partner, switched = mixture.own.tolist(), mixture.partner.tolist(), mixture.switched.tolist()
-        label = {"mixmask": "MixMask", "unmix": "Un-Mix"}[mixture.name]
-        if mixture.mask is not None:
-            masks = mixture.mask.expand(num, 3, -1, -1).float()
-            columns.append((f"{label} mask", list(masks), none))
-        shown = _shown(mixture.images)
-        partners = ["itself" if partner[i] == i else str(partner[i] + 1) for i in range(num)]
-        columns.append((f"{label} mixture", shown, [f"λ {own[i]:.2f}, with {partners[i]}" for i in range(num)]))
-        if mixture.switch:
-            captions = [f"1 - λ = {1 - own[switched[i]]:.2f}" for i in range(num)]
-            columns.append((f"{label} switch", [shown[switched[i]] for i in range(num)], captions))
+    rng = python_generator(recipe.seed, "mask", 0, 0, 0)
+    for column in recipe.mix.pictures(views, rng):
+        pictures = list(column.images) if column.is_mask else _shown(column.images, recipe.augment.normalization)
+        columns.append((column.heading, pictures, list(column.captions)))
     return columns
 
 
-def _shown(views: Tensor) -> list[Tensor]:
+def _shown(views: Tensor, normalization: Normalization) -> list[Tensor]:
     """Normalised images back to [0, 1]."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in STATISTICS[normalization])
     return list((views * std + mean).clamp(0, 1))
 
 

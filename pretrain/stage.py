@@ -11,35 +11,37 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
-from engine import distributed
-from engine.backbones import TIMM, BackboneInfo, save_backbone
-from engine.checkpoint import require_same_data
-from engine.config import fingerprint_of, identity
-from engine.datasets import ImageSet, OpenImages, open_split, other_classes, require_same_classes
-from engine.errors import ConfigError
-from engine.job import Job, Part
-from engine.loader import Batch, BatchPlan, check_crop, open_source
-from engine.ownership import owned
-from engine.precision import check_precision, require_memory, resolve_device
-from engine.progress import say
-from engine.randomness import derived_seed
-from engine.records import Record, environment, finished_record
-from engine.storage import RunDirectory, locate_run
-from engine.training import train
-from engine.watching import check_watch, open_sinks
-from pretrain.diagnostics import collapse_warning
-from pretrain.framework import Framework
-from pretrain.monitor import Monitor
-from pretrain.optimizers import build_optimizer
-from pretrain.recipe import PretrainRecipe
-from pretrain.step import batch_parts
+from mixmask.engine import distributed
+from mixmask.engine.backbones import TIMM, BackboneInfo, save_backbone
+from mixmask.engine.config import fingerprint_of, identity
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import OpenImages, other_classes, require_same_classes
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.job import Job, Part
+from mixmask.engine.loader import Batch, BatchPlan, check_crop, open_source
+from mixmask.engine.precision import check_precision, require_memory, resolve_device
+from mixmask.engine.progress import say
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.records import Record, environment
+from mixmask.engine.run import RecordedWork, carry_out
+from mixmask.engine.storage import RunDirectory, locate_run
+from mixmask.engine.training import train
+from mixmask.engine.watching import check_watch, open_sinks
+from mixmask.pretrain.diagnostics import collapse_warning
+from mixmask.pretrain.framework import Framework
+from mixmask.pretrain.monitor import Monitor
+from mixmask.pretrain.optimizers import build_optimizer
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.step import batch_parts
 
 BACKBONE_FILE = "backbone.safetensors"
 
 
 @dataclass(frozen=True)
-class PretrainPlan:
+class PretrainPlan(RecordedWork[Path]):
     """A checked pretraining run: the data has been listed, nothing has been trained or written."""
 
     recipe: PretrainRecipe
@@ -61,9 +63,36 @@ class PretrainPlan:
         return fingerprint_of({**identity(self.recipe), "stage": "pretrain", "seed": None})
 
     @property
-    def product(self) -> Path:
-        """The backbone file."""
+    def backbone_file(self) -> Path:
+        """What it makes."""
         return self.run.path / BACKBONE_FILE
+
+    @property
+    @override
+    def data(self) -> dict[str, Any]:
+        return {"train": self.train_images.summary()["listing"]}
+
+    @property
+    @override
+    def images(self) -> list[ImageSet]:
+        return [self.train_images, *([] if self.test_images is None else [self.test_images])]
+
+    @override
+    def product(self, record: Record) -> Path:
+        return self.backbone_file
+
+    @override
+    def work(self) -> Path:
+        recipe, data = self.recipe, self.data
+        torch.manual_seed(derived_seed(recipe.seed, "init"))
+        model = recipe.framework.build(recipe.backbone).to(self.device).to(memory_format=torch.channels_last)
+        metrics: dict[str, float] = {}
+        seconds = 0.0
+        if recipe.epochs:
+            metrics = _train(self, model, data)
+            seconds = metrics.pop("seconds")
+        distributed.first_only(lambda: _finish(self, model, data, metrics, seconds))
+        return self.backbone_file
 
     def describe(self) -> str:
         """What would run, in words."""
@@ -85,7 +114,7 @@ class PretrainPlan:
                 for expected in recipe.expected
             ),
             f"run       {self.run.path}{' (finished)' if self.run.is_finished else ''}",
-            f"product   {self.product}",
+            f"product   {self.backbone_file}",
         ]
         return "\n".join(lines)
 
@@ -227,50 +256,7 @@ def run(plan: PretrainPlan) -> Path:
     Returns:
         The path of ``backbone.safetensors``. A finished run is returned as it is.
     """
-    if _is_finished(plan):
-        return plan.product
-    with owned(plan.run):
-        if not _is_finished(plan):  # while it was waited for
-            _run(plan)
-    return plan.product
-
-
-def _is_finished(plan: PretrainPlan) -> bool:
-    directory = plan.run
-    distributed.agreed(lambda: distributed.require_same(directory.is_finished, str(directory.record_file)))
-    if directory.is_finished:
-        require_same_data(directory, finished_record(directory).data, _data(plan))
-        say(f"{plan.recipe.name}: finished before, see {directory.path}")
-    return directory.is_finished
-
-
-def _data(plan: PretrainPlan) -> dict[str, Any]:
-    return {"train": plan.train_images.summary()["listing"]}
-
-
-def _run(plan: PretrainPlan) -> None:
-    recipe, data = plan.recipe, _data(plan)
-    distributed.first_only(lambda: _prepare(plan))
-
-    torch.manual_seed(derived_seed(recipe.seed, "init"))
-    model = recipe.framework.build(recipe.backbone).to(plan.device).to(memory_format=torch.channels_last)
-    metrics: dict[str, float] = {}
-    seconds = 0.0
-    if recipe.epochs:
-        result = _train(plan, model, data)
-        seconds = result.pop("seconds")
-        metrics = result
-    distributed.first_only(lambda: _finish(plan, model, data, metrics, seconds))
-
-
-def _prepare(plan: PretrainPlan) -> None:
-    """Look at every file before long work starts, and make the run directory."""
-    if not plan.run.checkpoint_file.exists():
-        say(f"{plan.recipe.name}: checking {len(plan.train_images) + len(plan.test_images or ()):,} images")
-        for images in (plan.train_images, plan.test_images):
-            if images is not None:
-                images.check()
-    plan.run.create(plan.recipe, plan.fingerprint)
+    return carry_out(plan)
 
 
 def _finish(
@@ -278,7 +264,7 @@ def _finish(
 ) -> None:
     """Write the products; the record comes last, and with it the run is finished."""
     recipe = plan.recipe
-    save_backbone(plan.product, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
+    save_backbone(plan.backbone_file, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
     record = Record(
         stage="pretrain",
         protocol="pretrain",
@@ -293,6 +279,8 @@ def _finish(
         pretrain_epochs=recipe.trained_epochs(plan.batches.steps_per_epoch),
         pretrain_seed=recipe.seed,
         lineage=plan.lineage,
+        title="pretraining",
+        headlines={"knn/top1": "kNN top-1", "loss": "loss"},
         settings={"steps": plan.num_steps, "batch_size": recipe.batch_size, "precision": recipe.precision},
         recipe=identity(recipe),
         expected=recipe.expected,
@@ -301,8 +289,7 @@ def _finish(
         environment=environment(),
         seconds=seconds,
     )
-    plan.run.finish(record.text())
-    plan.run.discard_checkpoints()
+    plan.finish(record)
 
 
 def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:

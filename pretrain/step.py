@@ -1,28 +1,95 @@
-"""One step's losses: the clean term of the framework, and the terms of every mixture."""
+"""One step's losses: the term of the two clean views, and a term for every mixture."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from engine.augment import Photometric
-from engine.distributed import gather, gather_with_gradient, world
-from engine.job import Part
-from engine.loader import Batch
-from engine.randomness import generator, python_generator
-from pretrain.diagnostics import diagnose
-from pretrain.framework import Clean, Framework
-from pretrain.mixing import Erase, Mixture, Rows, draw_mixtures, erase, mixture_loss
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.augment import Photometric
+from mixmask.engine.distributed import gather, gather_with_gradient, world
+from mixmask.engine.job import Part
+from mixmask.engine.loader import Batch
+from mixmask.engine.randomness import generator, python_generator
+from mixmask.pretrain.diagnostics import diagnose
+from mixmask.pretrain.framework import Clean, Framework
+from mixmask.pretrain.mixture import MixtureRecipe, Rows
+from mixmask.pretrain.recipe import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a step's loss.
+
+    Attributes:
+        name: In the log.
+        loss: A scalar, not weighted.
+        weight: In the sum that is minimised.
+        clean: What the clean views gave, with the term that comes from them.
+    """
+
+    name: str
+    loss: Tensor
+    weight: float
+    clean: Clean | None = None
+
+
+def step_terms(
+    framework: Framework,
+    mix: MixtureRecipe,
+    views: Sequence[Tensor],
+    rng: random.Random,
+    shuffle: torch.Generator,
+    rows: Rows | None = None,
+) -> Iterator[Term]:
+    """Yield the terms of L = L(q, k) + Σ over mixtures of λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6).
+
+    A term's gradients can be computed before the next one is asked for, so that memory for one forward pass is enough. Where
+    the keys have a gradient themselves, the terms must be summed first.
+
+    Args:
+        framework: The framework.
+        mix: The mixture.
+        views: (N, 3, H, W) each, augmented and normalised: two full views of the same images, then those of
+            `MixtureRecipe.extra_views`.
+        rng: Masks and permutations; in the same state on every process.
+        shuffle: What the framework draws itself; equal on all processes.
+        rows: Which rows these are of those that all processes compute at once; all of them by default.
+    """
+    x1, x2 = views[0], views[1]
+
+    # Equation 4: L(q, k). Clean and mixed queries go through the encoder apart, so that batch statistics do not mix them.
+    queries = mix.hide((x1, x2), framework.asks_with_both_views, rng, rows)
+    clean = framework.forward_views(queries, (x1, x2), shuffle)
+    yield Term(mix.clean_name, clean.losses.mean(), mix.clean_weight, clean)
+
+    # Only queries are mixed, never keys: "only one additional view per image" (section 1), also for symmetric losses.
+    for mixture in mix.draw(views, rng, rows):
+        q_mix = framework.query(mixture.images)
+        loss = torch.zeros((), device=q_mix.device)
+        for k in clean.keys:
+            # Equation 6, first part: what the image itself contributes, by its area λ.
+            loss = loss + framework.mixed_loss(q_mix, k, mixture.lam)
+            if mixture.switch:
+                # Second part. The mean over the batch is taken in the order of the mixtures: mixture i against the key of
+                # the other image that it shows, p(i), is the pair that the equation calls mixture p⁻¹(j) against key j.
+                others = _everyones(k) if mixture.across else k
+                loss = loss + framework.mixed_loss(q_mix, others[mixture.perm], 1 - mixture.lam)
+        yield Term(mixture.name, loss, mixture.weight)
+
+
+def _everyones(key: Tensor) -> Tensor:
+    return gather_with_gradient(key) if key.requires_grad else gather(key)
 
 
 def batch_parts(
     framework: Framework, recipe: PretrainRecipe, batch: Batch, step: int, diagnosed: bool = False
 ) -> list[Part]:
-    """The parts of a step's loss on this process's rows of a batch.
+    """The parts of a step's loss on this process's rows of a batch, to be called one after another.
 
     A sample's photometric augmentation, mask and partner depend on its row of the step's whole batch (of one part of it,
     where gradients are accumulated over parts), whichever process has it.
@@ -35,123 +102,48 @@ def batch_parts(
         diagnosed: Add `pretrain.diagnostics` to what is logged.
     """
 
-    def augmented(rows: Batch) -> list[Tensor]:
-        return [
-            Photometric(view)(images, generator(recipe.seed, "photometric", step, number), rows.rows, rows.total)
-            for number, (view, images) in enumerate(zip(recipe.views, rows.views, strict=True))
+    def logged(number: int) -> Iterator[dict[str, Tensor]]:
+        rows = batch.part(number, recipe.accumulate)
+        views = [
+            Photometric(view)(images, generator(recipe.seed, "photometric", step, place), rows.rows, rows.total)
+            for place, (view, images) in enumerate(zip(recipe.views, rows.views, strict=True))
         ]
+        each = batch.total // (recipe.accumulate * world().size)
+        terms = step_terms(
+            framework,
+            recipe.mix,
+            views,
+            python_generator(recipe.seed, "mask", step, 0, number),  # the same draws on every process
+            generator(recipe.seed, "shuffle", step, number),
+            Rows(world().rank * each, each, each * world().size),
+        )
+        for term in terms:
+            yield _logged(term, 1 / recipe.accumulate, diagnosed)
 
     parts: list[Part] = []
     for number in range(recipe.accumulate):
-        views = partial(augmented, batch.part(number, recipe.accumulate))
-        each = batch.total // (recipe.accumulate * world().size)
-        rows = Rows(world().rank * each, each, each * world().size)
-        parts += StepLosses(framework, recipe, views, step, number, diagnosed, rows).parts()
+        terms = logged(number)
+        if framework.keys_have_gradient:
+            parts.append(partial(sum_of, terms))
+        else:
+            parts += [partial(next, terms)] * (1 + recipe.mix.num_mixtures)
     return parts
 
 
-class StepLosses:
-    """L = L(q, k) + Σ over mixtures of λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6).
-
-    Clean and mixed queries go through the encoder apart, so that their batch statistics do not mix; keys are never mixed.
-    For a framework with a symmetric loss, too, one view is mixed ("only one additional view per image", section 1).
-
-    The clean term and each mixture's are parts whose gradients can be computed one after another: memory for one pass is
-    enough for all of them. Where the keys have a gradient themselves, they are one part.
-
-    Args:
-        framework: The framework.
-        recipe: The run's recipe.
-        views: Gives two (N, 3, H, W) views of the same images, augmented and normalised; small ones after them, if any.
-        step: The step, from which masks, permutations and shuffles are drawn.
-        number: Which part of an accumulated batch.
-        diagnosed: Add the diagnostics.
-        rows: Which rows these are of those that all processes compute at once; all of them by default.
-    """
-
-    def __init__(
-        self,
-        framework: Framework,
-        recipe: PretrainRecipe,
-        views: Callable[[], list[Tensor]],
-        step: int,
-        number: int = 0,
-        diagnosed: bool = False,
-        rows: Rows | None = None,
-    ) -> None:
-        self.rows = rows
-        self.framework, self.recipe, self.make_views, self.diagnosed = framework, recipe, views, diagnosed
-        self.shared = generator(recipe.seed, "shuffle", step, number)
-        self.own = python_generator(recipe.seed, "mask", step, 0, number)  # the same draws on every process
-        self.keys: tuple[Tensor, ...] = ()
-        self.mixtures: list[Mixture] = []
-        self.small: list[Tensor] = []
-
-    def parts(self) -> list[Part]:
-        """To be called in this order, each giving its share of ``loss`` and of what is logged."""
-        mix = self.recipe.mix
-        parts: list[Part] = [self._erased] if isinstance(mix, Erase) else [self._clean]
-        parts += [self._mixture] * mix.num_mixtures
-        if isinstance(mix, Erase):
-            parts += [self._small] * mix.extra_crops
-        if self.framework.keys_have_gradient:
-            return [partial(sum_of, parts)]
-        return parts
-
-    def _logged(self, name: str, loss: Tensor, weight: float, clean: Clean | None = None) -> dict[str, Tensor]:
-        share = 1 / self.recipe.accumulate
-        terms = {"loss": loss * weight * share, name: loss.detach() * share}
-        if clean is not None:
-            more = diagnose(clean.query.detach(), clean.keys[0].detach()) if self.diagnosed else {}
-            terms |= {metric: value * share for metric, value in {**clean.metrics, **more}.items()}
-        return terms
-
-    def _clean(self) -> dict[str, Tensor]:
-        views = self.make_views()
-        pair = (views[0], views[1])
-        clean = self.framework.clean(pair, pair, self.shared)
-        self.keys = clean.keys
-        self.mixtures = draw_mixtures(self.recipe.mix, views[0], self.own, self.rows)
-        return self._logged("clean", clean.losses.mean(), 1, clean)
-
-    def _mixture(self) -> dict[str, Tensor]:
-        mixture = self.mixtures.pop(0)
-        mixed = self.framework.query(mixture.images)
-        losses = []
-        for key in self.keys:
-            own = self.framework.loss(mixed, key)
-            partners = (self._everyones(key) if mixture.across else key)[mixture.partner]
-            switched = self.framework.loss(mixed, partners) if mixture.switch else None
-            losses.append(mixture_loss(own, switched, mixture))
-        return self._logged(mixture.name, torch.stack(losses).sum(), 1)
-
-    def _everyones(self, key: Tensor) -> Tensor:
-        return gather_with_gradient(key) if key.requires_grad else gather(key)
-
-    def _erased(self) -> dict[str, Tensor]:
-        mix = self.recipe.mix
-        assert isinstance(mix, Erase)
-        first, second, *small = self.make_views()
-        hidden = erase(mix, first, self.own, self.rows), second
-        if self.framework.asks_with_both_views:
-            hidden = hidden[0], erase(mix, second, self.own, self.rows)
-        clean = self.framework.clean(hidden, (first, second), self.shared)
-        self.keys = clean.keys
-        self.small = [erase(mix, view, self.own, self.rows) for view in small]
-        return self._logged("erased", clean.losses.mean(), 1 / (1 + mix.extra_crops), clean)
-
-    def _small(self) -> dict[str, Tensor]:
-        mix = self.recipe.mix
-        assert isinstance(mix, Erase)
-        query = self.framework.query(self.small.pop(0))
-        losses = torch.stack([self.framework.loss(query, key).mean() for key in self.keys])
-        return self._logged("small", losses.sum(), 1 / (1 + mix.extra_crops))
+def _logged(term: Term, share: float, diagnosed: bool) -> dict[str, Tensor]:
+    """What is minimised (``loss``) and what is logged of a term; ``share`` is that of one accumulated part."""
+    values = {"loss": term.loss * term.weight * share, term.name: term.loss.detach() * share}
+    if term.clean is not None:
+        clean = term.clean
+        more = diagnose(clean.query.detach(), clean.keys[0].detach()) if diagnosed else {}
+        values |= {metric: value * share for metric, value in {**clean.metrics, **more}.items()}
+    return values
 
 
-def sum_of(parts: Sequence[Part]) -> dict[str, Tensor]:
+def sum_of(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     """All parts as one: the sum of every term."""
     terms: dict[str, Tensor] = {}
     for part in parts:
-        for name, value in part().items():
+        for name, value in part.items():
             terms[name] = terms[name] + value if name in terms else value
     return terms

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# Several workers and the jobs they start share the cores: one thread each, before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
-from engine.provenance import Code
-from launch import demo_data
+from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
+from mixmask.engine.provenance import Code
+from mixmask.launch import demo_data
 
 
 def pytest_report_header() -> str:
@@ -42,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def committed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run directories look the same in a checkout with uncommitted changes."""
-    monkeypatch.setattr("engine.storage.code", lambda: Code("0" * 40, b""))
+    monkeypatch.setattr("mixmask.engine.storage.code", lambda: Code("0" * 40, b""))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.zygote import ROOT, Started
 __all__ = ["ROOT", "finish", "processes", "python"]
 
 
-def processes(count: int, *arguments: str, program: Sequence[str] = ("-m", "launch.cli")) -> list[Started]:
+def processes(count: int, *arguments: str, program: Sequence[str] = ("-m", "mixmask")) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

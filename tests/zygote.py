@@ -171,11 +171,11 @@ def _serve(channel: socket.socket) -> None:
     import torch._dynamo  # noqa: F401
     import torchvision  # noqa: F401
 
-    import evaluate.report  # noqa: F401
-    import launch.cli
-    import launch.jobs  # noqa: F401
-    import pretrain.stage  # noqa: F401
-    import transfer.stage  # noqa: F401
+    import mixmask.evaluate.report
+    import mixmask.launch.cli
+    import mixmask.launch.jobs
+    import mixmask.pretrain.stage
+    import mixmask.transfer.stage  # noqa: F401
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)

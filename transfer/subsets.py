@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from engine.datasets import ImageSet
-from engine.errors import DataError
-from engine.randomness import generator
-from engine.texts import read_text
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.randomness import generator
+from mixmask.engine.texts import read_text
 
 
 def balanced_subset(images: ImageSet, percent: float, seed: int) -> ImageSet:

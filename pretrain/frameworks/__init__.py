@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from pretrain.framework import FrameworkRecipe
+from mixmask.engine.registry import Registry, literal_of
+from mixmask.pretrain.framework import FrameworkRecipe
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+FRAMEWORKS: Registry[FrameworkRecipe] = Registry(
+    FrameworkRecipe, __name__, "mixmask.frameworks", "framework", literal_of("kind")
+)
 
 if TYPE_CHECKING:
     AnyFramework = FrameworkRecipe
 else:
-    AnyFramework = Annotated[Union[tuple(FrameworkRecipe.__subclasses__())], Field(discriminator="kind")]  # noqa: UP007
+    AnyFramework = Annotated[Union[tuple(FRAMEWORKS.classes())], Field(discriminator="kind")]  # noqa: UP007

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
-from engine.backbones import BackboneRecipe, build_trunk, width_of
-from engine.heads import Head, mlp
-from pretrain.framework import (
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import (
     MAX_WIDTH,
     Clean,
     Encoder,
@@ -38,8 +39,8 @@ class BYOLRecipe(FrameworkRecipe):
     projector_width: int = Field(4096, ge=1, le=MAX_WIDTH)
     momentum: float = Field(0.996, ge=0, lt=1)
 
+    @override
     def build(self, backbone: BackboneRecipe) -> BYOL:
-        """See `FrameworkRecipe.build`."""
         return BYOL(self, backbone)
 
 
@@ -56,21 +57,21 @@ class BYOL(Framework):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     @property
+    @override
     def trunk(self) -> nn.Module:
-        """See `Framework.trunk`."""
         return self.online.trunk
 
     @property
+    @override
     def head(self) -> Head:
-        """See `Framework.head`."""
         return self.online.projector
 
+    @override
     def encoders(self) -> Iterable[nn.Module]:
-        """See `Framework.encoders`."""
         return self.online.trunk, self.target.trunk
 
     def query(self, images: Tensor) -> Tensor:
-        """See `Framework.query`: the prediction."""
+        """The prediction."""
         return unit(self.predictor(self.online(images)).float())
 
     @torch.no_grad()
@@ -86,8 +87,8 @@ class BYOL(Framework):
         """
         return 4 - 4 * (query * key).sum(dim=1)
 
-    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; the sum of both directions' squared distances (section 3.1, "we symmetrize the loss")."""
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """The sum of both directions' squared distances (section 3.1, "we symmetrize the loss")."""
         first, second = self.query(queries[0]), self.query(queries[1])
         key_first, key_second = self.key(keys[0]), self.key(keys[1])
         losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2

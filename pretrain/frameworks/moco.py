@@ -10,14 +10,15 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
-from engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
-from engine.config import added
-from engine.distributed import gather, world
-from engine.heads import Head, mlp
-from engine.precision import to_device
-from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
-from pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
+from mixmask.engine.config import added
+from mixmask.engine.distributed import gather, world
+from mixmask.engine.heads import Head, mlp
+from mixmask.engine.precision import to_device
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 
 
 class MoCoRecipe(FrameworkRecipe):
@@ -39,12 +40,12 @@ class MoCoRecipe(FrameworkRecipe):
     bn_splits: int = Field(8, ge=1, le=4096)
     symmetric: bool = added(False)
 
+    @override
     def build(self, backbone: BackboneRecipe) -> MoCo:
-        """See `FrameworkRecipe.build`."""
         return MoCo(self, backbone)
 
+    @override
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
-        """See `FrameworkRecipe.check_batch`."""
         keys = batch_size * (2 if self.symmetric else 1)
         if self.queue_size % keys:
             near = max(self.queue_size // keys, 1) * keys
@@ -96,25 +97,25 @@ class MoCo(Framework):
         self.register_load_state_dict_post_hook(_forget_position)  # type: ignore[no-untyped-call]
 
     @property
+    @override
     def trunk(self) -> nn.Module:
-        """See `Framework.trunk`."""
         return self.query_encoder.trunk
 
     @property
+    @override
     def head(self) -> Head:
-        """See `Framework.head`."""
         return self.query_encoder.projector
 
+    @override
     def encoders(self) -> Iterable[nn.Module]:
-        """See `Framework.encoders`."""
         return self.query_encoder.trunk, self.key_encoder.trunk
 
+    @override
     def query(self, images: Tensor) -> Tensor:
-        """See `Framework.query`."""
         return unit(self.query_encoder(images))
 
     @torch.no_grad()
-    def key(self, images: Tensor, draws: torch.Generator) -> Tensor:
+    def key(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Embed the keys in shuffled order, over all processes (arXiv:1911.05722, section 3.3).
 
         A key is normalised together with other images than its query, on another process or in another group
@@ -124,7 +125,7 @@ class MoCo(Framework):
             (N, dim) unit vectors, in the order of ``images``, without gradient.
         """
         everyone = gather(images)
-        order = torch.randperm(len(everyone), generator=draws)
+        order = torch.randperm(len(everyone), generator=rng)
         mine = world().share(len(everyone))
         shuffled = everyone[to_device(order[mine], images.device)].contiguous(memory_format=torch.channels_last)
         embedding = gather(unit(self.key_encoder(shuffled)))
@@ -143,13 +144,13 @@ class MoCo(Framework):
             losses = torch.logaddexp(positive, torch.logsumexp(negative, dim=1)) - positive
             return losses, positive.detach() > negative.detach().amax(dim=1)
 
-    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; unless ``symmetric``, only the first view asks and only the second one answers."""
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """Unless ``symmetric``, only the first view asks and only the second one answers."""
         query = self.query(queries[0])
-        answers = [self.key(keys[1], draws)]
+        answers = [self.key(keys[1], rng)]
         losses, first = self._contrast(query, answers[0])
         if self.recipe.symmetric:
-            answers.append(self.key(keys[0], draws))
+            answers.append(self.key(keys[0], rng))
             losses = losses + self.loss(self.query(queries[1]), answers[1])
         if self.training:
             self.fresh += [

@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
-from engine.backbones import BackboneRecipe, build_trunk, width_of
-from engine.distributed import gather_with_gradient, world
-from engine.heads import Head, mlp
-from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.distributed import gather_with_gradient, world
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
 class SimCLRRecipe(FrameworkRecipe):
@@ -26,8 +27,8 @@ class SimCLRRecipe(FrameworkRecipe):
     projector_width: int | None = Field(None, ge=1, le=MAX_WIDTH, description="hidden width; null takes the trunk's")
     temperature: float = Field(0.5, gt=0)
 
+    @override
     def build(self, backbone: BackboneRecipe) -> SimCLR:
-        """See `FrameworkRecipe.build`."""
         return SimCLR(self, backbone)
 
 
@@ -46,17 +47,17 @@ class SimCLR(Framework):
         self.encoder = Encoder(trunk, mlp([width, *hidden, recipe.dim], norm=True, last_norm=True))
 
     @property
+    @override
     def trunk(self) -> nn.Module:
-        """See `Framework.trunk`."""
         return self.encoder.trunk
 
     @property
+    @override
     def head(self) -> Head:
-        """See `Framework.head`."""
         return self.encoder.projector
 
+    @override
     def query(self, images: Tensor) -> Tensor:
-        """See `Framework.query`."""
         return unit(self.encoder(images))
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
@@ -81,8 +82,8 @@ class SimCLR(Framework):
             with_queries = with_queries.scatter(1, self._own(query), -torch.inf)
             return torch.cat([with_keys, with_queries], dim=1) / self.recipe.temperature
 
-    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; each view is an anchor for the other."""
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """Each view is an anchor for the other."""
         query, key = self.query(queries[0]), self.query(keys[1])
         losses = (self.loss(query, key) + self.loss(key, query)) / 2
         with torch.no_grad():

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
-from engine.backbones import BackboneRecipe, build_trunk, width_of
-from engine.heads import Head, mlp
-from pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
 class SimSiamRecipe(FrameworkRecipe):
@@ -30,8 +31,8 @@ class SimSiamRecipe(FrameworkRecipe):
     )
     fixed_predictor_lr: bool = True
 
+    @override
     def build(self, backbone: BackboneRecipe) -> SimSiam:
-        """See `FrameworkRecipe.build`."""
         return SimSiam(self, backbone)
 
 
@@ -49,21 +50,21 @@ class SimSiam(Framework):
         self.predictor = mlp([recipe.dim, bottleneck, recipe.dim], norm=True)
 
     @property
+    @override
     def trunk(self) -> nn.Module:
-        """See `Framework.trunk`."""
         return self.encoder.trunk
 
     @property
+    @override
     def head(self) -> Head:
-        """See `Framework.head`."""
         return self.encoder.projector
 
+    @override
     def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:
-        """See `Framework.fixed_rate_parameters`."""
         return self.predictor.parameters() if self.recipe.fixed_predictor_lr else ()
 
     def query(self, images: Tensor) -> Tensor:
-        """See `Framework.query`: the prediction."""
+        """The prediction."""
         return self._predict(self.encoder(images))
 
     def _predict(self, embedding: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class SimSiam(Framework):
         """Negative cosine similarity (arXiv:2011.10566, equation 1), in [-1, 1]; the key has no gradient."""
         return -(query * key.detach()).sum(dim=1)
 
-    def clean(self, queries: Views, keys: Views, draws: torch.Generator) -> Clean:
-        """See `Framework.clean`; half of each direction (equation 2)."""
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """Half of each direction (equation 2)."""
         asked = [self.encoder(view) for view in queries]
         answered = asked
         if keys[0] is not queries[0]:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from engine.augment import (
+from mixmask.engine.augment import (
     AugmentRecipe,
     CropRecipe,
     Photometric,
@@ -26,7 +26,7 @@ from engine.augment import (
     grayscale,
     normalize,
 )
-from engine.randomness import generator
+from mixmask.engine.randomness import generator
 
 TOLERANCE = 1 / 255
 

@@ -8,9 +8,16 @@ import torchvision
 from pydantic import ValidationError
 from torch import nn
 
-from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, load_backbone, replace_batch_norm, save_backbone
-from engine.errors import ConfigError
-from pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.engine.backbones import (
+    BackboneInfo,
+    BackboneRecipe,
+    build_trunk,
+    load_backbone,
+    replace_batch_norm,
+    save_backbone,
+)
+from mixmask.engine.errors import ConfigError
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 
 
 @pytest.mark.parametrize(

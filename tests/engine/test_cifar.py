@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import cifar
-from engine.datasets import DataRecipe, open_split
-from engine.errors import DataError
-from engine.loader import BatchPlan, open_source
-from engine.preflight import check_data, find_splits
+from mixmask.engine.data import cifar, open_split
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import DataError
+from mixmask.engine.loader import BatchPlan, open_source
+from mixmask.engine.preflight import check_data, find_splits
 from tests.engine.test_loader import CPU, RECIPE
 
 CLASSES = {"cifar-10-batches-py": ["truck", "cat", "dog"], "cifar-100-python": ["wolf", "apple", "bear", "whale"]}

@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.config import fingerprint_of, identity
-from engine.datasets import DataRecipe, check_files, decode, is_only_split, open_split, require_same_classes
-from engine.errors import DataError
-from engine.preflight import check_data, find_splits
-from engine.texts import read_text
+from mixmask.engine.config import fingerprint_of, identity
+from mixmask.engine.data import open_split
+from mixmask.engine.data.folder import is_only_split
+from mixmask.engine.datasets import DataRecipe, require_same_classes
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import check_files, decode
+from mixmask.engine.preflight import check_data, find_splits
+from mixmask.engine.texts import read_text
 
 
 def recipe(root: Path, **kwargs: object) -> DataRecipe:

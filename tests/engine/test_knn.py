@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.knn import knn_predict, top1
+from mixmask.engine.knn import knn_predict, top1
 
 
 def slow_predict(bank, labels, query, num_classes: int, k: int, temperature: float) -> int:

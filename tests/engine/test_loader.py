@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from engine.augment import CropRecipe, as_float
-from engine.datasets import DataRecipe, open_split
-from engine.errors import ConfigError, DataError
-from engine.loader import (
+from mixmask.engine.augment import CropRecipe, as_float
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.loader import (
     BatchPlan,
     ImageSource,
     ResidentSource,
@@ -110,7 +111,7 @@ def test_a_truncated_file_is_named_by_workers_too(shapes: Path, tmp_path: Path, 
 WORKERS = """
 import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader
-from engine.stopping import outlive_stop_signals
+from mixmask.engine.stopping import outlive_stop_signals
 
 class Numbers:
     def __getitem__(self, index):

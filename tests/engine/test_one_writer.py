@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.backbones import load_backbone
-from engine.errors import OwnershipLost, RunDirectoryError, RunFailure
-from engine.ownership import TAKEN_OVER, Owner, owned, read_owner
-from engine.storage import RunDirectory, write_text
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.errors import OwnershipLost, RunDirectoryError, RunFailure
+from mixmask.engine.ownership import TAKEN_OVER, Owner, owned, read_owner
+from mixmask.engine.storage import RunDirectory, write_text
 from tests import zygote
 
 PATIENCE = 1.0
@@ -24,13 +24,13 @@ RUN = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-import engine.checkpoint
-from engine import ownership
-from engine.config import load_recipe
-from engine.errors import RunFailure, UserError
-from engine.storage import RunDirectory
-from pretrain import stage
-from pretrain.recipe import PretrainRecipe
+import mixmask.engine.checkpoint
+from mixmask.engine import ownership
+from mixmask.engine.config import load_recipe
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.engine.storage import RunDirectory
+from mixmask.pretrain import stage
+from mixmask.pretrain.recipe import PretrainRecipe
 
 config, run, moment, gate = sys.argv[1:]
 ownership.Owner.__init__.__defaults__ = (0.1, PATIENCE, 0)
@@ -52,7 +52,7 @@ def at(name, original, which):
             original(*arguments, **named)
     return wrapped
 
-engine.checkpoint.torch.save = at("save", torch.save, 2)
+mixmask.engine.checkpoint.torch.save = at("save", torch.save, 2)
 RunDirectory.log = at("log", RunDirectory.log, 5)
 RunDirectory.finish = at("finish", RunDirectory.finish, 1)
 try:

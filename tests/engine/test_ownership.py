@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import RunDirectoryError
-from engine.ownership import TAKEN_OVER, Owner, cluster_job, describe_owner, owned, read_owner, seems_alive
-from engine.storage import RunDirectory
+from mixmask.engine.errors import RunDirectoryError
+from mixmask.engine.ownership import TAKEN_OVER, Owner, cluster_job, describe_owner, owned, read_owner, seems_alive
+from mixmask.engine.storage import RunDirectory
 from tests import zygote
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from engine.ownership import Owner
+from mixmask.engine.ownership import Owner
 owner = Owner(Path(sys.argv[1]), beat=0.1)
 owner.acquire()
 print("holding", flush=True)
@@ -132,7 +132,7 @@ def test_of_many_who_take_over_at_once_one_wins_at_a_time(world: str, tmp_path: 
         + """
 import sys, time
 from pathlib import Path
-from engine.ownership import Owner
+from mixmask.engine.ownership import Owner
 folder = Path(sys.argv[1])
 for _ in range(8):
     owner = Owner(folder / "owner.json", beat=0.05, wait=60)

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from engine.errors import DataError
-from engine.preflight import check_data, find_splits
-from launch.cli import app
+from mixmask.engine.errors import DataError
+from mixmask.engine.preflight import check_data, find_splits
+from mixmask.launch.cli import app
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine import progress
-from engine.progress import StepProgress, track
+from mixmask.engine import progress
+from mixmask.engine.progress import StepProgress, track
 
 
 def test_plain_lines_off_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

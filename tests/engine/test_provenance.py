@@ -9,7 +9,10 @@ from pathlib import Path
 
 from tests.processes import ROOT
 
-ASK = "from engine.provenance import code; import engine; c = code(); print(engine.__file__, c.commit, len(c.patch))"
+ASK = (
+    "from mixmask import engine; from mixmask.engine.provenance import code; "
+    "c = code(); print(engine.__file__, c.commit, len(c.patch))"
+)
 
 
 def ask(folder: Path) -> list[str]:
@@ -24,7 +27,9 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def copy(folder: Path) -> Path:
-    shutil.copytree(Path(ROOT) / "engine", folder / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("mixmask", "engine"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(ROOT) / name, folder / name, symlinks=True, ignore=ignored)
     return folder
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine.schedule import cosine_factor, step_factor, warmup_factor
+from mixmask.engine.schedule import cosine_factor, step_factor, warmup_factor
 
 
 @pytest.mark.parametrize(

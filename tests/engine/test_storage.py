@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Recipe, operational
-from engine.errors import RunDirectoryError, UserError
-from engine.provenance import Code
-from engine.records import SCHEMA, Record
-from engine.storage import RunDirectory, last_lines, locate_run, require_output_file, write_atomic, write_text
+from mixmask.engine.config import Recipe, operational
+from mixmask.engine.errors import RunDirectoryError, UserError
+from mixmask.engine.provenance import Code
+from mixmask.engine.records import SCHEMA, Record
+from mixmask.engine.storage import RunDirectory, last_lines, locate_run, require_output_file, write_atomic, write_text
 
 
 class Small(Recipe):
@@ -52,7 +52,7 @@ def test_what_a_crash_left_half_written_is_removed(tmp_path: Path) -> None:
 
 
 def test_uncommitted_changes_are_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.storage.code", lambda: Code("abc+changes", b"diff"))
+    monkeypatch.setattr("mixmask.engine.storage.code", lambda: Code("abc+changes", b"diff"))
     run = RunDirectory(tmp_path / "run")
     run.create(Small(), "abc")
     assert run.patch_file.read_bytes() == b"diff"

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import distributed, training
-from engine.checkpoint import read_checkpoint
-from engine.errors import Interrupted, RunFailure
-from engine.job import Job, Part
-from engine.stopping import StopSignals
-from engine.storage import RunDirectory
-from engine.training import train
+from mixmask.engine import distributed, training
+from mixmask.engine.checkpoint import read_checkpoint
+from mixmask.engine.errors import Interrupted, RunFailure
+from mixmask.engine.job import Job, Part
+from mixmask.engine.stopping import StopSignals
+from mixmask.engine.storage import RunDirectory
+from mixmask.engine.training import train
 
 CPU = torch.device("cpu")
 
@@ -319,7 +319,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.engine.test_training import job, run
-from engine.errors import RunFailure
+from mixmask.engine.errors import RunFailure
 
 run_of = job(Path(sys.argv[1]), checkpoint_every=4)
 good = run_of.run.checkpoint_file

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.errors import ConfigError
-from engine.storage import RunDirectory
-from engine.watching import WatchRecipe, check_watch, open_sinks
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.storage import RunDirectory
+from mixmask.engine.watching import WatchRecipe, check_watch, open_sinks
 
 
 def test_nothing_is_opened_unless_asked_for(tmp_path: Path) -> None:

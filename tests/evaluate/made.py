@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.config import fingerprint_of
-from engine.records import Record
-from evaluate import reference
+from mixmask.engine.config import fingerprint_of
+from mixmask.engine.records import Record, said_before_schema_3
+from mixmask.evaluate import reference
 
 ENVIRONMENT = {
     "python": "3.11.7",
@@ -80,6 +80,7 @@ def backbone(
         pretrain_epochs=0 if method == "random" else epochs,
         pretrain_seed=seed,
         lineage=fingerprint_of({**recipe, "seed": None}),
+        **said_before_schema_3("pretrain"),
         settings={"steps": 1000, "batch_size": recipe["batch_size"], "precision": "bf16"},
         recipe=recipe,
         metrics={"loss": 6.5, "feature_std": 0.9, "rank_me": 80.0, "images_per_second": 5120.0},
@@ -107,6 +108,7 @@ def transfer(
     return Record(
         stage="transfer",
         protocol=protocol,
+        **said_before_schema_3(protocol),
         name=f"{of.name}-{protocol}".replace("_", "-"),
         dataset=dataset or place,
         framework=of.framework,

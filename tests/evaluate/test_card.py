@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from engine.backbones import load_backbone, save_backbone
-from engine.errors import UserError
-from engine.heads import Head, HeadInfo
-from engine.records import Record
-from engine.wording import printable
-from evaluate.card import write_card
+from mixmask.engine.backbones import load_backbone, save_backbone
+from mixmask.engine.errors import UserError
+from mixmask.engine.heads import Head, HeadInfo
+from mixmask.engine.records import Record
+from mixmask.engine.wording import printable
+from mixmask.evaluate.card import write_card
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from engine.errors import DataError, UserError
-from engine.records import SCHEMA, Record
-from evaluate.collect import FIXED, as_text, collect, frame, select, write_parquet
+from mixmask.engine.errors import DataError, UserError
+from mixmask.engine.records import SCHEMA, Record
+from mixmask.evaluate.collect import FIXED, as_text, collect, frame, select, write_parquet
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import UserError
-from engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
-from engine.records import Record
-from evaluate.collect import Collection, Run, collect
-from evaluate.comparison import chosen, compare, compare_runs
+from mixmask.engine.errors import UserError
+from mixmask.engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
+from mixmask.engine.records import Record
+from mixmask.evaluate.collect import Collection, Run, collect
+from mixmask.evaluate.comparison import chosen, compare, compare_runs
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import DataError
-from engine.predictions import CLASSES, ClassPredictions
-from engine.records import Record
-from engine.storage import last_lines
-from evaluate.card import write_card
-from evaluate.collect import as_text, collect, frame
-from evaluate.plots import read_log
-from evaluate.report import write_report
-from launch.cli import main
+from mixmask.engine.errors import DataError
+from mixmask.engine.predictions import CLASSES, ClassPredictions
+from mixmask.engine.records import Record
+from mixmask.engine.storage import last_lines
+from mixmask.evaluate.card import write_card
+from mixmask.evaluate.collect import as_text, collect, frame
+from mixmask.evaluate.plots import read_log
+from mixmask.evaluate.report import write_report
+from mixmask.launch.cli import main
 from tests.evaluate.made import backbone, laboratory, write
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from evaluate.card import write_card
-from evaluate.collect import as_text, collect, frame, write_parquet
-from evaluate.comparison import compare
-from evaluate.drawing import write_plots
-from evaluate.paper import choose
-from evaluate.plots import plots_of
-from evaluate.render import SUFFIXES, render_all
-from evaluate.report import write_report
-from evaluate.results import results_of
-from evaluate.tables import build
-from evaluate.verify import expectations
+from mixmask.evaluate.card import write_card
+from mixmask.evaluate.collect import as_text, collect, frame, write_parquet
+from mixmask.evaluate.comparison import compare
+from mixmask.evaluate.drawing import write_plots
+from mixmask.evaluate.paper import choose
+from mixmask.evaluate.plots import plots_of
+from mixmask.evaluate.render import SUFFIXES, render_all
+from mixmask.evaluate.report import write_report
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import build
+from mixmask.evaluate.verify import expectations
 from tests.evaluate.made import backbone, transfer, write
 
 Document = dict[str, Any]
@@ -39,7 +39,8 @@ LEFT_OUT: dict[str, Callable[[Document], None]] = {
     "ratio with null": at("pretraining", "mix", "ratio", value=[None, 1]),
     "grid is a mapping": at("pretraining", "mix", "grid", value={}),
     "mix is a list": at("pretraining", "mix", value=[1]),
-    "share of labels is a word": at("protocol", value="semisup_x"),
+    "headlines are a list": at("headlines", value=["knn/top1"]),
+    "no runs make a result": at("num_seeds", value=0),
     "huge metric": at("metrics", "knn/top1", value=1e308),
     "metric is a word": at("metrics", "knn/top1", value="many"),
     "half a character": at("settings", "note", value="\ud800"),
@@ -147,7 +148,7 @@ def test_two_records_of_one_run_that_disagree_are_said(tmp_path: Path) -> None:
 
 
 def test_a_hostile_architecture_makes_no_card(tmp_path: Path) -> None:
-    from engine.errors import UserError
+    from mixmask.engine.errors import UserError
 
     record = backbone().model_copy(update={"arch": "resnet18()\n```\n<img src=x onerror=alert(1)>"})
     (tmp_path / "pretrain" / "x").mkdir(parents=True)

@@ -10,11 +10,19 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from evaluate.collect import Run, collect
-from evaluate.drawing import STYLES, write_plots
-from evaluate.plots import ablations, average_precisions, budgets, label_efficiency, plots_of, read_log, throughput
-from evaluate.published import of_the_paper
-from evaluate.results import results_of
+from mixmask.evaluate.collect import Run, collect
+from mixmask.evaluate.drawing import STYLES, write_plots
+from mixmask.evaluate.plots import (
+    ablations,
+    average_precisions,
+    budgets,
+    label_efficiency,
+    plots_of,
+    read_log,
+    throughput,
+)
+from mixmask.evaluate.published import of_the_paper
+from mixmask.evaluate.results import results_of
 from tests.evaluate.made import backbone, laboratory, write
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import UserError
-from evaluate.collect import as_text, select
+from mixmask.engine.errors import UserError
+from mixmask.evaluate.collect import as_text, select
 
 TABLE = pd.DataFrame(
     {"dataset": ["cifar10", "cifar100", None], "epochs": [200.0, 800.0, float("nan")], "knn/top1": [1.0, 2.0, 3.0]}

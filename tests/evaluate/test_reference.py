@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.records import Record
-from evaluate import reference
-from evaluate.collect import Run
-from evaluate.paper import choose
-from evaluate.published import of_the_paper
-from evaluate.reference import MAY_DIFFER, may_differ
-from evaluate.results import results_of
-from evaluate.tables import Table, build
-from evaluate.verify import verify
-from launch.reference import FILE, text
+from mixmask.engine.records import Record
+from mixmask.evaluate import reference
+from mixmask.evaluate.collect import Run
+from mixmask.evaluate.paper import choose
+from mixmask.evaluate.published import of_the_paper
+from mixmask.evaluate.reference import MAY_DIFFER, may_differ
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.tables import Table, build
+from mixmask.evaluate.verify import verify
+from mixmask.launch.reference import FILE, text
 from tests.evaluate.made import backbone, transfer
 
 PLACES = [number for number in of_the_paper() if number.table in ("5", "7", "4") and number.source == "paper"]
@@ -182,8 +182,8 @@ def test_runs_of_another_making_have_a_footnote_and_prove_nothing(
     assert not published_beside(table)
     assert any("this row's recipe" in note for _, note in table.footnotes)
     if recipe:
-        from engine.expected import Expectation
-        from evaluate.collect import Collection
+        from mixmask.engine.expected import Expectation
+        from mixmask.evaluate.collect import Collection
 
         metric = METRICS[protocol]
         wanted = Expectation(metric=metric, value=50.0, tolerance=1.0, source="x", dataset=dataset)

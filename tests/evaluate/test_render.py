@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import UserError
-from engine.records import Record
-from engine.wording import printable
-from evaluate.collect import Run
-from evaluate.names import NAMES
-from evaluate.paper import methods_by_protocols
-from evaluate.render import form_of, render, render_all
-from evaluate.results import results_of
-from evaluate.spreadsheet import safe_cell
-from evaluate.tables import Table, build
+from mixmask.engine.errors import UserError
+from mixmask.engine.records import Record
+from mixmask.engine.wording import printable
+from mixmask.evaluate.collect import Run
+from mixmask.evaluate.names import NAMES
+from mixmask.evaluate.paper import methods_by_protocols
+from mixmask.evaluate.render import form_of, render, render_all
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.spreadsheet import safe_cell
+from mixmask.evaluate.tables import Table, build
 from tests.evaluate.made import backbone, laboratory, transfer
 from tests.evaluate.test_tables import IDS, table_of
 from tests.needs import need

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.errors import UserError
-from engine.expected import Expectation
-from engine.predictions import SHEET
-from evaluate.collect import collect
-from evaluate.report import write_report
+from mixmask.engine.errors import UserError
+from mixmask.engine.expected import Expectation
+from mixmask.engine.predictions import SHEET
+from mixmask.evaluate.collect import collect
+from mixmask.evaluate.report import write_report
 from tests.evaluate.made import backbone, laboratory, transfer, write
 from tests.needs import need
 
@@ -131,7 +131,7 @@ def test_search_and_filters_narrow_the_runs(page: object) -> None:
 def test_a_number_leads_to_its_run(page: object) -> None:
     page.locator("#table-7 td a", has_text="57.0").first.click()
     target = page.locator("details.run:target")
-    assert target.get_attribute("open") is not None
+    page.wait_for_selector("details.run:target[open]")
     text = target.inner_text()
     assert "torchvision" in text
     assert "mixmask transfer" in text

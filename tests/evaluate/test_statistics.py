@@ -11,13 +11,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import stats
 
-from engine.predictions import ClassPredictions, DetectionMatches
-from evaluate.average_precision import AveragePrecision, compare_detectors
-from evaluate.statistics import compare_classifiers, difference, summarize, within_noise
-from launch import demo_data
-from transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
-from transfer.detection.metrics import Found, coco_matches, coco_metrics, voc_matches, voc_metrics
-from transfer.detection.recipe import DetectRecipe
+from mixmask.engine.predictions import ClassPredictions, DetectionMatches
+from mixmask.evaluate.average_precision import AveragePrecision, compare_detectors
+from mixmask.evaluate.statistics import compare_classifiers, difference, summarize, within_noise
+from mixmask.launch import demo_data
+from mixmask.transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.metrics import Found, coco_matches, coco_metrics, voc_matches, voc_metrics
+from mixmask.transfer.detection.recipe import DetectRecipe
 
 
 def test_words_are_plain() -> None:

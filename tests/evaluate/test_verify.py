@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import identity, load_recipe
-from engine.errors import ConfigError, UserError
-from engine.expected import Expectation
-from evaluate.collect import Collection, Run
-from evaluate.paper import layouts
-from evaluate.results import Result
-from evaluate.tables import build
-from evaluate.verify import verify
-from launch.builtin import configs_folder
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.config import identity, load_recipe
+from mixmask.engine.errors import ConfigError, UserError
+from mixmask.engine.expected import Expectation
+from mixmask.evaluate.collect import Collection, Run
+from mixmask.evaluate.paper import layouts
+from mixmask.evaluate.results import Result
+from mixmask.evaluate.tables import build
+from mixmask.evaluate.verify import verify
+from mixmask.launch.builtin import configs_folder
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer.recipe import load_transfer_recipe
 from tests.evaluate.made import backbone, laboratory, transfer
-from transfer.recipe import load_transfer_recipe
 
 
 def collection(*records: object) -> Collection:
@@ -106,7 +106,7 @@ def test_a_required_key_from_the_command_line_changes_nothing(tmp_path: Path) ->
 
 
 def test_every_config_of_table_5_expects_what_the_table_says() -> None:
-    from evaluate.published import of_the_paper
+    from mixmask.evaluate.published import of_the_paper
 
     published = {
         (n.dataset, n.framework, n.method): (n.metric, n.value)

@@ -13,13 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from engine.config import load_recipe
-from launch import launching, ledger
-from launch import status as states
-from launch.builtin import configs_folder
-from launch.cluster import Profile
-from launch.jobs import Attempts
-from launch.suite import load_suite
+from mixmask.engine.config import load_recipe
+from mixmask.launch import launching, ledger
+from mixmask.launch import status as states
+from mixmask.launch.builtin import configs_folder
+from mixmask.launch.cluster import Profile
+from mixmask.launch.jobs import Attempts
+from mixmask.launch.suite import load_suite
 from tests.launch.slurm import wait_for
 
 PRETRAIN: dict[str, Any] = {
@@ -100,8 +100,8 @@ def steps(run: str | Path) -> list[int]:
 
 def undisturbed(one: states.CellStatus, folder: Path) -> dict[str, Any]:
     """The weights of a pretraining cell's recipe run here, in one go, on one thread as the jobs of `profile`."""
-    from pretrain import stage
-    from pretrain.recipe import PretrainRecipe
+    from mixmask.pretrain import stage
+    from mixmask.pretrain.recipe import PretrainRecipe
 
     recipe = load_recipe(PretrainRecipe, Path(one.run) / "recipe.yaml")
     threads = torch.get_num_threads()

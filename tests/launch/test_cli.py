@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def mixmask(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return zygote.run(["-m", "launch.cli", *map(str, arguments)])
+    return zygote.run(["-m", "mixmask", *map(str, arguments)])
 
 
 def refused(*arguments: object) -> str:
@@ -33,7 +33,7 @@ def test_help_has_an_example(command: str) -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys, launch.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, mixmask.launch.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.datasets import DataRecipe, decode, open_split
-from launch import demo_data
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.images import decode
+from mixmask.launch import demo_data
 
 
 def digest(root: Path) -> str:

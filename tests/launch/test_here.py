@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import Interrupted, UserError
-from engine.records import Record
-from launch import ledger
-from launch.cli import app
-from launch.jobs import Attempts
+from mixmask.engine.errors import Interrupted, UserError
+from mixmask.engine.records import Record
+from mixmask.launch import ledger
+from mixmask.launch.cli import app
+from mixmask.launch.jobs import Attempts
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 
@@ -54,7 +54,7 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
 def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch.jobs import CellJob
+    from mixmask.launch.jobs import CellJob
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     runs = tmp_path / "runs"
@@ -77,7 +77,7 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
 def test_inline_a_signal_between_steps_ends_the_suite_and_not_the_cell_alone(
     number: int, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch.jobs import CellJob
+    from mixmask.launch.jobs import CellJob
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     seen = []
@@ -109,7 +109,7 @@ def test_local_a_signal_stops_the_processes_with_a_checkpoint(number: int, tmp_p
     long = {**MIXMASK, "set": {**MIXMASK.get("set", {}), "epochs": 2000, "max_steps": None}}
     suite = write_suite(tmp_path, [{"pretrain": [long, {**RANDOM, "name": "later"}]}], shapes)
     runs = tmp_path / "runs"
-    program = [sys.executable, "-m", "launch.cli", "launch", str(suite), "--runs", str(runs), "--cluster", "local"]
+    program = [sys.executable, "-m", "mixmask", "launch", str(suite), "--runs", str(runs), "--cluster", "local"]
     started = subprocess.Popen(
         program, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
     )

@@ -14,13 +14,13 @@ from submitit.core.job_environment import SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from engine.config import Recipe
-from engine.errors import ConfigError, Interrupted, RunFailure
-from engine.storage import RunDirectory
-from launch import finish as finishing
-from launch import jobs, ledger
-from launch.jobs import CellJob, Place
-from launch.snapshot import freeze
+from mixmask.engine.config import Recipe
+from mixmask.engine.errors import ConfigError, Interrupted, RunFailure
+from mixmask.engine.storage import RunDirectory
+from mixmask.launch import finish as finishing
+from mixmask.launch import jobs, ledger
+from mixmask.launch.jobs import CellJob, Place
+from mixmask.launch.snapshot import freeze
 from tests.launch.fake_slurm import FakeSlurm, fake
 
 __all__ = ["fake"]
@@ -274,12 +274,12 @@ def test_the_node_s_own_disk_is_used(job: CellJob, tmp_path: Path, monkeypatch: 
 
 
 def test_the_code_is_frozen_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine import provenance
-    from launch import snapshot
+    from mixmask.engine import provenance
+    from mixmask.launch import snapshot
 
     first = freeze(tmp_path)
     assert freeze(tmp_path) == first
-    assert (first / "engine" / "provenance.py").read_bytes() == Path(provenance.__file__).read_bytes()
+    assert (first / "mixmask" / "engine" / "provenance.py").read_bytes() == Path(provenance.__file__).read_bytes()
     assert not list(first.rglob("__pycache__"))
     monkeypatch.setattr(snapshot, "code", lambda: provenance.Code("abc+changes", b"diff"))
     changed = freeze(tmp_path)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import load_recipe
-from engine.errors import ConfigError
-from launch.builtin import KINDS, config_file, configs_folder, listed_configs
-from launch.cli import app, main
-from launch.command_help import GROUPS
-from pretrain.recipe import PretrainRecipe
-from transfer.recipe import load_transfer_recipe
+from mixmask.engine.config import load_recipe
+from mixmask.engine.errors import ConfigError
+from mixmask.launch.builtin import KINDS, config_file, configs_folder, listed_configs
+from mixmask.launch.cli import app, main
+from mixmask.launch.command_help import GROUPS
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer.recipe import load_transfer_recipe
 
 
 def test_every_config_has_a_name_and_says_what_it_is() -> None:

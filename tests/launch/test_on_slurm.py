@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import RunFailure, UserError
-from engine.records import Record
-from launch import ledger, queue
-from launch import slurm as submission
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.engine.records import Record
+from mixmask.launch import ledger, queue
+from mixmask.launch import slurm as submission
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     FIRST_JOB_SECONDS,
@@ -228,7 +228,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
 
 
 def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from launch.cli import app
+    from mixmask.launch.cli import app
 
     long = {**MIXMASK, "set": {"max_steps": 100_000}}
     suite = write_suite(tmp_path, [{"pretrain": [long], "transfer": [KNN]}], shapes)

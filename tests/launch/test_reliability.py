@@ -13,13 +13,13 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from engine.errors import RunFailure, UserError
-from engine.progress import say
-from launch import launching, ledger, queue, slurm
-from launch import status as states
-from launch.cli import app
-from launch.cluster import Profile
-from launch.jobs import Attempts, CellJob, Place
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.engine.progress import say
+from mixmask.launch import launching, ledger, queue, slurm
+from mixmask.launch import status as states
+from mixmask.launch.cli import app
+from mixmask.launch.cluster import Profile
+from mixmask.launch.jobs import Attempts, CellJob, Place
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 from tests.launch.test_jobs import Work, events, in_slurm, job, start
@@ -71,7 +71,9 @@ def test_an_error_after_the_last_sbatch_forgets_nothing(
 
 def test_nobody_listening_ends_nothing() -> None:
     """As in ``mixmask launch … 2>&1 | head``."""
-    program = "from engine.progress import say\nfor n in range(100000): say('x' * 80)\nprint('through', flush=True)"
+    program = (
+        "from mixmask.engine.progress import say\nfor n in range(100000): say('x' * 80)\nprint('through', flush=True)"
+    )
     done = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert done.stderr is not None
     assert done.stdout is not None
@@ -122,7 +124,7 @@ def test_a_watched_table_outlives_a_silent_squeue(
         else:
             (fake.folder / "squeue").write_text("#!/bin/sh\nexit 0\n")
 
-    monkeypatch.setattr("launch.suite_commands.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))
+    monkeypatch.setattr("mixmask.launch.suite_commands.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))
     app(["status", "small", "--watch", "1", "--runs", str(runs)], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "4 cancelled" in shown  # the last look, after two failures

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from engine.errors import UserError
-from engine.expected import Expectation
-from launch.cli import app
+from mixmask.engine.errors import UserError
+from mixmask.engine.expected import Expectation
+from mixmask.launch.cli import app
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import RunFailure, UserError
-from launch import launching, ledger, queue, slurm
-from launch import status as states
-from launch.cli import app
-from launch.jobs import Attempts, Place
-from launch.suite import load_suite
+from mixmask.engine.errors import RunFailure, UserError
+from mixmask.launch import launching, ledger, queue, slurm
+from mixmask.launch import status as states
+from mixmask.launch.cli import app
+from mixmask.launch.jobs import Attempts, Place
+from mixmask.launch.suite import load_suite
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
@@ -33,7 +33,7 @@ def finish(runs: Path, names: list[str]) -> None:
         if cell.name in names:
             for file in cell.done:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps({"metrics": {"knn/top1": 12.3}}))
+                file.write_text(json.dumps({"headlines": {"knn/top1": "kNN top-1"}, "metrics": {"knn/top1": 12.3}}))
 
 
 def test_arrays_dependencies_and_what_they_start(fake: FakeSlurm, tmp_path: Path, shapes: Path) -> None:
@@ -51,8 +51,8 @@ def test_arrays_dependencies_and_what_they_start(fake: FakeSlurm, tmp_path: Path
     assert header(pretrain)["chdir"] == str(newest.snapshot)
     assert f"export PYTHONPATH='{newest.snapshot}'" in pretrain or f"export PYTHONPATH={newest.snapshot}" in pretrain
     assert " enroot start x.sqsh " in pretrain
-    assert (newest.snapshot / "launch" / "jobs.py").is_file()
-    assert (newest.snapshot / "configs" / "demo" / "knn.yaml").is_file()
+    assert (newest.snapshot / "mixmask" / "launch" / "jobs.py").is_file()
+    assert (newest.snapshot / "mixmask" / "configs" / "demo" / "knn.yaml").is_file()
     assert [cell.job for cell in newest.cells] == ["1_0", "1_1", "2_0", "2_1"]
     srun = next(line for line in pretrain.splitlines() if line.startswith("srun "))
     assert " --cpus-per-task=1 " in srun  # it forgets what sbatch was told

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.errors import CheckpointError, ConfigError, DataError
-from launch.builtin import configs_folder
-from launch.cells import Cell, check_cells, expand
-from launch.cluster import Profile, Resources, load_profile
-from launch.suite import load_suite
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.errors import CheckpointError, ConfigError, DataError
+from mixmask.launch.builtin import configs_folder
+from mixmask.launch.cells import Cell, check_cells, expand
+from mixmask.launch.cluster import Profile, Resources, load_profile
+from mixmask.launch.suite import load_suite
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.protocols.knn import KnnRecipe
 from tests.launch.small import KNN, MIXMASK, write_suite
-from transfer.checkpoints.source import read_source
-from transfer.recipe import KnnRecipe
 
 SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
 

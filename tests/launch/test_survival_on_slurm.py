@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import to_yaml
-from engine.ownership import read_owner
-from engine.records import Record
-from launch.cells import expand
-from launch.suite import load_suite
+from mixmask.engine.config import to_yaml
+from mixmask.engine.ownership import read_owner
+from mixmask.engine.records import Record
+from mixmask.launch.cells import expand
+from mixmask.launch.suite import load_suite
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     FIRST_JOB_SECONDS,

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.backbones import load_backbone
-from engine.config import load_recipe
-from engine.distributed import read_launch
-from engine.errors import ConfigError
-from engine.records import Record
-from pretrain import stage
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.config import load_recipe
+from mixmask.engine.distributed import read_launch
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.records import Record
+from mixmask.pretrain import stage
+from mixmask.pretrain.recipe import PretrainRecipe
 from tests.processes import finish, processes, python
 
 CONFIG = """
@@ -95,9 +95,9 @@ def test_two_processes_compute_what_one_does(config: Path, tmp_path: Path, overr
 GATHERED = """
 import sys, torch
 import torch.nn.functional as F
-from engine import distributed
-from engine.backbones import BackboneRecipe
-from pretrain.frameworks.simclr import SimCLRRecipe
+from mixmask.engine import distributed
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.pretrain.frameworks.simclr import SimCLRRecipe
 
 with distributed.session() as world:
     draws = torch.Generator().manual_seed(0)
@@ -127,11 +127,11 @@ def test_simclr_contrasts_with_all_processes_and_their_gradients_add_up(tmp_path
 RANKS = """
 import sys, torch
 from pathlib import Path
-from engine import distributed
-from engine.config import load_recipe
-from engine.loader import open_source
-from pretrain import stage
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine import distributed
+from mixmask.engine.config import load_recipe
+from mixmask.engine.loader import open_source
+from mixmask.pretrain import stage
+from mixmask.pretrain.recipe import PretrainRecipe
 
 with distributed.session() as world:
     recipe = load_recipe(PretrainRecipe, sys.argv[1], sys.argv[3:])
@@ -186,9 +186,9 @@ def test_the_queue_of_two_processes_is_the_queue_of_one(config: Path, tmp_path: 
 PARTS = """
 import sys, torch
 from pathlib import Path
-from engine import distributed
+from mixmask.engine import distributed
 from tests.engine.test_training import error_of, job
-from engine.training import train
+from mixmask.engine.training import train
 
 with distributed.session() as world:
     one = job(Path(sys.argv[1]) / f"{world.size}", log_every=1)

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe
-from engine.heads import mlp
-from engine.randomness import generator
-from pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
-from pretrain.frameworks.byol import BYOLRecipe
-from pretrain.frameworks.moco import MoCo, MoCoRecipe
-from pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
-from pretrain.frameworks.simsiam import SimSiamRecipe
-from pretrain.mixing import MixMaskUnMix, Mixture, draw_mixtures, mixture_loss
-from pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
-from pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.heads import mlp
+from mixmask.engine.randomness import generator
+from mixmask.pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
+from mixmask.pretrain.frameworks.byol import BYOLRecipe
+from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
+from mixmask.pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
+from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.mixture import Mixture, draw_mixtures, mixture_loss
+from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
+from mixmask.pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 
 MOCO = MoCoRecipe(kind="mocov2", dim=8, queue_size=16, momentum=0.9, temperature=0.2, bn_splits=2)
 RECIPES: dict[str, FrameworkRecipe] = {
@@ -140,7 +141,7 @@ def test_loss_is_fp32_inside_autocast(moco: MoCo) -> None:
 def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
     framework = build(name).eval()  # in eval mode an embedding depends on its own image alone
     first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    clean = framework.clean((first, second), (first, second), generator(0))
+    clean = framework.forward_views((first, second), (first, second), generator(0))
     q1, q2 = framework.query(first), framework.query(second)
     assert torch.allclose(clean.query, q1, atol=1e-5)
     if name == "moco":
@@ -163,10 +164,10 @@ def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
 def test_an_image_mixed_with_itself_gives_the_clean_loss(name: str) -> None:
     framework = build(name).eval()
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    clean = framework.clean((images, images), (images, images), generator(0))
+    clean = framework.forward_views((images, images), (images, images), generator(0))
     mixture = Mixture("x", images, torch.rand(4), torch.arange(4))
     mixed = framework.query(mixture.images)
-    losses = framework.loss(mixed, clean.keys[0]), framework.loss(mixed, clean.keys[0][mixture.partner])
+    losses = framework.loss(mixed, clean.keys[0]), framework.loss(mixed, clean.keys[0][mixture.perm])
     assert float(mixture_loss(*losses, mixture)) == pytest.approx(float(clean.losses.mean()), abs=1e-5)
 
 
@@ -175,8 +176,8 @@ def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
     framework = build(name).eval()
     first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     hidden = torch.zeros_like(first)
-    whole = framework.clean((first, second), (first, second), generator(0))
-    erased = framework.clean((hidden, hidden), (first, second), generator(0))
+    whole = framework.forward_views((first, second), (first, second), generator(0))
+    erased = framework.forward_views((hidden, hidden), (first, second), generator(0))
     assert torch.allclose(erased.keys[0], whole.keys[0], atol=1e-5)
     assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
     assert not torch.allclose(erased.losses, whole.losses)
@@ -186,7 +187,7 @@ def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
 def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
     framework = build(name).train()
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
-    framework.clean(views, views, generator(0)).losses.mean().backward()
+    framework.forward_views(views, views, generator(0)).losses.mean().backward()
     for parameter_name, parameter in framework.named_parameters():
         slow = parameter_name.startswith(("key_encoder", "target"))
         assert parameter.requires_grad is not slow
@@ -204,8 +205,8 @@ def test_simsiam_stops_the_gradient_of_its_keys() -> None:
 def test_simsiam_keys_are_the_same_whether_or_not_they_are_computed_apart() -> None:
     framework = build("simsiam").train()
     first, second = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
-    together = framework.clean((first, second), (first, second), generator(0))
-    apart = framework.clean((first.clone(), second.clone()), (first, second), generator(0))
+    together = framework.forward_views((first, second), (first, second), generator(0))
+    apart = framework.forward_views((first.clone(), second.clone()), (first, second), generator(0))
     assert torch.allclose(together.losses, apart.losses, atol=1e-5)
 
 
@@ -253,7 +254,9 @@ def test_queue_is_first_in_first_out_and_wraps(batch: int, steps: int) -> None:
 def test_keys_enter_the_queue_after_the_step_only(moco: MoCo) -> None:
     before = moco.queue.clone()
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
-    keys = [moco.clean(views, views, generator(0)).keys[0] for _ in range(2)]  # two parts of an accumulated batch
+    keys = [
+        moco.forward_views(views, views, generator(0)).keys[0] for _ in range(2)
+    ]  # two parts of an accumulated batch
     assert torch.equal(moco.queue, before)
     moco.after_step(0)
     assert torch.equal(moco.queue[:8], torch.cat(keys))
@@ -409,21 +412,21 @@ def test_symmetric_moco_is_unmixs_published_form(permutation: str) -> None:
     first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     mix = MixMaskUnMix(grid=4, permutation=permutation)
     for mixture in draw_mixtures(mix, first, random.Random(0)):
-        clean = moco.clean((first, second), (first, second), generator(0))
+        clean = moco.forward_views((first, second), (first, second), generator(0))
         assert len(clean.keys) == 2
         mixed = moco.query(mixture.images)
         ours = float(clean.losses.mean()) + sum(
-            float(mixture_loss(moco.loss(mixed, key), moco.loss(mixed, key[mixture.partner]), mixture))
+            float(mixture_loss(moco.loss(mixed, key), moco.loss(mixed, key[mixture.perm]), mixture))
             for key in clean.keys
         )
-        slow = slow_symmetric(moco, first, second, mixture.images, mixture.partner.tolist(), float(mixture.own[0]))
+        slow = slow_symmetric(moco, first, second, mixture.images, mixture.perm.tolist(), float(mixture.lam[0]))
         assert ours == pytest.approx(slow, rel=1e-5)
 
 
 def test_both_views_keys_enter_the_symmetric_queue() -> None:
     moco = MOCO.model_copy(update={"symmetric": True}).build(BACKBONE).train()
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
-    clean = moco.clean(views, views, generator(0))
+    clean = moco.forward_views(views, views, generator(0))
     moco.after_step(0)
     assert torch.equal(moco.queue[:8], torch.cat([clean.keys[1], clean.keys[0]]))  # view 1's keys first
     with pytest.raises(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.masks import PATTERNS, Cells, block_cells, discrete_cells, focal_cells, goal_cells, to_pixels
+from mixmask.pretrain.masks import PATTERNS, Cells, block_cells, discrete_cells, focal_cells, goal_cells, to_pixels
 
 
 def reference_block_mask(grid: int, goal: int, rng: random.Random) -> list[list[int]]:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import load_recipe
-from launch.builtin import configs_folder
-from pretrain.mixing import Erase, MixMask, MixMaskUnMix, NoMix, UnMix
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.config import load_recipe
+from mixmask.launch.builtin import configs_folder
+from mixmask.pretrain.mixtures.erase import Erase
+from mixmask.pretrain.mixtures.mixmask import MixMask
+from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
+from mixmask.pretrain.mixtures.none import NoMix
+from mixmask.pretrain.mixtures.unmix import UnMix
+from mixmask.pretrain.recipe import PretrainRecipe
 
 FOLDER = configs_folder() / "pretrain"
 

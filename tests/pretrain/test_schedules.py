@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.schedules import CosineRecipe, StepsRecipe
+from mixmask.pretrain.schedules import CosineRecipe, StepsRecipe
 
 
 @given(st.integers(60, 120), st.integers(1, 40))

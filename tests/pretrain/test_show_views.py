@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.config import load_recipe
-from engine.errors import ConfigError
-from launch.builtin import configs_folder
-from pretrain import show_views
-from pretrain.recipe import PretrainRecipe
+from mixmask.engine.config import load_recipe
+from mixmask.engine.errors import ConfigError
+from mixmask.launch.builtin import configs_folder
+from mixmask.pretrain import show_views
+from mixmask.pretrain.recipe import PretrainRecipe
 
 CONFIG = configs_folder() / "pretrain" / "cifar100_moco_mixmask.yaml"
 

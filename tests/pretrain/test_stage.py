@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -10,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from engine.backbones import load_backbone
-from engine.checkpoint import read_checkpoint
-from engine.config import load_recipe
-from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
-from engine.job import Part
-from engine.randomness import python_generator
-from engine.records import Record
-from pretrain import stage
-from pretrain.mixing import draw_mixtures
-from pretrain.recipe import PretrainRecipe
-from pretrain.step import StepLosses, sum_of
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.checkpoint import read_checkpoint
+from mixmask.engine.config import load_recipe
+from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
+from mixmask.engine.job import Part
+from mixmask.engine.randomness import generator, python_generator
+from mixmask.engine.records import Record
+from mixmask.pretrain import stage
+from mixmask.pretrain.mixture import draw_mixtures
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.step import step_terms
+from mixmask.transfer import stage as transfer_stage
+from mixmask.transfer.recipe import load_transfer_recipe
 from tests import zygote
-from transfer import stage as transfer_stage
-from transfer.recipe import load_transfer_recipe
 
 CONFIG = """
 name: tiny
@@ -71,7 +72,7 @@ def interrupt_at(step: int, broken: stage.PretrainPlan) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.mark.slow
@@ -81,8 +82,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_
 
     interrupted = plan(config, tmp_path / "interrupted")
     process = zygote.start(
-        ["-m", "launch.cli", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")],
-        {**os.environ, "OMP_NUM_THREADS": "2"},  # as many threads as here: their number changes the rounding
+        ["-m", "mixmask", "pretrain", str(config), "--runs", str(tmp_path / "interrupted")],
+        {**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as here: their number changes the rounding
     )
     deadline = time.monotonic() + 120
     log = interrupted.run.log_file
@@ -97,8 +98,8 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(config: Path, tmp_
         file.write('{"step": 99')  # what a crash in the middle of a write leaves
 
     stage.run(interrupted)
-    ours, _ = load_backbone(whole.product)
-    theirs, _ = load_backbone(interrupted.product)
+    ours, _ = load_backbone(whole.backbone_file)
+    theirs, _ = load_backbone(interrupted.backbone_file)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = [
         [json.loads(line)["loss"] for line in p.run.log_file.read_text().splitlines()] for p in (whole, interrupted)
@@ -114,13 +115,13 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     resident = ["data.storage=resident", "epochs=1"]
     whole = plan(config, tmp_path / "whole", *resident)
     stage.run(whole)
-    expected, _ = load_backbone(whole.product)
+    expected, _ = load_backbone(whole.backbone_file)
     for stop in (1, 2, 5):
         broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
 
         interrupt_at(stop, broken)
         stage.run(broken)
-        state, _ = load_backbone(broken.product)
+        state, _ = load_backbone(broken.backbone_file)
         assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
@@ -167,20 +168,22 @@ def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int
     draws = torch.Generator().manual_seed(0)
     views = [torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2)]
     with torch.no_grad():
-        terms = sum_of(StepLosses(model, recipe, lambda: views, step=7).parts())
-        clean = model.clean((views[0], views[1]), (views[0], views[1]), torch.Generator())
+        rng = python_generator(recipe.seed, "mask", 7, 0, 0)
+        found = list(step_terms(model, recipe.mix, views, rng, generator(0)))
+        clean = model.forward_views((views[0], views[1]), (views[0], views[1]), torch.Generator())
         expected, counted = float(clean.losses.mean()), 1
         for mixture in draw_mixtures(recipe.mix, views[0], python_generator(recipe.seed, "mask", 7, 0, 0)):
             for i in range(16):
-                j = mixture.partner.tolist().index(i)  # in mixture j, i is the partner
-                for number, weight in ((i, float(mixture.own[i])), (j, 1 - float(mixture.own[j]))):
+                j = mixture.perm.tolist().index(i)  # in mixture j, i is the partner
+                for number, weight in ((i, float(mixture.lam[i])), (j, 1 - float(mixture.lam[j]))):
                     query = model.query(mixture.images[number : number + 1])
                     expected += weight / 16 * float(model.loss(query, clean.keys[0][i : i + 1])[0])
             counted += 2
     assert counted == num_terms
-    assert float(terms["loss"]) == pytest.approx(expected, rel=1e-4)
-    parts = [float(terms[name]) for name in ("clean", "unmix", "mixmask") if name in terms]
-    assert float(terms["loss"]) == pytest.approx(sum(parts), rel=1e-6)
+    assert [term.name for term in found] == ["clean", *kind.replace("mixmask+unmix", "unmix+mixmask").split("+")][
+        : 1 + (num_terms - 1) // 2
+    ]
+    assert sum(float(term.loss) * term.weight for term in found) == pytest.approx(expected, rel=1e-4)
 
 
 def test_erased_views_are_the_queries_and_small_crops_more_of_them(config: Path, tmp_path: Path) -> None:
@@ -190,8 +193,8 @@ def test_erased_views_are_the_queries_and_small_crops_more_of_them(config: Path,
     model = prepared.recipe.framework.build(prepared.recipe.backbone)
     views = [torch.randn(16, 3, size, size) for size in (32, 32, 20, 20)]
     with torch.no_grad():
-        terms = sum_of(StepLosses(model, prepared.recipe, lambda: views, step=0).parts())
-    assert float(terms["loss"]) == pytest.approx(float(terms["erased"] + terms["small"]) / 3, rel=1e-5)
+        terms = list(step_terms(model, prepared.recipe.mix, views, random.Random(0), generator(0)))
+    assert [(term.name, term.weight) for term in terms] == [("erased", 1 / 3), ("small", 1 / 3), ("small", 1 / 3)]
     stage.run(plan(config, tmp_path, *erased, "max_steps=2"))
     assert prepared.recipe.method == "mscn"
 
@@ -266,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
     with pytest.raises(RunFailure, match=r"not finite at step \d+ .*learning rate|weights that are not finite"):
         stage.run(bad)
     assert not bad.run.is_finished
-    assert not bad.product.exists()
+    assert not bad.backbone_file.exists()
     if bad.run.checkpoint_file.exists():
         state = read_checkpoint(bad.run.checkpoint_file)["model"]
         assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
@@ -312,7 +315,7 @@ def test_compiled_encoders_train_the_same_network(
     other = plan(config, tmp_path / "compiled", *overrides, "compile=true")
     stage.run(other)
     assert compiled == ["ResNet", "ResNet"]
-    ours, theirs = load_backbone(whole.product)[0], load_backbone(other.product)[0]
+    ours, theirs = load_backbone(whole.backbone_file)[0], load_backbone(other.backbone_file)[0]
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e-4) for name in ours)
 
 
@@ -326,7 +329,7 @@ def test_an_accumulated_run_resumes_to_the_same_weights(config: Path, tmp_path: 
     broken = plan(config, tmp_path / "broken", *overrides)
     interrupt_at(2, broken)
     stage.run(broken)
-    ours, theirs = load_backbone(whole.product)[0], load_backbone(broken.product)[0]
+    ours, theirs = load_backbone(whole.backbone_file)[0], load_backbone(broken.backbone_file)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -337,7 +340,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_the_checkpoi
     """Launchers signal workers, too; the run must still write its checkpoint and end as if only it had been told."""
     overrides = ["epochs=50", "data.num_workers=2", "checkpoint_every=10000"]
     stopped = plan(config, tmp_path, *overrides)
-    process = zygote.start(["-m", "launch.cli", "pretrain", str(config), *overrides, "--runs", str(tmp_path)])
+    process = zygote.start(["-m", "mixmask", "pretrain", str(config), *overrides, "--runs", str(tmp_path)])
     deadline = time.monotonic() + 120
     while not stopped.run.log_file.exists() or len(stopped.run.log_file.read_text().splitlines()) < 3:
         assert process.poll() is None

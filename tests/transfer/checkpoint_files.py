@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transfer.checkpoints.names import COUNTER, to_detectron2
+from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 
 
 def moco_checkpoint(path: Path, state: dict[str, Tensor], **extra: Tensor) -> Path:

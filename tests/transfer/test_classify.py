@@ -8,22 +8,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.augment import normalize
-from engine.backbones import FORMAT, BackboneInfo, build_trunk, load_backbone, save_backbone
-from engine.config import identity
-from engine.datasets import DataRecipe, ImageSet, open_split
-from engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
-from engine.heads import mlp
-from engine.loader import BatchPlan
-from engine.predictions import CLASSES, ClassPredictions
-from engine.randomness import derived_seed
-from engine.records import Record
-from launch.builtin import configs_folder
+from mixmask.engine.augment import normalize
+from mixmask.engine.backbones import FORMAT, BackboneInfo, build_trunk, load_backbone, save_backbone
+from mixmask.engine.config import identity
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
+from mixmask.engine.heads import mlp
+from mixmask.engine.images import Images
+from mixmask.engine.loader import BatchPlan
+from mixmask.engine.predictions import CLASSES, ClassPredictions
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.records import Record
+from mixmask.launch.builtin import configs_folder
+from mixmask.transfer import classification, stage
+from mixmask.transfer.protocols.linear import LinearRecipe, require_unchanged
+from mixmask.transfer.recipe import load_transfer_recipe
+from mixmask.transfer.subsets import balanced_subset, listed_subset
 from tests.conftest import make_backbone
 from tests.processes import finish, processes
-from transfer import classify, stage
-from transfer.recipe import LinearRecipe, load_transfer_recipe
-from transfer.subsets import balanced_subset, listed_subset
 
 DATA = "data: {name: shapes, root: ROOT, train: train, test: val, storage: resident}\nevaluation: {resize: null, crop: 32}\n"
 LINEAR = (
@@ -63,7 +66,7 @@ def test_what_was_predicted_is_kept_for_comparisons(
     kept = ClassPredictions.read(plan.run.path / CLASSES)
     assert 100 * (kept.predicted == kept.labels).mean() == pytest.approx(record.metrics[metric])
     assert kept.images == record.data["test"]
-    assert isinstance(plan.test, ImageSet)
+    assert isinstance(plan.test, Images)
     assert kept.labels.tolist() == plan.test.labels.tolist()
     silent = make_plan(text, shapes, tmp_path, resnet18, "save_predictions=false", "seed=1")
     stage.run(silent)
@@ -96,29 +99,29 @@ def test_linear_learns_from_separable_features_and_leaves_the_trunk_alone(
 
 def test_a_trunk_that_changed_during_the_probe_is_noticed(resnet18: Path) -> None:
     state, info = load_backbone(resnet18)
-    trunk = classify.build_trunk(info.recipe)
+    trunk = build_trunk(info.recipe)
     trunk.load_state_dict(state)
-    classify.require_unchanged(trunk, state)
+    require_unchanged(trunk, state)
     trunk.state_dict()["layer2.0.bn1.running_mean"].add_(1e-3)
     with pytest.raises(RunFailure, match=r"layer2\.0\.bn1\.running_mean"):
-        classify.require_unchanged(trunk, state)
+        require_unchanged(trunk, state)
 
 
 def test_the_frozen_trunk_stays_in_eval_mode(resnet18: Path) -> None:
     _, info = load_backbone(resnet18)
-    probe = classify.Classifier(classify.build_trunk(info.recipe), 10, frozen=True).train()
+    probe = classification.Classifier(build_trunk(info.recipe), 10, frozen=True).train()
     assert probe.training
     assert not any(module.training for module in probe.trunk.modules())
     probe(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is None for parameter in probe.trunk.parameters())
     assert probe.head.weight.grad is not None
-    free = classify.Classifier(classify.build_trunk(info.recipe), 10, frozen=False).train()
+    free = classification.Classifier(build_trunk(info.recipe), 10, frozen=False).train()
     assert all(module.training for module in free.trunk.modules())
 
 
 def test_finetuning_uses_two_rates_and_changes_the_trunk(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     plan = make_plan(SEMISUP, shapes, tmp_path, resnet18)
-    assert plan.protocol == "semisup_50"
+    assert plan.recipe.record_name == "semisup_50"
     assert len(plan.train) == 60
     record = stage.run(plan)
     assert (record.settings["lr_trunk"], record.settings["lr_head"], record.settings["num_labelled"]) == (0.01, 0.1, 60)
@@ -277,7 +280,7 @@ def test_knn_takes_the_head_or_the_trunk(shapes: Path, tmp_path: Path, with_head
     network[1].load_state_dict(source.head)
     features, labels = [], []
     for images in (head.train, head.test):
-        assert isinstance(images, ImageSet)
+        assert isinstance(images, Images)
         with torch.no_grad():
             found = network(torch.cat([normalize(images.read(i)[None]) for i in range(len(images))]))
         features.append(torch.nn.functional.normalize(found, dim=1))
@@ -305,13 +308,13 @@ def test_a_probe_on_fixed_features_is_the_loop_of_wmse(shapes: Path, tmp_path: P
     trunk.load_state_dict(plan.source.state)
     features = []
     for images in (plan.train, plan.test):
-        assert isinstance(images, ImageSet)
+        assert isinstance(images, Images)
         with torch.no_grad():
             features.append(trunk(torch.cat([normalize(images.read(i)[None]) for i in range(len(images))])))
-    assert isinstance(plan.train, ImageSet)
-    assert isinstance(plan.test, ImageSet)
+    assert isinstance(plan.train, Images)
+    assert isinstance(plan.test, Images)
     torch.manual_seed(derived_seed(0, "head"))
-    model = classify.Classifier(build_trunk(plan.source.info.recipe), 10, frozen=True)
+    model = classification.Classifier(build_trunk(plan.source.info.recipe), 10, frozen=True)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01, weight_decay=5e-6)
     order = BatchPlan(120, 40, drop_last=False, seed=0)
     for epoch in range(3):
@@ -418,7 +421,7 @@ def test_a_probe_at_chance_is_warned_of(
 ) -> None:
     recipe = make_plan(LINEAR, shapes, tmp_path, resnet18).recipe
     assert isinstance(recipe, LinearRecipe)
-    classify._say_if_at_chance(recipe, top1, 10)
+    classification._say_if_at_chance(recipe, top1, 10)
     assert ("guessing gives 10.00 %" in capsys.readouterr().err) == warned
 
 
@@ -457,7 +460,7 @@ def test_metadata_of_our_own_files_is_checked_when_they_are_read(key: str, tmp_p
 
 
 def test_a_loss_that_falls_from_high_is_no_divergence() -> None:
-    watch = classify._DivergenceWatch(10, settled=2)
+    watch = classification._DivergenceWatch(10, settled=2)
     said = [watch({"loss": loss, "lr": 0.1}, step) for step, loss in enumerate([50, 40, 30, 20, 19.5, 25, 5, 3.4, 3.3])]
     assert [text is not None for text in said] == [False, False, False, False, True, True, False, False, False]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torchvision
 
-from engine.backbones import BackboneRecipe, build_trunk
-from engine.errors import CheckpointError
+from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.errors import CheckpointError
+from mixmask.transfer.checkpoints.export import WRITERS, export
+from mixmask.transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
+from mixmask.transfer.checkpoints.source import read_source
 from tests.conftest import make_backbone
-from transfer.checkpoints.export import WRITERS, export
-from transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
-from transfer.checkpoints.source import read_source
 
 
 def test_detectron2_names_are_a_bijection_on_every_trunk() -> None:

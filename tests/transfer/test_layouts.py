@@ -18,14 +18,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from engine.backbones import BackboneRecipe, build_trunk, load_backbone
-from engine.errors import CheckpointError
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, load_backbone
+from mixmask.engine.errors import CheckpointError
+from mixmask.transfer.checkpoints.account import Reading
+from mixmask.transfer.checkpoints.export import export
+from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
+from mixmask.transfer.checkpoints.safe_read import read_tensors
+from mixmask.transfer.checkpoints.source import inspect, read_source
 from tests.transfer.checkpoint_files import MLP, ONE, OPTIMIZER, in_the_wild, moco_checkpoint, save, sequential, under
-from transfer.checkpoints.account import Reading
-from transfer.checkpoints.export import export
-from transfer.checkpoints.names import COUNTER, to_detectron2
-from transfer.checkpoints.safe_read import read_tensors
-from transfer.checkpoints.source import inspect, read_source
 
 
 def test_a_moco_checkpoint_is_accounted_for_tensor_by_tensor(resnet50: Path, tmp_path: Path) -> None:

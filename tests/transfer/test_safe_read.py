@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from engine.backbones import load_backbone
-from engine.errors import CheckpointError
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.errors import CheckpointError
+from mixmask.transfer.checkpoints.safe_read import read_tensors
+from mixmask.transfer.checkpoints.source import read_source
 from tests.transfer.checkpoint_files import save
-from transfer.checkpoints.safe_read import read_tensors
-from transfer.checkpoints.source import read_source
 
 
 def test_damaged_files_are_named(resnet18: Path, tmp_path: Path) -> None:

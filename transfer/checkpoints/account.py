@@ -15,12 +15,20 @@ from pathlib import Path
 
 import torch
 
-from engine.backbones import BackboneRecipe, build_trunk
-from engine.errors import CheckpointError
-from transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, TWIN, Layout
-from transfer.checkpoints.names import COUNTER, DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, ListedNames, Names
-from transfer.checkpoints.safe_read import unwrapped
-from transfer.checkpoints.stored import Stored
+from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.errors import CheckpointError
+from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, TWIN, Layout
+from mixmask.transfer.checkpoints.names import (
+    COUNTER,
+    DETECTRON2,
+    SEQUENTIAL,
+    TORCHVISION,
+    TRANSFORMERS,
+    ListedNames,
+    Names,
+)
+from mixmask.transfer.checkpoints.safe_read import unwrapped
+from mixmask.transfer.checkpoints.stored import Stored
 
 NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2, TRANSFORMERS)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from engine.wording import printable
-from transfer.checkpoints.stand_ins import Damaged, Inert, LateArray
-from transfer.checkpoints.stored import Stored, odd
+from mixmask.engine.wording import printable
+from mixmask.transfer.checkpoints.stand_ins import Damaged, Inert, LateArray
+from mixmask.transfer.checkpoints.stored import Stored, odd
 
 MAX_TENSORS = 100_000
 MAX_DEPTH = 100

@@ -14,12 +14,12 @@ import torchvision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from engine.backbones import TIMM, build_trunk, load_backbone, save_backbone
-from engine.errors import CheckpointError
-from engine.storage import require_output_file, write_atomic
-from transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
-from transfer.checkpoints.safe_read import read_tensors
-from transfer.checkpoints.source import Source
+from mixmask.engine.backbones import TIMM, build_trunk, load_backbone, save_backbone
+from mixmask.engine.errors import CheckpointError
+from mixmask.engine.storage import require_output_file, write_atomic
+from mixmask.transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
+from mixmask.transfer.checkpoints.safe_read import read_tensors
+from mixmask.transfer.checkpoints.source import Source
 
 Target = Literal["detectron2", "torchvision", "timm", "mixmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)

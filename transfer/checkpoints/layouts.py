@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, Names
+from mixmask.transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, Names
 
 # Containers that the training scripts put a state dict in, and what wrappers put before every name.
 C = r"(?:(?:state_dict|model_state_dict|model_state|state\.model|model|network)\.)?"

@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable, Sequence
 from typing import IO, Any, ClassVar
 
-from transfer.checkpoints.stand_ins import (
+from mixmask.transfer.checkpoints.stand_ins import (
     Damaged,
     Inert,
     LateArray,
@@ -23,7 +23,7 @@ from transfer.checkpoints.stand_ins import (
     key_of,
     stand_in,
 )
-from transfer.checkpoints.stored import Stored
+from mixmask.transfer.checkpoints.stored import Stored
 
 MAX_OPERATIONS = 2_000_000  # the checkpoint of a ResNet-152 with its optimizer takes 100,000
 MAX_BITS = 4096  # of an integer; states of random generators have 128

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import CheckpointError
-from engine.wording import printable
-from transfer.checkpoints.containers import every_tensor, joined
-from transfer.checkpoints.pickles import load
-from transfer.checkpoints.stand_ins import Damaged, Refused
-from transfer.checkpoints.stored import Stored, odd
-from transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
+from mixmask.engine.errors import CheckpointError
+from mixmask.engine.wording import printable
+from mixmask.transfer.checkpoints.containers import every_tensor, joined
+from mixmask.transfer.checkpoints.pickles import load
+from mixmask.transfer.checkpoints.stand_ins import Damaged, Refused
+from mixmask.transfer.checkpoints.stored import Stored, odd
+from mixmask.transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
 
 # What libraries put into the names of a wrapped or compiled network's tensors, at any place.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")

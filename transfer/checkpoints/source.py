@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.backbones import (
+from mixmask.engine.backbones import (
     HEAD,
     RESNETS,
     BackboneInfo,
@@ -24,8 +24,8 @@ from engine.backbones import (
     load_backbone,
     load_backbone_and_head,
 )
-from engine.errors import CheckpointError
-from transfer.checkpoints.account import (
+from mixmask.engine.errors import CheckpointError
+from mixmask.transfer.checkpoints.account import (
     BY_KEYS,
     Account,
     Found,
@@ -37,9 +37,9 @@ from transfer.checkpoints.account import (
     trunk_names,
     twins,
 )
-from transfer.checkpoints.names import COUNTER, DETECTRON2
-from transfer.checkpoints.safe_read import digest, read_tensors
-from transfer.checkpoints.stored import Stored
+from mixmask.transfer.checkpoints.names import COUNTER, DETECTRON2
+from mixmask.transfer.checkpoints.safe_read import digest, read_tensors
+from mixmask.transfer.checkpoints.stored import Stored
 
 
 @dataclass(frozen=True)

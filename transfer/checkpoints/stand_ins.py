@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from transfer.checkpoints.stored import Storage, Stored, array, odd
+from mixmask.transfer.checkpoints.stored import Storage, Stored, array, odd
 
 REBUILDS = "torch._utils._rebuild_"
 # Modules whose functions act on the machine: what names one of them is no checkpoint.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError
+from mixmask.engine.errors import CheckpointError
 
 MAX_SIDES = 64  # the most dimensions that torch takes
 

@@ -11,9 +11,9 @@ from typing import IO, Any
 
 import torch
 
-from transfer.checkpoints.pickles import load
-from transfer.checkpoints.stand_ins import Damaged, StorageKind
-from transfer.checkpoints.stored import Bytes, Storage, odd
+from mixmask.transfer.checkpoints.pickles import load
+from mixmask.transfer.checkpoints.stand_ins import Damaged, StorageKind
+from mixmask.transfer.checkpoints.stored import Bytes, Storage, odd
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 CHUNK = 1 << 22

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from engine.datasets import check_files
-from engine.errors import DataError, listed
-from engine.progress import say
-from engine.texts import read_bytes, read_text
-from transfer.detection.coco_checks import check_document
-from transfer.detection.recipe import DetectRecipe
+from mixmask.engine.errors import DataError, listed
+from mixmask.engine.images import check_files
+from mixmask.engine.progress import say
+from mixmask.engine.texts import read_bytes, read_text
+from mixmask.transfer.detection.coco_checks import check_document
+from mixmask.transfer.detection.recipe import DetectRecipe
 
 MAX_XML = 1 << 26
 EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
@@ -86,6 +86,9 @@ class DetectionSet:
                     digest.update(outline.tobytes())
         objects = sum(len(picture.instances) for picture in self.pictures)
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
+
+    def check(self) -> None:
+        """Nothing is left to be looked at: `open_detection` has read every picture's size and every annotation."""
 
     def uncounted_classes(self) -> list[str]:
         """Classes of which there is no object that counts in an evaluation."""

@@ -13,15 +13,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.distributed import world
-from engine.errors import DataError
-from engine.loader import from_workers, say_if_crowded
-from engine.randomness import generator
-from engine.stopping import outlive_stop_signals
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.boxes import nonempty
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.rpn import Targets
+from mixmask.engine.distributed import world
+from mixmask.engine.errors import DataError
+from mixmask.engine.loader import from_workers, say_if_crowded
+from mixmask.engine.randomness import generator
+from mixmask.engine.stopping import outlive_stop_signals
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.boxes import nonempty
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.rpn import Targets
 
 T = TypeVar("T")
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.augment import IMAGENET_MEAN, IMAGENET_STD
-from engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
-from engine.errors import ConfigError
-from engine.precision import Precision
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.roi_heads import Detections, Res5RoIHeads
-from transfer.detection.rpn import RPN, Targets
+from mixmask.engine.augment import IMAGENET_MEAN, IMAGENET_STD
+from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.precision import Precision
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.roi_heads import Detections, Res5RoIHeads
+from mixmask.transfer.detection.rpn import RPN, Targets
 
 # RGB in [0, 255], the same numbers as in classification: what MoCo's detection configs call PIXEL_MEAN and PIXEL_STD.
 PIXEL_MEAN = tuple(255 * value for value in IMAGENET_MEAN)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import DataError
+from mixmask.engine.errors import DataError
 
 MAX_SIDE = 1_000_000  # pixels
 MAX_ID = 1 << 53  # the largest whole number that every reader of JSON keeps

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from engine.backbones import RESNETS, BackboneRecipe
-from engine.errors import ConfigError
-from engine.precision import Precision
-from engine.storage import write_text
-from engine.texts import read_text
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
-from transfer.detection.recipe import DetectRecipe
+from mixmask.engine.backbones import RESNETS, BackboneRecipe
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.precision import Precision
+from mixmask.engine.storage import write_text
+from mixmask.engine.texts import read_text
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
+from mixmask.transfer.detection.recipe import DetectRecipe
 
 INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
 AS_2007 = "voc_2012_{}_ap07"
@@ -247,7 +247,8 @@ def dump_config(
     )
     head = (
         f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}. MODEL.ROI_HEADS.NAME has one more BatchNorm\n"
-        f"# after res5 than Detectron2's own: `import transfer.detection.detectron2_heads` in your program registers it.\n"
+        f"# after res5 than Detectron2's own: `import mixmask.transfer.detection.detectron2_heads` in your program\n"
+        f"# registers it.\n"
     )
     if own:
         head += (

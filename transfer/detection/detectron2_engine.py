@@ -35,19 +35,19 @@ from fvcore.nn.precise_bn import update_bn_stats
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-import transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
-from engine import distributed
-from engine.checkpoint import require_same_data
-from engine.errors import CheckpointError, RunFailure
-from engine.progress import StepProgress, say, track
-from engine.randomness import derived_seed
-from engine.stopping import StopSignals, lost_on_one_of_several, outlive_stop_signals, stopped
-from engine.storage import disk_problem, require_right_to_write, write_text
-from transfer.checkpoints.names import COUNTER, to_detectron2
-from transfer.detection.detectron2_config import make_config
-from transfer.detection.metrics import Found, voc_metrics
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.setting import Outcome, Setting
+import mixmask.transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
+from mixmask.engine import distributed
+from mixmask.engine.checkpoint import require_same_data
+from mixmask.engine.errors import CheckpointError, RunFailure
+from mixmask.engine.progress import StepProgress, say, track
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.stopping import StopSignals, lost_on_one_of_several, outlive_stop_signals, stopped
+from mixmask.engine.storage import disk_problem, require_right_to_write, write_text
+from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
+from mixmask.transfer.detection.detectron2_config import make_config
+from mixmask.transfer.detection.metrics import Found, voc_metrics
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.setting import Outcome, Setting
 
 # Detectron2's names of the losses, and the ones that both engines log.
 LOSSES = {

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from engine.predictions import DetectionMatches
-from transfer.detection.annotations import DetectionSet
+from mixmask.engine.predictions import DetectionMatches
+from mixmask.transfer.detection.annotations import DetectionSet
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import DataError
-from engine.storage import write_atomic
-from engine.texts import read_run_file
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.metrics import Found
+from mixmask.engine.errors import DataError
+from mixmask.engine.storage import write_atomic
+from mixmask.engine.texts import read_run_file
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.metrics import Found
 
 MAX_FILE = 1 << 32  # bytes, unpacked
 NAME = "detections.json.gz"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config import Recipe, added, operational
+from mixmask.engine.config import Recipe, added, operational
 
 Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[int, Field(ge=1)]

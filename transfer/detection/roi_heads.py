@@ -12,9 +12,9 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
-from transfer.detection.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
-from transfer.detection.recipe import RoIRecipe
-from transfer.detection.rpn import STRIDE, Targets
+from mixmask.transfer.detection.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
+from mixmask.transfer.detection.recipe import RoIRecipe
+from mixmask.transfer.detection.rpn import STRIDE, Targets
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from transfer.detection.boxes import (
+from mixmask.transfer.detection.boxes import (
     NEGATIVE,
     POSITIVE,
     cell_anchors,
@@ -22,7 +22,7 @@ from transfer.detection.boxes import (
     nonempty,
     sample,
 )
-from transfer.detection.recipe import RPNRecipe
+from mixmask.transfer.detection.recipe import RPNRecipe
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 STRIDE = 16

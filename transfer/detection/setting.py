@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.backbones import BackboneRecipe
-from engine.precision import Precision
-from engine.storage import RunDirectory
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.metrics import Found
+from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.precision import Precision
+from mixmask.engine.storage import RunDirectory
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.metrics import Found
 
 
 @dataclass(frozen=True)

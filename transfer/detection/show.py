@@ -14,13 +14,13 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from engine.errors import DataError
-from engine.storage import write_atomic
-from transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
-from transfer.detection.batches import read_rgb
-from transfer.detection.metrics import Found
-from transfer.detection.predictions import NAME, load_detections
-from transfer.detection.recipe import DetectRecipe
+from mixmask.engine.errors import DataError
+from mixmask.engine.storage import write_atomic
+from mixmask.transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.batches import read_rgb
+from mixmask.transfer.detection.metrics import Found
+from mixmask.transfer.detection.predictions import NAME, load_detections
+from mixmask.transfer.detection.recipe import DetectRecipe
 
 COLOURS = (
     "#0072b2",

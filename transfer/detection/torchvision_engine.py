@@ -10,23 +10,23 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.distributed import from_first, share_statistics, to_first, world
-from engine.job import Job, Part
-from engine.precision import autocast
-from engine.progress import say, track
-from engine.randomness import derived_seed, generator
-from engine.schedule import step_factor, warmup_factor
-from engine.training import train
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
-from transfer.detection.c4 import C4Detector
-from transfer.detection.metrics import Found, coco_metrics, voc_metrics
-from transfer.detection.precise_bn import estimate_statistics
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.roi_heads import Detections, paste_mask
-from transfer.detection.rpn import Targets
-from transfer.detection.setting import Outcome, Setting
-from transfer.detection.weights import detector_to_detectron2
+from mixmask.engine.distributed import from_first, share_statistics, to_first, world
+from mixmask.engine.job import Job, Part
+from mixmask.engine.precision import autocast
+from mixmask.engine.progress import say, track
+from mixmask.engine.randomness import derived_seed, generator
+from mixmask.engine.schedule import step_factor, warmup_factor
+from mixmask.engine.training import train
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
+from mixmask.transfer.detection.c4 import C4Detector
+from mixmask.transfer.detection.metrics import Found, coco_metrics, voc_metrics
+from mixmask.transfer.detection.precise_bn import estimate_statistics
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.roi_heads import Detections, paste_mask
+from mixmask.transfer.detection.rpn import Targets
+from mixmask.transfer.detection.setting import Outcome, Setting
+from mixmask.transfer.detection.weights import detector_to_detectron2
 
 
 def run(recipe: DetectRecipe, setting: Setting) -> Outcome:

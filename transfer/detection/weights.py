@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from transfer.checkpoints.names import from_detectron2, to_detectron2
+from mixmask.transfer.checkpoints.names import from_detectron2, to_detectron2
 
 STEM = {"stem.0.": "conv1.", "stem.1.": "bn1."}
 STAGES = {"res2.": "layer1.", "res3.": "layer2.", "res4.": "layer3.", "roi_heads.res5.": "layer4."}

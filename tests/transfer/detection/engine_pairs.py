@@ -14,16 +14,16 @@ pytest.importorskip("detectron2", reason="Detectron2 cannot be imported")
 
 from detectron2.modeling import build_model
 
-from engine.backbones import load_backbone
-from engine.storage import RunDirectory
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.storage import RunDirectory
+from mixmask.transfer.detection import detectron2_engine
+from mixmask.transfer.detection.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.c4 import C4Detector
+from mixmask.transfer.detection.detectron2_config import make_config
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.setting import Setting
+from mixmask.transfer.detection.weights import detector_to_detectron2
 from tests.transfer.detection.test_detection import recipe_of
-from transfer.detection import detectron2_engine
-from transfer.detection.annotations import DetectionSet, open_detection
-from transfer.detection.c4 import C4Detector
-from transfer.detection.detectron2_config import make_config
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.setting import Setting
-from transfer.detection.weights import detector_to_detectron2
 
 SIZES = [(192, 256), (176, 240)]
 

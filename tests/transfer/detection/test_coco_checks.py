@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from engine.errors import ConfigError, DataError
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.transfer.detection.annotations import open_detection
+from mixmask.transfer.detection.coco_checks import _decoded, check_document
 from tests.transfer.detection.test_detection import COCO, VOC, recipe_of
-from transfer.detection.annotations import open_detection
-from transfer.detection.coco_checks import _decoded, check_document
 
 FILE = Path("instances.json")
 

@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backbones import load_backbone
-from engine.errors import CheckpointError, ConfigError, DataError
-from engine.predictions import MATCHES, SHEET, DetectionMatches
-from engine.randomness import generator
-from evaluate.average_precision import AveragePrecision
+from mixmask.engine.backbones import load_backbone
+from mixmask.engine.errors import CheckpointError, ConfigError, DataError
+from mixmask.engine.predictions import MATCHES, SHEET, DetectionMatches
+from mixmask.engine.randomness import generator
+from mixmask.evaluate.average_precision import AveragePrecision
+from mixmask.transfer import stage
+from mixmask.transfer.detection.annotations import open_detection
+from mixmask.transfer.detection.batches import evaluation_images, read_rgb, shortest_edge, training_batches
+from mixmask.transfer.detection.c4 import C4Detector
+from mixmask.transfer.detection.precise_bn import estimate_statistics
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.roi_heads import paste_mask, rasterise
+from mixmask.transfer.detection.rpn import Targets
+from mixmask.transfer.detection.torchvision_engine import build_optimizer
+from mixmask.transfer.recipe import load_transfer_recipe
 from tests.conftest import make_backbone
-from transfer import stage
-from transfer.detection.annotations import open_detection
-from transfer.detection.batches import evaluation_images, read_rgb, shortest_edge, training_batches
-from transfer.detection.c4 import C4Detector
-from transfer.detection.precise_bn import estimate_statistics
-from transfer.detection.recipe import DetectRecipe
-from transfer.detection.roi_heads import paste_mask, rasterise
-from transfer.detection.rpn import Targets
-from transfer.detection.torchvision_engine import build_optimizer
-from transfer.recipe import load_transfer_recipe
 
 SMALL = """
 data: {name: small, root: ROOT, train: [TRAIN], test: [TEST], num_workers: 0}

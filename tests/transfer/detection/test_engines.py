@@ -18,17 +18,18 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, load_backbone, save_backbone
-from engine.errors import ConfigError, DataError, RunDirectoryError, UserError
+from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, load_backbone, save_backbone
+from mixmask.engine.errors import ConfigError, DataError, RunDirectoryError, UserError
+from mixmask.transfer import stage
+from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
+from mixmask.transfer.detection.annotations import open_detection, open_test
+from mixmask.transfer.detection.commands import dump_detectron2_config, show_detections
+from mixmask.transfer.detection.metrics import Found
+from mixmask.transfer.detection.predictions import load_detections, save_detections
+from mixmask.transfer.detection.run import describe_schedule
+from mixmask.transfer.detection.summary import per_class_table
 from tests.processes import ROOT, finish, processes
 from tests.transfer.detection.test_detection import COCO, VOC, plan, recipe_of
-from transfer import stage
-from transfer.checkpoints.names import COUNTER, to_detectron2
-from transfer.detection.annotations import open_detection, open_test
-from transfer.detection.metrics import Found
-from transfer.detection.predictions import load_detections, save_detections
-from transfer.detection.run import describe_schedule
-from transfer.detection.summary import per_class_table
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 needs_detectron2 = pytest.mark.skipif(not HAS_DETECTRON2, reason="Detectron2 cannot be imported")
@@ -63,7 +64,7 @@ def test_a_run_keeps_what_it_found_and_learnt(
             place = to_detectron2(name)
             assert f"{'roi_heads' if place.startswith('res5') else 'backbone'}.{place}" in detector
     assert "roi_heads.res5.norm.weight" in detector
-    said = stage.show_detections(ready.run.path, tmp_path / "found.html", 3, 0.0)
+    said = show_detections(ready.run.path, tmp_path / "found.html", 3, 0.0)
     assert "3 pictures" in said
     page = (tmp_path / "found.html").read_text()
     assert page.count("<figure>") == 3
@@ -73,21 +74,21 @@ def test_a_run_keeps_what_it_found_and_learnt(
 def test_detections_are_drawn(coco: Path, tmp_path: Path, resnet18: Path) -> None:
     ready = plan(COCO, coco, tmp_path, resnet18)
     with pytest.raises(RunDirectoryError, match="no run directory"):
-        stage.show_detections(ready.run.path, tmp_path / "x.png", 4, 0.3)
+        show_detections(ready.run.path, tmp_path / "x.png", 4, 0.3)
     stage.run(ready)
     save_detections(
         ready.run.path / "detections.json.gz",
         [Found(n, i.label, 0.9, i.box) for n, p in enumerate(ready.test.pictures) for i in p.instances],
         ready.test,
     )
-    assert "2 pictures" in stage.show_detections(ready.run.path, tmp_path / "x.png", 2, 0.3)
+    assert "2 pictures" in show_detections(ready.run.path, tmp_path / "x.png", 2, 0.3)
     drawn = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
-    assert "the best of all pictures has 0.90: --score 0.45" in stage.show_detections(
+    assert "the best of all pictures has 0.90: --score 0.45" in show_detections(
         ready.run.path, tmp_path / "x.png", 2, 0.95
     )
     with pytest.raises(DataError, match=r"name a \.png or \.html file"):
-        stage.show_detections(ready.run.path, tmp_path / "x.gif", 2, 0.3)
+        show_detections(ready.run.path, tmp_path / "x.gif", 2, 0.3)
 
 
 def test_detections_round_trip_and_are_checked(coco: Path, voc: Path, tmp_path: Path) -> None:
@@ -206,9 +207,9 @@ def test_two_processes_make_one_run(engine: str, coco: Path, tmp_path: Path, res
 def test_ours_samples_the_same_in_any_number_of_processes(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from engine import distributed
-    from transfer.detection.batches import training_batches
-    from transfer.detection.torchvision_engine import draws_of
+    from mixmask.engine import distributed
+    from mixmask.transfer.detection.batches import training_batches
+    from mixmask.transfer.detection.torchvision_engine import draws_of
 
     recipe = recipe_of(COCO, coco, tmp_path, "batch_size=4")
     train, _ = open_detection(recipe)
@@ -235,7 +236,7 @@ def test_detectron2_goes_on_after_a_stop_signal(voc: Path, tmp_path: Path, resne
     config = tmp_path / "config.yaml"
     config.write_text(VOC.replace("ROOT", str(voc)))
     command = [
-        sys.executable, "-m", "launch.cli", "transfer", str(config), f"backbone={resnet18}", "engine=detectron2",
+        sys.executable, "-m", "mixmask", "transfer", str(config), f"backbone={resnet18}", "engine=detectron2",
         "iterations=30", "checkpoint_every=4", "log_every=1", "data.num_workers=1", "--runs", str(tmp_path / "runs"),
     ]  # fmt: skip
     started = subprocess.Popen(
@@ -287,11 +288,11 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
-    import transfer.detection.detectron2_heads  # noqa: F401
-    from transfer.detection.detectron2_engine import require_landed
+    import mixmask.transfer.detection.detectron2_heads  # noqa: F401
+    from mixmask.transfer.detection.detectron2_engine import require_landed
 
     with pytest.raises(ConfigError, match="holds 10 classes, the sets that Detectron2 knows under these names have 80"):
-        stage.dump_detectron2_config(plan(COCO, coco, tmp_path, resnet50), tmp_path / "coco.yaml")
+        dump_detectron2_config(plan(COCO, coco, tmp_path, resnet50), tmp_path / "coco.yaml")
     shutil.copytree(coco, tmp_path / "full")
     for file in (tmp_path / "full" / "annotations").iterdir():
         document = json.loads(file.read_text())
@@ -301,11 +302,11 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
     keys = ["reference_batch_size=16", "lr=0.02", "iterations=90000"]
     ready = plan(COCO, tmp_path / "full", tmp_path, resnet50, *keys)
     with pytest.raises(ConfigError, match=r"configs end in \.yaml"):
-        stage.dump_detectron2_config(ready, tmp_path / "coco.pkl")
-    said = stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
+        dump_detectron2_config(ready, tmp_path / "coco.pkl")
+    said = dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     assert "265 tensors" in said
     with pytest.raises(UserError, match=r"coco\.yaml: is there already.*--force"):
-        stage.dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
+        dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "out" / "coco.yaml"))
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",)
@@ -322,7 +323,7 @@ def test_our_saved_detector_loads_in_detectron2(voc: Path, tmp_path: Path, resne
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
-    from transfer.detection.detectron2_config import make_config
+    from mixmask.transfer.detection.detectron2_config import make_config
 
     ready = plan(VOC, voc, tmp_path, resnet18, "save_detector=true")
     stage.run(ready)
@@ -343,7 +344,7 @@ def test_our_saved_detector_loads_in_detectron2(voc: Path, tmp_path: Path, resne
 def test_a_dump_for_2012_says_how_it_is_measured(voc: Path, tmp_path: Path, resnet50: Path) -> None:
     from detectron2.config import get_cfg
 
-    from transfer.detection import detectron2_config, detectron2_heads  # noqa: F401 (registers the heads)
+    from mixmask.transfer.detection import detectron2_config, detectron2_heads  # noqa: F401 (registers the heads)
 
     root = tmp_path / "devkit"
     shutil.copytree(voc, root)

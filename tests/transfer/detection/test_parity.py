@@ -17,15 +17,15 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
 
 from benchmarks.detection import their_batch
-from engine.randomness import generator
-from engine.schedule import step_factor, warmup_factor
+from mixmask.engine.randomness import generator
+from mixmask.engine.schedule import step_factor, warmup_factor
+from mixmask.transfer.detection import detectron2_engine, roi_heads, rpn, torchvision_engine
+from mixmask.transfer.detection.batches import DetectionBatch, training_batches
+from mixmask.transfer.detection.roi_heads import SampledBoxes
+from mixmask.transfer.detection.weights import detector_from_detectron2, detector_to_detectron2
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import SIZES, Pair, make_pair, pictures
 from tests.transfer.detection.test_detection import COCO, VOC
-from transfer.detection import detectron2_engine, roi_heads, rpn, torchvision_engine
-from transfer.detection.batches import DetectionBatch, training_batches
-from transfer.detection.roi_heads import SampledBoxes
-from transfer.detection.weights import detector_from_detectron2, detector_to_detectron2
 
 
 @pytest.fixture(scope="module", params=["coco50", "voc18"])

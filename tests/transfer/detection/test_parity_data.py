@@ -24,15 +24,15 @@ from detectron2.data.transforms import AugmentationList
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
-from engine.randomness import generator
+from mixmask.engine.randomness import generator
+from mixmask.transfer.detection import detectron2_engine
+from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.batches import _Training, read_rgb
+from mixmask.transfer.detection.metrics import Found, coco_metrics, voc_metrics
+from mixmask.transfer.detection.precise_bn import estimate_statistics
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import make_pair
 from tests.transfer.detection.test_detection import COCO, VOC
-from transfer.detection import detectron2_engine
-from transfer.detection.annotations import DetectionSet
-from transfer.detection.batches import _Training, read_rgb
-from transfer.detection.metrics import Found, coco_metrics, voc_metrics
-from transfer.detection.precise_bn import estimate_statistics
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco"])

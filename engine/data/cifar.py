@@ -9,14 +9,17 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets as published
+from typing_extensions import override
 
-from engine.errors import DataError
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import ArrayImages
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,37 @@ def _find(root: Path, kind: Kind) -> Archive | None:
         if path.is_file() and path.name == kind.tarball:
             return Archive(kind, path)
     return None
+
+
+class Cifar(DataKind):
+    """The published archives, packed or unpacked, checked against the published checksums."""
+
+    kind: ClassVar[str] = "cifar"
+
+    @override
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return not (root / data.train).is_dir() and find(root) is not None
+
+    @override
+    def open(self, root: Path, data: DataRecipe, part: Part) -> ArrayImages:
+        archive = find(root)
+        if archive is None:
+            raise DataError(
+                f"{root}: no CIFAR archive; valid: {', '.join(kind.tarball for kind in KINDS)}, or unpacked"
+            )
+        pixels, labels, names, classes = archive.read(part)
+        order = sorted(range(len(classes)), key=classes.__getitem__)  # as sorted folders would be numbered
+        rank = torch.tensor(order).argsort()
+        paths = tuple(archive.path / part / name for name in names)
+        return ArrayImages(paths, rank[labels], tuple(classes[i] for i in order), archive.path / part, pixels)
+
+    @override
+    def splits(self, root: Path) -> list[str]:
+        return ["train", "test"] if find(root) is not None else []
+
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        return f"{root}: a CIFAR archive has a test split of its own; leave data.holdout out"
 
 
 def _compare(path: Path, content: bytes, published_checksum: str) -> None:

@@ -1,0 +1,76 @@
+"""Labelled images on disk, one module for each kind; a module that is put here is found, and opens what it recognises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.registry import Registry
+
+KINDS: Registry[DataKind] = Registry(
+    DataKind, __name__, "mixmask.data", "kind of data", lambda one: [one.kind] if "kind" in vars(one) else []
+)
+
+
+def open_split(data: DataRecipe, part: Part) -> ImageSet:
+    """List one part of a data set.
+
+    Raises:
+        DataError: If it is missing, empty or damaged, or no kind of data recognises it.
+        ConfigError: If ``data.kind`` names none that exists.
+    """
+    root = Path(data.root).expanduser()
+    if not root.exists():
+        raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
+    if data.holdout:
+        return _held_out(data, root, part)
+    if part == "test" and data.test is None:
+        raise DataError(
+            f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
+            f"data.holdout=0.2 to keep a fifth of every class for testing"
+        )
+    return kind_of(root, data).open(root, data, part)
+
+
+def kind_of(root: Path, data: DataRecipe) -> DataKind:
+    """The kind of data that lies in ``root``.
+
+    Raises:
+        DataError: If two kinds recognise it; ``data.kind`` decides.
+        ConfigError: If ``data.kind`` names none that exists.
+    """
+    if data.kind is not None:
+        return KINDS.get(data.kind, "data.kind")()
+    every = [one() for one in KINDS.classes()]
+    found = [one for one in every if not one.general and one.recognises(root, data)]
+    if len(found) > 1:
+        names = [one.kind for one in found]
+        raise DataError(f"{root}: looks like {' and like '.join(names)}; data.kind={names[0]} says which it is")
+    return found[0] if found else next(one for one in every if one.general)
+
+
+def _held_out(data: DataRecipe, root: Path, part: Part) -> ImageSet:
+    """A share of the training images for testing, of every class alike, or what is left of them for training."""
+    reason = kind_of(root, data).has_test(root, data)
+    if reason is not None:
+        raise DataError(reason)
+    images = open_split(data.model_copy(update={"holdout": 0.0}), "train")
+    generator = torch.Generator().manual_seed(data.holdout_seed)
+    chosen: list[int] = []
+    for label, name in enumerate(images.classes):
+        own = (images.labels == label).nonzero().flatten()
+        num = max(1, round(len(own) * data.holdout))
+        if num >= len(own):
+            raise DataError(
+                f"{images.root}: class '{name}' has {len(own)} images; data.holdout={data.holdout:g} would leave none to "
+                f"train on"
+            )
+        order = torch.randperm(len(own), generator=generator)
+        kept = order[:num] if part == "test" else order[num:]
+        chosen += own[kept.sort().values].tolist()
+    which = f"({'held out' if part == 'test' else 'not held out'}: {data.holdout:g})"
+    return images.subset(sorted(chosen), images.root / which)

@@ -1,0 +1,111 @@
+"""Folders of classes (ImageFolder): one folder per split with one folder per class, or the class folders alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import FileImages
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+USUAL_SPLITS = ("train", "val", "test")
+
+
+class Folders(DataKind):
+    """Any tree of class folders; taken where no other kind recognises its own layout."""
+
+    kind: ClassVar[str] = "folder"
+    general: ClassVar[bool] = True
+
+    @override
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return (root / data.train).is_dir() or is_only_split(root)
+
+    @override
+    def open(self, root: Path, data: DataRecipe, part: Part) -> FileImages:
+        path = root / (data.train if part == "train" else str(data.test))
+        if path.is_dir():
+            return image_folder(path)
+        if is_only_split(root):
+            if part == "train":
+                return image_folder(root)
+            raise DataError(
+                f"{root}: holds class folders itself, and no split to test on: data.holdout=0.2 keeps a fifth of every "
+                f"class for testing"
+            )
+        present = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        raise DataError(
+            f"{path}: no such folder (data.{part} of '{data.name}'), and no archive that is known. "
+            f"Folders there: {', '.join(present) or 'none'}"
+        )
+
+    @override
+    def splits(self, root: Path) -> list[str]:
+        found = [name for name in USUAL_SPLITS if (root / name).is_dir()]
+        return found or (["."] if is_only_split(root) else [])
+
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        if data.test is None or not (root / data.test).is_dir():
+            return None
+        return (
+            f"{root / data.test}: is there, so data.holdout is not needed: leave it out, or set data.test=null to test on "
+            f"a part of '{data.train}' all the same"
+        )
+
+
+def is_only_split(root: Path) -> bool:
+    """Whether a folder holds class folders with images, and none of the usual splits."""
+    if not root.is_dir():
+        return False
+    classes = class_folders(root)
+    return bool(classes) and not {*USUAL_SPLITS} & set(classes) and any(images_in(root / name) for name in classes)
+
+
+def is_unlabelled(path: Path) -> bool:
+    """Whether a folder holds images and says nothing of their classes, as Tiny-ImageNet's ``test``."""
+    if not path.is_dir() or (path / "val_annotations.txt").is_file():
+        return False
+    folders = class_folders(path)
+    return (not folders and bool(images_in(path))) or (folders == ("images",) and bool(images_in(path / "images")))
+
+
+def class_folders(path: Path) -> tuple[str, ...]:
+    """Names of the folders in a folder, sorted."""
+    return tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def images_in(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+
+
+def image_folder(path: Path) -> FileImages:
+    """The images of one split.
+
+    Raises:
+        DataError: If there are no class folders, or one of them has no images.
+    """
+    classes = class_folders(path)
+    if not classes:
+        raise DataError(
+            f"{path}: no class folders. Expected one folder per class with images ({', '.join(EXTENSIONS)})"
+        )
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        folder = path / name
+        if (folder / "images").is_dir():  # Tiny-ImageNet keeps n01443537/images/*.JPEG beside a list of boxes
+            folder = folder / "images"
+        files = images_in(folder)
+        if not files:
+            raise DataError(f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)})")
+        paths.extend(folder / file for file in files)
+        labels.extend([label] * len(files))
+    return FileImages(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)

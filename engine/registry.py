@@ -1,0 +1,119 @@
+"""Things that are found by being there: a module in a folder, or an entry point of another package.
+
+A framework, a mixture, a transfer protocol, a detector or a kind of data is a class with a base of its own. Write the
+class in a new file of the right folder, and it is found. A lab that keeps it in its own package names the
+module as an entry point:
+
+    [project.entry-points."mixmask.protocols"]
+    fewshot = "our_lab.fewshot"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel
+
+from mixmask.engine.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def literal_of(field: str) -> Callable[[type[BaseModel]], tuple[str, ...]]:
+    """The names of a recipe: the values that its ``field`` (``kind: Literal["moco", "mocov2"]``) may have."""
+    return lambda model: tuple(map(str, get_args(model.model_fields[field].annotation)))
+
+
+class Registry(Generic[T]):
+    """The classes derived from a base, by the names they go by.
+
+    Args:
+        base: What they derive from. A class without a name of its own is a base itself.
+        package: The package whose modules hold them.
+        group: The entry-point group in which other packages name modules of theirs.
+        what: What they are, for messages: ``protocol``.
+        names_of: Gives the names of a class; none for a base.
+    """
+
+    def __init__(
+        self, base: Any, package: str, group: str, what: str, names_of: Callable[[Any], Iterable[str]]
+    ) -> None:
+        self.base: type[T] = base
+        self.package, self.group, self.what, self._names_of = package, group, what, names_of
+        self._loaded = False
+
+    def load(self) -> None:
+        """Import every module of the folder and every entry point, once.
+
+        Raises:
+            ConfigError: If an entry point cannot be imported; with its name and the package that has it.
+        """
+        if self._loaded:
+            return
+        self._loaded = True
+        home: ModuleType = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(home.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for entry in entry_points(group=self.group):
+            try:
+                entry.load()
+            except Exception as error:
+                owner = entry.dist.name if entry.dist is not None else "a package"
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise ConfigError(
+                    f"entry point '{entry.name}' ({entry.value}) in the group {self.group} of {owner} cannot be loaded "
+                    f"({reason}); mend or uninstall {owner}"
+                ) from error
+
+    def classes(self) -> list[type[T]]:
+        """Every class, in the order in which they were defined.
+
+        Raises:
+            ConfigError: If two have one name.
+        """
+        return list(dict.fromkeys(self.by_name().values()))
+
+    def by_name(self) -> dict[str, type[T]]:
+        """Every class under each of its names.
+
+        Raises:
+            ConfigError: If two have one name.
+        """
+        self.load()
+        found: dict[str, type[T]] = {}
+        for one in _derived(self.base):
+            for name in self._names_of(one):
+                if found.setdefault(name, one) is not one:
+                    both = " and ".join(f"{c.__module__}.{c.__qualname__}" for c in (found[name], one))
+                    raise ConfigError(f"the {self.what} '{name}' is defined twice: {both}")
+        return found
+
+    def get(self, name: object, where: str = "") -> type[T]:
+        """The class of a name.
+
+        Args:
+            name: What was given.
+            where: What stands before the message: the file and the key.
+
+        Raises:
+            ConfigError: If there is none; with all names, the closest first.
+        """
+        found = self.by_name()
+        if name in found:
+            return found[str(name)]
+        near = difflib.get_close_matches(str(name), found, n=3)
+        valid = ", ".join([*near, *(one for one in found if one not in near)])
+        given = f"there is no {self.what} {name!r}" if name is not None else f"no {self.what} is given"
+        raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {valid}")
+
+
+def _derived(base: type[T]) -> Iterable[type[T]]:
+    for one in base.__subclasses__():
+        yield one
+        yield from _derived(one)

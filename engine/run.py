@@ -1,0 +1,116 @@
+"""The life of a run: finished before? own the directory, prepare it, work, record.
+
+Pretraining, transfer and conversion are this life with other work in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+from typing_extensions import override
+
+from mixmask.engine import distributed
+from mixmask.engine.checkpoint import require_same_data
+from mixmask.engine.ownership import owned
+from mixmask.engine.progress import say
+from mixmask.engine.records import Record, finished_record
+from mixmask.engine.storage import RunDirectory
+
+P = TypeVar("P")
+
+
+class Checked(Protocol):
+    """Images that can be looked at before long work starts."""
+
+    def __len__(self) -> int: ...
+
+    def check(self) -> None:
+        """Find damaged files."""
+
+
+class Work(ABC, Generic[P]):
+    """What a run does; `carry_out` calls it. ``P`` is what it gives: a record, or the path of a product."""
+
+    run: RunDirectory  # where it is kept
+
+    @abstractmethod
+    def finished(self) -> P | None:
+        """The product of an earlier run, if it is finished; every process calls this, and all get the same answer.
+
+        Raises:
+            RunDirectoryError: If the directory is that of other work.
+        """
+
+    def prepare(self) -> None:
+        """Check what is left to be checked, and make the directory; only the first process does."""
+
+    @abstractmethod
+    def work(self) -> P:
+        """Do the work, from a checkpoint if there is one; every process calls this."""
+
+
+class RecordedWork(Work[P]):
+    """Work that ends with a record."""
+
+    recipe: Any  # what to do; it has a ``name``
+    fingerprint: str  # identity of the recipe and of what it builds on
+
+    @property
+    @abstractmethod
+    def data(self) -> dict[str, Any]:
+        """Identity of the data."""
+
+    @property
+    @abstractmethod
+    def images(self) -> Iterable[Checked]:
+        """All images that it reads."""
+
+    @abstractmethod
+    def product(self, record: Record) -> P:
+        """What a finished run gives."""
+
+    @override
+    def finished(self) -> P | None:
+        run = self.run
+        distributed.agreed(lambda: distributed.require_same(run.is_finished, str(run.record_file)))
+        if not run.is_finished:
+            return None
+        record = finished_record(run)
+        require_same_data(run, record.data, self.data)
+        product = self.product(record)
+        say(f"{self.recipe.name}: finished before, see {run.path}")
+        return product
+
+    @override
+    def prepare(self) -> None:
+        """Look at every image before long work starts, and make the run directory."""
+        if not self.run.checkpoint_file.exists():
+            say(f"{self.recipe.name}: checking {sum(map(len, self.images)):,} images")
+            for images in self.images:
+                images.check()
+        self.run.create(self.recipe, self.fingerprint)
+
+    def finish(self, record: Record) -> None:
+        """Write the record, and with it the run is finished; only the first process does."""
+        self.run.finish(record.text())
+        self.run.discard_checkpoints()
+
+
+def carry_out(work: Work[P]) -> P:
+    """Do the work, unless it is done: one process, or one group of processes, at a time has the directory.
+
+    Raises:
+        UserError: If the directory is that of other work, or cannot be written.
+        OwnershipLost: If another process takes the directory over.
+    """
+    product = work.finished()
+    if product is not None:
+        return product
+    with owned(work.run):
+        product = work.finished()  # somebody else may have finished it while this one waited
+        if product is None:
+            distributed.first_only(work.prepare)
+            product = work.work()
+    return product

@@ -1,0 +1,428 @@
+"""The Python API, for notebooks and other people's code: `mixmask.__all__` names what is promised to stay.
+
+Everything here takes any `torch.nn.Module` that maps (N, 3, H, W) normalised images to (N, D) features, or to (N, D, h, w)
+maps, which are averaged. A mistake raises `mixmask.UserError` with what would be valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.engine.augment import Normalization
+from mixmask.engine.backbones import build_trunk
+from mixmask.engine.config import load_recipe
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe, require_same_classes
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.knn import extract_features as features_of
+from mixmask.engine.knn import knn_predict, top1
+from mixmask.engine.loader import open_source
+from mixmask.engine.precision import Precision
+from mixmask.engine.preflight import find_splits
+from mixmask.engine.records import Record
+from mixmask.engine.storage import RunDirectory, require_output_file
+from mixmask.launch.builtin import config_file
+from mixmask.pretrain import stage as pretrain_stage
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer import stage as transfer_stage
+from mixmask.transfer.checkpoints.account import Reading
+from mixmask.transfer.checkpoints.export import Target, check_export, export
+from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.classification import EvaluationRecipe
+from mixmask.transfer.protocol import Setting, TransferRecipe
+from mixmask.transfer.protocols.linear import LinearRecipe
+from mixmask.transfer.recipe import load_transfer_recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mixmask.evaluate.comparison import Comparison
+
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of labelled images.
+
+    Attributes:
+        values: (N, D) float32, as the network gives them, on its device.
+        labels: (N,) int64, indices into ``classes``, on the same device.
+        classes: Class names, sorted.
+        paths: The images, in order.
+    """
+
+    values: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+def load_backbone(
+    path: Place, *, layout: str | None = None, prefix: str | None = None, arch: str | None = None
+) -> nn.Module:
+    """Load the trunk of a checkpoint, this project's or anyone's, in eval mode.
+
+    Args:
+        path: ``backbone.safetensors``, or a checkpoint of a known layout (``mixmask inspect`` lists what is in it).
+        layout: Its layout, where its keys do not tell it: ``moco``, ``simsiam``, ``swav`` …
+        prefix: What stands before the trunk's names in the file.
+        arch: ``timm/`` and a name, if it is a ConvNet of timm; ResNets are recognised.
+
+    Returns:
+        A network from (N, 3, H, W) images to (N, ``num_features``) features. Its ``normalization`` is the data set whose
+        mean and deviation it was trained with.
+
+    Raises:
+        UserError: If the file is damaged, or a tensor is missing or not explained.
+
+    >>> model = load_backbone(backbone)
+    >>> model(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    """
+    source = read_source(Path(path).expanduser(), Reading(layout, prefix, arch))
+    trunk = build_trunk(source.info.recipe)
+    trunk.load_state_dict(source.state, strict=True)
+    trunk.normalization = source.info.normalization  # type: ignore[assignment]
+    return trunk.eval()
+
+
+def convert(source: Place, out: Place, *, to: Target, force: bool = False, verify: bool = True) -> Path:
+    """Write a backbone in another format, read back by the library it is for.
+
+    Args:
+        source: As `load_backbone` takes it.
+        out: The file to write: ``.pkl`` for Detectron2, else ``.safetensors`` or ``.pth``.
+        to: ``detectron2``, ``torchvision``, ``timm`` or ``mixmask``.
+        force: Replace a file that is there.
+        verify: Read it back and compare the features.
+
+    Raises:
+        UserError: If the source cannot be read, or ``out`` is there.
+
+    >>> convert(backbone, folder / "r18.pth", to="torchvision").name
+    'r18.pth'
+    """
+    out = Path(out).expanduser()
+    require_output_file(out, force)
+    found = read_source(Path(source).expanduser())
+    check_export(found, out, to)
+    export(found, out, to, verify)
+    return out
+
+
+# --- evaluation of any network ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _measured(model: nn.Module, size: int) -> Iterator[_Pooled]:
+    """The network as it is measured; afterwards every part of it is in the mode it was in, with or without gradients."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield _Pooled(model, size)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, wanted in gradients.items():
+            parameter.requires_grad_(wanted)
+
+
+class _Pooled(nn.Module):
+    """Any network, giving one row per image, and saying how wide it is."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        self.network = network
+        weight = next(network.parameters(), torch.zeros(()))
+        self.place = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
+        with torch.no_grad():
+            self.num_features = self.eval()(torch.zeros(2, 3, size, size, device=weight.device)).shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.network(images)
+        if not isinstance(output, Tensor) or output.ndim not in (2, 4):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ConfigError(f"the model gives {shape}; (N, D) features or (N, D, h, w) maps were expected")
+        return output.mean(dim=(2, 3)) if output.ndim == 4 else output
+
+
+def extract_features(
+    model: nn.Module,
+    data: Place | ImageSet,
+    *,
+    split: str = "train",
+    resize: int | None = 256,
+    crop: int = 224,
+    batch_size: int = 64,
+    normalization: Normalization | None = None,
+    precision: Precision = "fp32",
+) -> Features:
+    """Features of every image's central crop; the model is in eval mode meanwhile.
+
+    Args:
+        model: Any network; see the module.
+        data: A folder of class folders, alone or in ``train/`` and ``val/``, or an archive that is known; or images.
+        split: ``train``, or the name of the test folder.
+        resize: Short side in pixels before the crop; None leaves the image.
+        crop: Side of the central crop.
+        batch_size: Images per forward pass.
+        normalization: Whose mean and deviation; by default the model's own (`load_backbone`), else ImageNet's.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    >>> found = extract_features(load_backbone(backbone), photos, resize=None, crop=32)
+    >>> found.values.shape, len(found.classes)
+    (torch.Size([120, 512]), 10)
+    """
+    if isinstance(data, str | os.PathLike):
+        root = Path(data).expanduser()
+        recipe = _recipe(root, test=None if split == "train" else split)
+        images = open_split(recipe, "train" if split == "train" else "test")
+    else:
+        images = data
+    with _measured(model, crop) as pooled:
+        values, labels = _features(pooled, images, resize, crop, batch_size, _of(model, normalization), precision)
+    return Features(values, labels, images.classes, images.paths)
+
+
+def knn(
+    model: nn.Module,
+    root: Place,
+    *,
+    k: int = 20,
+    temperature: float = 0.1,
+    holdout: float = 0.2,
+    resize: int | None = 256,
+    crop: int = 224,
+    batch_size: int = 64,
+    normalization: Normalization | None = None,
+    precision: Precision = "fp32",
+) -> float:
+    """kNN top-1 of a network in percent: cosine similarity, votes weighted with exp(similarity / temperature).
+
+    Args:
+        model: Any network; see the module.
+        root: A folder of class folders, alone or in ``train/`` and ``val/`` (or ``test/``), or an archive that is known.
+        k: Number of neighbours.
+        temperature: Softness of the weights.
+        holdout: The share of every class that is tested on where there is no test folder.
+        resize, crop, batch_size, normalization, precision: As `extract_features` takes them.
+
+    Raises:
+        UserError: If the data are missing or damaged, or fewer than ``k``.
+
+    >>> 0 <= knn(load_backbone(backbone), photos, resize=None, crop=32) <= 100
+    True
+    """
+    train, test, _ = _splits(Path(root).expanduser(), holdout)
+    if k > len(train):
+        raise ConfigError(f"k {k} is larger than the {len(train)} training images of {root}")
+    with _measured(model, crop) as pooled:
+        (bank, labels), (asked, answers) = (
+            _features(pooled, images, resize, crop, batch_size, _of(model, normalization), precision)
+            for images in (train, test)
+        )
+    predicted = knn_predict(bank, labels, asked, num_classes=len(train.classes), k=k, temperature=temperature)
+    return top1(predicted, answers)
+
+
+def linear_probe(
+    model: nn.Module,
+    root: Place,
+    *,
+    lr: float = 1.0,
+    epochs: int = 30,
+    seed: int = 0,
+    holdout: float = 0.2,
+    resize: int | None = 256,
+    crop: int = 224,
+    batch_size: int = 64,
+    normalization: Normalization | None = None,
+    precision: Precision = "fp32",
+) -> float:
+    """Top-1 in percent of a linear classifier on a network's features, which are computed once.
+
+    The classifier is trained with SGD as the protocol ``linear`` trains it, on the central crop of every image; the rate
+    falls to a tenth after 60 and after 80 % of the epochs.
+
+    Args:
+        model: Any network; see the module. It is not changed.
+        root: As `knn` takes it.
+        lr: Learning rate. MoCo's published 30 suits normalised networks and long training.
+        epochs: Length of the training.
+        seed: Of the classifier's start and the order of the images.
+        holdout: As `knn` takes it.
+        resize, crop, batch_size, normalization, precision: As `extract_features` takes them; batches of training, too.
+
+    >>> 0 <= linear_probe(load_backbone(backbone), photos, epochs=2, resize=None, crop=32) <= 100
+    True
+    """
+    train, test, data = _splits(Path(root).expanduser(), holdout)
+    recipe = LinearRecipe(
+        protocol="linear",
+        name="probe",
+        backbone="in memory",
+        seed=seed,
+        data=data,
+        augment=None,
+        evaluation=EvaluationRecipe(resize=resize, crop=crop, batch_size=batch_size),
+        lr=lr,
+        batch_size=min(batch_size, len(train)),
+        epochs=epochs,
+        milestones=tuple(dict.fromkeys(max(1, round(epochs * share)) for share in (0.6, 0.8))),
+        precision=precision,
+        save_predictions=False,
+    )
+    with _measured(model, crop) as pooled, tempfile.TemporaryDirectory() as folder:
+        state = {name: value.detach().cpu().clone() for name, value in pooled.state_dict().items()}
+        run = RunDirectory(Path(folder) / "probe")
+        run.create(recipe, "probe")
+        listing = {"train": train.summary()["listing"], "test": test.summary()["listing"]}
+        no_file: Any = None  # a network in memory comes from nowhere
+        setting = Setting(run, "probe", listing, pooled.place.device, no_file, train, test, _of(model, normalization))
+        found = recipe.probe(setting, lambda: pooled, state)
+    return found["linear/top1"]
+
+
+def _of(model: nn.Module, normalization: Normalization | None) -> Normalization:
+    found: Normalization = getattr(model, "normalization", "imagenet")
+    return normalization or found
+
+
+def _features(
+    pooled: _Pooled,
+    images: ImageSet,
+    resize: int | None,
+    crop: int,
+    batch_size: int,
+    normalization: Normalization,
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    source = open_source(images, _recipe(images.root), pooled.place.device)
+    return features_of(
+        "features", pooled, source, batch_size=batch_size, resize=resize, crop=crop, precision=precision,
+        normalization=normalization,
+    )  # fmt: skip
+
+
+def _recipe(root: Path, test: str | None = None, holdout: float = 0.0) -> DataRecipe:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", root.name) or "data"
+    return DataRecipe(name=name, root=str(root), test=test, holdout=holdout, num_workers=min(4, os.cpu_count() or 1))
+
+
+def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]:
+    """Training and test images: the folders that there are, or a part of the only one."""
+    splits = find_splits(root)
+    test = next((name for name in ("val", "test") if name in splits), None)
+    if test is not None and "train" not in splits:
+        raise DataError(f"{root}: has {test}/ and no train/")
+    data = _recipe(root, test, 0.0 if test is not None else holdout)
+    train, tested = open_split(data, "train"), open_split(data, "test")
+    require_same_classes(train, tested)
+    return train, tested, data
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    recipe: Place | PretrainRecipe, overrides: Sequence[str] = (), *, runs: Place = "runs", run_dir: Place | None = None
+) -> Path:
+    """Pretrain a backbone, as ``mixmask pretrain`` does; a finished run is returned as it is.
+
+    Args:
+        recipe: The name of a config, a YAML file, or a recipe.
+        overrides: ``key=value`` each, in place of what the config says.
+        runs: Folder of all runs.
+        run_dir: The run's directory; by default named by the recipe's fingerprint.
+
+    Returns:
+        The path of ``backbone.safetensors``.
+
+    Raises:
+        UserError: If the recipe, the data or the directory are not right.
+        RunFailure: If the run cannot go on.
+
+    >>> small = ["max_steps=1", "batch_size=8", "framework.queue_size=8", "framework.bn_splits=1", "monitor=null"]
+    >>> where = [f"data.root={photos}", "augment.crop=32", "warmup_epochs=0"]
+    >>> mixmask.pretrain(demo / "pretrain.yaml", [*small, *where], runs=folder).name
+    'backbone.safetensors'
+    """
+    if not isinstance(recipe, PretrainRecipe):
+        recipe = load_recipe(PretrainRecipe, config_file(Path(recipe), "pretrain"), overrides, "overrides")
+    return pretrain_stage.run(pretrain_stage.plan(recipe, Path(runs), None if run_dir is None else Path(run_dir)))
+
+
+def transfer(
+    recipe: Place | TransferRecipe, overrides: Sequence[str] = (), *, runs: Place = "runs", run_dir: Place | None = None
+) -> Record:
+    """Measure how well a backbone transfers, as ``mixmask transfer`` does; a finished run is returned as it is.
+
+    Args:
+        recipe: The name of a config, a YAML file, or a recipe.
+        overrides: ``key=value`` each; ``backbone=`` and ``data.root=`` are needed.
+        runs: Folder of all runs.
+        run_dir: The run's directory; by default named by the recipe's fingerprint.
+
+    Returns:
+        The record; ``record.metrics`` are in percent.
+
+    >>> where = [f"backbone={backbone}", f"data.root={photos}", "evaluation.crop=32", "k=5"]
+    >>> sorted(mixmask.transfer(demo / "knn.yaml", where, runs=folder).metrics)
+    ['knn/top1']
+    """
+    if not isinstance(recipe, TransferRecipe):
+        recipe = load_transfer_recipe(config_file(Path(recipe), "transfer"), overrides, "overrides")
+    return transfer_stage.run(transfer_stage.plan(recipe, Path(runs), None if run_dir is None else Path(run_dir)))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def results(runs: Place = "runs", query: str | None = None) -> pd.DataFrame:
+    """All finished runs below a folder, one row each; ``mixmask results --columns`` describes the columns.
+
+    Args:
+        runs: Folder of all runs.
+        query: A condition on the columns, such as ``"dataset == 'cifar100'"``.
+
+    >>> list(results(folder / "some")["knn/top1"])
+    [45.0]
+    """
+    from mixmask.evaluate.collect import collect, frame, select
+
+    table = frame(collect(Path(runs)).runs)
+    return table if query is None else select(table, query)
+
+
+def compare(first: str, second: str, runs: Place = "runs") -> list[Comparison]:
+    """How much better the first is, with a 95 % interval and a test, for everything that both were measured on.
+
+    Args:
+        first: A method, or a condition on the columns of `results`.
+        second: Another.
+        runs: Folder of all runs.
+
+    Returns:
+        One comparison each; ``print`` shows it.
+    """
+    from mixmask.evaluate.collect import collect
+    from mixmask.evaluate.comparison import chosen
+    from mixmask.evaluate.comparison import compare as compared
+
+    found = collect(Path(runs))
+    return compared(chosen(found, first), chosen(found, second))

@@ -1,0 +1,125 @@
+"""Erasing (MSCN, arXiv:2206.07700), which mixes nothing and hides a part of the query's image."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+from typing_extensions import override
+
+from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.precision import to_device
+from mixmask.engine.records import Method
+from mixmask.pretrain.mixture import Column, MaskOptions, Mixture, Rows, Views, as_stored
+
+
+class Erase(MaskOptions):
+    """The query's image loses its masked area (MSCN, arXiv:2206.07700): the baseline that filling is compared with.
+
+    The erased view takes the clean one's place on the query side and counts fully, whatever its area: the "symmetric" loss
+    of the paper's footnote 1. ``mask`` names the patterns of which one is drawn at each step: ``random`` cells, ``focal``
+    (one rectangle kept), ``channelwise`` (random cells, for each colour channel on its own). ``fill`` is standard normal
+    noise or zero (the mean colour). ``extra_crops`` small views, erased too, are further queries; the loss is the mean over
+    the query views.
+    """
+
+    clean_name: ClassVar[str] = "erased"
+    kind: Literal["erase"] = "erase"
+    mask: tuple[Literal["random", "focal", "channelwise"], ...] = Field(
+        ("random", "focal", "channelwise"), min_length=1
+    )
+    fill: Literal["zero", "noise"] = "noise"
+    mask_per: Literal["batch", "sample"] = "sample"
+    extra_crops: int = Field(0, ge=0, le=8)
+    extra_crop: int = Field(96, ge=8, description="side of the small views in pixels")
+    extra_scale: tuple[float, float] = (0.05, 0.2)
+
+    @field_validator("extra_scale")
+    @classmethod
+    def _extra_scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"extra_scale must satisfy 0 < low <= high <= 1, got {list(scale)}")
+        return scale
+
+    @property
+    @override
+    def method(self) -> Method:
+        return "mscn"
+
+    @property
+    @override
+    def num_mixtures(self) -> int:
+        return self.extra_crops
+
+    @property
+    @override
+    def clean_weight(self) -> float:
+        return 1 / (1 + self.extra_crops)
+
+    @override
+    def check(self, augment: AugmentRecipe, rows: int) -> None:
+        super().check(augment, rows)
+        if self.extra_crops and self.grid > self.extra_crop:
+            raise ValueError(f"mix.grid {self.grid} does not fit a view of mix.extra_crop {self.extra_crop} pixels")
+
+    @override
+    def extra_views(self, augment: AugmentRecipe) -> list[AugmentRecipe]:
+        return [augment.model_copy(update={"crop": self.extra_crop, "scale": self.extra_scale})] * self.extra_crops
+
+    @override
+    def hide(self, views: Views, both: bool, rng: random.Random, rows: Rows | None = None) -> Views:
+        first = erase(self, views[0], rng, rows)
+        return first, erase(self, views[1], rng, rows) if both else views[1]
+
+    @override
+    def draw(self, views: Sequence[Tensor], rng: random.Random, rows: Rows | None = None) -> list[Mixture]:
+        """Nothing is mixed: each small view, erased, is one more query, and counts fully against its image's key."""
+        num, device = len(views[0]), views[0].device
+        lam, perm = torch.ones(num, device=device), torch.arange(num, device=device)
+        hidden = [erase(self, view, rng, rows) for view in views[2:]]
+        return [Mixture("small", view, lam, perm, switch=False, weight=self.clean_weight) for view in hidden]
+
+    @override
+    def pictures(self, views: Sequence[Tensor], rng: random.Random) -> Iterator[Column]:
+        names = ["view 1, erased", "view 2, erased", *(f"small {i + 1}, erased" for i in range(len(views) - 2))]
+        for name, view in zip(names, views, strict=True):
+            yield Column(name, erase(self, view, rng), [""] * len(view))
+
+
+def erase(recipe: Erase, images: Tensor, rng: random.Random, rows: Rows | None = None) -> Tensor:
+    """Hide the masked area of (N, 3, H, W) normalised images behind zeros or standard normal noise.
+
+    Args:
+        recipe: What to hide.
+        images: The images.
+        rng: In the same state on every process.
+        rows: Which rows of the whole batch the images are; all of it by default.
+    """
+    rows = rows or Rows.all(len(images))
+    num, channels, height, width = images.shape
+    masks = []
+    for group in rows.groups(recipe.mask_groups):
+        pattern = rng.choice(recipe.mask)
+        channelwise = pattern == "channelwise"
+        mask, _ = recipe.draw_masks(
+            "random" if channelwise else pattern, len(group), height, width, rng, channels=3 if channelwise else 1
+        )
+        own = rows.hold(group)
+        if own:
+            inside = slice(own.start - group.start, own.stop - group.start)
+            mask = mask if len(mask) == 1 else mask[inside]
+            masks.append(mask if recipe.mask_groups == 1 else mask.expand(len(own), channels, -1, -1))
+    mask = torch.cat(masks)
+    if recipe.fill == "noise":
+        generator = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
+        whole = torch.randn(
+            (rows.total, channels, height, width), generator=generator, device=images.device, dtype=images.dtype
+        )
+        filling = whole[rows.start : rows.start + num]
+    else:
+        filling = torch.zeros((), device=images.device, dtype=images.dtype)
+    return as_stored(torch.where(to_device(mask, images.device), images, filling), images)

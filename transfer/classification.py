@@ -1,0 +1,297 @@
+"""What the protocols of classification share: their data, the test-time view, a linear classifier and how it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mixmask.engine.augment import CropRecipe, Normalization, normalize
+from mixmask.engine.backbones import build_trunk, width_of
+from mixmask.engine.config import Recipe, operational
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
+from mixmask.engine.distributed import first_only, gather_dealt
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.job import Job, Part
+from mixmask.engine.knn import top1
+from mixmask.engine.loader import Batch, BatchPlan, ImageSource, check_crop, num_batches, open_source
+from mixmask.engine.precision import autocast
+from mixmask.engine.predictions import CLASSES, ClassPredictions
+from mixmask.engine.progress import say, track
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.training import train
+from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
+
+Epoch = Annotated[int, Field(ge=1, le=10**6)]
+Images = Setting[ImageSet]
+
+
+class EvaluationRecipe(Recipe):
+    """Test-time view: short side to ``resize`` pixels (null leaves the image), then the central ``crop``."""
+
+    resize: int | None = Field(256, ge=8, le=8192)
+    crop: int = Field(224, ge=8, le=8192)
+    batch_size: int = operational(256, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluationRecipe:
+        if self.resize is not None and self.resize < self.crop:
+            raise ValueError(f"resize {self.resize} is smaller than crop {self.crop}")
+        return self
+
+
+class ClassifyRecipe(TransferRecipe):
+    """What the protocols of classification share. ``save_predictions`` keeps every test image's answer for comparisons."""
+
+    data: DataRecipe
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    save_predictions: bool = operational(True)
+
+    @override
+    def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
+        train, test = open_images(self.data, "train"), open_images(self.data, "test")
+        require_same_classes(train, test, self.data.allow_overlap)
+        return train, test
+
+
+class TrainedRecipe(ClassifyRecipe):
+    """What the protocols share that train a linear classifier with SGD, alone or with the trunk.
+
+    ``augment`` is the training view. ``milestones`` are epochs after which the rate is multiplied by ``gamma``.
+    """
+
+    augment: CropRecipe | None = CropRecipe()
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
+    batch_size: int = Field(256, ge=2, le=2**22)
+    epochs: int = Field(ge=1, le=10**6)
+    milestones: tuple[Epoch, ...]
+    gamma: float = Field(gt=0, le=1)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the rate falls at ``milestones``."""
+        return True
+
+    @override
+    def remarks(self) -> list[str]:
+        return beyond_end(self.milestones, self.epochs, "epochs") if self.in_steps else []
+
+    @override
+    def check_processes(self, processes: int) -> None:
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be shared by {processes} processes: choose a multiple"
+            )
+
+    @override
+    def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
+        train, test = super().open(open_images)
+        train = self.labelled(train)
+        if self.batch_size > len(train):
+            raise ConfigError(
+                f"batch_size {self.batch_size} is larger than the {len(train)} labelled images of "
+                f"'{self.data.name}': choose at most {len(train)}"
+            )
+        if self.augment is not None:
+            check_crop(train, self.data, self.augment)
+        return train, test
+
+    def labelled(self, train: ImageSet) -> ImageSet:
+        """The training images whose labels are used: all of them by default."""
+        return train
+
+
+def trunk_of(setting: Images) -> nn.Module:
+    """The trunk with its pretrained weights, on the device."""
+    trunk = build_trunk(setting.source.info.recipe)
+    trunk.load_state_dict(setting.source.state, strict=True)
+    return trunk.to(setting.device).to(memory_format=torch.channels_last)
+
+
+def save_answers(recipe: ClassifyRecipe, setting: Images, predicted: Tensor, labels: Tensor) -> None:
+    """Keep every test image's answer, if the recipe wants them: (N,) predicted classes and (N,) labels."""
+    if recipe.save_predictions:
+        answers = ClassPredictions(setting.data["test"], labels.cpu().numpy(), predicted.cpu().numpy())
+        first_only(lambda: answers.write(setting.run.path / CLASSES))
+
+
+class Classifier(nn.Module):
+    """A trunk and a linear classifier; with ``frozen`` the trunk is in eval mode always and gets no gradient."""
+
+    def __init__(self, trunk: nn.Module, num_classes: int, frozen: bool) -> None:
+        super().__init__()
+        self.trunk, self.frozen = trunk, frozen
+        self.head = nn.Linear(width_of(trunk), num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        trunk.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As `nn.Module.train`, but a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.trunk.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) normalised images to (N, classes) logits."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.trunk(images)
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def new_classifier(recipe: TrainedRecipe, setting: Images, trunk: Callable[[], nn.Module], frozen: bool) -> Classifier:
+    """The trunk with a fresh classifier, which the seed determines."""
+    torch.manual_seed(derived_seed(recipe.seed, "head"))
+    built = trunk()  # after the seed: building draws weights, too, and the classifier's come after them
+    return Classifier(built, len(setting.train.classes), frozen).to(setting.device)
+
+
+def finetune(
+    recipe: TrainedRecipe,
+    setting: Images,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+) -> dict[str, float]:
+    """Train on augmented images, and test after the last epoch."""
+    plan = batch_plan(recipe, setting.train)
+    source = open_source(setting.train, recipe.data, setting.device)
+    test_source = open_source(setting.test.shard(), recipe.data, setting.device)
+    total = recipe.epochs * plan.steps_per_epoch
+    job = new_job(recipe, setting, model, optimizer, schedule, plan)
+    assert recipe.augment is not None  # else the classifier learns from features
+    views: list[CropRecipe] = [recipe.augment]
+
+    def batches(first: int) -> Iterator[Batch]:
+        return source.training(plan, views, first, total)
+
+    def losses(batch: Batch, step: int) -> list[Part]:
+        def cross_entropy() -> dict[str, Tensor]:
+            images = normalize(batch.views[0], setting.normalization).contiguous(memory_format=torch.channels_last)
+            return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+
+        return [cross_entropy]
+
+    result = train(job, batches, losses)
+    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
+    return {**scored(recipe, setting, ranked, labels), **result}
+
+
+def scored(recipe: TrainedRecipe, setting: Images, ranked: Tensor, labels: Tensor) -> dict[str, float]:
+    """Keep what was answered, and say how good it is."""
+    num_classes = len(setting.train.classes)
+    save_answers(recipe, setting, ranked[:, 0], labels)
+    found = accuracies(ranked, labels, num_classes)
+    _say_if_at_chance(recipe, found["top1"], num_classes)
+    return found
+
+
+def new_job(
+    recipe: TrainedRecipe,
+    setting: Images,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+    plan: BatchPlan,
+) -> Job:
+    """What the training loop is told; ``schedule`` takes the step, the steps of an epoch, and all steps."""
+    per_epoch = plan.steps_per_epoch
+    total = recipe.epochs * per_epoch
+    return Job(
+        title=recipe.name,
+        run=setting.run,
+        fingerprint=setting.fingerprint,
+        data=setting.data,
+        model=model,
+        optimizer=optimizer,
+        schedule=lambda step: schedule(step, per_epoch, total),
+        num_steps=total,
+        images_per_step=recipe.batch_size,
+        device=setting.device,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        log_every=recipe.log_every,
+        checkpoint_every=recipe.checkpoint_every,
+        watch=_DivergenceWatch(len(setting.train.classes), total // 5),
+    )
+
+
+class _DivergenceWatch:
+    """Says when a classifier's loss is well over that of one that knows nothing and does not fall.
+
+    A rate that is too high does that. A loss that begins high and falls is no sign of it.
+
+    Args:
+        num_classes: Number of classes.
+        settled: From which step on; a probe's first steps may jump with the published rates, too.
+    """
+
+    def __init__(self, num_classes: int, settled: int) -> None:
+        self.start = math.log(max(num_classes, 2))  # of a classifier that knows nothing
+        self.settled = settled
+        self.before: float | None = None
+
+    def __call__(self, line: Mapping[str, float], step: int) -> str | None:
+        before, self.before = self.before, line["loss"]
+        falls = before is None or line["loss"] < 0.9 * before
+        if step < self.settled or falls or not line["loss"] > 1.5 * self.start:
+            return None
+        return (
+            f"the loss is {line['loss']:.3g}, and a classifier that knows nothing has {self.start:.3g}: the learning rate "
+            f"{line['lr']:.3g} is probably too high for these features"
+        )
+
+
+def _say_if_at_chance(recipe: TrainedRecipe, top1: float, num_classes: int) -> None:
+    chance = 100 / num_classes
+    if num_classes > 2 and top1 <= 1.2 * chance:
+        say(
+            f"{recipe.name}: warning: top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: nothing was learnt. The "
+            f"learning rate or the backbone does not fit"
+        )
+
+
+def batch_plan(recipe: TrainedRecipe, images: ImageSet) -> BatchPlan:
+    """The order of the labelled images; an epoch's last, smaller batch is used too."""
+    return BatchPlan(len(images), recipe.batch_size, drop_last=False, seed=recipe.seed)
+
+
+@torch.no_grad()
+def rank_classes(
+    model: Classifier,
+    source: ImageSource,
+    evaluation: EvaluationRecipe,
+    recipe: TrainedRecipe,
+    normalization: Normalization = "imagenet",
+) -> tuple[Tensor, Tensor]:
+    """(N, 5) most likely classes, best first (fewer if there are fewer), and (N,) labels, of the images of all processes."""
+    model.eval()
+    device = next(model.parameters()).device
+    ranked, answers = [], []
+    batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop)
+    total = num_batches(len(source.images), evaluation.batch_size)
+    for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
+        with autocast(device, recipe.precision):
+            logits = model(normalize(images, normalization).contiguous(memory_format=torch.channels_last)).float()
+        ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+        answers.append(labels)
+    return gather_dealt(torch.cat(ranked)), gather_dealt(torch.cat(answers))
+
+
+def accuracies(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """``top1`` and, with more than five classes, ``top5`` in percent, of what `rank_classes` gives."""
+    result = {"top1": top1(ranked[:, 0], labels)}
+    if num_classes > 5:
+        result["top5"] = 100.0 * float((ranked == labels[:, None]).any(dim=1).double().mean())
+    return result

@@ -1,0 +1,111 @@
+"""Faster R-CNN on VOC and Mask R-CNN on COCO, finetuned from the trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import OpenImages
+from mixmask.engine.errors import ConfigError
+from mixmask.transfer.checkpoints.source import Source
+from mixmask.transfer.detection.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection
+from mixmask.transfer.detection.setting import Setting as DetectionSetting
+from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
+
+BOXES = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "bbox/AP75": "box AP75"}
+MASKS = {"segm/AP": "mask AP", "segm/AP50": "mask AP50", "segm/AP75": "mask AP75"}
+
+
+class DetectTransferRecipe(DetectRecipe, TransferRecipe):
+    """Faster R-CNN on VOC or Mask R-CNN on COCO, finetuned from the trunk (MoCo's protocol, arXiv:1911.05722, appendix)."""
+
+    task: ClassVar[str] = "object-detection"
+
+    @property
+    @override
+    def title(self) -> str:
+        return "detection"
+
+    @property
+    @override
+    def num_seeds(self) -> int:
+        return 1 if self.masks else 5  # MoCo's paper takes the mean of five on VOC
+
+    @property
+    @override
+    def variation(self) -> str:
+        return "" if self.masks else "on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75"
+
+    @property
+    @override
+    def headlines(self) -> Mapping[str, str]:
+        return {**BOXES, **MASKS} if self.masks else BOXES
+
+    @override
+    def settings(self, train: DetectionSet) -> dict[str, Any]:
+        return {
+            "engine": self.engine,
+            "iterations": self.scaled_length(self.iterations),
+            "batch_size": self.batch_size,
+            "lr": self.scaled_lr,
+            "recipe_iterations": self.iterations,
+            "recipe_batch_size": self.reference_batch_size or self.batch_size,
+        }
+
+    @override
+    def remarks(self) -> list[str]:
+        return beyond_end(self.milestones, self.iterations, "iterations")
+
+    @override
+    def one_task_per_node(self) -> bool:
+        return self.engine == "detectron2"  # its launcher starts the processes of a node
+
+    @override
+    def check(self, source: Source, device: torch.device) -> None:
+        normalization = self.normalization or source.info.normalization
+        if normalization != "imagenet":
+            raise ConfigError(
+                f"normalization: this trunk was trained with the mean and deviation of {normalization}; detection takes "
+                f"ImageNet's only (MoCo's protocol)"
+            )
+        check_engine(self, source.info.recipe, device, self.precision)
+
+    @override
+    def check_processes(self, processes: int) -> None:
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be shared by {processes} processes: choose a multiple"
+            )
+
+    @override
+    def open(self, open_images: OpenImages = open_split) -> tuple[DetectionSet, DetectionSet]:
+        train, test = open_detection(self)
+        check_annotations(self, test.classes)
+        return train, test
+
+    def measure(self, setting: Setting[DetectionSet]) -> dict[str, float]:
+        """Average precisions of boxes, on COCO of masks, too, in percent."""
+        return run_detection(
+            self,
+            DetectionSetting(
+                run=setting.run,
+                fingerprint=setting.fingerprint,
+                data=setting.data,
+                device=setting.device,
+                precision=self.precision,
+                seed=self.seed,
+                title=self.name,
+                log_every=self.log_every,
+                checkpoint_every=self.checkpoint_every,
+                backbone=setting.source.info.recipe,
+                state=setting.source.state,
+                train_set=setting.train,
+                test_set=setting.test,
+            ),
+        )
