@@ -1,0 +1,1 @@
+"""What a lab adds to mixmask in a package of its own."""

@@ -1,0 +1,37 @@
+"""A kind of data: ``images.npz`` with ``train_images`` (N, H, W, 3) uint8, ``train_labels`` (N,), and so for ``val``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import ArrayImages
+
+FILE = "images.npz"
+
+
+class Npz(DataKind):
+    """Images in one NumPy file."""
+
+    kind = "npz"
+
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return (root / FILE).is_file()
+
+    def open(self, root: Path, data: DataRecipe, part: Part) -> ArrayImages:
+        split = data.train if part == "train" else data.test
+        with np.load(root / FILE, allow_pickle=False) as file:
+            if f"{split}_images" not in file:
+                raise DataError(f"{root / FILE}: no array {split}_images; it has {', '.join(file)}")
+            pixels = torch.from_numpy(file[f"{split}_images"]).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(file[f"{split}_labels"]).long()
+            classes = tuple(map(str, file["classes"]))
+        paths = tuple(Path(f"{split}-{number:06d}") for number in range(len(labels)))
+        return ArrayImages(paths, labels, classes, root / FILE / str(split), pixels)
+
+    def splits(self, root: Path) -> list[str]:
+        return ["train", "val"] if self.recognises(root, DataRecipe(name="x", root=str(root))) else []
