@@ -8,8 +8,8 @@ from mixmask.evaluate.tables import Cell, Table
 
 READING = "mean ± sample standard deviation (number of runs)"
 MARKS = (
-    "highest of those made alike in its column",
-    "not told from it by Welch's t-test (5 %, three runs or more of each)",
+    "best in its column among runs with the same protocol",
+    "not significantly different from the best (Welch's t-test, p > 0.05; three runs or more of each)",
 )
 MISSING = "–"
 

@@ -123,7 +123,7 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
             doubled.append(f"{first.stage}: {first.name} and {cell.name}, seed {cell.seed}")
     if doubled:
         raise ConfigError(
-            f"suite '{suite.name}' asks twice for the same work; leave one of each out:",
+            f"suite '{suite.name}' contains duplicate cells; remove one of each pair:",
             *listed(doubled),
         )
     return tuple(cells)

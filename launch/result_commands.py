@@ -67,7 +67,9 @@ def results(
             show(f"no run below {runs} fits {query!r}", err=True)
     if form == "parquet":
         if out is None:
-            raise UserError("--format parquet: is no text; name a file with --out results.parquet")
+            raise UserError(
+                "--format parquet: parquet is a binary format: write it to a file with --out results.parquet"
+            )
         collect.write_parquet(table, out)
         show(out)
         return

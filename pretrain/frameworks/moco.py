@@ -25,8 +25,8 @@ class MoCoRecipe(FrameworkRecipe):
     """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
 
     ``bn_splits`` is the number of groups of a batch in which batch statistics are taken (1 switches it off on one device).
-    With P processes each takes bn_splits / P of them, so results do not depend on P as long as P <= bn_splits; more
-    processes take statistics of their own.
+    With P processes each uses bn_splits / P groups, so results do not depend on P as long as P <= bn_splits; with more
+    processes each takes its own statistics.
 
     ``symmetric``: both views ask and both answer, the two losses are added, a mixture of the first view meets both keys, and
     both views' keys enter the queue. It is how Un-Mix's published CIFAR code trains MoCo (arXiv:2003.05438).

@@ -125,7 +125,7 @@ def test_mistakes_are_answered_and_nothing_is_written(lab: Path, tmp_path: Path)
         ("give one or the other", ("tables", lab, "--rows", "method", "--cols", "dataset", "--table", "1")),
         ("no table format has this suffix", ("tables", lab, "--out", tmp_path / "t.docx")),
         ("no format has the suffix '.xlsx'", ("results", lab, "--out", tmp_path / "r.xlsx")),
-        ("name a file with --out", ("results", lab, "--format", "parquet")),
+        ("write it to a file with --out results.parquet", ("results", lab, "--format", "parquet")),
         ("no column source", ("tables", lab, "--published", file)),
         ("absent.csv: cannot be read (No such file", ("tables", lab, "--published", tmp_path / "absent.csv")),
         ("expects anything", ("verify", lab)),

@@ -129,7 +129,7 @@ def test_a_run_under_another_name_is_the_same_work(tmp_path: Path, shapes: Path)
         ([{"pretrain": [{**MIXMASK, "vary": {"mix.grid": []}}]}], r"vary\.mix\.grid is empty"),
         (
             [{"pretrain": [MIXMASK, {**MIXMASK, "name": "again"}]}],
-            r"(?s)asks twice.*pretrain: mixmask and again, seed 0",
+            r"(?s)contains duplicate cells.*pretrain: mixmask and again, seed 0",
         ),
         ([{"pretrain": [{**MIXMASK, "seed": 3}]}], r"unknown key 'grids\.0\.pretrain\.0\.seed'.*Did you mean 'seeds'"),
         ([{"pretrain": [{**MIXMASK, "set": {"seed": 3}}]}], r"seed is the suite's to set: use seeds"),
