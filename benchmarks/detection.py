@@ -110,9 +110,9 @@ def main() -> None:
 
     def torchvision(precision: Any) -> None:
         ours.arrange(DEVICE, precision)
-        draws = [generator(0, row) for row in range(given.batch)]
+        rng = [generator(0, row) for row in range(given.batch)]
         with autocast(DEVICE, precision):
-            losses = ours.losses(images, targets, draws)
+            losses = ours.losses(images, targets, rng)
         finish([*losses.values()], mine)
 
     def detectron2() -> None:

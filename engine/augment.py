@@ -110,17 +110,17 @@ def draw_crops(
     """
     num = len(sizes)
     height, width = sizes[:, 0:1].double(), sizes[:, 1:2].double()
-    draws = torch.rand(4, num, 10, generator=generator, dtype=torch.float64)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    rng = torch.rand(4, num, 10, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * rng[0])
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    ratio = torch.exp(low + (high - low) * draws[1])
+    ratio = torch.exp(low + (high - low) * rng[1])
     w = torch.sqrt(area * ratio).round()
     h = torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
     w, h = w.gather(1, first), h.gather(1, first)
-    top = (draws[2].gather(1, first) * (height - h + 1)).floor()
-    left = (draws[3].gather(1, first) * (width - w + 1)).floor()
+    top = (rng[2].gather(1, first) * (height - h + 1)).floor()
+    left = (rng[3].gather(1, first) * (width - w + 1)).floor()
     none = ~fits.any(dim=1, keepdim=True)
     if none.any():
         wide, tall = width / height > aspect[1], width / height < aspect[0]
@@ -132,20 +132,20 @@ def draw_crops(
     return torch.cat([top, left, h, w], dim=1).to(torch.int64)
 
 
-def draw_crop(height: int, width: int, recipe: CropRecipe, draws: random.Random) -> tuple[int, int, int, int, bool]:
+def draw_crop(height: int, width: int, recipe: CropRecipe, rng: random.Random) -> tuple[int, int, int, int, bool]:
     """As `draw_crops`, for one image and in plain Python: what a loader's worker can afford for every picture.
 
     Returns:
         Top, left, height and width of the crop in pixels, and whether it is flipped.
     """
-    flip = draws.random() < recipe.flip
+    flip = rng.random() < recipe.flip
     low, high = math.log(recipe.aspect[0]), math.log(recipe.aspect[1])
     for _ in range(10):
-        area = height * width * draws.uniform(*recipe.scale)
-        ratio = math.exp(draws.uniform(low, high))
+        area = height * width * rng.uniform(*recipe.scale)
+        ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return draws.randrange(height - h + 1), draws.randrange(width - w + 1), h, w, flip
+            return rng.randrange(height - h + 1), rng.randrange(width - w + 1), h, w, flip
     h, w = height, width
     if width / height > recipe.aspect[1]:
         w = round(height * recipe.aspect[1])
@@ -347,20 +347,20 @@ def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator
     )
 
 
-def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
+def apply_photometric(images: Tensor, rng: PhotometricDraws) -> Tensor:
     """Jitter, greyscale and blur a batch of (N, 3, H, W) images in [0, 1]; the input is not changed."""
     images = images.clone()
     operations = (
-        (adjust_brightness, draws.brightness),
-        (adjust_contrast, draws.contrast),
-        (adjust_saturation, draws.saturation),
-        (adjust_hue, draws.hue),
+        (adjust_brightness, rng.brightness),
+        (adjust_contrast, rng.contrast),
+        (adjust_saturation, rng.saturation),
+        (adjust_hue, rng.hue),
     )
     for position in range(4):
         for number, (operation, values) in enumerate(operations):
-            _apply(operation, images, draws.jitter & (draws.order[:, position] == number), values)
-    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
-    _apply(gaussian_blur, images, draws.blur, draws.sigma)
+            _apply(operation, images, rng.jitter & (rng.order[:, position] == number), values)
+    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, rng.grayscale, rng.sigma)
+    _apply(gaussian_blur, images, rng.blur, rng.sigma)
     return images
 
 
@@ -392,12 +392,12 @@ class Photometric:
         Returns:
             (N, 3, H, W), channels last in memory.
         """
-        draws = draw_photometric(self.recipe, total, generator).rows(rows)
+        rng = draw_photometric(self.recipe, total, generator).rows(rows)
         result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         together = len(images) if images.device.type != "cpu" else 1  # one image stays in a core's cache all the way
         for start in range(0, len(images), together):
             part = slice(start, start + together)
-            augmented = apply_photometric(as_float(images[part]), draws.rows(part))
+            augmented = apply_photometric(as_float(images[part]), rng.rows(part))
             result[part] = normalize(augmented, self.recipe.normalization)
         return result
 

@@ -32,8 +32,8 @@ def save(job: Job, reached: Start) -> None:
     Raises:
         RunFailure: If a weight is not finite or the file cannot be written; the checkpoint before it stays.
     """
-    distributed.share_buffers(job.model, job.not_shared)
-    distributed.first_only(lambda: _write(job, reached))
+    distributed.broadcast_buffers(job.model, job.not_shared)
+    distributed.on_rank0(lambda: _write(job, reached))
 
 
 def require_finite(job: Job, step: int) -> None:

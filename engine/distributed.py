@@ -214,7 +214,7 @@ def require_same(value: object, what: str) -> None:
             )
 
 
-def first_only(call: Callable[[], object]) -> None:
+def on_rank0(call: Callable[[], object]) -> None:
     """Let the first process do something while the others wait; its mistakes are everyone's (see `agreed`)."""
     agreed(lambda: call() if _world.is_writer else None)
 
@@ -228,7 +228,7 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def to_first(value: T) -> list[T]:
+def gather_to_rank0(value: T) -> list[T]:
     """On the first process every process's value, in the order of their numbers; nothing on the others."""
     if _world.size == 1:
         return [value]
@@ -289,7 +289,7 @@ def any_of(flag: bool) -> bool:
 
 
 @torch.no_grad()
-def share_buffers(model: nn.Module, not_shared: tuple[str, ...]) -> None:
+def broadcast_buffers(model: nn.Module, not_shared: tuple[str, ...]) -> None:
     """Give every process the first one's buffers (batch statistics differ between processes), except ``not_shared`` ones."""
     if _world.size > 1:
         for name, buffer in model.named_buffers():
@@ -318,7 +318,7 @@ def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...
     )
 
 
-def share_statistics(model: nn.Module) -> None:
+def convert_sync_batchnorm(model: nn.Module) -> None:
     """Let batch normalisation see the images of all processes, in place (on GPUs)."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 

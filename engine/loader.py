@@ -209,8 +209,8 @@ class _Views(Dataset[tuple[list[Tensor], int]]):
         image = self.images.read(index)
         views = []
         for view, recipe in enumerate(self.recipes):
-            draws = random.Random(derived_seed(self.seed, "crop", epoch, index, view))
-            top, left, height, width, flip = draw_crop(image.shape[1], image.shape[2], recipe, draws)
+            rng = random.Random(derived_seed(self.seed, "crop", epoch, index, view))
+            top, left, height, width, flip = draw_crop(image.shape[1], image.shape[2], recipe, rng)
             # Decoded images lie with their channels last; a cut that does, too, is resized a third faster.
             cut = image[None, :, top : top + height, left : left + width]
             cut = cut.contiguous(memory_format=torch.channels_last)
@@ -319,9 +319,9 @@ class ResidentSource:
             size = torch.tensor([height, width]).expand(len(batch), 2)
             cut = []
             for number, recipe in enumerate(views):
-                draws = generator(plan.seed, "crops", step, number)
-                crops = draw_crops(size, recipe.scale, recipe.aspect, draws)
-                flips = torch.rand(len(batch), generator=draws) < recipe.flip
+                rng = generator(plan.seed, "crops", step, number)
+                crops = draw_crops(size, recipe.scale, recipe.aspect, rng)
+                flips = torch.rand(len(batch), generator=rng) < recipe.flip
                 cut.append(crop_and_flip(pixels, crops[rows], flips[rows], recipe.crop, recipe.interpolation))
             yield Batch(cut, self.labels[where], step, rows, len(batch))
 

@@ -353,7 +353,7 @@ def owned(run: RunDirectory) -> Iterator[None]:
     from mixmask.engine import distributed  # and with it torch, which `mixmask status` does without
 
     owner = Owner(run.owner_file)
-    distributed.first_only(owner.acquire)
+    distributed.on_rank0(owner.acquire)
     if not distributed.world().is_writer:
         yield
         return

@@ -111,6 +111,6 @@ def carry_out(work: Work[P]) -> P:
     with owned(work.run):
         product = work.finished()  # somebody else may have finished it while this one waited
         if product is None:
-            distributed.first_only(work.prepare)
+            distributed.on_rank0(work.prepare)
             product = work.work()
     return product

@@ -85,7 +85,7 @@ def train(
                 save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
                 if asked is not None:
                     raise _stopped(job, done, asked)
-            distributed.share_buffers(job.model, job.not_shared)
+            distributed.broadcast_buffers(job.model, job.not_shared)
             with progress.paused():
                 try:
                     with stop.at_once():
@@ -144,7 +144,7 @@ def train(
             if stopped_by is not None:
                 raise _stopped(job, done, stopped_by)
         rate = progress.images_per_second
-    distributed.share_buffers(job.model, job.not_shared)
+    distributed.broadcast_buffers(job.model, job.not_shared)
     require_finite(job, job.num_steps)
     job.model.eval()
     return {"seconds": elapsed(), "images_per_second": rate, **evaluated}

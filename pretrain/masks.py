@@ -25,7 +25,7 @@ def goal_cells(grid: int, ratio: float) -> int:
     return min(max(round(ratio * grid * grid), 1), grid * grid - 1)
 
 
-def block_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
+def block_cells(grid: int, ratio: float, rng: random.Random, exact: bool = False) -> Cells:
     """A block mask by the algorithm of BEiT (arXiv:2106.08254, algorithm 1), as the MixMask paper prescribes.
 
     Rectangles are set one after another: area uniform between 4 cells and what is still to set, aspect log-uniform in
@@ -39,29 +39,29 @@ def block_cells(grid: int, ratio: float, draws: random.Random, exact: bool = Fal
     Args:
         grid: Cells per side, at least 2.
         ratio: Nominal share of cells to set, in (0, 1); 0 and 1 mean one cell, and all but one.
-        draws: Where the draws come from.
+        rng: Where the draws come from.
         exact: Add cells at the border of what is set (or take them off) until exactly ``round(ratio · g²)`` are set.
 
     Returns:
         grid rows of grid cells, True where the image itself is kept.
     """
     goal = goal_cells(grid, ratio)
-    cells = _blocks(grid, goal, draws)
+    cells = _blocks(grid, goal, rng)
     if cells is None:
-        cells = _blocks(grid, grid * grid - goal, draws)
+        cells = _blocks(grid, grid * grid - goal, rng)
         assert cells is not None
         cells = [[not cell for cell in row] for row in cells]
     if exact:
-        _adjust(cells, goal, draws)
+        _adjust(cells, goal, rng)
     return cells
 
 
-def _blocks(grid: int, goal: int, draws: random.Random) -> Cells | None:
+def _blocks(grid: int, goal: int, rng: random.Random) -> Cells | None:
     for _ in range(REDRAWS):
         cells = [[False] * grid for _ in range(grid)]
         missing = goal
         while missing > 0:
-            added = _add_block(cells, missing, draws)
+            added = _add_block(cells, missing, rng)
             if added == 0:
                 break
             missing -= added
@@ -70,17 +70,17 @@ def _blocks(grid: int, goal: int, draws: random.Random) -> Cells | None:
     return None
 
 
-def _add_block(cells: Cells, missing: int, draws: random.Random) -> int:
+def _add_block(cells: Cells, missing: int, rng: random.Random) -> int:
     """Set one rectangle in place; returns how many new cells it set, 0 if no attempt fitted."""
     grid = len(cells)
     low, high = math.log(MIN_ASPECT), -math.log(MIN_ASPECT)
     for _ in range(ATTEMPTS):
-        area = draws.uniform(MIN_BLOCK_CELLS, missing)  # also when fewer than 4 are missing, as in the reference
-        aspect = math.exp(draws.uniform(low, high))
+        area = rng.uniform(MIN_BLOCK_CELLS, missing)  # also when fewer than 4 are missing, as in the reference
+        aspect = math.exp(rng.uniform(low, high))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= grid or width >= grid:
             continue
-        top, left = draws.randrange(grid - height + 1), draws.randrange(grid - width + 1)
+        top, left = rng.randrange(grid - height + 1), rng.randrange(grid - width + 1)
         block = [(y, x) for y in range(top, top + height) for x in range(left, left + width) if not cells[y][x]]
         if 0 < len(block) <= missing:
             for y, x in block:
@@ -89,7 +89,7 @@ def _add_block(cells: Cells, missing: int, draws: random.Random) -> int:
     return 0
 
 
-def _adjust(cells: Cells, goal: int, draws: random.Random) -> None:
+def _adjust(cells: Cells, goal: int, rng: random.Random) -> None:
     """Set or clear cells that touch the other kind, one by one, until ``goal`` are set."""
     grid = len(cells)
     missing = goal - sum(map(sum, cells))
@@ -105,37 +105,37 @@ def _adjust(cells: Cells, goal: int, draws: random.Random) -> None:
                 for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0))
             )
         ]
-        y, x = draws.choice(border)
+        y, x = rng.choice(border)
         cells[y][x] = not wrong
 
 
-def discrete_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
+def discrete_cells(grid: int, ratio: float, rng: random.Random, exact: bool = False) -> Cells:
     """Each cell on its own with probability ``ratio``, drawn again while all are equal; arguments as `block_cells`."""
     if exact:
-        chosen = set(draws.sample(range(grid * grid), goal_cells(grid, ratio)))
+        chosen = set(rng.sample(range(grid * grid), goal_cells(grid, ratio)))
         return [[y * grid + x in chosen for x in range(grid)] for y in range(grid)]
     probability = min(max(ratio, 1 / grid**2), 1 - 1 / grid**2)  # 0 and 1 would be drawn again for ever
     while True:
-        cells = [[draws.random() < probability for _ in range(grid)] for _ in range(grid)]
+        cells = [[rng.random() < probability for _ in range(grid)] for _ in range(grid)]
         if 0 < sum(map(sum, cells)) < grid * grid:
             return cells
 
 
-def focal_cells(grid: int, ratio: float, draws: random.Random, exact: bool = False) -> Cells:
+def focal_cells(grid: int, ratio: float, rng: random.Random, exact: bool = False) -> Cells:
     """One rectangle is kept: about ``ratio · g²`` cells, aspect log-uniform in [0.3, 1/0.3], at a uniform place.
 
     ``exact`` trims it or grows it at its border to exactly ``round(ratio · g²)`` cells.
     """
     goal = goal_cells(grid, ratio)
-    aspect = math.exp(draws.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
+    aspect = math.exp(rng.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
     height = min(max(round(math.sqrt(goal * aspect)), 1), grid)
     width = min(max(round(goal / height), 1), grid)
     if height == width == grid:
         width -= 1
-    top, left = draws.randrange(grid - height + 1), draws.randrange(grid - width + 1)
+    top, left = rng.randrange(grid - height + 1), rng.randrange(grid - width + 1)
     cells = [[top <= y < top + height and left <= x < left + width for x in range(grid)] for y in range(grid)]
     if exact:
-        _adjust(cells, goal, draws)
+        _adjust(cells, goal, rng)
     return cells
 
 

@@ -91,7 +91,7 @@ class PretrainPlan(RecordedWork[Path]):
         if recipe.epochs:
             metrics = _train(self, model, data)
             seconds = metrics.pop("seconds")
-        distributed.first_only(lambda: _finish(self, model, data, metrics, seconds))
+        distributed.on_rank0(lambda: _finish(self, model, data, metrics, seconds))
         return self.backbone_file
 
     def describe(self) -> str:
@@ -313,7 +313,7 @@ def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:
 def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[str, float]:
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
     if recipe.sync_bn and distributed.world().size > 1:
-        distributed.share_statistics(model)
+        distributed.convert_sync_batchnorm(model)
     if recipe.compile:
         for encoder in model.encoders():
             encoder.compile()

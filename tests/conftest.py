@@ -33,6 +33,7 @@ REAL = {  # fixtures that start a real component, and the group of tests that on
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         groups = {REAL[name] for name in getattr(item, "fixturenames", ()) if name in REAL}

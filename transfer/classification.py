@@ -17,7 +17,7 @@ from mixmask.engine.backbones import build_trunk, width_of
 from mixmask.engine.config import Recipe, operational
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
-from mixmask.engine.distributed import first_only, gather_dealt
+from mixmask.engine.distributed import gather_dealt, on_rank0
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
@@ -121,7 +121,7 @@ def save_answers(recipe: ClassifyRecipe, setting: Images, predicted: Tensor, lab
     """Keep every test image's answer, if the recipe wants them: (N,) predicted classes and (N,) labels."""
     if recipe.save_predictions:
         answers = ClassPredictions(setting.data["test"], labels.cpu().numpy(), predicted.cpu().numpy())
-        first_only(lambda: answers.write(setting.run.path / CLASSES))
+        on_rank0(lambda: answers.write(setting.run.path / CLASSES))
 
 
 class Classifier(nn.Module):

@@ -98,7 +98,7 @@ class TransferPlan(RecordedWork[Record]):
             environment=environment(),
             seconds=seconds,
         )
-        distributed.first_only(lambda: self.finish(record))
+        distributed.on_rank0(lambda: self.finish(record))
         return record
 
     def describe(self) -> str:

@@ -33,9 +33,9 @@ TOLERANCE = 1 / 255
 
 @pytest.fixture
 def images() -> Tensor:
-    draws = torch.Generator().manual_seed(0)
-    random = torch.rand(4, 3, 20, 24, generator=draws)
-    grey = torch.rand(1, 1, 20, 24, generator=draws).expand(1, 3, 20, 24)
+    rng = torch.Generator().manual_seed(0)
+    random = torch.rand(4, 3, 20, 24, generator=rng)
+    grey = torch.rand(1, 1, 20, 24, generator=rng).expand(1, 3, 20, 24)
     black_and_white = torch.cat([torch.zeros(1, 3, 20, 24), torch.ones(1, 3, 20, 24)])
     return torch.cat([random, grey, black_and_white])
 
@@ -64,44 +64,44 @@ def test_blur_is_torchvisions(images: Tensor) -> None:
 
 def test_a_batch_is_augmented_sample_by_sample_in_the_drawn_order(images: Tensor) -> None:
     recipe = AugmentRecipe(crop=24, hue=0.3)
-    draws = draw_photometric(recipe, len(images), generator(3))
-    batch = apply_photometric(images, draws)
+    rng = draw_photometric(recipe, len(images), generator(3))
+    batch = apply_photometric(images, rng)
     for i in range(len(images)):
         image = images[i]
-        if draws.jitter[i]:
+        if rng.jitter[i]:
             operations = (
-                lambda x, i=i: TF.adjust_brightness(x, float(draws.brightness[i])),
-                lambda x, i=i: TF.adjust_contrast(x, float(draws.contrast[i])),
-                lambda x, i=i: TF.adjust_saturation(x, float(draws.saturation[i])),
-                lambda x, i=i: TF.adjust_hue(x, float(draws.hue[i])),
+                lambda x, i=i: TF.adjust_brightness(x, float(rng.brightness[i])),
+                lambda x, i=i: TF.adjust_contrast(x, float(rng.contrast[i])),
+                lambda x, i=i: TF.adjust_saturation(x, float(rng.saturation[i])),
+                lambda x, i=i: TF.adjust_hue(x, float(rng.hue[i])),
             )
-            for number in draws.order[i].tolist():
+            for number in rng.order[i].tolist():
                 image = operations[number](image)
-        if draws.grayscale[i]:
+        if rng.grayscale[i]:
             image = TF.rgb_to_grayscale(image, num_output_channels=3)
-        if draws.blur[i]:
-            image = TF.gaussian_blur(image, [17, 17], [float(draws.sigma[i])] * 2)
+        if rng.blur[i]:
+            image = TF.gaussian_blur(image, [17, 17], [float(rng.sigma[i])] * 2)
         assert (batch[i] - image).abs().max() < TOLERANCE
 
 
 def test_draws_have_the_recipes_distribution() -> None:
     recipe = AugmentRecipe()
-    draws = draw_photometric(recipe, 20_000, generator(0))
-    assert draws.jitter.double().mean() == pytest.approx(0.8, abs=0.01)
-    assert draws.grayscale.double().mean() == pytest.approx(0.2, abs=0.01)
-    assert draws.blur.double().mean() == pytest.approx(0.5, abs=0.012)
+    rng = draw_photometric(recipe, 20_000, generator(0))
+    assert rng.jitter.double().mean() == pytest.approx(0.8, abs=0.01)
+    assert rng.grayscale.double().mean() == pytest.approx(0.2, abs=0.01)
+    assert rng.blur.double().mean() == pytest.approx(0.5, abs=0.012)
     for values, low, high in (
-        (draws.brightness, 0.6, 1.4),
-        (draws.contrast, 0.6, 1.4),
-        (draws.saturation, 0.6, 1.4),
-        (draws.hue, -0.1, 0.1),
-        (draws.sigma, 0.1, 2.0),
+        (rng.brightness, 0.6, 1.4),
+        (rng.contrast, 0.6, 1.4),
+        (rng.saturation, 0.6, 1.4),
+        (rng.hue, -0.1, 0.1),
+        (rng.sigma, 0.1, 2.0),
     ):
         assert low <= float(values.min()) < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < float(values.max()) <= high
         assert float(values.mean()) == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
     for position in range(4):
-        counts = torch.bincount(draws.order[:, position], minlength=4).double() / 20_000
+        counts = torch.bincount(rng.order[:, position], minlength=4).double() / 20_000
         assert (counts - 0.25).abs().max() < 0.015
 
 
@@ -122,8 +122,8 @@ def test_a_samples_augmentation_depends_on_its_row_and_not_on_who_has_it(images:
 
 def test_crops_drawn_one_by_one_and_together_have_one_distribution() -> None:
     recipe = CropRecipe(scale=(0.2, 1.0))
-    draws = random.Random(0)
-    single = torch.tensor([draw_crop(90, 120, recipe, draws) for _ in range(8000)]).double()
+    rng = random.Random(0)
+    single = torch.tensor([draw_crop(90, 120, recipe, rng) for _ in range(8000)]).double()
     together = draw_crops(torch.tensor([[90, 120]] * 8000), recipe.scale, recipe.aspect, generator(0)).double()
     assert single[:, 4].mean() == pytest.approx(recipe.flip, abs=0.02)
     for column in range(4):

@@ -29,20 +29,20 @@ def slow_predict(bank, labels, query, num_classes: int, k: int, temperature: flo
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 12), temperature=st.sampled_from([0.05, 0.1, 1.0]))
 def test_against_a_loop(seed: int, k: int, temperature: float) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    bank = torch.randn(10, 4, generator=draws, dtype=torch.float64)
-    labels = torch.randint(0, 3, (10,), generator=draws)
-    queries = torch.randn(5, 4, generator=draws, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(seed)
+    bank = torch.randn(10, 4, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, 3, (10,), generator=rng)
+    queries = torch.randn(5, 4, generator=rng, dtype=torch.float64)
     ours = knn_predict(bank, labels, queries, num_classes=3, k=k, temperature=temperature, chunk=2).tolist()
     expected = [slow_predict(bank.tolist(), labels.tolist(), q, 3, k, temperature) for q in queries.tolist()]
     assert ours == expected
 
 
 def test_scale_of_features_does_not_matter() -> None:
-    draws = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(20, 4, generator=draws), torch.randn(8, 4, generator=draws)
-    labels = torch.randint(0, 3, (20,), generator=draws)
-    scales = torch.rand(20, 1, generator=draws) + 0.1
+    rng = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(20, 4, generator=rng), torch.randn(8, 4, generator=rng)
+    labels = torch.randint(0, 3, (20,), generator=rng)
+    scales = torch.rand(20, 1, generator=rng) + 0.1
     one = knn_predict(bank, labels, queries, num_classes=3, k=5, temperature=0.1)
     two = knn_predict(bank * scales, labels, queries * 7, num_classes=3, k=5, temperature=0.1)
     assert torch.equal(one, two)

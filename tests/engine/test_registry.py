@@ -32,9 +32,9 @@ def test_classes_are_found_under_all_their_names_and_bases_under_none() -> None:
     assert things.by_name() == {"one": Two, "two": Two, "three": Three}
     assert things.classes() == [Two, Three]
     assert things.get("two") is Two
-    with pytest.raises(ConfigError, match="^x: there is no thing 'thre'; valid: three, one, two$"):
+    with pytest.raises(ConfigError, match=r"^x: there is no thing 'thre'; valid: three, one, two$"):
         things.get("thre", "x")
-    with pytest.raises(ConfigError, match="^no thing is given; valid: one, two, three$"):
+    with pytest.raises(ConfigError, match=r"^no thing is given; valid: one, two, three$"):
         things.get(None)
 
 

@@ -88,14 +88,15 @@ def test_never_degenerate_and_exact_when_asked(pattern: str, grid: int, ratio: f
 
 @pytest.mark.parametrize(("grid", "ratio"), [(2, 0.5), (4, 0.5), (8, 0.5), (8, 0.25), (14, 0.4)])
 def test_block_masks_follow_the_reference_in_distribution(grid: int, ratio: float) -> None:
-    rng, draws = random.Random(0), random.Random(1)
+    rng = random.Random(0)
     num = 3000
     reference: list[Sequence[Sequence[object]]] = []
     while len(reference) < num:  # an empty mask is drawn again here, as in the product
         mask = reference_block_mask(grid, round(ratio * grid * grid), rng)
         if count(mask):
             reference.append(mask)
-    ours = [block_cells(grid, ratio, draws) for _ in range(num)]
+    rng = random.Random(1)
+    ours = [block_cells(grid, ratio, rng) for _ in range(num)]
     measures: list[Callable[[Sequence[Sequence[object]]], Hashable]] = [count, bounding_box, num_runs]
     for measure in measures:
         assert_same_distribution([measure(mask) for mask in reference], [measure(mask) for mask in ours])
@@ -105,15 +106,15 @@ def test_block_masks_follow_the_reference_in_distribution(grid: int, ratio: floa
 
 
 def test_place_is_uniform_on_the_whole() -> None:
-    draws = random.Random(3)
-    share = torch.tensor([block_cells(8, 0.5, draws) for _ in range(3000)]).double().mean(0)
+    rng = random.Random(3)
+    share = torch.tensor([block_cells(8, 0.5, rng) for _ in range(3000)]).double().mean(0)
     for flipped in (share.flip(0), share.flip(1), share.T):
         assert (share - flipped).abs().max() < 0.06
 
 
 def test_discrete_cells_are_independent_with_the_asked_probability() -> None:
-    draws = random.Random(0)
-    cells = torch.tensor([discrete_cells(8, 0.3, draws) for _ in range(4000)]).double().flatten(1)
+    rng = random.Random(0)
+    cells = torch.tensor([discrete_cells(8, 0.3, rng) for _ in range(4000)]).double().flatten(1)
     assert (cells.mean(0) - 0.3).abs().max() < 0.04
     correlation = torch.corrcoef(cells.T) - torch.eye(64)
     assert correlation.abs().max() < 0.08
@@ -128,10 +129,10 @@ def test_focal_keeps_one_rectangle(grid: int, ratio: float, seed: int) -> None:
 
 
 def test_block_masks_are_less_ragged_than_discrete_ones() -> None:
-    draws = random.Random(0)
+    rng = random.Random(0)
 
     def runs(build: Callable[..., Cells]) -> float:
-        return sum(num_runs(build(8, 0.5, draws, True)) for _ in range(500)) / 500
+        return sum(num_runs(build(8, 0.5, rng, True)) for _ in range(500)) / 500
 
     assert runs(block_cells) < 0.8 * runs(discrete_cells)
 

@@ -26,10 +26,10 @@ def numbered(num: int, size: int = 12) -> Tensor:
 @settings(max_examples=30, deadline=None)
 @given(num=st.integers(2, 7), per_sample=st.booleans(), seed=st.integers(0, 10_000))
 def test_mixture_and_switch_per_pixel_for_any_permutation(num: int, per_sample: bool, seed: int) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    images = torch.randn(num, 3, 5, 6, generator=draws)
-    masks = torch.rand(num if per_sample else 1, 1, 5, 6, generator=draws) < 0.5
-    partner = torch.randperm(num, generator=draws)
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randn(num, 3, 5, 6, generator=rng)
+    masks = torch.rand(num if per_sample else 1, 1, 5, 6, generator=rng) < 0.5
+    partner = torch.randperm(num, generator=rng)
     mixed = mix_by_mask(images, masks, partner)
     mixture = Mixture("x", mixed, torch.zeros(num), partner)
     masks = masks.expand(num, 1, 5, 6)
@@ -179,9 +179,9 @@ def test_mixing_with_itself_gives_the_clean_loss(num: int, own: float, seed: int
 @settings(max_examples=30, deadline=None)
 @given(num=st.integers(2, 8), seed=st.integers(0, 1000))
 def test_mixture_loss_against_a_loop_with_a_lambda_per_sample(num: int, seed: int) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    own, partner = torch.rand(num, generator=draws), torch.randperm(num, generator=draws)
-    table = torch.rand(num, num, generator=draws)  # loss of mixture i against key j
+    rng = torch.Generator().manual_seed(seed)
+    own, partner = torch.rand(num, generator=rng), torch.randperm(num, generator=rng)
+    table = torch.rand(num, num, generator=rng)  # loss of mixture i against key j
     mixture = Mixture("x", torch.zeros(num, 3, 1, 1), own, partner)
     expected = 0.0
     for i in range(num):  # mixture i shows i with its λ and its partner with 1 - λ

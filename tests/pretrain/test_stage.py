@@ -165,8 +165,8 @@ def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int
     recipe = plan(config, tmp_path, f"mix.kind={kind}", f"framework.kind={framework}", *smaller).recipe
     torch.manual_seed(0)
     model = recipe.framework.build(recipe.backbone).eval()  # in eval mode an embedding depends on its own image alone
-    draws = torch.Generator().manual_seed(0)
-    views = [torch.randn(16, 3, 32, 32, generator=draws) for _ in range(2)]
+    rng = torch.Generator().manual_seed(0)
+    views = [torch.randn(16, 3, 32, 32, generator=rng) for _ in range(2)]
     with torch.no_grad():
         rng = python_generator(recipe.seed, "mask", 7, 0, 0)
         found = list(step_terms(model, recipe.mix, views, rng, generator(0)))

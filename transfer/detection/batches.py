@@ -71,10 +71,10 @@ class _Training(Dataset[tuple[Tensor, Targets]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Targets]:
         step, index = key
         picture = self.pictures.pictures[index]
-        draws = generator(self.seed, "detection-view", step, index)
+        rng = generator(self.seed, "detection-view", step, index)
         choices = self.recipe.min_size_train
-        short = choices[int(torch.randint(len(choices), (), generator=draws))]
-        flip = bool(torch.rand((), generator=draws) < 0.5)
+        short = choices[int(torch.randint(len(choices), (), generator=rng))]
+        flip = bool(torch.rand((), generator=rng) < 0.5)
         image = read_rgb(picture.path)
         before = image.size
         width, height = shortest_edge(*before, short, self.recipe.max_size_train)

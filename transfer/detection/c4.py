@@ -112,22 +112,22 @@ class C4Detector(nn.Module):
         features: Tensor = self.res4(self.res3(self.res2(self.stem(self.batch(images)))))
         return features
 
-    def losses(self, images: list[Tensor], targets: list[Targets], draws: list[torch.Generator]) -> dict[str, Tensor]:
+    def losses(self, images: list[Tensor], targets: list[Targets], rng: list[torch.Generator]) -> dict[str, Tensor]:
         """The losses of one batch, each a scalar; their sum is what is minimised.
 
         Args:
             images: (3, H, W) uint8 RGB each.
             targets: Their objects.
-            draws: A generator for the samples of each image.
+            rng: A generator for the samples of each image.
         """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         features = self.features(images)
         anchors, logits, deltas = self.rpn(features)
         losses: dict[str, Tensor] = self.rpn.losses(
-            anchors, logits, deltas, targets, self.rpn.sample(anchors, targets, draws)
+            anchors, logits, deltas, targets, self.rpn.sample(anchors, targets, rng)
         )
         proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
-        losses.update(self.roi_heads.losses(features, targets, self.roi_heads.sample(proposals, targets, draws)))
+        losses.update(self.roi_heads.losses(features, targets, self.roi_heads.sample(proposals, targets, rng)))
         return losses
 
     @torch.no_grad()

@@ -288,7 +288,7 @@ class _PreciseStatistics(_Hook):
         batches = itertools.islice(build_detection_train_loader(self.cfg), num)
         with EventStorage(), torch.no_grad():
             update_bn_stats(self.model, batches, num)
-        distributed.share_buffers(self.model, ())
+        distributed.broadcast_buffers(self.model, ())
 
 
 class _Checkpoints(_Hook):
@@ -302,7 +302,7 @@ class _Checkpoints(_Hook):
         done, last = self.trainer.iter + 1, self.trainer.max_iter
         asked = self.stop.asked() if done < last else None
         if done % self.setting.checkpoint_every == 0 or done == last or asked is not None:
-            distributed.first_only(self._save)
+            distributed.on_rank0(self._save)
         if asked is not None:
             raise stopped(self.setting.title, done, last, asked, Path(self.checkpointer.get_checkpoint_file()))
 

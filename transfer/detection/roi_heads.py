@@ -110,14 +110,14 @@ class Res5RoIHeads(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, proposals: Sequence[Tensor], targets: Sequence[Targets], draws: Sequence[torch.Generator]
+        self, proposals: Sequence[Tensor], targets: Sequence[Targets], rng: Sequence[torch.Generator]
     ) -> list[SampledBoxes]:
         """The boxes that a loss is taken of, per image; each image has a generator of its own.
 
         The objects themselves are added to the proposals, so that there are positives from the first step.
         """
         sampled = []
-        for candidates, target, generator in zip(proposals, targets, draws, strict=True):
+        for candidates, target, generator in zip(proposals, targets, rng, strict=True):
             candidates = torch.cat([candidates, target.boxes])
             threshold = self.recipe.iou_positive
             index, labels = match(

@@ -95,11 +95,11 @@ class RPN(nn.Module):
         return result
 
     @torch.no_grad()
-    def sample(self, anchors: Tensor, targets: Sequence[Targets], draws: Sequence[torch.Generator]) -> list[Sampled]:
+    def sample(self, anchors: Tensor, targets: Sequence[Targets], rng: Sequence[torch.Generator]) -> list[Sampled]:
         """The anchors that a loss is taken of, per image; each image has a generator of its own."""
         recipe = self.recipe
         sampled = []
-        for target, generator in zip(targets, draws, strict=True):
+        for target, generator in zip(targets, rng, strict=True):
             index, labels = match(
                 target.boxes,
                 anchors,

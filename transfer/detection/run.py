@@ -74,7 +74,7 @@ def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
         counted = "left out of the means" if recipe.masks else "counted with an AP of 0 (as Detectron2 does)"
         say(f"{setting.title}: warning: classes without a test object that counts are {counted}: {', '.join(unseen)}")
     outcome = _with_engine(recipe, setting)
-    distributed.first_only(lambda: _keep(recipe, setting, outcome))
+    distributed.on_rank0(lambda: _keep(recipe, setting, outcome))
     return outcome.metrics
 
 

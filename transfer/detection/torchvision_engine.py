@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask.engine.distributed import from_first, share_statistics, to_first, world
+from mixmask.engine.distributed import convert_sync_batchnorm, from_first, gather_to_rank0, world
 from mixmask.engine.job import Job, Part
 from mixmask.engine.precision import autocast
 from mixmask.engine.progress import say, track
@@ -35,7 +35,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     detector = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
     detector.arrange(setting.device, setting.precision)
     if world().size > 1 and setting.device.type == "cuda":
-        share_statistics(detector)
+        convert_sync_batchnorm(detector)
     elif world().size > 1:
         say(f"{setting.title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
     iterations = recipe.scaled_length(recipe.iterations)
@@ -85,7 +85,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
 
         detector.train()
         estimate_statistics(detector, more, look)
-    shares = to_first(find_objects(detector, recipe, setting))
+    shares = gather_to_rank0(find_objects(detector, recipe, setting))
     found = sorted((one for share in shares for one in share), key=lambda one: one.picture)
     metrics = from_first(measure(recipe, found, setting.test_set) if world().is_writer else {})
     kept = detector.state_dict() if recipe.save_detector else {}

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from mixmask.engine.augment import CropRecipe
 from mixmask.engine.config import added, operational
-from mixmask.engine.distributed import share_statistics, world
+from mixmask.engine.distributed import convert_sync_batchnorm, world
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say
@@ -148,7 +148,7 @@ class SemisupRecipe(TrainedRecipe):
         """Top-1 and top-5 of the last epoch on the test split, in percent."""
         model = new_classifier(self, setting, lambda: trunk_of(setting), frozen=False)
         if self.sync_bn and world().size > 1:
-            share_statistics(model)
+            convert_sync_batchnorm(model)
         lr_trunk, lr_head = self.rates
         optimizer = torch.optim.SGD(
             [

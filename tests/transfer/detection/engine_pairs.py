@@ -115,5 +115,5 @@ def calibrate(detector: C4Detector) -> None:
 
 
 def pictures() -> list[Tensor]:
-    draws = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=draws) for size in SIZES]
+    rng = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=rng) for size in SIZES]

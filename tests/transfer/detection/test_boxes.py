@@ -11,9 +11,9 @@ from mixmask.transfer.detection.boxes import cell_anchors, decode_boxes, encode_
 
 
 def random_boxes(num: int, seed: int) -> torch.Tensor:
-    draws = torch.Generator().manual_seed(seed)
-    corner = torch.rand(num, 2, generator=draws) * 60
-    return torch.cat([corner, corner + 1 + torch.rand(num, 2, generator=draws) * 40], dim=1)
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.rand(num, 2, generator=rng) * 60
+    return torch.cat([corner, corner + 1 + torch.rand(num, 2, generator=rng) * 40], dim=1)
 
 
 def test_anchors_have_the_asked_area_and_aspect_and_detectron2s_order() -> None:
@@ -70,8 +70,8 @@ def test_matching_against_a_loop(num: int, objects: int, seed: int, keep: bool) 
 @settings(max_examples=40, deadline=None)
 @given(positives=st.integers(0, 40), negatives=st.integers(0, 40), num=st.integers(2, 32), seed=st.integers(0, 100))
 def test_sampling_takes_at_most_its_share_and_fills_up(positives: int, negatives: int, num: int, seed: int) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    first, second = sample(torch.arange(positives), torch.arange(100, 100 + negatives), num, 0.25, draws)
+    rng = torch.Generator().manual_seed(seed)
+    first, second = sample(torch.arange(positives), torch.arange(100, 100 + negatives), num, 0.25, rng)
     assert len(first) == min(positives, int(num * 0.25))
     assert len(second) == min(negatives, num - len(first))
     assert len(set(first.tolist())) == len(first)

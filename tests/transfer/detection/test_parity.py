@@ -120,7 +120,7 @@ def no_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both engines take the first candidates instead of drawing among them."""
 
     def ours(
-        positive: Tensor, negative: Tensor, num: int, fraction: float, draws: torch.Generator
+        positive: Tensor, negative: Tensor, num: int, fraction: float, rng: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         return first_of(positive, negative, num, fraction)
 
@@ -149,14 +149,14 @@ def their_samples(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(pair.theirs.roi_heads, "label_and_sample_proposals", recording)
-    monkeypatch.setattr(pair.ours.roi_heads, "sample", lambda proposals, targets, draws: list(sampled))
+    monkeypatch.setattr(pair.ours.roi_heads, "sample", lambda proposals, targets, rng: list(sampled))
 
 
 def both_losses(pair: Pair, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     with EventStorage():
         theirs = {detectron2_engine.LOSSES[name]: loss for name, loss in pair.theirs(their_batch(batch)).items()}
-    draws = [generator(0, row) for row in range(len(batch.images))]
-    return theirs, pair.ours.losses(batch.images, batch.targets, draws)
+    rng = [generator(0, row) for row in range(len(batch.images))]
+    return theirs, pair.ours.losses(batch.images, batch.targets, rng)
 
 
 @pytest.mark.usefixtures("no_chance")

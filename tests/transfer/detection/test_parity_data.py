@@ -71,9 +71,9 @@ def test_same_pictures_boxes_and_polygons(kind: str, voc: Path, coco: Path, tmp_
 
 
 def _after_size(step: int, index: int) -> torch.Generator:
-    draws = generator(0, "detection-view", step, index)
-    torch.randint(1, (), generator=draws)
-    return draws
+    rng = generator(0, "detection-view", step, index)
+    torch.randint(1, (), generator=rng)
+    return rng
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1", "turned"])
@@ -98,19 +98,19 @@ def test_same_pixels_from_every_kind_of_image(mode: str, tmp_path: Path) -> None
 
 def random_detections(pictures: DetectionSet, seed: int, masks: bool) -> list[Found]:
     """Truth with noise, twice, and boxes anywhere; scores with ties."""
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     found = []
     for number, picture in enumerate(pictures.pictures):
         for instance in [*picture.instances, *picture.instances]:
-            noise = draws.normal(scale=1.5, size=4)
+            noise = rng.normal(scale=1.5, size=4)
             left, top, right, bottom = np.asarray(instance.box) + noise
             box = (left, top, max(right, left + 1), max(bottom, top + 1))
-            label = instance.label if draws.random() < 0.8 else int(draws.integers(len(pictures.classes)))
+            label = instance.label if rng.random() < 0.8 else int(rng.integers(len(pictures.classes)))
             found.append((number, label, box))
         for _ in range(5):
-            left, top = draws.random(2) * [picture.width / 2, picture.height / 2]
-            box = (left, top, left + 5 + 30 * draws.random(), top + 5 + 30 * draws.random())
-            found.append((number, int(draws.integers(len(pictures.classes))), box))
+            left, top = rng.random(2) * [picture.width / 2, picture.height / 2]
+            box = (left, top, left + 5 + 30 * rng.random(), top + 5 + 30 * rng.random())
+            found.append((number, int(rng.integers(len(pictures.classes))), box))
     result = []
     for number, label, box in found:
         values = tuple(np.asarray(box, dtype=np.float32).tolist())
@@ -121,7 +121,7 @@ def random_detections(pictures: DetectionSet, seed: int, masks: bool) -> list[Fo
             left, top, right, bottom = (int(max(v, 0)) for v in values)
             pixels[top:bottom, left:right] = 1
             mask = coco_mask.encode(pixels)
-        result.append(Found(number, label, float(np.float32(draws.integers(50, 1000) / 1000)), values, mask))
+        result.append(Found(number, label, float(np.float32(rng.integers(50, 1000) / 1000)), values, mask))
     return result
 
 
