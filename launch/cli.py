@@ -198,7 +198,7 @@ def convert(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a trunk for another library, with an account of every tensor of the source.
+    """Write a trunk for another library, with a report on every tensor of the source.
 
     The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
     OpenMMLab, stable-pretraining, timm, transformers, torchvision and Detectron2 are recognised by their keys. A tensor
@@ -211,15 +211,15 @@ def convert(
       mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
     """
     from mixmask.engine.storage import require_output_file
-    from mixmask.transfer.checkpoints.account import Reading
     from mixmask.transfer.checkpoints.export import check_export, export
     from mixmask.transfer.checkpoints.source import read_source
+    from mixmask.transfer.checkpoints.tensor_report import Reading
 
     require_output_file(out, force)
     found = read_source(source, Reading(layout, prefix, arch))
     check_export(found, out, to)
     result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
-    show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.account.summary()}\n{result}")
+    show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.tensor_report.summary()}\n{result}")
 
 
 @app.command()
@@ -238,8 +238,8 @@ def inspect(
     Example:
       mixmask inspect moco_v2_800ep_pretrain.pth.tar
     """
-    from mixmask.transfer.checkpoints.account import Reading
     from mixmask.transfer.checkpoints.source import inspect as look
+    from mixmask.transfer.checkpoints.tensor_report import Reading
 
     text, problem = look(source, Reading(layout, prefix, arch), tensors)
     show(text)

@@ -36,9 +36,9 @@ from mixmask.launch.builtin import config_file
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage
-from mixmask.transfer.checkpoints.account import Reading
 from mixmask.transfer.checkpoints.export import Target, check_export, export
 from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.checkpoints.tensor_report import Reading
 from mixmask.transfer.classification import EvaluationRecipe
 from mixmask.transfer.protocol import Setting, TransferRecipe
 from mixmask.transfer.protocols.linear import LinearRecipe

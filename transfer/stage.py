@@ -109,7 +109,7 @@ class TransferPlan(RecordedWork[Record]):
                 f"{self.recipe.record_name} on {self.recipe.data.name}: {len(self.train):,} training and "
                 f"{len(self.test):,} test images, {self.device}, {self.recipe.precision}",
                 f"backbone  {self.source.path} ({info.arch}, {labels['framework']}, {labels['method']})",
-                self.source.account.summary(),
+                self.source.tensor_report.summary(),
                 *(
                     f"expected  {expected.describe()}{other_classes(self.recipe.data.name, len(self.test.classes))}"
                     for expected in self.recipe.expected

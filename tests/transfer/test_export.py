@@ -81,7 +81,7 @@ def test_round_trips_are_exact(resnet50: Path, tmp_path: Path, target: str, suff
     export(source, out, target)
     back = read_source(out)
     named = {"detectron2": "detectron2", "mixmask": "this project"}.get(target, "plain")
-    assert back.account.layout.startswith(named)
+    assert back.tensor_report.layout.startswith(named)
     assert back.state.keys() == source.state.keys()
     for name in source.state:
         assert torch.equal(back.state[name], source.state[name]) or (target == "detectron2" and name.endswith(COUNTER))

@@ -1,4 +1,4 @@
-"""Recognising checkpoints, and the account of their tensors."""
+"""Recognising checkpoints, and the report on their tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, load_backbone
 from mixmask.engine.errors import CheckpointError
-from mixmask.transfer.checkpoints.account import Reading
 from mixmask.transfer.checkpoints.export import export
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 from mixmask.transfer.checkpoints.safe_read import read_tensors
 from mixmask.transfer.checkpoints.source import inspect, read_source
+from mixmask.transfer.checkpoints.tensor_report import Reading
 from tests.transfer.checkpoint_files import MLP, ONE, OPTIMIZER, in_the_wild, moco_checkpoint, save, sequential, under
 
 
@@ -34,19 +34,19 @@ def test_a_moco_checkpoint_is_accounted_for_tensor_by_tensor(resnet50: Path, tmp
     assert source.info.framework == "mocov2"
     assert source.info.arch == "resnet50"
     assert all(torch.equal(source.state[name], state[name]) for name in state)
-    account = source.account
-    assert sum(1 for name in account.used.values() if not name.endswith(COUNTER)) == 265
-    assert len(account.used) + len(account.left_out) == 2 * (len(state) + 4) + 2
-    assert set(account.left_out.values()) == {"head", "momentum or averaged copy", "queue of negatives"}
-    assert "265 tensors, and 53 batch counters" in account.summary()
+    tensor_report = source.tensor_report
+    assert sum(1 for name in tensor_report.used.values() if not name.endswith(COUNTER)) == 265
+    assert len(tensor_report.used) + len(tensor_report.left_out) == 2 * (len(state) + 4) + 2
+    assert set(tensor_report.left_out.values()) == {"head", "momentum or averaged copy", "queue of negatives"}
+    assert "265 tensors, and 53 batch counters" in tensor_report.summary()
 
 
 def test_missing_counters_are_filled_and_said(resnet18: Path, tmp_path: Path) -> None:
     state, _ = load_backbone(resnet18)
     torch.save({name: value for name, value in state.items() if not name.endswith(COUNTER)}, tmp_path / "old.pth")
     source = read_source(tmp_path / "old.pth")
-    assert len(source.account.filled) == 20
-    assert "filled    20 batch counters" in source.account.summary()
+    assert len(source.tensor_report.filled) == 20
+    assert "filled    20 batch counters" in source.tensor_report.summary()
 
 
 def test_what_is_refused(resnet18: Path, tmp_path: Path) -> None:
@@ -99,19 +99,19 @@ def test_every_layout_is_recognised_and_accounted_for(resnet50: Path, tmp_path: 
         else:
             torch.save(content, path)
         source = read_source(path)
-        account = source.account
-        assert account.layout.startswith(f"{layout}: "), (name, account.layout)
+        tensor_report = source.tensor_report
+        assert tensor_report.layout.startswith(f"{layout}: "), (name, tensor_report.layout)
         assert source.info.framework == framework, name
         assert source.info.arch == "resnet50"
-        assert bool(account.warnings) == (layout == "detectron2")
+        assert bool(tensor_report.warnings) == (layout == "detectron2")
         for key in state:
             if not key.endswith(COUNTER):
                 assert torch.equal(source.state[key], state[key]), (name, key)
-        assert len(account.used) + len(account.left_out) == len(read_tensors(path).tensors), name
-        assert not account.used.keys() & account.left_out.keys()
+        assert len(tensor_report.used) + len(tensor_report.left_out) == len(read_tensors(path).tensors), name
+        assert not tensor_report.used.keys() & tensor_report.left_out.keys()
         text, problem = inspect(path, every=True)
         assert problem is None
-        assert all(f"  {whole}  " in text for whole in account.used)
+        assert all(f"  {whole}  " in text for whole in tensor_report.used)
         path.unlink()
 
 
@@ -128,8 +128,8 @@ def test_what_the_keys_cannot_tell(resnet18: Path, tmp_path: Path) -> None:
     assert "a.net.conv1.weight" in text
     source = read_source(path, Reading(prefix="a.net."))
     assert all(torch.equal(source.state[name], state[name]) for name in state)
-    assert set(source.account.left_out.values()) == {"outside the given prefix"}
-    assert len(source.account.left_out) == len(state) + 1
+    assert set(source.tensor_report.left_out.values()) == {"outside the given prefix"}
+    assert len(source.tensor_report.left_out) == len(state) + 1
     with pytest.raises(CheckpointError, match=r"no first convolution .* behind the prefix 'a\.': there stand net\.bn1"):
         read_source(path, Reading(prefix="a."))
     with pytest.raises(CheckpointError, match=r"--as moko: valid: .*did you mean 'moco'"):
@@ -150,7 +150,7 @@ def test_a_network_of_timm_is_read_when_it_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is no ResNet of torchvision: .* --arch timm/NAME"):
         read_source(save(tmp_path, content))
     source = read_source(save(tmp_path, content), Reading(arch="timm/convnext_atto"))
-    assert set(source.account.left_out.values()) == {"head"}
+    assert set(source.tensor_report.left_out.values()) == {"head"}
     said = export(source, tmp_path / "own.safetensors", "mixmask")
     assert "same features" in said
     back = read_source(tmp_path / "own.safetensors")
@@ -163,7 +163,7 @@ def test_a_network_of_timm_is_read_when_it_is_named(tmp_path: Path) -> None:
 
 def test_statistics_of_a_network_that_never_trained_are_warned_of(tmp_path: Path) -> None:
     fresh = build_trunk(BackboneRecipe(arch="resnet18")).state_dict()
-    (warning,) = read_source(save(tmp_path, fresh)).account.warnings
+    (warning,) = read_source(save(tmp_path, fresh)).tensor_report.warnings
     assert "20 of 20 batch normalisations have the statistics of initialisation (bn1, layer1.0.bn1 …" in warning
 
 
@@ -193,7 +193,7 @@ def test_detectron2_files_with_batch_counters_are_read(resnet18: Path, tmp_path:
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": model, "__author__": "MOCO"}))
     source = read_source(tmp_path / "x.pkl")
     assert all(torch.equal(source.state[name], state[name]) for name in state)
-    assert not source.account.filled
+    assert not source.tensor_report.filled
 
 
 # --- files as other projects write them, with their own classes --------------------------------------------------------
@@ -331,9 +331,9 @@ def test_files_of_other_projects_with_their_classes_are_read(resnet18: Path, tmp
     state, _ = load_backbone(resnet18)
     for name, (layout, content) in _with_objects(state).items():
         source = read_source(save(tmp_path, content))
-        assert source.account.layout.startswith(f"{layout}: "), name
+        assert source.tensor_report.layout.startswith(f"{layout}: "), name
         assert all(torch.equal(source.state[key], state[key]) for key in state), name
-        assert any(note.startswith("not made") for note in source.account.notes) or name == "dates", name
+        assert any(note.startswith("not made") for note in source.tensor_report.notes) or name == "dates", name
 
 
 def test_files_of_other_projects_with_other_names_are_read(resnet18: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_files_of_other_projects_with_other_names_are_read(resnet18: Path, tmp_p
     other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     for name, (layout, content) in _other_names(state, other).items():
         source = read_source(save(tmp_path, content))
-        assert source.account.layout.startswith(f"{layout}: "), (name, source.account.layout)
+        assert source.tensor_report.layout.startswith(f"{layout}: "), (name, source.tensor_report.layout)
         assert all(torch.equal(source.state[k], state[k]) for k in state if not k.endswith(COUNTER)), name
 
 
@@ -362,7 +362,7 @@ def test_tensors_in_an_unknown_object_are_not_passed_over(resnet18: Path, tmp_pa
         ):
             read_source(save(tmp_path, content))
     filled = _class("theirs.Dict", dict)(state)
-    assert len(read_source(save(tmp_path, {"state_dict": filled})).account.used) == len(state)
+    assert len(read_source(save(tmp_path, {"state_dict": filled})).tensor_report.used) == len(state)
 
 
 ADVICE = {
@@ -404,5 +404,5 @@ def test_a_resnet_of_transformers_is_read(tmp_path: Path) -> None:
             f"encoder.stages.{int(stage) - 1}.layers.{block}.{where}.{'normalization' if norm else 'convolution'}.{leaf}"
         ] = value
     source = read_source(save(tmp_path, {**under("resnet.", theirs), "classifier.1.weight": ONE}))
-    assert source.account.layout.startswith("transformers: ")
+    assert source.tensor_report.layout.startswith("transformers: ")
     assert all(torch.equal(source.state[name], state[name]) for name in state)

@@ -76,7 +76,7 @@ def test_settings_beside_the_tensors_do_no_harm(resnet18: Path, tmp_path: Path) 
     content = {"state_dict": state, "args": Namespace(lr=0.1), "best": np.float64(3.5), "where": tmp_path, "epoch": 3}
     for legacy in (False, True):
         torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-        assert len(read_source(tmp_path / "x.pth").account.used) == len(state)
+        assert len(read_source(tmp_path / "x.pth").tensor_report.used) == len(state)
 
 
 def test_what_is_not_used_is_not_read(resnet18: Path, tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_a_network_that_was_pickled_whole_is_read(resnet18: Path, tmp_path: Path
     torch.save({"model": whole, "epoch": 3}, tmp_path / "x.pth")
     source = read_source(tmp_path / "x.pth")
     assert all(torch.equal(source.state[name], state[name]) for name in state)
-    assert "not made  objects of" in source.account.summary()
-    assert "torchvision.models.resnet.ResNet" in source.account.summary()
+    assert "not made  objects of" in source.tensor_report.summary()
+    assert "torchvision.models.resnet.ResNet" in source.tensor_report.summary()
 
 
 def test_arrays_that_hold_objects_are_refused_where_they_matter(resnet18: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_arrays_that_hold_objects_are_refused_where_they_matter(resnet18: Path, 
         ):
             read_source(path)
         path.write_bytes(pickle.dumps({"model": state, "optimizer": value}))
-        assert len(read_source(path).account.used) == len(state)
+        assert len(read_source(path).tensor_report.used) == len(state)
 
 
 ODD = {
@@ -165,7 +165,7 @@ def test_what_is_no_ordinary_tensor_is_named(kind: str, resnet18: Path, tmp_path
         with pytest.raises(CheckpointError, match=rf"refused: state_dict\.bn1\.weight is .*{said}"):
             read_source(path)
         beside = save(tmp_path, {"state_dict": state, "optimizer": {"a": value, "b": torch.zeros(2)}})
-    assert len(read_source(beside).account.used) == len(state)
+    assert len(read_source(beside).tensor_report.used) == len(state)
 
 
 def test_one_flipped_bit_is_noticed(resnet18: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_one_flipped_bit_is_noticed(resnet18: Path, tmp_path: Path) -> None:
         path = save(tmp_path, state)
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
-    assert len(read_source(path).account.used) == len(state)
+    assert len(read_source(path).tensor_report.used) == len(state)
 
 
 def _shared(depth: int, leaf: object, key: bool = False) -> object:

@@ -1,1 +1,1 @@
-"""Checkpoints in (any known layout) and out (Detectron2, torchvision, timm), with an account of every tensor."""
+"""Checkpoints in (any known layout) and out (Detectron2, torchvision, timm), with a report on every tensor."""

@@ -38,5 +38,5 @@ class Conversion(Work[Path]):
         found = read_source(self.source)
         check_export(found, self.out, self.target)
         written = export(found, self.out, self.target)
-        print(f"source    {self.source}\n{found.account.summary()}\nwritten   {written}")
+        print(f"source    {self.source}\n{found.tensor_report.summary()}\nwritten   {written}")
         return self.out

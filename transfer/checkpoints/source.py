@@ -25,11 +25,14 @@ from mixmask.engine.backbones import (
     load_backbone_and_head,
 )
 from mixmask.engine.errors import CheckpointError
-from mixmask.transfer.checkpoints.account import (
+from mixmask.transfer.checkpoints.names import COUNTER, DETECTRON2
+from mixmask.transfer.checkpoints.safe_read import digest, read_tensors
+from mixmask.transfer.checkpoints.stored import Stored
+from mixmask.transfer.checkpoints.tensor_report import (
     BY_KEYS,
-    Account,
     Found,
     Reading,
+    TensorReport,
     named_recipe,
     recognise,
     some,
@@ -37,9 +40,6 @@ from mixmask.transfer.checkpoints.account import (
     trunk_names,
     twins,
 )
-from mixmask.transfer.checkpoints.names import COUNTER, DETECTRON2
-from mixmask.transfer.checkpoints.safe_read import digest, read_tensors
-from mixmask.transfer.checkpoints.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Source:
         path: The file.
         state: The complete trunk.
         info: Where it comes from.
-        account: What became of every tensor.
+        tensor_report: What became of every tensor.
         labelled: Whether the file itself says its framework and method; else the framework is a guess from names.
         head: The tensors of the projection head that ``info.head`` describes; none where the file has no head.
     """
@@ -58,7 +58,7 @@ class Source:
     path: Path
     state: dict[str, Tensor]
     info: BackboneInfo
-    account: Account
+    tensor_report: TensorReport
     labelled: bool = False
     head: dict[str, Tensor] = field(default_factory=dict)
 
@@ -73,18 +73,25 @@ def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
     if path.is_file() and path.suffix == ".safetensors" and is_backbone_file(path):
         state, head, info = load_backbone_and_head(path)
         beside = {f"{HEAD}{name}": "projection head (kNN's features: head)" for name in head}
-        account = Account("this project's backbone file (by its metadata)", {name: name for name in state}, beside)
+        tensor_report = TensorReport(
+            "this project's backbone file (by its metadata)", {name: name for name in state}, beside
+        )
         labelled = True
     else:
         if path.is_file() and path.name == "backbone.safetensors":
             load_backbone(path)  # for its message: a truncated file of ours is not a file of another layout
-        state, info, account = _foreign(path, reading)
+        state, info, tensor_report = _foreign(path, reading)
         labelled, head = False, {}
     broken = [name for name, tensor in {**state, **head}.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise CheckpointError(f"{path}: values that are not finite in {', '.join(broken[:5])}")
     return Source(
-        path, state, info, replace(account, warnings=(*account.warnings, *_fresh_statistics(state))), labelled, head
+        path,
+        state,
+        info,
+        replace(tensor_report, warnings=(*tensor_report.warnings, *_fresh_statistics(state))),
+        labelled,
+        head,
     )
 
 
@@ -102,33 +109,33 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
     lines = [f"file      {path} ({path.stat().st_size / 1e6:,.1f} MB)"] if path.is_file() else []
     problem: CheckpointError | None = None
     tensors: dict[str, Stored] = {}
-    account: Account | None = None
+    tensor_report: TensorReport | None = None
     try:
         source = read_source(path, reading)
-        account = source.account
+        tensor_report = source.tensor_report
         size = sum(tensor.numel() for name, tensor in source.state.items() if not name.endswith(COUNTER))
         kind = f"{source.info.arch}, {source.info.stem} stem, {source.info.framework}, {source.info.method}"
         lines.append(f"network   {kind}, {size / 1e6:.1f} M numbers")
     except CheckpointError as error:
         problem = error
-    if account is None or every:
+    if tensor_report is None or every:
         tensors = read_tensors(path).tensors
-    if account is None:
+    if tensor_report is None:
         try:
-            account = sort_tensors(tensors, recognise(tensors, reading, path))
+            tensor_report = sort_tensors(tensors, recognise(tensors, reading, path))
         except CheckpointError:
             lines.append(f"tensors   {len(tensors)}: {some(list(tensors), 8)}")
-    if account is not None:
-        lines.append(account.summary())
+    if tensor_report is not None:
+        lines.append(tensor_report.summary())
     for name, tensor in tensors.items() if every else ():
         fate = "unknown"
-        if account is not None:
-            fate = account.used.get(name) or account.left_out.get(name) or fate
+        if tensor_report is not None:
+            fate = tensor_report.used.get(name) or tensor_report.left_out.get(name) or fate
         lines.append(f"  {name}  {tensor}  {fate}")
     return "\n".join(lines), problem
 
 
-def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneInfo, Account]:
+def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneInfo, TensorReport]:
     contents = read_tensors(path)
     tensors = contents.tensors
     try:
@@ -136,20 +143,20 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     except CheckpointError:
         _refuse_odd(tensors, list(tensors), path)
         raise
-    account = replace(sort_tensors(tensors, found), notes=tuple(contents.notes()))
-    _refuse_odd(tensors, [*account.used, *account.unknown], path)
-    if account.unknown:
-        outside = not any(name.startswith(found.prefix) for name in account.unknown)
+    tensor_report = replace(sort_tensors(tensors, found), notes=tuple(contents.notes()))
+    _refuse_odd(tensors, [*tensor_report.used, *tensor_report.unknown], path)
+    if tensor_report.unknown:
+        outside = not any(name.startswith(found.prefix) for name in tensor_report.unknown)
         remedy = f". --prefix {found.prefix!r} leaves out all that stands elsewhere" if outside else ""
         raise CheckpointError(
-            f"{path}: {len(account.unknown)} tensors that the layout '{found.layout.name}' does not explain: "
-            f"{some(account.unknown)}{remedy}"
+            f"{path}: {len(tensor_report.unknown)} tensors that the layout '{found.layout.name}' does not explain: "
+            f"{some(tensor_report.unknown)}{remedy}"
         )
-    twice = [ours for ours, count in Counter(account.used.values()).items() if count > 1]
+    twice = [ours for ours, count in Counter(tensor_report.used.values()).items() if count > 1]
     if twice:
-        both = [theirs for theirs, ours in account.used.items() if ours == twice[0]]
+        both = [theirs for theirs, ours in tensor_report.used.items() if ours == twice[0]]
         raise CheckpointError(f"{path}: {len(twice)} trunk tensors have two sources each, for example {some(both)}")
-    other = {name: tensors[name].dtype for name, ours in account.used.items() if not ours.endswith(COUNTER)}
+    other = {name: tensors[name].dtype for name, ours in tensor_report.used.items() if not ours.endswith(COUNTER)}
     odd = [
         f"{name} ({str(dtype).removeprefix('torch.')})"
         for name, dtype in other.items()
@@ -157,8 +164,8 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     ]
     if odd:
         raise CheckpointError(f"{path}: weights that are no floating-point numbers: {some(odd)}")
-    _require_equal_twins(tensors, found, account, path)
-    state = {ours: _plain(_read(tensors[theirs], theirs, path)) for theirs, ours in account.used.items()}
+    _require_equal_twins(tensors, found, tensor_report, path)
+    state = {ours: _plain(_read(tensors[theirs], theirs, path)) for theirs, ours in tensor_report.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else named_recipe(reading.arch)
     expected = trunk_names(recipe)
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
@@ -177,7 +184,7 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
         lineage=content_digest,
     )
     warnings = _assumptions(found, recipe)
-    return {name: state[name] for name in expected}, info, replace(account, filled=filled, warnings=warnings)
+    return {name: state[name] for name in expected}, info, replace(tensor_report, filled=filled, warnings=warnings)
 
 
 def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
@@ -192,9 +199,9 @@ def _refuse_odd(tensors: Mapping[str, Stored], names: Sequence[str], path: Path)
         raise CheckpointError(f"{path}: refused: {strange[0]} is {tensors[strange[0]].odd}{more}")
 
 
-def _require_equal_twins(tensors: Mapping[str, Stored], found: Found, account: Account, path: Path) -> None:
-    for name, taken in twins(found, account.left_out).items():
-        if taken in account.used and not torch.equal(
+def _require_equal_twins(tensors: Mapping[str, Stored], found: Found, tensor_report: TensorReport, path: Path) -> None:
+    for name, taken in twins(found, tensor_report.left_out).items():
+        if taken in tensor_report.used and not torch.equal(
             _read(tensors[name], name, path), _read(tensors[taken], taken, path)
         ):
             raise CheckpointError(

@@ -52,7 +52,7 @@ BY_KEYS = Reading()
 
 
 @dataclass(frozen=True)
-class Account:
+class TensorReport:
     """What became of every tensor of a source.
 
     Attributes:
@@ -238,7 +238,7 @@ def _family(tensors: Mapping[str, Stored]) -> str | None:
 # --- sorting ---------------------------------------------------------------------------------------------------------
 
 
-def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> Account:
+def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> TensorReport:
     """Say of every tensor what becomes of it in a layout."""
     used: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -259,7 +259,7 @@ def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> Account:
             unknown.append(name)
         else:
             left_out[name] = reason
-    return Account(found.why, used, left_out, tuple(unknown))
+    return TensorReport(found.why, used, left_out, tuple(unknown))
 
 
 def twins(found: Found, left_out: Mapping[str, str]) -> dict[str, str]:
