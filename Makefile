@@ -101,7 +101,7 @@ verify: $(READY) ## Which finished runs reproduce what their configs expect: RUN
 	$(MIXMASK) verify $(RUNS) $(ARGS)
 
 reference: $(READY) ## Write evaluate/reference.json anew, after a shipped recipe or suite was changed
-	$(BIN)/python -m mixmask.launch.reference
+	$(BIN)/python -m mixmask.launch.suite.reference
 
 bench: $(READY) ## Measure the pretraining step, the data path and the loop; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.pretraining_step

@@ -1,6 +1,6 @@
 """Which code runs: its commit, and what was changed and not committed.
 
-A frozen copy of the packages (see `launch.snapshot`) carries both in files; elsewhere git is asked.
+A frozen copy of the packages (see `launch.slurm.snapshot`) carries both in files; elsewhere git is asked.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """``python -m mixmask`` is the command ``mixmask``."""
 
-from mixmask.launch.cli import main
+from mixmask.launch.commands.app import main
 
 main()

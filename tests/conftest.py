@@ -13,7 +13,7 @@ import torch
 
 from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
 from mixmask.engine.provenance import Code
-from mixmask.launch import demo_data
+from mixmask.launch.demo import demo_data
 
 
 def pytest_report_header() -> str:

@@ -40,7 +40,7 @@ FEWSHOT = {
 }
 PROGRAM = """
 import sys
-from mixmask.launch.cli import app
+from mixmask.launch.commands.app import app
 for line in open(sys.argv[1], encoding="utf-8"):
     print("$", line.strip(), flush=True)
     app(line.split(), standalone_mode=False)

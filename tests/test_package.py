@@ -47,7 +47,7 @@ def test_an_installed_wheel_runs_and_knows_its_configs(wheel: Path, tmp_path: Pa
         archive.extractall(tmp_path / "site")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import mixmask; print(mixmask.__file__); "
-        f"from mixmask.launch.cli import app; app(['configs', 'pretrain'])"
+        f"from mixmask.launch.commands.app import app; app(['configs', 'pretrain'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True

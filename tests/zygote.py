@@ -172,8 +172,8 @@ def _serve(channel: socket.socket) -> None:
     import torchvision  # noqa: F401
 
     import mixmask.evaluate.report
-    import mixmask.launch.cli
-    import mixmask.launch.jobs
+    import mixmask.launch.commands.app
+    import mixmask.launch.slurm.jobs
     import mixmask.pretrain.stage
     import mixmask.transfer.stage  # noqa: F401
 

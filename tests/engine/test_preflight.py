@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.preflight import check_data, find_splits
-from mixmask.launch.cli import app
+from mixmask.launch.commands.app import app
 
 
 @pytest.fixture

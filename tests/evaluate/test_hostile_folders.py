@@ -17,7 +17,7 @@ from mixmask.evaluate.card import write_card
 from mixmask.evaluate.collect import as_text, collect, frame
 from mixmask.evaluate.plots import read_log
 from mixmask.evaluate.report import write_report
-from mixmask.launch.cli import main
+from mixmask.launch.commands.app import main
 from tests.evaluate.made import backbone, laboratory, write
 
 

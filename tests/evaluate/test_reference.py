@@ -20,7 +20,7 @@ from mixmask.evaluate.reference import MAY_DIFFER, may_differ
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.tables import Table, build
 from mixmask.evaluate.verify import verify
-from mixmask.launch.reference import FILE, text
+from mixmask.launch.suite.reference import FILE, text
 from tests.evaluate.made import backbone, transfer
 
 PLACES = [number for number in of_the_paper() if number.table in ("5", "7", "4") and number.source == "paper"]

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 from mixmask.engine.config import load_recipe
-from mixmask.launch import launching, ledger
-from mixmask.launch import status as states
 from mixmask.launch.builtin import configs_folder
-from mixmask.launch.cluster import Profile
-from mixmask.launch.jobs import Attempts
-from mixmask.launch.suite import load_suite
+from mixmask.launch.slurm.attempts import Attempts
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.suite import launching, manifest
+from mixmask.launch.suite import status as states
+from mixmask.launch.suite.suite import load_suite
 from tests.launch.slurm import wait_for
 
 PRETRAIN: dict[str, Any] = {
@@ -68,19 +68,21 @@ def profile(**keys: Any) -> Profile:
     return Profile.model_validate({"shared_check_s": 0, "environment": {"OMP_NUM_THREADS": "1"}, **keys})
 
 
-def launch(path: Path, runs: Path, given: Profile, check_data: bool = True, cluster: ledger.Cluster = "slurm") -> bool:
+def launch(
+    path: Path, runs: Path, given: Profile, check_data: bool = True, cluster: manifest.Cluster = "slurm"
+) -> bool:
     return launching.launch(load_suite(path), path.parent, given, cluster, runs, check_data)
 
 
 def found(runs: Path, suite: str = "small") -> dict[str, states.CellStatus]:
     """The state of every cell of the newest launch, by name."""
-    newest = ledger.latest(runs.resolve(), suite)
+    newest = manifest.latest(runs.resolve(), suite)
     return {cell.name: one for cell, one in zip(newest.cells, states.status(newest), strict=True)}
 
 
 def wait_until_over(runs: Path, seconds: float = 150) -> dict[str, states.CellStatus]:
     """Until no cell waits or runs, and the last job has ended."""
-    newest = ledger.latest(runs.resolve(), "small")
+    newest = manifest.latest(runs.resolve(), "small")
 
     def over() -> bool:
         job = newest.finish_job

@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmask.launch.arrays import Array, plan_arrays
-from mixmask.launch.cells import Cell
-from mixmask.launch.cluster import Resources
+from mixmask.launch.slurm.profile import Resources
+from mixmask.launch.suite.arrays import Array, plan_arrays
+from mixmask.launch.suite.cells import Cell
 
 SIZES = tuple(Resources(nodes=1, gpus_per_node=number, time_min=60) for number in (1, 8))
 

@@ -33,7 +33,7 @@ def test_help_has_an_example(command: str) -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys, mixmask.launch.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, mixmask.launch.commands.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.images import decode
-from mixmask.launch import demo_data
+from mixmask.launch.demo import demo_data
 
 
 def digest(root: Path) -> str:

@@ -17,10 +17,12 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from mixmask.engine.config import Recipe
 from mixmask.engine.errors import ConfigError, Interrupted, RunFailure
 from mixmask.engine.storage import RunDirectory
-from mixmask.launch import finish as finishing
-from mixmask.launch import jobs, ledger
-from mixmask.launch.jobs import CellJob, Place
-from mixmask.launch.snapshot import freeze
+from mixmask.launch.slurm import jobs
+from mixmask.launch.slurm.attempts import Place
+from mixmask.launch.slurm.jobs import CellJob
+from mixmask.launch.slurm.snapshot import freeze
+from mixmask.launch.suite import manifest
+from mixmask.launch.suite import summary as finishing
 from tests.launch.fake_slurm import FakeSlurm, fake
 
 __all__ = ["fake"]
@@ -275,7 +277,7 @@ def test_the_node_s_own_disk_is_used(job: CellJob, tmp_path: Path, monkeypatch: 
 
 def test_the_code_is_frozen_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mixmask.engine import provenance
-    from mixmask.launch import snapshot
+    from mixmask.launch.slurm import snapshot
 
     first = freeze(tmp_path)
     assert freeze(tmp_path) == first
@@ -295,7 +297,7 @@ def test_tables_name_what_is_missing(job: CellJob, tmp_path: Path) -> None:
     for name, parent in (("a", None), ("b", "transfer/a"), ("c", None), ("d", None)):
         run = tmp_path / "runs" / "transfer" / name
         cells.append(
-            ledger.LaunchedCell(
+            manifest.LaunchedCell(
                 id=f"transfer/{name}", stage="transfer", name=name, protocol="knn", dataset="d", seed=0,
                 run=run, done=(run / "record.json",), parent=parent,
             )
@@ -305,7 +307,7 @@ def test_tables_name_what_is_missing(job: CellJob, tmp_path: Path) -> None:
     jobs.Attempts(cells[3].run / "attempts.jsonl").write(place, "failed", "error: x\nmore")
     from datetime import datetime, timezone
 
-    launch = ledger.Launch(
+    launch = manifest.Launch(
         suite="s", created=datetime.now(timezone.utc), cluster="slurm", folder=folder, commit=None, snapshot=None,
         cells=tuple(cells),
     )  # fmt: skip

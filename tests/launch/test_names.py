@@ -12,8 +12,8 @@ import pytest
 from mixmask.engine.config import load_recipe
 from mixmask.engine.errors import ConfigError
 from mixmask.launch.builtin import KINDS, config_file, configs_folder, listed_configs
-from mixmask.launch.cli import app, main
-from mixmask.launch.command_help import GROUPS
+from mixmask.launch.commands.app import app, main
+from mixmask.launch.commands.command_help import GROUPS
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 

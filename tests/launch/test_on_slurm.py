@@ -12,8 +12,8 @@ import pytest
 
 from mixmask.engine.errors import RunFailure, UserError
 from mixmask.engine.records import Record
-from mixmask.launch import ledger, queue
-from mixmask.launch import slurm as submission
+from mixmask.launch.slurm import slurm_cli, submission
+from mixmask.launch.suite import manifest
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     FIRST_JOB_SECONDS,
@@ -52,7 +52,7 @@ def test_the_demo_suite_end_to_end_in_a_folder_with_spaces_and_quotes(
         shapes,
     )
     assert launch(suite, runs, profile())
-    newest = ledger.latest(runs.resolve(), "small")
+    newest = manifest.latest(runs.resolve(), "small")
     headers = {file.parent.name: file.read_text() for file in (newest.folder / "jobs").glob("*/*_submission.sh")}
     assert headers.keys() == {"pretrain", "convert", "knn", "knn-2", "finish"}
     assert all("--array=0-2" in headers[name] for name in ("pretrain", "convert", "knn", "knn-2"))
@@ -73,8 +73,8 @@ def test_the_demo_suite_end_to_end_in_a_folder_with_spaces_and_quotes(
     assert record.environment["git_commit"] == ((newest.snapshot / "COMMIT").read_text().strip() or None)
 
     assert launch(suite, runs, profile())  # all is done: nothing is submitted
-    assert not queue.queued().keys() - {job for job in queue.queued() if not queue.queued()[job].is_active}
-    assert ledger.latest(runs.resolve(), "small").jobs == ()
+    assert not slurm_cli.queued().keys() - {job for job in slurm_cli.queued() if not slurm_cli.queued()[job].is_active}
+    assert manifest.latest(runs.resolve(), "small").jobs == ()
 
 
 def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_the_rest(
@@ -108,7 +108,7 @@ def test_a_failure_cancels_its_dependents_and_nothing_else_and_a_relaunch_does_t
     elsewhere.symlink_to(shapes)
     done = {file: file.stat().st_mtime_ns for file in runs.glob("*/*/record.json")}
     assert launch(suite, runs, profile())
-    newest = ledger.latest(runs.resolve(), "small")
+    newest = manifest.latest(runs.resolve(), "small")
     assert len(newest.jobs) == 3  # pretraining, its kNN, the tables
     assert {one.state for one in wait_until_over(runs).values()} == {"done"}
     assert all(file.stat().st_mtime_ns == time for file, time in done.items())
@@ -121,7 +121,7 @@ def test_three_hundred_cells_are_one_array(slurm: Slurm, tmp_path: Path, shapes:
     slurm.run("scontrol", "update", "PartitionName=low", "State=DOWN")
     try:
         assert launch(suite, runs, profile())
-        newest = ledger.latest(runs.resolve(), "small")
+        newest = manifest.latest(runs.resolve(), "small")
         assert len(newest.jobs) == 2
         waiting = found(runs)
         assert len(waiting) == 300
@@ -159,7 +159,7 @@ def test_two_launches_at_once_submit_every_cell_once(slurm: Slurm, tmp_path: Pat
     assert sorted("4 queued or running, 0 to do" in text for text in said) == [False, True]
     names = [name.rpartition(".")[0] for name in slurm.run("squeue", "-h", "-r", "-o", "%j").split()]
     assert sorted(names) == ["small.finish"] + ["small.knn"] * 2 + ["small.pretrain"] * 2
-    newest = ledger.latest(runs.resolve(), "small")
+    newest = manifest.latest(runs.resolve(), "small")
     assert newest.snapshot is not None
     (newest.snapshot / "COMMIT").write_text("frozen\n")  # what only those see who import the copy
     slurm.run("scontrol", "update", "PartitionName=low", "State=UP")
@@ -217,9 +217,9 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
     slurm.run("scancel", str(cancelled.job))
     cells = wait_until_over(runs)
     if accounting:
-        wait_for(lambda: not queue.queued(), "the queue has forgotten them", 90)
+        wait_for(lambda: not slurm_cli.queued(), "the queue has forgotten them", 90)
         assert "FAILED" in slurm.run("sacct", "-n", "-X", "-j", str(killed.job), "-o", "State")
-        known = queue.accounted([str(killed.job), str(cancelled.job)])
+        known = slurm_cli.accounted([str(killed.job), str(cancelled.job)])
         assert [known[str(job)].state for job in (killed.job, cancelled.job)] == ["FAILED", "CANCELLED"]
         cells = found(runs)
     assert cells["mixmask_seed-0"].state == "failed"
@@ -228,7 +228,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
 
 
 def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mixmask.launch.cli import app
+    from mixmask.launch.commands.app import app
 
     long = {**MIXMASK, "set": {"max_steps": 100_000}}
     suite = write_suite(tmp_path, [{"pretrain": [long], "transfer": [KNN]}], shapes)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mixmask.launch.ledger import Launch
-from mixmask.launch.overview import overview
-from mixmask.launch.status import CellStatus, State
+from mixmask.launch.suite.manifest import Launch
+from mixmask.launch.suite.overview import overview
+from mixmask.launch.suite.status import CellStatus, State
 
 
 def cell(name: str, state: State, detail: str = "", log: str | None = None) -> CellStatus:

@@ -15,11 +15,13 @@ from rich.console import Console
 
 from mixmask.engine.errors import RunFailure, UserError
 from mixmask.engine.progress import say
-from mixmask.launch import launching, ledger, queue, slurm
-from mixmask.launch import status as states
-from mixmask.launch.cli import app
-from mixmask.launch.cluster import Profile
-from mixmask.launch.jobs import Attempts, CellJob, Place
+from mixmask.launch.commands.app import app
+from mixmask.launch.slurm import slurm_cli, submission
+from mixmask.launch.slurm.attempts import Attempts, Place
+from mixmask.launch.slurm.jobs import CellJob
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.suite import launching, manifest
+from mixmask.launch.suite import status as states
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 from tests.launch.test_jobs import Work, events, in_slurm, job, start
@@ -41,7 +43,7 @@ def test_what_cannot_be_cancelled_is_not_forgotten(
     refuse_to_cancel(fake)
     with pytest.raises(RunFailure, match=r"refuses small\.finish"):
         launch(suite, runs, profile())
-    newest = ledger.latest(runs, "small")
+    newest = manifest.latest(runs, "small")
     assert newest.jobs == ("1", "2")
     assert "`mixmask cancel small` tries again" in capsys.readouterr().err
     fake.queue(_1_0="RUNNING|None|n1|0:10", _1_1="RUNNING|None|n1|0:10", _2_0="PENDING|Dependency||0:00",
@@ -51,7 +53,7 @@ def test_what_cannot_be_cancelled_is_not_forgotten(
     assert launch(suite, runs, profile())  # nothing is submitted twice: the tables' job alone is new
     assert len(fake.submitted) == 4
     (fake.folder / "scancel").write_text('#!/bin/sh\necho "$@" >> "$FAKE/cancelled"\n')
-    assert states.cancel(list(ledger.launches(runs, "small"))) == ["1", "2"]
+    assert states.cancel(list(manifest.launches(runs, "small"))) == ["1", "2"]
 
 
 def test_an_error_after_the_last_sbatch_forgets_nothing(
@@ -61,11 +63,11 @@ def test_an_error_after_the_last_sbatch_forgets_nothing(
         if message.startswith("submitted finish"):
             raise BrokenPipeError
 
-    monkeypatch.setattr(slurm, "say", broken)
+    monkeypatch.setattr(submission, "say", broken)
     suite, runs = write_suite(tmp_path, [GRID], shapes), tmp_path / "runs"
     with pytest.raises(BrokenPipeError):
         launch(suite, runs, profile())
-    assert ledger.latest(runs, "small").finish_job == "3"
+    assert manifest.latest(runs, "small").finish_job == "3"
     assert fake.cancelled == []
 
 
@@ -124,7 +126,7 @@ def test_a_watched_table_outlives_a_silent_squeue(
         else:
             (fake.folder / "squeue").write_text("#!/bin/sh\nexit 0\n")
 
-    monkeypatch.setattr("mixmask.launch.suite_commands.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))
+    monkeypatch.setattr("mixmask.launch.commands.suites.time", SimpleNamespace(sleep=sleep, strftime=time.strftime))
     app(["status", "small", "--watch", "1", "--runs", str(runs)], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "4 cancelled" in shown  # the last look, after two failures
@@ -138,7 +140,7 @@ def test_a_short_screen_shows_what_runs_and_what_has_failed_first(
     assert launch(suite, runs, profile())
     fake.queue(**{f"_1_{n}": "PENDING|Priority||0:00" for n in range(9)}, _1_9="RUNNING|None|n1|0:01",
                _1_10="SUSPENDED|None|n1|0:01", _1_11="FAILED|NonZeroExitCode|n1|0:01")  # fmt: skip
-    newest = ledger.latest(runs, "small")
+    newest = manifest.latest(runs, "small")
     told = states.status(newest)
     assert {one.state for one in told} == {"pending", "running", "suspended", "failed"}
     screen = io.StringIO()
@@ -218,5 +220,5 @@ def test_a_failing_setup_line_ends_the_job(tmp_path: Path) -> None:
 
 
 def test_states_of_the_queue_that_is_not_asked_twice() -> None:
-    assert queue.JobState("SUSPENDED").is_active
+    assert slurm_cli.JobState("SUSPENDED").is_active
     assert launching.LARGEST_ARRAY == 1000

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from mixmask.engine.errors import UserError
 from mixmask.engine.expected import Expectation
-from mixmask.launch.cli import app
+from mixmask.launch.commands.app import app
 from tests.evaluate.made import backbone, laboratory, transfer, write
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from mixmask.engine.errors import RunFailure, UserError
-from mixmask.launch import launching, ledger, queue, slurm
-from mixmask.launch import status as states
-from mixmask.launch.cli import app
-from mixmask.launch.jobs import Attempts, Place
-from mixmask.launch.suite import load_suite
+from mixmask.launch.commands.app import app
+from mixmask.launch.slurm import slurm_cli, submission
+from mixmask.launch.slurm.attempts import Attempts, Place
+from mixmask.launch.suite import launching, manifest
+from mixmask.launch.suite import status as states
+from mixmask.launch.suite.suite import load_suite
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
@@ -29,7 +30,7 @@ def header(script: str) -> dict[str, str]:
 
 def finish(runs: Path, names: list[str]) -> None:
     """Make cells look finished."""
-    for cell in ledger.latest(runs, "small").cells:
+    for cell in manifest.latest(runs, "small").cells:
         if cell.name in names:
             for file in cell.done:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def test_arrays_dependencies_and_what_they_start(fake: FakeSlurm, tmp_path: Path
     assert "requeue" in header(pretrain)
     assert header(knn)["dependency"] == "aftercorr:1"
     assert header(last)["dependency"] == "afterany:1:2"
-    newest = ledger.latest(runs, "small")
+    newest = manifest.latest(runs, "small")
     assert newest.snapshot is not None
     assert header(pretrain)["chdir"] == str(newest.snapshot)
     assert f"export PYTHONPATH='{newest.snapshot}'" in pretrain or f"export PYTHONPATH={newest.snapshot}" in pretrain
@@ -69,13 +70,13 @@ def test_what_is_queued_or_finished_is_not_submitted_again(fake: FakeSlurm, tmp_
     assert "array" not in header(again[0])
     assert "dependency" not in header(again[0])
     assert header(again[1])["dependency"] == "afterany:1_1:2_1:4"
-    cells = {cell.name: cell.job for cell in ledger.latest(runs, "small").cells}
+    cells = {cell.name: cell.job for cell in manifest.latest(runs, "small").cells}
     assert cells == {"random": None, "mixmask": "1_1", "random-knn": "4", "mixmask-knn": "2_1"}
 
     fake.queue(_2_1="PENDING|Dependency||0:00")  # its backbone's job has died, which SLURM has not noticed yet
     assert launch(suite, runs, profile())
     assert fake.cancelled == ["2_1"]
-    assert {cell.name: cell.job for cell in ledger.latest(runs, "small").cells}["mixmask"] == "6"
+    assert {cell.name: cell.job for cell in manifest.latest(runs, "small").cells}["mixmask"] == "6"
     fake.queue(_6="RUNNING|None|n1|1:00")  # another suite wants what is being made, and its kNN under another name
     other = write_suite(tmp_path / "other", [{"pretrain": [MIXMASK], "transfer": [{**KNN, "set": {"k": 4}}]}], shapes)
     assert launch(other, runs, profile())
@@ -90,7 +91,7 @@ def test_the_third_refusal_cancels_the_first_two(
     with pytest.raises(RunFailure, match=r"(?s)refuses small\.finish: .*Invalid account.*#SBATCH --account=nobody"):
         launch(suite, runs, profile(account="nobody"))
     assert fake.cancelled[:2] == ["1", "2"]
-    assert not list(ledger.launches(runs))
+    assert not list(manifest.launches(runs))
     names = [header(script)["job-name"] for script in fake.submitted]
     assert fake.cancelled[-1] == f"--name={','.join(names)}"  # one that sbatch took without saying so goes, too
     assert "cancelled what had been submitted: pretrain (job 1), knn (job 2)" in capsys.readouterr().err
@@ -114,7 +115,7 @@ def test_a_marker_that_is_not_seen(
 ) -> None:
     suite = write_suite(tmp_path, [GRID], shapes)
     fake.queue(_1="COMPLETED|None|n4|0:01")
-    monkeypatch.setattr(slurm, "APPEARING_SECONDS", 1)
+    monkeypatch.setattr(submission, "APPEARING_SECONDS", 1)
     with pytest.raises(UserError, match=r"completed on n4\), and the file .* is not seen here"):
         launch(suite, tmp_path / "runs", profile(shared_check_s=30))
     assert len(fake.submitted) == 1
@@ -235,7 +236,7 @@ def test_the_table_cancel_and_logs(
         app(["logs", "knn", *at], standalone_mode=False)
     with pytest.raises(UserError, match="no cell's id contains 'nothing'"):
         app(["logs", "nothing", *at], standalone_mode=False)
-    log = ledger.latest(runs, "small").cells[0].log
+    log = manifest.latest(runs, "small").cells[0].log
     assert log is not None
     log.write_text("one\ntwo\nthree\n")
     app(["logs", "pretrain/random", "--lines", "2", *at], standalone_mode=False)
@@ -246,13 +247,13 @@ def test_the_table_cancel_and_logs(
 
 def test_what_squeue_says_is_read(fake: FakeSlurm) -> None:
     fake.queue(_7="RUNNING|None|n[1-2]|2-03:04:05", _8_11="PENDING|(Dependency)||0:00")
-    told = queue.queued()
-    assert told["7"] == queue.JobState("RUNNING", "", "n[1-2]", ((2 * 24 + 3) * 60 + 4) * 60 + 5)
+    told = slurm_cli.queued()
+    assert told["7"] == slurm_cli.JobState("RUNNING", "", "n[1-2]", ((2 * 24 + 3) * 60 + 4) * 60 + 5)
     assert told["8_11"].is_active
-    assert queue.largest_array() == 1000
-    assert queue.state_of("7") is None
+    assert slurm_cli.largest_array() == 1000
+    assert slurm_cli.state_of("7") is None
     (fake.folder / "job").write_text("JobId=7 JobName=x\n   JobState=COMPLETING Reason=None\n")
-    assert queue.state_of("7") == "COMPLETING"
+    assert slurm_cli.state_of("7") == "COMPLETING"
 
 
 def test_words_for_durations_and_ends(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import yaml
 
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError
 from mixmask.launch.builtin import configs_folder
-from mixmask.launch.cells import Cell, check_cells, expand
-from mixmask.launch.cluster import Profile, Resources, load_profile
-from mixmask.launch.suite import load_suite
+from mixmask.launch.slurm.profile import Profile, Resources, load_profile
+from mixmask.launch.suite.cells import Cell, check_cells, expand
+from mixmask.launch.suite.suite import load_suite
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.checkpoints.source import read_source
 from mixmask.transfer.protocols.knn import KnnRecipe

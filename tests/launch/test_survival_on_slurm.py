@@ -14,8 +14,8 @@ import torch
 from mixmask.engine.config import to_yaml
 from mixmask.engine.ownership import read_owner
 from mixmask.engine.records import Record
-from mixmask.launch.cells import expand
-from mixmask.launch.suite import load_suite
+from mixmask.launch.suite.cells import expand
+from mixmask.launch.suite.suite import load_suite
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
     FIRST_JOB_SECONDS,

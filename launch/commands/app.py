@@ -18,11 +18,11 @@ import typer
 
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
 from mixmask.engine.wording import printable
-from mixmask.launch import result_commands, suite_commands
 from mixmask.launch.builtin import config_file, listed_configs
-from mixmask.launch.command_help import GroupedCommands, show_version
-from mixmask.launch.result_commands import Force
-from mixmask.launch.terminal import show
+from mixmask.launch.commands import results, suites
+from mixmask.launch.commands.command_help import GroupedCommands, show_version
+from mixmask.launch.commands.results import Force
+from mixmask.launch.commands.terminal import show
 
 app = typer.Typer(
     cls=GroupedCommands,
@@ -325,17 +325,17 @@ def show_detections(
 
 
 for _command in (
-    suite_commands.launch,
-    suite_commands.status,
-    suite_commands.cancel,
-    suite_commands.logs,
-    result_commands.results,
-    result_commands.tables,
-    result_commands.compare,
-    result_commands.plots,
-    result_commands.report,
-    result_commands.verify,
-    result_commands.card,
+    suites.launch,
+    suites.status,
+    suites.cancel,
+    suites.logs,
+    results.results,
+    results.tables,
+    results.compare,
+    results.plots,
+    results.report,
+    results.verify,
+    results.card,
 ):
     app.command()(_command)
 
@@ -352,7 +352,7 @@ def demo(
     Example:
       mixmask demo --out /tmp/demo
     """
-    from mixmask.launch.demo import draw_data, run_demo
+    from mixmask.launch.demo.demo import draw_data, run_demo
 
     if data_only:
         draw_data(out)
@@ -369,7 +369,7 @@ def doctor() -> None:
     Example:
       mixmask doctor
     """
-    from mixmask.launch.doctor import examine
+    from mixmask.launch.commands.doctor import examine
 
     show(examine())
 

@@ -10,104 +10,31 @@ Nothing here imports torch before it must: a cell that is finished ends at once.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from mixmask.engine import ownership
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
-from mixmask.engine.progress import log_file
 from mixmask.engine.storage import RunDirectory, write_text
-from mixmask.launch import queue
-from mixmask.launch.node import run_on_node
+from mixmask.launch.slurm import slurm_cli
+from mixmask.launch.slurm.attempts import Attempts, Place
+from mixmask.launch.slurm.spawn import run_on_node
 
 if TYPE_CHECKING:
     from mixmask.transfer.checkpoints.export import Target
 
 
 REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds between attempts to be queued again
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a job runs: its id, the number of this process, and its log. Outside submitit: this process."""
-
-    cluster: str
-    job: str
-    rank: int
-    log: str | None
-
-    @classmethod
-    def here(cls) -> Place:
-        """Of this process."""
-        if "SUBMITIT_EXECUTOR" not in os.environ:
-            log = log_file()
-            return cls("inline", f"{socket.gethostname()}:{os.getpid()}", 0, None if log is None else str(log))
-        env = submitit.JobEnvironment()
-        return cls(env.cluster, env.job_id, env.global_rank, str(env.paths.stdout))
-
-
-class Attempts:
-    """``attempts.jsonl``: which jobs have worked on a cell and how they ended."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def write(self, place: Place, event: str, message: str = "") -> None:
-        """Add a line; only a job's first process does.
-
-        Raises:
-            UserError: If the folder cannot be written.
-        """
-        if place.rank or ownership.TAKEN_OVER.is_set():  # who has lost the run leaves no word in it
-            return
-        line = {
-            "event": event,
-            "job": place.job,
-            "host": socket.gethostname(),
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "log": place.log,
-        }
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | ({"message": message} if message else {})) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.file.parent}: cannot be written ({error.strerror or error})") from None
-
-    def read(self) -> list[dict[str, Any]]:
-        """All lines; one that a crash left half written, or that is something else, is left out."""
-        if not self.file.is_file():
-            return []
-        found = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and {"event", "job"} <= entry.keys():
-                found.append(entry)
-        return found
-
-    def last(self, job: str) -> str | None:
-        """The newest event of a job."""
-        return next((str(line["event"]) for line in reversed(self.read()) if line["job"] == job), None)
-
-    def starts(self, job: str) -> int:
-        """How often a job has started; after the first time it had been queued again."""
-        return sum(1 for line in self.read() if line["event"] == "started" and line["job"] == job)
 
 
 @dataclass(frozen=True)
@@ -259,7 +186,7 @@ class CellJob:
             self.failed(place, f"failed: {self.cell}: another job has taken it over", 1)
         if place.cluster == "local" and number != submitit.JobEnvironment()._usr_sig():  # the user, not the time limit
             raise SystemExit(128 + number)
-        if place.cluster == "slurm" and (queue.state_of(place.job) or "RUNNING") != "RUNNING":
+        if place.cluster == "slurm" and (slurm_cli.state_of(place.job) or "RUNNING") != "RUNNING":
             raise SystemExit(128 + number)
         for patience in REQUEUE_PATIENCE:
             try:
@@ -335,7 +262,7 @@ class ProbeJob:
         """Leave a trace, and in it what is wrong."""
         place = Place.here()
         problem = ""
-        if queue.state_of(place.job) is None:
+        if slurm_cli.state_of(place.job) is None:
             problem = (
                 "a job cannot run scontrol there, so nothing could be queued again after a preemption or a time limit"
             )
@@ -351,6 +278,6 @@ class FinishJob:
 
     def __call__(self) -> None:
         """Write them."""
-        from mixmask.launch.finish import write_results
+        from mixmask.launch.suite.summary import write_results
 
         print(write_results(self.runs, self.suite), flush=True)

@@ -1,6 +1,7 @@
 """Writes ``evaluate/reference.json``: the recipes, as shipped, that the paper's numbers are compared with.
 
-``python -m mixmask.launch.reference`` (``make reference``) after a recipe or a suite was changed; a test compares the file.
+``make reference`` (``python -m mixmask.launch.suite.reference``) after a recipe or a suite was changed; a test compares the
+file.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 
 from mixmask.engine.config import identity
 from mixmask.launch.builtin import configs_folder
-from mixmask.launch.cells import Cell, expand
-from mixmask.launch.cluster import Profile
-from mixmask.launch.suite import load_suite
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.suite.cells import Cell, expand
+from mixmask.launch.suite.suite import load_suite
 from mixmask.pretrain.recipe import PretrainRecipe
 
 SUITES = ("table5", "table4", "table2", "semisup", "table7")  # the first that has a row gives its recipes
-FILE = Path(__file__).resolve().parents[1] / "evaluate" / "reference.json"
+FILE = Path(__file__).resolve().parents[2] / "evaluate" / "reference.json"
 
 
 def reference() -> dict[str, Any]:

@@ -17,10 +17,10 @@ from mixmask.engine.errors import UserError
 from mixmask.engine.ownership import describe_owner, read_owner, seems_alive
 from mixmask.engine.storage import RunDirectory, last_lines
 from mixmask.engine.wording import printable
-from mixmask.launch import queue
-from mixmask.launch.jobs import Attempts
-from mixmask.launch.ledger import Launch, LaunchedCell
-from mixmask.launch.queue import JobState
+from mixmask.launch.slurm import slurm_cli
+from mixmask.launch.slurm.attempts import Attempts
+from mixmask.launch.slurm.slurm_cli import JobState
+from mixmask.launch.suite.manifest import Launch, LaunchedCell
 
 State = Literal["done", "running", "pending", "suspended", "failed", "cancelled", "stopped", "not started"]
 FIRST = (
@@ -87,9 +87,9 @@ def status(launch: Launch) -> list[CellStatus]:
     """
     states: dict[str, JobState] = {}
     if launch.cluster == "slurm" and any(not cell.is_finished for cell in launch.cells):
-        states = queue.queued()
+        states = slurm_cli.queued()
         unknown = [c.job for c in launch.cells if not c.is_finished and c.job is not None and c.job not in states]
-        states = queue.accounted(unknown) | states
+        states = slurm_cli.accounted(unknown) | states
     found: dict[str, CellStatus] = {}
     for cell in launch.cells:
         found[cell.id] = _status(cell, launch, states, found)
@@ -263,12 +263,12 @@ def cancel(launches: Sequence[Launch]) -> list[str]:
     known = {job for launch in launches if launch.cluster == "slurm" for job in launch.jobs}
     if not known:
         raise UserError("nothing to cancel: the suite has no job on SLURM")
-    states = queue.queued()
+    states = slurm_cli.queued()
     active = sorted(
         {job.split("_")[0] for job, state in states.items() if state.is_active and job.split("_")[0] in known},
         key=int,
     )
-    queue.cancel(active)
+    slurm_cli.cancel(active)
     return active
 
 

@@ -18,12 +18,12 @@ from submitit.slurm import slurm as submitit_slurm
 
 from mixmask.engine.errors import RunFailure, UserError
 from mixmask.engine.progress import say
-from mixmask.launch import queue
-from mixmask.launch.arrays import Array
-from mixmask.launch.cluster import Profile, Resources
-from mixmask.launch.jobs import CellJob, FinishJob, ProbeJob
-from mixmask.launch.ledger import Launch, launches
-from mixmask.launch.suite import Suite
+from mixmask.launch.slurm import slurm_cli
+from mixmask.launch.slurm.jobs import CellJob, FinishJob, ProbeJob
+from mixmask.launch.slurm.profile import Profile, Resources
+from mixmask.launch.suite.arrays import Array
+from mixmask.launch.suite.manifest import Launch, launches
+from mixmask.launch.suite.suite import Suite
 
 APPEARING_SECONDS = 30.0  # which a network file system may take to show a new file
 
@@ -99,7 +99,7 @@ def submit(
 
 def _finish_waits(record: Launch) -> bool:
     """Whether the last job of an earlier launch of the suite is still to come; it reads the newest launch."""
-    states = queue.queued()
+    states = slurm_cli.queued()
     earlier = (launch.finish_job for launch in launches(record.folder.parents[3], record.suite))
     return any(job in states and states[job].is_active for job in earlier if job is not None)
 
@@ -116,8 +116,8 @@ def _all_or_none(ids: Mapping[str, str], names: Sequence[str], record: Launch) -
         yield
     except BaseException:
         try:
-            queue.cancel(ids.values())
-            queue.cancel_named(names)
+            slurm_cli.cancel(ids.values())
+            slurm_cli.cancel_named(names)
             record.file.unlink(missing_ok=True)
             if ids:
                 shown = ", ".join(f"{name} (job {job})" for name, job in ids.items())
@@ -193,7 +193,7 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
                     raise UserError(f"{problem} (container, setup and environment of the profile)")
                 proof.touch()
                 return
-            state = queue.queued().get(job.job_id)
+            state = slurm_cli.queued().get(job.job_id)
             if ended_at is None and (state is None or not state.is_active):
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() > ended_at + APPEARING_SECONDS:
@@ -208,7 +208,7 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
     finally:
         if not proof.exists():
             with contextlib.suppress(RunFailure):
-                queue.cancel([job.job_id])
+                slurm_cli.cancel([job.job_id])
     say(f"the probe has not started within {profile.shared_check_s} s; going on without its proof")
 
 

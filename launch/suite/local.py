@@ -19,11 +19,11 @@ from mixmask.engine.errors import Interrupted, UserError
 from mixmask.engine.ownership import read_owner
 from mixmask.engine.progress import logged, say
 from mixmask.engine.storage import RunDirectory
-from mixmask.launch.arrays import Array
-from mixmask.launch.cells import Cell
-from mixmask.launch.cluster import Profile
-from mixmask.launch.jobs import CellJob
-from mixmask.launch.ledger import Launch
+from mixmask.launch.slurm.jobs import CellJob
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.suite.arrays import Array
+from mixmask.launch.suite.cells import Cell
+from mixmask.launch.suite.manifest import Launch
 
 
 def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, record: Launch) -> None:

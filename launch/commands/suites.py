@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from mixmask.launch.builtin import config_file
-from mixmask.launch.terminal import show
+from mixmask.launch.commands.terminal import show
 
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must share it.")]
@@ -44,10 +44,11 @@ def launch(
       mixmask launch configs/suites/table5.yaml --profile configs/cluster/example.yaml --dry-run
       mixmask launch configs/suites/demo.yaml --cluster inline
     """
-    from mixmask.launch import launching, ledger, slurm
-    from mixmask.launch.arrays import Array
-    from mixmask.launch.cluster import load_profile
-    from mixmask.launch.suite import load_suite
+    from mixmask.launch.slurm import submission
+    from mixmask.launch.slurm.profile import load_profile
+    from mixmask.launch.suite import launching, manifest
+    from mixmask.launch.suite.arrays import Array
+    from mixmask.launch.suite.suite import load_suite
 
     suite = config_file(suite, "suites")
     chosen, given = (
@@ -62,14 +63,16 @@ def launch(
     show(plan.describe())
     if cluster != "slurm" or not plan.arrays:
         return
-    folder = ledger.suite_folder(plan.runs, chosen.name) / "launches" / "…"
-    snapshot = ledger.suite_folder(plan.runs, chosen.name) / "code" / "…"
+    folder = manifest.suite_folder(plan.runs, chosen.name) / "launches" / "…"
+    snapshot = manifest.suite_folder(plan.runs, chosen.name) / "code" / "…"
     names = {array.name: f"<{array.name}>" for array in plan.arrays}
     for array in plan.arrays:
-        show(f"\n{array.name}\n{slurm.header(chosen.name, array, given, folder, snapshot, array.dependency(names))}")
+        show(
+            f"\n{array.name}\n{submission.header(chosen.name, array, given, folder, snapshot, array.dependency(names))}"
+        )
     last = Array("finish", given.resolve(chosen.resources.finish), ())
     after = f"afterany:{':'.join([*names.values(), *plan.queued.values()])}"
-    show(f"\nfinish\n{slurm.header(chosen.name, last, given, folder, snapshot, after)}")
+    show(f"\nfinish\n{submission.header(chosen.name, last, given, folder, snapshot, after)}")
 
 
 def status(
@@ -92,11 +95,11 @@ def status(
     from rich.live import Live
 
     from mixmask.engine.errors import RunFailure
-    from mixmask.launch import ledger
-    from mixmask.launch import status as states
-    from mixmask.launch.overview import overview
+    from mixmask.launch.suite import manifest
+    from mixmask.launch.suite import status as states
+    from mixmask.launch.suite.overview import overview
 
-    newest = ledger.latest(runs.resolve(), _name(suite))
+    newest = manifest.latest(runs.resolve(), _name(suite))
     draw = states.table if cells else overview
 
     def look() -> list[states.CellStatus]:
@@ -129,12 +132,12 @@ def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
     Example:
       mixmask cancel table5
     """
-    from mixmask.launch import ledger
-    from mixmask.launch import status as states
+    from mixmask.launch.suite import manifest
+    from mixmask.launch.suite import status as states
 
     name = _name(suite)
-    ledger.latest(runs.resolve(), name)
-    jobs = states.cancel(list(ledger.launches(runs.resolve(), name)))
+    manifest.latest(runs.resolve(), name)
+    jobs = states.cancel(list(manifest.launches(runs.resolve(), name)))
     show(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it waits or runs")
 
 
@@ -150,10 +153,10 @@ def logs(
       mixmask logs cifar100-moco-mixmask-cifar100-knn
     """
     from mixmask.engine.errors import UserError
-    from mixmask.launch import ledger
-    from mixmask.launch import status as states
+    from mixmask.launch.suite import manifest
+    from mixmask.launch.suite import status as states
 
-    newest, found = states.find_cell(list(ledger.launches(runs.resolve()))[::-1], cell)
+    newest, found = states.find_cell(list(manifest.launches(runs.resolve()))[::-1], cell)
     one = next(one for one in states.status(newest) if one.cell == found.id)
     if one.log is None or not Path(one.log).is_file():
         raise UserError(f"{one.cell}: {one.state}, and there is no log yet{f' ({one.log})' if one.log else ''}")

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mixmask.launch.cells import Cell
-from mixmask.launch.cluster import Resources
+from mixmask.launch.slurm.profile import Resources
+from mixmask.launch.suite.cells import Cell
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mixmask.launch.terminal import show
+from mixmask.launch.commands.terminal import show
 
 if TYPE_CHECKING:
     from mixmask.evaluate.collect import Collection

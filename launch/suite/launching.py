@@ -13,15 +13,16 @@ from mixmask.engine.ownership import Owner, read_owner
 from mixmask.engine.progress import say
 from mixmask.engine.provenance import code
 from mixmask.engine.storage import write_text
-from mixmask.launch import here, ledger, queue, slurm
-from mixmask.launch.arrays import Array, plan_arrays
-from mixmask.launch.cells import Cell, check_cells, expand
-from mixmask.launch.cluster import Profile
-from mixmask.launch.finish import write_results
-from mixmask.launch.jobs import CellJob
-from mixmask.launch.ledger import Cluster, Launch
-from mixmask.launch.snapshot import freeze
-from mixmask.launch.suite import Suite
+from mixmask.launch.slurm import slurm_cli, submission
+from mixmask.launch.slurm.jobs import CellJob
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.slurm.snapshot import freeze
+from mixmask.launch.suite import local, manifest
+from mixmask.launch.suite.arrays import Array, plan_arrays
+from mixmask.launch.suite.cells import Cell, check_cells, expand
+from mixmask.launch.suite.manifest import Cluster, Launch
+from mixmask.launch.suite.suite import Suite
+from mixmask.launch.suite.summary import write_results
 
 SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
@@ -114,7 +115,7 @@ def make_plan(
     if cluster == "slurm":
         try:
             waiting = _queued(cells, runs)
-            limit = queue.largest_array()
+            limit = slurm_cli.largest_array()
         except (UserError, RunFailure) as error:
             if not dry:
                 raise
@@ -137,7 +138,7 @@ def make_plan(
 def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
     """Jobs of earlier launches, of this or another suite, that still have a cell to do."""
     known: dict[str, list[str]] = {}
-    for launch in ledger.launches(runs):
+    for launch in manifest.launches(runs):
         for launched in launch.cells:
             if launched.job is not None and launch.cluster == "slurm":
                 known.setdefault(launched.id, []).append(launched.job)
@@ -154,11 +155,11 @@ def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
     return found
 
 
-def _settled(jobs: Set[str]) -> dict[str, queue.JobState]:
+def _settled(jobs: Set[str]) -> dict[str, slurm_cli.JobState]:
     """The queue, once none of these jobs is about to end: whether such a one has done its work is not known yet."""
     end = time.monotonic() + SETTLING_SECONDS
     while True:
-        states = queue.queued()
+        states = slurm_cli.queued()
         ending = sorted(job for job in jobs if job in states and states[job].state == "COMPLETING")
         if not ending or time.monotonic() > end:
             return states
@@ -204,8 +205,8 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         jobs = _jobs(plan, record)
         if cluster == "slurm":
             try:
-                queue.cancel(plan.orphans)
-                slurm.submit(plan.arrays, jobs, plan.profile, suite, record)
+                slurm_cli.cancel(plan.orphans)
+                submission.submit(plan.arrays, jobs, plan.profile, suite, record)
             except BaseException:
                 if not record.jobs:  # nothing was submitted, and status goes on showing the launch before
                     record.file.unlink(missing_ok=True)
@@ -215,20 +216,20 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
     if cluster == "slurm" and (plan.arrays or plan.queued):
         return True
     if cluster != "slurm":
-        here.run(plan.arrays, jobs, plan.profile, record)
+        local.run(plan.arrays, jobs, plan.profile, record)
     print(write_results(plan.runs, suite.name))
     return all(cell.is_finished for cell in plan.cells)
 
 
 def _record(plan: Plan) -> Launch:
     """Write down what is about to be launched, with the code that it runs frozen."""
-    folder, now = ledger.new_launch_folder(plan.runs, plan.suite.name)
+    folder, now = manifest.new_launch_folder(plan.runs, plan.suite.name)
     cells = tuple(
         cell.launched().model_copy(update={"job": plan.queued.get(cell.id), "log": None}) for cell in plan.cells
     )
     snapshot = None
     if plan.cluster != "inline" and (plan.arrays or plan.queued):
-        snapshot = freeze(ledger.suite_folder(plan.runs, plan.suite.name) / "code")
+        snapshot = freeze(manifest.suite_folder(plan.runs, plan.suite.name) / "code")
     record = Launch(
         suite=plan.suite.name,
         created=now,

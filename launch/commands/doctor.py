@@ -79,10 +79,10 @@ def _engines() -> list[str]:
 
 
 def _cluster() -> list[str]:
-    from mixmask.launch import queue
+    from mixmask.launch.slurm import slurm_cli
 
     try:
-        return [f"slurm         {queue.run(['sbatch', '--version']).strip()}: mixmask launch submits to it"]
+        return [f"slurm         {slurm_cli.run(['sbatch', '--version']).strip()}: mixmask launch submits to it"]
     except (UserError, RunFailure):
         return ["slurm         no sbatch here: mixmask launch takes --cluster local or inline"]
 

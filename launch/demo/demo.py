@@ -19,8 +19,8 @@ from mixmask.evaluate.render import render
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.tables import build
-from mixmask.launch import demo_data
 from mixmask.launch.builtin import configs_folder
+from mixmask.launch.demo import demo_data
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage

@@ -13,9 +13,9 @@ import pytest
 
 from mixmask.engine.errors import Interrupted, UserError
 from mixmask.engine.records import Record
-from mixmask.launch import ledger
-from mixmask.launch.cli import app
-from mixmask.launch.jobs import Attempts
+from mixmask.launch.commands.app import app
+from mixmask.launch.slurm.attempts import Attempts
+from mixmask.launch.suite import manifest
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 
@@ -54,7 +54,7 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
 def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.launch.jobs import CellJob
+    from mixmask.launch.slurm.jobs import CellJob
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     runs = tmp_path / "runs"
@@ -77,7 +77,7 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
 def test_inline_a_signal_between_steps_ends_the_suite_and_not_the_cell_alone(
     number: int, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.launch.jobs import CellJob
+    from mixmask.launch.slurm.jobs import CellJob
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     seen = []
@@ -142,7 +142,7 @@ def test_local_processes_share_a_batch_and_import_the_frozen_code(tmp_path: Path
     cells = found(runs)
     record = Record.read(Path(cells["mixmask"].run) / "record.json")
     assert record.environment["world_size"] == 2
-    newest = ledger.latest(runs, "small")
+    newest = manifest.latest(runs, "small")
     assert newest.snapshot is not None
     assert record.environment["git_commit"] == ((newest.snapshot / "COMMIT").read_text().strip() or None)
     assert "kNN top-1" in Path(str(cells["mixmask-knn"].log)).read_text()

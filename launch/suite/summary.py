@@ -15,9 +15,9 @@ from mixmask.evaluate.render import render_all
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.tables import build
-from mixmask.launch.jobs import Attempts
-from mixmask.launch.ledger import Launch, LaunchedCell, latest, suite_folder
-from mixmask.launch.status import headline
+from mixmask.launch.slurm.attempts import Attempts
+from mixmask.launch.suite.manifest import Launch, LaunchedCell, latest, suite_folder
+from mixmask.launch.suite.status import headline
 
 
 def write_results(runs: Path, suite: str) -> str:

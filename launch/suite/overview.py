@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from mixmask.engine.wording import printable
-from mixmask.launch.ledger import Launch
-from mixmask.launch.status import COLOURS, FIRST, CellStatus
+from mixmask.launch.suite.manifest import Launch
+from mixmask.launch.suite.status import COLOURS, FIRST, CellStatus
 
 SEED = re.compile(r"_seed-([0-9]+)")
 SHORT = {"not started": "–", "pending": "waits", "cancelled": "cancelled", "suspended": "susp."}

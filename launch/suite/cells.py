@@ -16,9 +16,9 @@ from mixmask.engine.datasets import DataRecipe, OpenImages
 from mixmask.engine.errors import ConfigError, listed
 from mixmask.engine.images import ImageSet
 from mixmask.engine.storage import RunDirectory, locate_run
-from mixmask.launch.cluster import Profile, Resources
-from mixmask.launch.ledger import LaunchedCell, Stage
-from mixmask.launch.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
+from mixmask.launch.slurm.profile import Profile, Resources
+from mixmask.launch.suite.manifest import LaunchedCell, Stage
+from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from mixmask.engine.config import Recipe, load_recipe
 from mixmask.engine.records import Label, Method
-from mixmask.launch.cluster import Resources
+from mixmask.launch.slurm.profile import Resources
 from mixmask.transfer.checkpoints.export import Target
 from mixmask.transfer.protocols import PROTOCOLS
 

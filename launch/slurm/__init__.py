@@ -1,0 +1,1 @@
+"""SLURM: profiles, submission, and what runs in a job."""
