@@ -52,7 +52,7 @@ def test_arrays_dependencies_and_what_they_start(fake: FakeSlurm, tmp_path: Path
     assert header(pretrain)["chdir"] == str(newest.snapshot)
     assert f"export PYTHONPATH='{newest.snapshot}'" in pretrain or f"export PYTHONPATH={newest.snapshot}" in pretrain
     assert " enroot start x.sqsh " in pretrain
-    assert (newest.snapshot / "mixmask" / "launch" / "jobs.py").is_file()
+    assert (newest.snapshot / "mixmask" / "launch" / "slurm" / "jobs.py").is_file()
     assert (newest.snapshot / "mixmask" / "configs" / "demo" / "knn.yaml").is_file()
     assert [cell.job for cell in newest.cells] == ["1_0", "1_1", "2_0", "2_1"]
     srun = next(line for line in pretrain.splitlines() if line.startswith("srun "))
