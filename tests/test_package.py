@@ -32,7 +32,7 @@ def test_a_wheel_has_nothing_at_its_top_level_but_mixmask(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"mixmask"}
     for name in (
         "__main__.py", "engine/training.py", "pretrain/stage.py", "transfer/stage.py", "evaluate/published.csv",
-        "evaluate/page/report.html.j2", "launch/cli.py", "configs/pretrain/imagenet_mocov2_mixmask.yaml",
+        "evaluate/page/report.html.j2", "launch/commands/app.py", "configs/pretrain/imagenet_mocov2_mixmask.yaml",
     ):  # fmt: skip
         assert f"mixmask/{name}" in names
     assert not [name for name in names if "tests" in name or "__pycache__" in name]

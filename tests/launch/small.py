@@ -87,7 +87,7 @@ def wait_until_over(runs: Path, seconds: float = 150) -> dict[str, states.CellSt
     def over() -> bool:
         job = newest.finish_job
         return all(one.state not in ("pending", "running") for one in found(runs).values()) and (
-            job is None or not states.queue.queued().get(job, states.queue.JobState("GONE")).is_active
+            job is None or not states.slurm_cli.queued().get(job, states.slurm_cli.JobState("GONE")).is_active
         )
 
     wait_for(over, f"the suite is over: {found(runs)}", seconds)
