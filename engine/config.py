@@ -203,7 +203,11 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
     try:
         recipe = model.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem, model, sources, str(path), origin) for problem in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        inner = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
+        # A list whose entries are wrong is called too short as well, which is a consequence and no second mistake.
+        own = [problem for problem in found if problem["loc"] not in inner or problem["type"] != "too_short"]
+        problems = [_explain(problem, model, sources, str(path), origin) for problem in own]
         raise ConfigError(*dict.fromkeys(problems)) from None
     if tree.get(EXPECTED) and sources.get(EXPECTED) != origin and _changed(recipe, written, tree):
         return model.model_validate({**tree, EXPECTED: []})

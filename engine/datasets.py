@@ -23,7 +23,8 @@ class DataRecipe(Recipe):
 
     ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it lies on this machine. There,
     ``train`` and ``test`` are folders with one sub-folder per class, unless another kind of data (`engine.data`) recognises
-    what lies there: Tiny-ImageNet's own layout, CIFAR's published archives. ``kind`` names the kind where two do.
+    what lies there: Tiny-ImageNet's own layout, CIFAR's published archives. ``layout`` names the
+    kind where two do.
     ``storage: stream`` decodes in worker processes at every epoch; ``storage: resident`` decodes a small data set once
     and keeps it on the device (all images must have one size).
 
@@ -41,7 +42,7 @@ class DataRecipe(Recipe):
     holdout: float = added(0.0, ge=0, lt=1)
     holdout_seed: int = added(0, ge=0, lt=1 << 63)
     allow_overlap: bool = added(False)
-    kind: str | None = operational(None)
+    layout: str | None = operational(None)
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataRecipe:

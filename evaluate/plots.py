@@ -279,7 +279,7 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
     shares = [
         r
         for r in results
-        if isinstance(r.run.record.settings.get("labels"), int | float) and r.metric.endswith("/top1")
+        if isinstance(r.run.record.settings.get("labels"), int | float) and r.metric == "semisup/top1"
     ]
     plots = []
     for dataset, own in _grouped(shares, lambda r: r.run.record.dataset).items():

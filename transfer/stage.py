@@ -13,7 +13,7 @@ from mixmask.engine import distributed
 from mixmask.engine.augment import Normalization
 from mixmask.engine.config import fingerprint_of, identity
 from mixmask.engine.datasets import other_classes
-from mixmask.engine.errors import ConfigError
+from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.records import Record, environment
 from mixmask.engine.run import RecordedWork, carry_out
@@ -69,6 +69,11 @@ class TransferPlan(RecordedWork[Record]):
                 self.normalization,
             )
         )
+        if not recipe.headlines.keys() & metrics.keys():  # a mistake in the protocol: tables would not find its number
+            raise RunFailure(
+                f"protocol {recipe.protocol}: measured {', '.join(metrics) or 'nothing'}, and its headlines are "
+                f"{', '.join(recipe.headlines)}; one of them must be measured"
+            )
         seconds = metrics.pop("seconds", 0.0)
         metrics.pop("images_per_second", None)
         record = Record(

@@ -21,7 +21,7 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
 
     Raises:
         DataError: If it is missing, empty or damaged, or no kind of data recognises it.
-        ConfigError: If ``data.kind`` names none that exists.
+        ConfigError: If ``data.layout`` names none that exists.
     """
     root = Path(data.root).expanduser()
     if not root.exists():
@@ -40,16 +40,16 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
     """The kind of data that lies in ``root``.
 
     Raises:
-        DataError: If two kinds recognise it; ``data.kind`` decides.
-        ConfigError: If ``data.kind`` names none that exists.
+        DataError: If two kinds recognise it; ``data.layout`` decides.
+        ConfigError: If ``data.layout`` names none that exists.
     """
-    if data.kind is not None:
-        return KINDS.get(data.kind, "data.kind")()
+    if data.layout is not None:
+        return KINDS.get(data.layout, "data.layout")()
     every = [one() for one in KINDS.classes()]
     found = [one for one in every if not one.general and one.recognises(root, data)]
     if len(found) > 1:
         names = [one.kind for one in found]
-        raise DataError(f"{root}: looks like {' and like '.join(names)}; data.kind={names[0]} says which it is")
+        raise DataError(f"{root}: looks like {' and like '.join(names)}; data.layout={names[0]} says which it is")
     return found[0] if found else next(one for one in every if one.general)
 
 

@@ -65,7 +65,7 @@ def run(command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise RunFailure(f"{command[0]}: no answer within {SECONDS} s; is slurmctld up?") from None
     if done.returncode:
-        words = (done.stderr or done.stdout).strip()
+        words = "; ".join((done.stderr or done.stdout).strip().splitlines())
         if any(re.search(pattern, words, re.IGNORECASE) for pattern in NOT_CONFIGURED):
             raise UserError(
                 f"SLURM is installed here, but this machine is not set up to talk to a cluster ({printable(words)}). Log in "

@@ -16,6 +16,7 @@ from mixmask.engine.datasets import DataRecipe, OpenImages
 from mixmask.engine.errors import ConfigError, listed
 from mixmask.engine.images import ImageSet
 from mixmask.engine.storage import RunDirectory, locate_run
+from mixmask.launch.builtin import config_file
 from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
 from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
@@ -158,7 +159,7 @@ class _Expansion:
             for backbone in backbones:
                 yield self._convert(grid.convert, backbone, target)
         for entry in grid.transfer:
-            config = self.folder / entry.config
+            config = self._config(entry, "transfer")
             protocol_of(config)
             protocol = read_key(config, (), "protocol")
             common = {**self.suite.set.transfer, **self.suite.set.of(protocol)}
@@ -181,6 +182,12 @@ class _Expansion:
                 which = f"_seed-{seed}" if len(entry.seeds) > 1 else ""
                 yield suffix + which, [*fixed, *varied, *last, f"seed={seed}"], seed
 
+    def _config(self, entry: Entry, kind: str) -> Path:
+        """A recipe's config: a file, relative to the suite's, or one that comes with the project, by its name."""
+        beside = self.folder / entry.config
+        given = Path(entry.config)
+        return beside if beside.exists() or len(given.parts) > 1 else config_file(given, kind)
+
     def _data(self, name: str, entry: Entry) -> list[str]:
         """Where a data set lies, unless the entry says it itself."""
         self.datasets.add(name)
@@ -193,7 +200,7 @@ class _Expansion:
         return self.profile.resolve(own.over(common))
 
     def _pretrain(self, entry: Entry, suffix: str, overrides: list[str], seed: int) -> Cell:
-        config = self.folder / entry.config
+        config = self._config(entry, "pretrain")
         recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
         overrides = [
             *overrides,
@@ -241,7 +248,7 @@ class _Expansion:
         )
 
     def _transfer(self, entry: Entry, backbone: _Backbone, suffix: str, overrides: list[str], seed: int) -> Cell:
-        config = self.folder / entry.config
+        config = self._config(entry, "transfer")
         overrides = [*overrides, _override("backbone", str(backbone.file.resolve()))]
         overrides += [_override(key, value) for key, value in backbone.labels.items()]
         recipe = load_transfer_recipe(config, overrides, ORIGIN)

@@ -72,7 +72,7 @@ class Plan:
             what = ", ".join(f"{count} × {what}" for what, count in counts.items())
             waits = f", each after its own cell of {array.after.name}" if array.after is not None else ""
             waits += f", after job {', '.join(array.after_jobs)}" if array.after_jobs else ""
-            lines.append(f"  {array.name:<12} {len(array.cells)} cells ({what}){waits}")
+            lines.append(f"  {array.name:<12} {len(array.cells)} cell{'s' * (len(array.cells) != 1)} ({what}){waits}")
             lines.append(f"  {'':<12} {array.resources.describe()} each")
         if self.arrays:
             lines.append(f"  {'finish':<12} the tables, after all of them, however they end")

@@ -22,8 +22,8 @@ SUITE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"  # the name of a folder: neither 
 class Entry(Recipe):
     """A recipe of the suite.
 
-    ``config`` is relative to the suite's file. ``set`` replaces keys; each key of ``vary`` takes every value of its list,
-    in all combinations; ``seeds`` are the runs of each.
+    ``config`` is relative to the suite's file, or the name of a config that comes with the project. ``set`` replaces keys;
+    each key of ``vary`` takes every value of its list, in all combinations; ``seeds`` are the runs of each.
     """
 
     config: str = Field(min_length=1)

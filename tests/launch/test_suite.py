@@ -198,3 +198,22 @@ def test_a_job_has_a_task_per_gpu_and_detectron2_one_per_node(tmp_path: Path) ->
     assert "dependency" not in voc
     assert coco["dependency"] == "aftercorr:3"
     assert profile.command("x") == "apptainer exec --nv /shared/images/torch.sif /shared/envs/mixmask/bin/python"
+
+
+def test_a_config_of_the_project_is_found_by_its_name(tmp_path: Path) -> None:
+    tree = {"name": "named", "grids": [{"pretrain": [{"config": "imagenet_mocov2"}], "transfer": [{"config": "knn"}]}]}
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert [cell.protocol for cell in cells_of(path)] == ["pretrain", "knn"]
+    path.write_text(yaml.safe_dump(tree).replace("imagenet_mocov2", "imagenet_mocov"))
+    with pytest.raises(ConfigError, match="did you mean imagenet_mocov2"):
+        cells_of(path)
+
+
+def test_one_mistake_in_a_list_is_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    entry = {"config": "imagenet_mocov2", "set": {"name": "x"}}
+    path.write_text(yaml.safe_dump({"name": "named", "grids": [{"pretrain": [entry]}]}))
+    with pytest.raises(ConfigError, match="name is the suite's to set") as error:
+        cells_of(path)
+    assert len(str(error.value).splitlines()) == 1

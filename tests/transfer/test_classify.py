@@ -475,3 +475,15 @@ def test_a_list_of_labelled_images_that_cannot_be_read_is_named(shapes: Path, tm
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=said):
             listed_subset(images, tmp_path / name)
+
+
+def test_a_protocol_that_does_not_measure_its_headline_is_refused(
+    shapes: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixmask.transfer.protocols.knn import KnnRecipe
+
+    monkeypatch.setattr(KnnRecipe, "measure", lambda self, setting: {"knn/acc": 1.0})
+    plan = make_plan(KNN, shapes, tmp_path, resnet18)
+    with pytest.raises(RunFailure, match=r"measured knn/acc, and its headlines are knn/top1"):
+        stage.run(plan)
+    assert not plan.run.is_finished

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.heads import Head, mlp
@@ -20,6 +21,7 @@ class AlignRecipe(FrameworkRecipe):
     dim: int = Field(64, ge=2)
     weight: float = Field(1.0, ge=0)
 
+    @override
     def build(self, backbone: BackboneRecipe) -> Align:
         return Align(self, backbone)
 
@@ -36,13 +38,16 @@ class Align(Framework):
         self.encoder = Encoder(trunk, mlp([width_of(trunk), recipe.dim], norm=False))
 
     @property
+    @override
     def trunk(self) -> nn.Module:
         return self.encoder.trunk
 
     @property
+    @override
     def head(self) -> Head:
         return self.encoder.projector
 
+    @override
     def query(self, images: Tensor) -> Tensor:
         return unit(self.encoder(images))
 
@@ -54,6 +59,7 @@ class Align(Framework):
         """Only the alignment is one of single images, and is weighed by λ; of the uniformity, the mean share counts."""
         return (lam * (query - key).square().sum(dim=1)).mean() + self.recipe.weight * lam.mean() * _uniformity(query)
 
+    @override
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         query, key = self.query(queries[0]), self.query(keys[1])
         return Clean((self.loss(query, key) + self.loss(key, query)) / 2, query, (key,))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
@@ -17,7 +18,7 @@ from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import extract_features, top1
 from mixmask.engine.loader import open_source
 from mixmask.engine.randomness import generator
-from mixmask.transfer.classification import ClassifyRecipe, Images, trunk_of
+from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, trunk_of
 
 
 class FewShot(ClassifyRecipe):
@@ -28,20 +29,25 @@ class FewShot(ClassifyRecipe):
     episodes: int = Field(20, ge=1)
 
     @property
+    @override
     def record_name(self) -> str:
         return f"fewshot_{self.shots}"
 
     @property
+    @override
     def title(self) -> str:
         return f"{self.shots}-shot"
 
     @property
+    @override
     def headlines(self) -> Mapping[str, str]:
         return {"fewshot/top1": f"{self.title} top-1"}
 
+    @override
     def settings(self, train: ImageSet) -> dict[str, Any]:
         return {"shots": self.shots, "episodes": self.episodes}
 
+    @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = super().open(open_images)
         fewest = int(torch.bincount(train.labels).min())
@@ -49,6 +55,7 @@ class FewShot(ClassifyRecipe):
             raise ConfigError(f"shots {self.shots}: a class of '{self.data.name}' has {fewest} training images only")
         return train, test
 
+    @override
     def measure(self, setting: Images) -> dict[str, float]:
         trunk = trunk_of(setting)
         (bank, labels), (asked, answers) = (
@@ -65,7 +72,9 @@ class FewShot(ClassifyRecipe):
             for images in (setting.train, setting.test)
         )
         bank, asked = F.normalize(bank, dim=1), F.normalize(asked, dim=1)
-        found = [top1(self._nearest(bank, labels, asked, episode), answers) for episode in range(self.episodes)]
+        predicted = [self._nearest(bank, labels, asked, episode) for episode in range(self.episodes)]
+        save_answers(self, setting, predicted[0], answers)  # of the first episode, for `mixmask compare`
+        found = [top1(one, answers) for one in predicted]
         return {"fewshot/top1": sum(found) / len(found)}
 
     def _nearest(self, bank: Tensor, labels: Tensor, asked: Tensor, episode: int) -> Tensor:

@@ -6,6 +6,7 @@ import random
 from typing import Literal
 
 import torch
+from typing_extensions import override
 
 from mixmask.pretrain.mixture import Draw, Groups, reverse_permutation
 
@@ -16,13 +17,16 @@ class Halves(Groups):
     kind: Literal["halves"] = "halves"
 
     @property
+    @override
     def method(self) -> str:
         return "halves"
 
     @property
+    @override
     def num_mixtures(self) -> int:
         return 1
 
+    @override
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
         mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
         mask[..., : width // 2] = True

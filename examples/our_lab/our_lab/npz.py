@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
@@ -19,9 +20,11 @@ class Npz(DataKind):
 
     kind = "npz"
 
+    @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:
         return (root / FILE).is_file()
 
+    @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> ArrayImages:
         split = data.train if part == "train" else data.test
         with np.load(root / FILE, allow_pickle=False) as file:
@@ -33,5 +36,10 @@ class Npz(DataKind):
         paths = tuple(Path(f"{split}-{number:06d}") for number in range(len(labels)))
         return ArrayImages(paths, labels, classes, root / FILE / str(split), pixels)
 
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        return f"{root / FILE} has a test part; leave data.holdout out"
+
+    @override
     def splits(self, root: Path) -> list[str]:
         return ["train", "val"] if self.recognises(root, DataRecipe(name="x", root=str(root))) else []
