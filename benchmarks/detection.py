@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.precision import autocast, fast_bf16
 from mixmask.engine.randomness import generator
-from mixmask.launch.builtin import configs_folder
 from mixmask.transfer.detection import torchvision_engine
 from mixmask.transfer.detection.annotations import open_detection
 from mixmask.transfer.detection.batches import DetectionBatch, training_batches

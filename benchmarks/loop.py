@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
 from mixmask.engine.images import FileImages
 from mixmask.engine.job import Job, Part
@@ -32,7 +33,6 @@ from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.precision import Precision, autocast, fast_bf16
 from mixmask.engine.storage import RunDirectory
 from mixmask.engine.training import train
-from mixmask.launch.builtin import configs_folder
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts

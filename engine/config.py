@@ -1,8 +1,8 @@
 """From YAML and ``key=value`` overrides to a frozen, typed recipe; and the fingerprint of a recipe.
 
-A config file may name a ``base:`` file (relative to itself), whose mappings it extends key by key. A mapping with a
-``kind`` key describes one of several things: when an extension changes the kind, it replaces the whole mapping, because
-the old kind's keys mean nothing to the new one.
+A config file may name a ``base:``, which is a file relative to itself or the name of a config of the project. It extends
+the mappings of its base key by key. A mapping with a ``kind`` key describes one of several things: when an extension
+changes the kind, it replaces the whole mapping, because the old kind's keys mean nothing to the new one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mixmask.engine.builtin_configs import named_config
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.texts import read_text
 
@@ -163,7 +164,14 @@ def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, An
         return tree, {key: str(path) for key in _leaves(tree)}
     if not isinstance(base, str):
         raise ConfigError(f"{path}: 'base' names one file, got {base!r}")
-    merged, sources = read_config(path.parent / base, (*_chain, resolved))
+    beside = path.parent / base
+    try:
+        found = beside if len(Path(base).parts) > 1 or beside.is_file() else named_config(base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base: {error.one_line()}") from None
+    if not found.is_file():
+        raise ConfigError(f"{path}: base: {beside}: no such file")
+    merged, sources = read_config(found, (*_chain, resolved))
     merged.pop(EXPECTED, None)
     sources.update({key: str(path) for key in _leaves(tree)})
     return _merge(merged, tree), sources

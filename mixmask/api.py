@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mixmask.engine.augment import Normalization
 from mixmask.engine.backbones import build_trunk
+from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import load_recipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
@@ -32,7 +33,6 @@ from mixmask.engine.precision import Precision
 from mixmask.engine.preflight import find_splits
 from mixmask.engine.records import Record
 from mixmask.engine.storage import RunDirectory, require_output_file
-from mixmask.launch.builtin import config_file
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mixmask
 from mixmask import api
-from mixmask.launch.builtin import configs_folder
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
 from mixmask.pretrain.step import step_terms

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from mixmask.engine.builtin_configs import config_file, listed_configs
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
 from mixmask.engine.wording import printable
-from mixmask.launch.builtin import config_file, listed_configs
 from mixmask.launch.commands import results, suites
 from mixmask.launch.commands.command_help import GroupedCommands, show_version
 from mixmask.launch.commands.results import Force

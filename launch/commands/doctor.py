@@ -9,9 +9,9 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import read_config
 from mixmask.engine.errors import RunFailure, UserError
-from mixmask.launch.builtin import configs_folder
 
 PACKAGES = (
     "torch",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mixmask.launch.builtin import config_file
+from mixmask.engine.builtin_configs import config_file
 from mixmask.launch.commands.terminal import show
 
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
@@ -79,12 +79,13 @@ def status(
     suite: Suite,
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-    cells: Annotated[bool, typer.Option("--cells", help="One line per cell, with its job and log.")] = False,
+    cells: Annotated[bool, typer.Option("--cells", help="Every cell with its job and log.")] = False,
     watch: Annotated[float, typer.Option(help="Show it anew every so many seconds, until all have ended.", min=0)] = 0,
 ) -> None:
-    """Show how far a suite is: recipes × seeds, and under it what runs, with the time left, or needs somebody.
+    """Show how far a suite is: recipes × seeds, then the cells that are running or have failed.
 
-    A finished cell shows its number, a running one its share; `1:` is the seed (`0/1:` of the backbone and of the cell).
+    A finished cell shows its headline metric, a running one its progress. `1:` is the seed; `0/1:` are the seeds of the
+    backbone and of the cell.
 
     \b
     Examples:
@@ -97,10 +98,11 @@ def status(
     from mixmask.engine.errors import RunFailure
     from mixmask.launch.suite import manifest
     from mixmask.launch.suite import status as states
+    from mixmask.launch.suite.overview import cells as every_cell
     from mixmask.launch.suite.overview import overview
 
     newest = manifest.latest(runs.resolve(), _name(suite))
-    draw = states.table if cells else overview
+    draw = every_cell if cells else overview
 
     def look() -> list[states.CellStatus]:
         return states.status(newest)
@@ -142,7 +144,9 @@ def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
 
 
 def logs(
-    cell: Annotated[str, typer.Argument(help="A cell's id, a part of it, its job or its run directory.")],
+    cell: Annotated[
+        str, typer.Argument(help="A cell's id or a part of it, a name that status shows, a job or a run directory.")
+    ],
     runs: Runs = Path("runs"),
     lines: Annotated[int, typer.Option(help="Print the last lines only; 0 prints all.", min=0)] = 40,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe, read_config
 from mixmask.engine.precision import fast_bf16, resolve_device
 from mixmask.engine.progress import say
@@ -19,7 +20,6 @@ from mixmask.evaluate.render import render
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.tables import build
-from mixmask.launch.builtin import configs_folder
 from mixmask.launch.demo import demo_data
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe

@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 import mixmask
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.provenance import COMMIT_FILE, PATCH_FILE, code
-from mixmask.launch.builtin import configs_folder
 
 
 def freeze(folder: Path) -> Path:

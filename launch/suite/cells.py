@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import fingerprint_of, load_recipe, read_key
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages
 from mixmask.engine.errors import ConfigError, listed
 from mixmask.engine.images import ImageSet
 from mixmask.engine.storage import RunDirectory, locate_run
-from mixmask.launch.builtin import config_file
 from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
 from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from mixmask.engine.storage import write_text
 
 Stage = Literal["pretrain", "convert", "transfer"]
 Cluster = Literal["slurm", "local", "inline"]
+SEED = re.compile(r"_seed-([0-9]+)")  # what a suite adds to the names of cells with several seeds
 
 
 class LaunchedCell(BaseModel):
@@ -38,6 +40,16 @@ class LaunchedCell(BaseModel):
     parent: str | None
     job: str | None = None
     log: Path | None = None
+
+    @property
+    def recipe(self) -> str:
+        """What all seeds of a recipe are called: ``transfer/cifar100-moco-knn``."""
+        return f"{self.stage}/{SEED.sub('', self.name)}"
+
+    @property
+    def seeds(self) -> str:
+        """``0``, or ``0/1`` where the backbone and the cell have several; empty where there is one."""
+        return "/".join(SEED.findall(self.name))
 
     @property
     def is_finished(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -13,14 +14,13 @@ from mixmask.engine.wording import printable
 from mixmask.launch.suite.manifest import Launch
 from mixmask.launch.suite.status import COLOURS, FIRST, CellStatus
 
-SEED = re.compile(r"_seed-([0-9]+)")
 SHORT = {"not started": "–", "pending": "waits", "cancelled": "cancelled", "suspended": "susp."}
 DETAILED = ("running", "failed", "suspended", "stopped", "cancelled")
 MOST_SEEDS = 5  # side by side; more seeds stand in further lines of their recipe
 
 
 def overview(launch: Launch, found: Sequence[CellStatus], rows: int | None = None, remark: str = "") -> RenderableType:
-    """The matrix, then a line of details for every cell that runs or did not end well.
+    """The matrix, then the details of every cell that runs or did not end well.
 
     Args:
         launch: Whose cells they are.
@@ -28,22 +28,54 @@ def overview(launch: Launch, found: Sequence[CellStatus], rows: int | None = Non
         rows: Most lines in all, as on a short screen: details go first, and what is left out is counted.
         remark: For the end.
     """
+    details = [one for one in found if one.state in DETAILED]
+    matrix = _matrix(found)
+    room = len(details) if rows is None else max((rows - len(matrix) - 4) // 3, 1)
+    hint = (
+        ("a cell's log: mixmask logs CELL", f"every cell: mixmask status {launch.suite} --cells")
+        if rows is None
+        else ()
+    )
+    return Group(
+        _summary(launch, found),
+        *matrix,
+        *_details(details, room, "cells that run or did not end well"),
+        *_last_lines(launch, *hint, remark),
+    )
+
+
+def cells(launch: Launch, found: Sequence[CellStatus], rows: int | None = None, remark: str = "") -> RenderableType:
+    """Every cell with its progress or result, its job and its log; arguments as `overview` takes them."""
+    room = len(found) if rows is None else max((rows - 4) // 3, 1)
+    return Group(_summary(launch, found), *_details(found, room, "cells"), *_last_lines(launch, remark))
+
+
+def _summary(launch: Launch, found: Sequence[CellStatus]) -> Text:
     counts = Counter(one.state for one in found)
     summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    details = sorted((one for one in found if one.state in DETAILED), key=lambda one: FIRST.index(one.state))
-    said: list[RenderableType] = [Text(f"{launch.suite}: {summary}", style="bold"), *_matrix(found)]
-    room = len(details) if rows is None else max((rows - 4) // 2, 1)
-    for one in details[:room]:
-        said.append(_line(f"{one.cell}  {one.state}{_requeues(one)}", COLOURS.get(one.state, "")))
-        log = (one.log or "").removeprefix(f"{launch.folder}/")
-        said.append(Text("    " + " · ".join(filter(None, (printable(one.detail), one.job, log))), overflow="fold"))
-    if len(details) > room:
-        said.append(Text(f"… and {len(details) - room} more cells that run or did not end well"))
+    return Text(f"{launch.suite}: {summary}", style="bold")
+
+
+def _last_lines(launch: Launch, *remarks: str) -> list[Text]:
     report = launch.folder.parents[1] / "report" / "index.html"
-    said += [
-        Text(text) for text in (remark, f"logs in {launch.folder}/", f"report in {report}" * report.is_file()) if text
-    ]
-    return Group(*said)
+    said = [Text(remark) for remark in remarks if remark]
+    return [*said, _line(f"report in {_near(report)}", "")] if report.is_file() else said
+
+
+def _details(found: Sequence[CellStatus], room: int, what: str) -> list[Text]:
+    said = []
+    shown = sorted(found, key=lambda one: FIRST.index(one.state))[:room] if len(found) > room else found
+    for one in shown:
+        said.append(_line(f"{one.cell}  {one.state}{_requeues(one)}", COLOURS.get(one.state, "")))
+        about = " · ".join(filter(None, (printable(one.detail), one.job and f"job {one.job}")))
+        said += [Text(f"    {about}")] if about else []
+        said += [_line(f"    {_near(Path(one.log))}", "dim")] if one.log else []
+    return [*said, Text(f"… and {len(found) - room} more {what}")] if len(found) > room else said
+
+
+def _near(path: Path) -> str:
+    """As short as it can be typed here."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _line(text: str, style: str) -> Text:
@@ -56,30 +88,32 @@ def _requeues(one: CellStatus) -> str:
 
 
 def _matrix(found: Sequence[CellStatus]) -> list[Text]:
-    lines: dict[str, list[tuple[str, CellStatus]]] = {}
+    """A heading for every recipe with the name of its metric, and under it its seeds."""
+    lines: dict[str, list[CellStatus]] = {}
+    twice = {of for of, count in Counter((one.recipe, one.seeds) for one in found).items() if count > 1}
     for one in found:
-        lines.setdefault(SEED.sub("", one.cell), []).append(("/".join(SEED.findall(one.cell)), one))
+        # Two entries of a suite may be called alike; only their ids tell them apart.
+        heading = one.cell if (one.recipe, one.seeds) in twice else one.recipe
+        lines.setdefault(heading, []).append(one)
     said = []
-    for recipe, cells in lines.items():
-        said.append(_line(recipe, ""))
-        said += [_entries(cells[start : start + MOST_SEEDS]) for start in range(0, len(cells), MOST_SEEDS)]
+    for recipe, group in lines.items():
+        metric = next((one.detail.rpartition(" ")[0] for one in group if _number(one)), "")
+        said.append(_line(f"{recipe}  {metric}".rstrip(), ""))
+        for start in range(0, len(group), MOST_SEEDS):
+            said.append(Text("    ").append_text(Text("").join(map(_entry, group[start : start + MOST_SEEDS]))))
     return said
 
 
-def _entries(part: Sequence[tuple[str, CellStatus]]) -> Text:
-    line = Text("    ")
-    for seed, one in part:
-        line.append_text(_entry(seed, one))
-    return line
+def _number(one: CellStatus) -> str:
+    """The number of a finished cell; conversions have none."""
+    word = one.detail.rpartition(" ")[2]
+    return word if one.state == "done" and word.removeprefix("-").replace(".", "", 1).isdigit() else ""
 
 
-def _entry(seed: str, one: CellStatus) -> Text:
+def _entry(one: CellStatus) -> Text:
     """``1: 68.3`` in a fixed width: the number of a finished cell, the share of a running one, or its state."""
-    word: str = SHORT.get(one.state, one.state)
-    number = re.search(r"-?[0-9]+(\.[0-9]+)?$", one.detail)
-    if one.state == "done" and number is not None:
-        word = number[0]
-    elif one.state == "running" and " %" in one.detail:
+    word = _number(one) or SHORT.get(one.state, one.state)
+    if one.state == "running" and " %" in one.detail:
         word = one.detail.split(" %")[0] + " %"
-    label = f"{seed}: " if seed else ""
+    label = f"{one.seeds}: " if one.seeds else ""
     return Text(f"{label}{word}".ljust(14), style=COLOURS.get(one.state, ""))

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import identity
-from mixmask.launch.builtin import configs_folder
 from mixmask.launch.slurm.profile import Profile
 from mixmask.launch.suite.cells import Cell, expand
 from mixmask.launch.suite.suite import load_suite

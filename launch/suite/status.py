@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-from rich.text import Text
-
-from mixmask.engine.errors import UserError
+from mixmask.engine.errors import UserError, listed
 from mixmask.engine.ownership import describe_owner, read_owner, seems_alive
 from mixmask.engine.storage import RunDirectory, last_lines
 from mixmask.engine.wording import printable
@@ -23,16 +19,7 @@ from mixmask.launch.slurm.slurm_cli import JobState
 from mixmask.launch.suite.manifest import Launch, LaunchedCell
 
 State = Literal["done", "running", "pending", "suspended", "failed", "cancelled", "stopped", "not started"]
-FIRST = (
-    "running",
-    "failed",
-    "suspended",
-    "stopped",
-    "cancelled",
-    "pending",
-    "not started",
-    "done",
-)  # on a short screen
+FIRST = ("running", "failed", "suspended", "stopped", "cancelled", "pending", "not started", "done")  # shown first
 COLOURS = {
     "done": "green",
     "suspended": "yellow",
@@ -59,6 +46,8 @@ class CellStatus:
 
     Attributes:
         cell: Its id.
+        recipe: What all seeds of its recipe are called.
+        seeds: Which of them it is; empty where there is one.
         stage: pretrain, convert or transfer.
         state: One word.
         detail: Progress, the reason of a wait, the last error line, or the headline metric.
@@ -69,6 +58,8 @@ class CellStatus:
     """
 
     cell: str
+    recipe: str
+    seeds: str
     stage: str
     state: State
     detail: str
@@ -106,7 +97,9 @@ def _status(
     state, detail = _state(cell, launch, states, before, lines, log)
     starts = attempts.starts(cell.job) if cell.job is not None else 0
     requeues = starts if state == "pending" else max(starts - 1, 0)
-    return CellStatus(cell.id, cell.stage, state, detail, requeues, cell.job, log, str(cell.run))
+    return CellStatus(
+        cell.id, cell.recipe, cell.seeds, cell.stage, state, detail, requeues, cell.job, log, str(cell.run)
+    )
 
 
 def _state(
@@ -213,39 +206,6 @@ def last_error(log: str | None) -> str:
     return next((line for line in reversed(lines) if line), "")
 
 
-def table(launch: Launch, found: Sequence[CellStatus], rows: int | None = None, remark: str = "") -> Table:
-    """For a terminal; logs are relative to the launch's folder, where they lie in it.
-
-    Args:
-        launch: Whose cells they are.
-        found: Their states.
-        rows: Most cells to show: what runs or has failed comes first, and the others are counted.
-        remark: For under the table.
-    """
-    shown = list(found)
-    if rows is not None and len(found) > rows:
-        shown = sorted(found, key=lambda one: FIRST.index(one.state))[: max(rows, 1)]
-        remark = "\n".join(filter(None, (f"… and {len(found) - len(shown)} more cells", remark)))
-    counts = Counter(one.state for one in found)
-    summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    report = launch.folder.parents[1] / "report" / "index.html"
-    caption = f"logs in {launch.folder}/" + (f"\nreport in {report}" if report.is_file() else "")
-    caption = "\n".join(filter(None, (remark, caption)))
-    result = Table(title=f"{launch.suite}: {summary}", caption=caption, title_justify="left", caption_justify="left")
-    for name in ("cell", "state", "", "job", "log"):
-        result.add_column(name, overflow="fold")
-    for one in shown:
-        word = one.state + (f", requeued ×{one.requeues}" if one.requeues else "")
-        result.add_row(
-            Text(one.cell),
-            Text(word, style=COLOURS.get(one.state, "")),
-            Text(one.detail),
-            Text(one.job or ""),
-            Text((one.log or "").removeprefix(f"{launch.folder}/")),
-        )
-    return result
-
-
 def as_json(suite: str, found: Sequence[CellStatus]) -> str:
     """For scripts."""
     return json.dumps({"suite": suite, "cells": [asdict(one) for one in found]}, indent=1)
@@ -273,7 +233,7 @@ def cancel(launches: Sequence[Launch]) -> list[str]:
 
 
 def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, LaunchedCell]:
-    """The cell that a part of its id names, in the newest launch that has it.
+    """The cell that its id, its recipe's name or a part of these names, in the newest launch that has it.
 
     Raises:
         UserError: If none or several do; they are listed.
@@ -283,10 +243,10 @@ def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, Launched
         for cell in launch.cells:
             if wanted in (cell.id, cell.job, str(cell.run)):
                 return launch, cell
-            if wanted in cell.id:
+            if wanted in cell.id or wanted in cell.recipe or wanted in f"{cell.stage}/{cell.name}":
                 found.setdefault(cell.id, (launch, cell))
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:
-        raise UserError(f"no cell's id contains '{wanted}'; mixmask status SUITE lists them")
-    raise UserError(f"'{wanted}' fits several cells; name one: {', '.join(sorted(found))}")
+        raise UserError(f"no cell's id contains '{wanted}'; `mixmask status SUITE --cells` lists them")
+    raise UserError(f"'{wanted}' fits several cells; name one:", *listed(sorted(found), 20))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import identity, load_recipe
 from mixmask.engine.errors import ConfigError, UserError
 from mixmask.engine.expected import Expectation
@@ -12,7 +13,6 @@ from mixmask.evaluate.paper import layouts
 from mixmask.evaluate.results import Result
 from mixmask.evaluate.tables import build
 from mixmask.evaluate.verify import verify
-from mixmask.launch.builtin import configs_folder
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from tests.evaluate.made import backbone, laboratory, transfer

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
-from mixmask.launch.builtin import configs_folder
 from mixmask.launch.slurm.attempts import Attempts
 from mixmask.launch.slurm.profile import Profile
 from mixmask.launch.suite import launching, manifest

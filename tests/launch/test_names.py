@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mixmask.engine.config import load_recipe
+from mixmask.engine.builtin_configs import KINDS, config_file, configs_folder, listed_configs
+from mixmask.engine.config import identity, load_recipe
 from mixmask.engine.errors import ConfigError
-from mixmask.launch.builtin import KINDS, config_file, configs_folder, listed_configs
 from mixmask.launch.commands.app import app, main
 from mixmask.launch.commands.command_help import GROUPS
 from mixmask.pretrain.recipe import PretrainRecipe
@@ -42,6 +42,29 @@ def test_names_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
         config_file(Path("knn_foto"), "transfer")
     with pytest.raises(ConfigError, match="no such config file"):
         load_recipe(PretrainRecipe, config_file(Path("sub/absent.yaml"), "pretrain"))
+
+
+def test_a_config_of_another_kind_is_said_to_be_one() -> None:
+    with pytest.raises(ConfigError, match=r"^knn_photos: is a config for transfer, not for pretrain"):
+        config_file(Path("knn_photos"), "pretrain")
+
+
+def test_a_base_is_named_like_any_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar100_moco").write_text("not what is meant: bases are relative to the file")
+    mine = tmp_path / "sub" / "cifar100_moco.yaml"
+    mine.parent.mkdir()
+    mine.write_text("base: cifar100_moco\nepochs: 7\n")
+    theirs = identity(load_recipe(PretrainRecipe, configs_folder() / "pretrain" / "cifar100_moco.yaml"))
+    assert identity(load_recipe(PretrainRecipe, mine)) == {**theirs, "epochs": 7}
+    mine.write_text("base: cifar100_moko\n")
+    with pytest.raises(
+        ConfigError, match=r"^sub/cifar100_moco.yaml: base: cifar100_moko: .* did you mean cifar100_moco"
+    ):
+        load_recipe(PretrainRecipe, Path("sub/cifar100_moco.yaml"))
+    mine.write_text("base: ../absent.yaml\n")
+    with pytest.raises(ConfigError, match=r"^sub/cifar100_moco.yaml: base: sub/../absent.yaml: no such file"):
+        load_recipe(PretrainRecipe, Path("sub/cifar100_moco.yaml"))
 
 
 def test_they_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from mixmask.launch.slurm.jobs import CellJob
 from mixmask.launch.slurm.profile import Profile
 from mixmask.launch.suite import launching, manifest
 from mixmask.launch.suite import status as states
+from mixmask.launch.suite.overview import cells
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 from tests.launch.test_jobs import Work, events, in_slurm, job, start
@@ -144,7 +145,7 @@ def test_a_short_screen_shows_what_runs_and_what_has_failed_first(
     told = states.status(newest)
     assert {one.state for one in told} == {"pending", "running", "suspended", "failed"}
     screen = io.StringIO()
-    Console(file=screen, width=160).print(states.table(newest, told, rows=3, remark="not asked"))
+    Console(file=screen, width=160).print(cells(newest, told, rows=13, remark="not asked"))
     text = screen.getvalue()
     for word in ("running", "failed", "suspended", "… and 9 more cells", "not asked"):
         assert word in text

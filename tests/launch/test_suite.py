@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError
-from mixmask.launch.builtin import configs_folder
 from mixmask.launch.slurm.profile import Profile, Resources, load_profile
 from mixmask.launch.suite.cells import Cell, check_cells, expand
 from mixmask.launch.suite.suite import load_suite

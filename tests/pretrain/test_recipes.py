@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
-from mixmask.launch.builtin import configs_folder
 from mixmask.pretrain.mixtures.erase import Erase
 from mixmask.pretrain.mixtures.mixmask import MixMask
 from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix

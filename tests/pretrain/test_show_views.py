@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
 from mixmask.engine.errors import ConfigError
-from mixmask.launch.builtin import configs_folder
 from mixmask.pretrain import show_views
 from mixmask.pretrain.recipe import PretrainRecipe
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mixmask.engine.augment import normalize
 from mixmask.engine.backbones import FORMAT, BackboneInfo, build_trunk, load_backbone, save_backbone
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import identity
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
@@ -20,7 +21,6 @@ from mixmask.engine.loader import BatchPlan
 from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record
-from mixmask.launch.builtin import configs_folder
 from mixmask.transfer import classification, stage
 from mixmask.transfer.protocols.linear import LinearRecipe, require_unchanged
 from mixmask.transfer.recipe import load_transfer_recipe

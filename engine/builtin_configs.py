@@ -22,29 +22,40 @@ def configs_folder() -> Path:
     return folder
 
 
-def config_file(given: Path, kind: str) -> Path:
+def config_file(given: Path, kind: str | None = None) -> Path:
     """The config that a user means: a file, or the name of one that comes with the project, from any folder.
 
     Args:
         given: A path, or a name such as ``knn`` or ``cifar100_moco``; ``configs/…`` means the project's where there is no
             such folder.
-        kind: Where names are looked for: ``pretrain``, ``transfer``, ``suites`` or ``cluster``.
+        kind: Where names are looked for: ``pretrain``, ``transfer``, ``suites`` or ``cluster``; by default everywhere.
 
     Raises:
         ConfigError: If it is neither; with the nearest names.
     """
-    if given.exists() or given.is_absolute():
+    if given.is_file() or given.is_absolute():
         return given
     folder = configs_folder()
-    if given.parts[0] == "configs" and folder.joinpath(*given.parts[1:]).is_file():
+    if given.parts and given.parts[0] == "configs" and folder.joinpath(*given.parts[1:]).is_file():
         return folder.joinpath(*given.parts[1:])
-    if len(given.parts) > 1:
-        return given  # its reader says what is there
-    names = [path.stem for path in sorted((folder / kind).glob("*.yaml"))]
-    name = given.name.removesuffix(".yaml")
-    if name in names:
-        return folder / kind / f"{name}.yaml"
-    near = difflib.get_close_matches(name, names, n=3)
+    return given if len(given.parts) > 1 else named_config(str(given), kind)  # a path's reader says what is there
+
+
+def named_config(given: str, kind: str | None = None) -> Path:
+    """A config that comes with the project, by its name.
+
+    Raises:
+        ConfigError: If there is none; with the nearest names.
+    """
+    folder = configs_folder()
+    name = given.removesuffix(".yaml")
+    files = {path.stem: path for one in ((kind,) if kind else KINDS) for path in sorted((folder / one).glob("*.yaml"))}
+    if name in files:
+        return files[name]
+    other = next((one for one in KINDS if (folder / one / f"{name}.yaml").is_file()), None)
+    if other is not None:
+        raise ConfigError(f"{given}: is a config for {other}, not for {kind}; see `mixmask configs {kind}`")
+    near = difflib.get_close_matches(name, files, n=3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"{given}: no such config file, and no config of that name; {hint}`mixmask configs` lists them")
 
