@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from mixmask.engine.errors import ConfigError
@@ -61,11 +62,22 @@ def named_config(given: str, kind: str | None = None) -> Path:
 
 
 def listed_configs(kind: str | None = None) -> list[tuple[str, str, str]]:
-    """Kind, name and first line of every config that comes with the project."""
+    """Kind, name and first sentence of every config that comes with the project."""
     folder = configs_folder()
     found = []
     for place in KINDS if kind is None else (kind,):
         for path in sorted((folder / place).glob("*.yaml")):
-            first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-            found.append((place, path.stem, first.lstrip("# ").rstrip()))
+            found.append((place, path.stem, _first_sentence(path.read_text(encoding="utf-8"))))
     return found
+
+
+def _first_sentence(text: str) -> str:
+    """What a config's head begins with, up to its first full stop, its command or an empty line."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("# ") or line.startswith("#   "):
+            break
+        lines.append(line.removeprefix("# ").strip())
+        if line.rstrip().endswith("."):
+            break
+    return re.split(r"(?<=\.) ", " ".join(lines))[0]

@@ -259,6 +259,16 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
+def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a recipe."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        for inner in _models_in(field.annotation):
+            found += _paths(inner, f"{prefix}{name}.")
+    return [*dict.fromkeys(found)]
+
+
 def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
     """The recipe class that ``location`` leads into, and the location without pydantic's union tags."""
     keys: list[str] = []
@@ -307,10 +317,11 @@ def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], p
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)
         near = difflib.get_close_matches(str(location[-1]), valid, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
+        meant = [path for path in _paths(model) if path.split(".")[-1] == location[-1]] or near
+        hint = f" Did you mean '{' or '.join(meant)}'?" if meant else ""
         return f"{source}: unknown key '{dotted}' (given: {given!r}).{hint} Valid keys here: {', '.join(valid)}"
     if kind == "missing":
-        return f"{path}: the key '{dotted}' is required and missing"
+        return f"{path}: the key '{dotted}' is required and missing: give {dotted}=… on the command line or in the file"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(problem["ctx"]["discriminator"]).strip("'")
         value = given.get(tag) if isinstance(given, Mapping) else given

@@ -45,16 +45,20 @@ class SplitReport:
         lines = [
             f"{self.name}  {self.images.root}",
             f"  images    {len(self.images):,} in {len(self.images.classes):,} classes, "
-            f"{int(per_class.min()):,} to {int(per_class.max()):,} per class",
+            f"{_range(per_class.tolist())} per class",
         ]
         if widths:
             lines.append(
-                f"  pixels    {_middle(widths)} × {_middle(heights)} (median), widths {min(widths)} … {max(widths)}, "
-                f"heights {min(heights)} … {max(heights)}; {usual[0]} × {usual[1]} is the commonest "
-                f"({100 * count / len(widths):.0f} %)"
+                f"  pixels    {_middle(widths)} × {_middle(heights)} (median), widths {_range(widths)}, heights "
+                f"{_range(heights)}; {usual[0]} × {usual[1]} is the commonest ({100 * count / len(widths):.0f} %)"
             )
         lines.append(f"  damaged   {len(self.damaged) or 'none'}")
         return "\n".join(lines)
+
+
+def _range(values: Sequence[int]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _middle(values: Sequence[int]) -> int:
@@ -68,13 +72,15 @@ def find_splits(root: Path) -> list[str]:
         DataError: If there is none.
     """
     root = root.expanduser()
+    if not root.exists():
+        raise DataError(f"{root}: no such folder or archive")
     kinds = sorted((one() for one in KINDS.classes()), key=lambda one: one.general)
-    splits = next((found for one in kinds if root.exists() and (found := one.splits(root))), [])
+    splits = next((found for one in kinds if (found := one.splits(root))), [])
     if not splits:
         there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
         raise DataError(
             f"{root}: none of {', '.join(USUAL_SPLITS)} and no archive that is known in it "
-            f"({'it holds ' + ', '.join(there) if there else 'no such folder, or an empty one'}); name the splits"
+            f"({'it holds ' + ', '.join(there) if there else 'it is empty'}); name the splits"
         )
     return splits
 

@@ -104,7 +104,9 @@ def require_output_file(path: Path, force: bool = True) -> None:
         UserError: If the path is a folder, a parent of it is a file, or it is there and may not be replaced.
     """
     if not force and (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise UserError(f"{path}: is there already; name another file, or replace it with --force")
+        raise UserError(
+            f"{path}: is there already; name another file, or replace it with --force (in Python: force=True)"
+        )
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")
     for parent in path.parents:

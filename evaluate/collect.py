@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from tabulate import tabulate
 
 from mixmask.engine.errors import DataError, UserError, listed
 from mixmask.engine.records import Record, finished_record
@@ -273,6 +274,25 @@ def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:
         return str(safe_cells(table).to_csv(index=False))
     rows = [{key: value for key, value in row.items() if not _is_empty(value)} for row in table.to_dict("records")]
     return json.dumps(rows, indent=1, ensure_ascii=False, default=lambda value: value.item()) + "\n"
+
+
+def overview(runs: Sequence[Run], kept: set[str]) -> str:
+    """The main columns, for a terminal: which run, and the metrics that it was made for.
+
+    Args:
+        runs: Finished runs.
+        kept: The folders of those to show, as the frame has them.
+    """
+    rows = []
+    for run in runs:
+        record = run.record
+        if printable(str(run.path)) in kept:
+            main = [(name, record.metrics[name]) for name in record.headlines if name in record.metrics]
+            metrics = ", ".join(f"{name} {value:.2f}" for name, value in main)
+            rows.append([record.name, record.dataset, record.framework, record.method, record.seed, metrics])
+    columns = ["run", "data", "framework", "method", "seed", "metrics"]
+    shown = [[printable(str(cell)) for cell in row] for row in rows]
+    return tabulate(shown, columns, tablefmt="simple", disable_numparse=True)
 
 
 def safe_cells(table: pd.DataFrame) -> pd.DataFrame:

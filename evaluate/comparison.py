@@ -42,6 +42,10 @@ class Comparison:
         text = f"{self.what}: {self.first} against {self.second}: {self.result.words()}"
         return text + (", all on one backbone each: pretraining does not vary" if self.one_backbone else "")
 
+    def __str__(self) -> str:
+        """The words, for ``print``."""
+        return self.words()
+
 
 def chosen(collection: Collection, which: str) -> list[Run]:
     """The transfer runs of a method, or those of which a condition holds.

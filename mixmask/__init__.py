@@ -1,34 +1,42 @@
 """Pretrain ConvNets without labels and measure how well they transfer.
 
-In Python:
-
     import mixmask
 
     model = mixmask.load_backbone("moco_v2_800ep_pretrain.pth.tar")     # anyone's checkpoint; or any nn.Module of yours
     mixmask.knn(model, "photos/")                                       # top-1 in percent
 
-`__all__` is what is promised to stay; everything else is internal. Names are imported when they are first used, so that
-``import mixmask`` takes no time.
+Networks:
+    load_backbone       the trunk of a checkpoint, this project's or anyone's
+    convert             write it for Detectron2, torchvision or timm
+    knn, linear_probe   top-1 in percent of any network
+    extract_features    features, labels and paths of a folder of images
+
+Studies, as the command line does them:
+    pretrain            a recipe in, a backbone out
+    transfer            a recipe and a backbone in, a record out
+    results             every finished run as a table
+    compare             two methods, with intervals and tests
+
+MixMask in your own loop:
+    MixMask, UnMix, MixMaskUnMix    which mixtures
+    draw_mixtures, mixture_loss     the mixed images of a batch, and the loss of a mixed query (a `Mixture` has its weights)
+
+`UserError` is a mistake in what you gave, `RunFailure` a run that cannot go on. `help(mixmask.knn)` says more of each. What
+is named here is promised to stay; everything else is internal.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixmask.api import (
-        Features,
-        compare,
-        convert,
-        extract_features,
-        knn,
-        linear_probe,
-        load_backbone,
-        results,
-    )
+    from mixmask.api.backbones import convert, load_backbone
+    from mixmask.api.evaluation import Features, extract_features, knn, linear_probe
+    from mixmask.api.tables import compare, results
     from mixmask.engine.errors import RunFailure, UserError
     from mixmask.pretrain.mixture import Mixture, draw_mixtures, mixture_loss
     from mixmask.pretrain.mixtures.mixmask import MixMask
@@ -36,14 +44,14 @@ if TYPE_CHECKING:
     from mixmask.pretrain.mixtures.unmix import UnMix
 
 _HOMES = {
-    "Features": "api",
-    "compare": "api",
-    "convert": "api",
-    "extract_features": "api",
-    "knn": "api",
-    "linear_probe": "api",
-    "load_backbone": "api",
-    "results": "api",
+    "Features": "api.evaluation",
+    "compare": "api.tables",
+    "convert": "api.backbones",
+    "extract_features": "api.evaluation",
+    "knn": "api.evaluation",
+    "linear_probe": "api.evaluation",
+    "load_backbone": "api.backbones",
+    "results": "api.tables",
     "RunFailure": "engine.errors",
     "UserError": "engine.errors",
     "Mixture": "pretrain.mixture",
@@ -90,12 +98,18 @@ def __dir__() -> list[str]:
 
 
 class _Stage(ModuleType):
-    """``mixmask.pretrain(recipe)`` is `mixmask.api.pretrain`, and ``mixmask.pretrain`` a package all the same."""
+    """``mixmask.pretrain(recipe)`` is `mixmask.api.stages.pretrain`, and ``mixmask.pretrain`` a package all the same."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return getattr(importlib.import_module("mixmask.api"), self.__name__.removeprefix("mixmask."))(
-            *arguments, **named
-        )
+        return self._function(*arguments, **named)
+
+    @property
+    def _function(self) -> Any:
+        return getattr(importlib.import_module("mixmask.api.stages"), self.__name__.removeprefix("mixmask."))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function)
 
 
 class _Package(ModuleType):

@@ -41,6 +41,10 @@ class FrameworkRecipe(Recipe, ABC):
             ValueError: With what would be valid.
         """
 
+    def remarks(self, num_images: int) -> list[str]:
+        """What is odd about it and no error, for so many training images; said before the run starts."""
+        return []
+
 
 @dataclass(frozen=True)
 class Clean:

@@ -96,7 +96,7 @@ class PretrainPlan(RecordedWork[Path]):
 
     def describe(self) -> str:
         """What would run, in words."""
-        recipe, plan = self.recipe, self.batches
+        recipe = self.recipe
         rate = recipe.optimizer.rate(recipe.batch_size)
         size = distributed.world().size
         shares = f" over {size} processes" * (size > 1) + f" in {recipe.accumulate} parts" * (recipe.accumulate > 1)
@@ -104,10 +104,10 @@ class PretrainPlan(RecordedWork[Path]):
             f"{recipe.framework.kind}, {recipe.method}, {recipe.backbone.arch}"
             + f" ({recipe.backbone.stem} stem)" * (not recipe.backbone.arch.startswith(TIMM)),
             f"data      {recipe.data.name}: {len(self.train_images):,} images from {self.train_images.root}",
-            f"length    {recipe.epochs} epochs × {plan.steps_per_epoch} steps of {recipe.batch_size}{shares} = "
-            f"{self.num_steps:,} steps on {self.device}, {recipe.precision}",
+            f"length    {self._length(shares)} on {self.device}, {recipe.precision}",
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
+            *(f"warning   {text}" for text in recipe.framework.remarks(len(self.train_images)) if recipe.epochs),
             *self._monitoring(),
             *(
                 f"expected  {expected.describe()}{other_classes(recipe.data.name, len(self.train_images.classes))}"
@@ -117,6 +117,15 @@ class PretrainPlan(RecordedWork[Path]):
             f"product   {self.backbone_file}",
         ]
         return "\n".join(lines)
+
+    def _length(self, shares: str) -> str:
+        whole = self.recipe.epochs * self.batches.steps_per_epoch
+        epochs = f"{self.recipe.epochs} epochs × {self.batches.steps_per_epoch} steps"
+        if self.num_steps < whole:
+            return (
+                f"{self.num_steps:,} steps of {self.recipe.batch_size}{shares} (max_steps; {epochs} would be {whole:,})"
+            )
+        return f"{epochs} of {self.recipe.batch_size}{shares} = {whole:,} steps"
 
     def _monitoring(self) -> list[str]:
         monitor = self.recipe.monitor

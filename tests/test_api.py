@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18 as torchvision_resnet18
 
 import mixmask
-from mixmask import api
+from mixmask.api import backbones, evaluation, stages, tables
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
@@ -29,9 +32,10 @@ def test_the_examples_in_the_documentation_run(shapes: Path, resnet18: Path, tmp
         "mixmask": mixmask, "torch": torch, "photos": shapes, "backbone": resnet18, "folder": tmp_path,
         "demo": configs_folder() / "demo",
     }  # fmt: skip
-    found = doctest.testmod(api, extraglobs=names)
-    assert found.failed == 0
-    assert found.attempted >= 9
+    for module, fewest in ((backbones, 3), (evaluation, 4), (stages, 5), (tables, 1)):
+        found = doctest.testmod(module, extraglobs=names)
+        assert found.failed == 0
+        assert found.attempted >= fewest
 
 
 def test_everything_that_is_promised_is_there_and_importing_takes_no_torch() -> None:
@@ -81,6 +85,31 @@ def test_mistakes_are_said(shapes: Path, tmp_path: Path) -> None:
     (tmp_path / "there.pth").touch()
     with pytest.raises(mixmask.UserError, match=r"there\.pth"):
         mixmask.convert(tmp_path / "x", tmp_path / "there.pth", to="torchvision")
+
+
+def test_mistakes_of_stages_are_said(shapes: Path) -> None:
+    with pytest.raises(mixmask.UserError, match=r"a torch\.nn\.Module was expected, got str; mixmask\.load_backbone"):
+        mixmask.knn("moco.pth", shapes)  # type: ignore[arg-type]
+    with pytest.raises(mixmask.UserError, match=r"overrides: 'k=5' is one text; give a mapping"):
+        mixmask.transfer("knn", "k=5")
+    with pytest.raises(mixmask.UserError, match=r"unknown key 'data\.rot'"):
+        mixmask.transfer("knn", {"backbone": "x", "data": {"rot": 1}})
+    with pytest.raises(mixmask.UserError, match=r"has no val/; holdout=0\.2"):
+        mixmask.extract_features(Own(), shapes / "train", split="val")
+    held = mixmask.extract_features(Own(), shapes / "train", split="val", holdout=0.2, resize=None, crop=32)
+    assert len(held.paths) == 20
+
+
+def test_what_is_odd_about_a_file_is_warned_of(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18().state_dict(), tmp_path / "r18.pth")
+    with pytest.warns(UserWarning, match=r"r18\.pth: 20 of 20 batch normalisations have the statistics of init"):
+        mixmask.load_backbone(tmp_path / "r18.pth")
+
+
+def test_help_and_signatures_show_the_stages() -> None:
+    assert [*inspect.signature(mixmask.pretrain).parameters] == ["recipe", "overrides", "runs", "run_dir"]  # type: ignore[arg-type]
+    lines = str(mixmask.__doc__)
+    assert all(re.search(rf"\b{name}\b", lines) for name in mixmask.__all__ if name != "Features")
 
 
 def own_loop(framework: Framework, x1: Tensor, x2: Tensor, rng: random.Random) -> Tensor:

@@ -32,6 +32,7 @@ from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
 Images = Setting[ImageSet]
+MOST_APART = 1.5  # times larger than the other may the crop of training or testing be, without a remark (FixRes: 1.3)
 
 
 class EvaluationRecipe(Recipe):
@@ -83,7 +84,15 @@ class TrainedRecipe(ClassifyRecipe):
 
     @override
     def remarks(self) -> list[str]:
-        return beyond_end(self.milestones, self.epochs, "epochs") if self.in_steps else []
+        remarks = beyond_end(self.milestones, self.epochs, "epochs") if self.in_steps else []
+        if self.augment is not None:
+            sides = sorted((self.augment.crop, self.evaluation.crop))
+            if sides[1] > MOST_APART * sides[0]:
+                remarks.append(
+                    f"augment.crop is {self.augment.crop} and evaluation.crop {self.evaluation.crop}: a network that is "
+                    f"trained and tested at such different sizes answers worse; set both"
+                )
+        return remarks
 
     @override
     def check_processes(self, processes: int) -> None:

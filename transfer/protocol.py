@@ -118,6 +118,7 @@ class TransferRecipe(Recipe, ABC):
     def headlines(self) -> Mapping[str, str]:
         """The metrics for which it is run, the most important first, and what a table's column calls each."""
 
+    depends_on_seed: ClassVar[bool] = True  # else several seeds give one number, and no deviation
     task: ClassVar[str] = "image-classification"  # its name on hubs
 
     @property

@@ -15,6 +15,7 @@ from mixmask.engine.config import fingerprint_of, identity
 from mixmask.engine.datasets import other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.precision import check_precision, resolve_device
+from mixmask.engine.progress import say
 from mixmask.engine.records import Record, environment
 from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
@@ -174,5 +175,6 @@ def _relabelled(record: Record, plan: TransferPlan) -> Record:
     if labels == {key: getattr(record, key) for key in labels}:
         return record
     changed = record.model_copy(update=labels)
+    say(f"{plan.recipe.name}: labels updated in {plan.run.record_file}: {', '.join(map(str, labels.values()))}")
     changed.write(plan.run.record_file)
     return changed

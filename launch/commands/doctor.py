@@ -82,9 +82,14 @@ def _cluster() -> list[str]:
     from mixmask.launch.slurm import slurm_cli
 
     try:
-        return [f"slurm         {slurm_cli.run(['sbatch', '--version']).strip()}: mixmask launch submits to it"]
+        version = slurm_cli.run(["sbatch", "--version"]).strip()
     except (UserError, RunFailure):
         return ["slurm         no sbatch here: mixmask launch takes --cluster local or inline"]
+    try:
+        slurm_cli.queued()
+    except (UserError, RunFailure) as error:
+        return [f"slurm         {version}: {error}"]
+    return [f"slurm         {version}: mixmask launch submits to it"]
 
 
 def _data() -> list[str]:

@@ -30,7 +30,9 @@ def results(
     ] = None,
     form: Annotated[
         Literal["csv", "json", "parquet"] | None,
-        typer.Option("--format", help="By default what --out ends in, or csv."),
+        typer.Option(
+            "--format", help="By default what --out ends in; else csv, and on a terminal the main columns only."
+        ),
     ] = None,
     out: Out = None,
     force: Force = False,
@@ -52,8 +54,8 @@ def results(
 
     if out is not None:
         _check_out(out, force)
-    if form is None:
-        form = _form_of_results(out)
+    terminal = form is None and out is None and sys.stdout.isatty()
+    form = form or _form_of_results(out)
     collection = _collect(runs)
     table = collect.frame(collection.runs, per_class)
     if columns:
@@ -72,6 +74,10 @@ def results(
             )
         collect.write_parquet(table, out)
         show(out)
+        return
+    if terminal:
+        show(collect.overview(collection.runs, {*table["run"]}))
+        show("every column: --format csv or json, or --out results.parquet", err=True)
         return
     _give(collect.as_text(table, form), out)
 
@@ -158,7 +164,8 @@ def tables(
         built = [one for one in built if one.num_runs]
     if not any(one.num_runs for one in built):
         which = f"table {table}" if table else "any table"
-        show(f"none of {len(kept)} finished runs has a place in {which}: see mixmask transfer", err=True)
+        remedy = "--table methods shows every transfer run" if table else "mixmask transfer makes some"
+        show(f"none of {len(kept)} finished runs has a place in {which}; {remedy}", err=True)
     _give(render_all(built, chosen), out)
 
 

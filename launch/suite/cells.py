@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import fingerprint_of, load_recipe, read_key
 from mixmask.engine.data import open_split
@@ -23,7 +24,7 @@ from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Gri
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage
-from mixmask.transfer.checkpoints.export import SUFFIXES, Target
+from mixmask.transfer.checkpoints.export import SUFFIXES, Target, require_known_network
 from mixmask.transfer.checkpoints.source import Source, read_source
 from mixmask.transfer.protocol import LABELS, TransferRecipe
 from mixmask.transfer.recipe import load_transfer_recipe, protocol_of
@@ -133,6 +134,7 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
 @dataclass(frozen=True)
 class _Backbone:
     name: str
+    network: BackboneRecipe
     file: Path
     fingerprint: str
     cell: Cell | None
@@ -152,7 +154,8 @@ class _Expansion:
                 cell = self._pretrain(entry, name, overrides, seed)
                 yield cell
                 file = cell.run / pretrain_stage.BACKBONE_FILE
-                backbones.append(_Backbone(cell.name, file, cell.fingerprint, cell, {}))
+                assert isinstance(cell.recipe, PretrainRecipe)
+                backbones.append(_Backbone(cell.name, cell.recipe.backbone, file, cell.fingerprint, cell, {}))
         backbones += [self._checkpoint(entry) for entry in grid.checkpoints]
         for target in grid.convert.to if grid.convert is not None else ():
             assert grid.convert is not None
@@ -160,7 +163,11 @@ class _Expansion:
                 yield self._convert(grid.convert, backbone, target)
         for entry in grid.transfer:
             config = self._config(entry, "transfer")
-            protocol_of(config)
+            kind = protocol_of(config)
+            if len(entry.seeds) > 1 and not kind.depends_on_seed:
+                raise ConfigError(
+                    f"{config}: gives the same number with every seed; leave its `seeds` out; seeds of the backbone count"
+                )
             protocol = read_key(config, (), "protocol")
             common = {**self.suite.set.transfer, **self.suite.set.of(protocol)}
             forced = {**self.suite.force.transfer, **self.suite.force.of(protocol)}
@@ -228,9 +235,11 @@ class _Expansion:
             self.sources[path] = read_source(path)
         labels = {key: getattr(entry, key) for key in LABELS}
         given = {key: value for key, value in labels.items() if value is not None}
-        return _Backbone(entry.name, path, self.sources[path].info.fingerprint, None, given)
+        info = self.sources[path].info
+        return _Backbone(entry.name, info.recipe, path, info.fingerprint, None, given)
 
     def _convert(self, entry: ConvertEntry, backbone: _Backbone, target: Target) -> Cell:
+        require_known_network(backbone.network, target, f"convert: {backbone.name}")
         fingerprint = fingerprint_of({"stage": "convert", "to": target}, parent=backbone.fingerprint)
         run = locate_run(self.runs, "convert", f"{backbone.name}-{target}", fingerprint)
         return Cell(

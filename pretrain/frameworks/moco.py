@@ -45,6 +45,15 @@ class MoCoRecipe(FrameworkRecipe):
         return MoCo(self, backbone)
 
     @override
+    def remarks(self, num_images: int) -> list[str]:
+        if self.queue_size <= num_images:
+            return []
+        return [
+            f"framework.queue_size {self.queue_size:,} is more than the {num_images:,} training images: keys of the "
+            f"same image then serve as its negatives. Published recipes take a twelfth of the images or fewer"
+        ]
+
+    @override
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         keys = batch_size * (2 if self.symmetric else 1)
         if self.queue_size % keys:

@@ -77,6 +77,8 @@ def test_a_wrong_key_of_one_of_several_kinds_is_told_that_kinds_keys() -> None:
     message = error(CIFAR, "framework.queue_sze=100")
     assert message.startswith("command line: unknown key 'framework.queue_sze'")
     assert "Did you mean 'queue_size'?" in message
+    assert "Did you mean 'mix.grid'?" in error(CIFAR, "grid=4")
+    assert "Did you mean 'augment.crop'" in error(CIFAR, "crop=4")
     assert "bn_splits" in message
     assert "projector" not in message
 

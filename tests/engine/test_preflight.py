@@ -26,7 +26,7 @@ def test_a_whole_data_set_is_counted_and_measured(copy: Path) -> None:
     assert (train.name, len(train.images), len(train.images.classes)) == ("train", 121, 10)
     assert train.sizes == {(32, 32): 120, (64, 40): 1}
     assert "121 in 10 classes, 12 to 13 per class" in train.describe()
-    assert "widths 32 … 64, heights 32 … 40; 32 × 32 is the commonest (99 %)" in train.describe()
+    assert "widths 32 to 64, heights 32 to 40; 32 × 32 is the commonest (99 %)" in train.describe()
     assert len(val.images) == 40
 
 
@@ -62,7 +62,7 @@ def test_classes_that_differ_between_splits_are_a_problem(copy: Path) -> None:
 
 
 def test_a_folder_without_splits(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder, or an empty one"):
+    with pytest.raises(DataError, match="absent: no such folder or archive"):
         find_splits(tmp_path / "absent")
     (tmp_path / "photos").mkdir()
     with pytest.raises(DataError, match="it holds photos"):

@@ -232,7 +232,7 @@ def test_the_table_cancel_and_logs(
         assert state in table.splitlines()[0]
     with pytest.raises(UserError, match=r"running, and there is no log yet"):
         app(["logs", "pretrain/random", *at], standalone_mode=False)
-    with pytest.raises(UserError, match=r"'knn' fits several cells; name one: transfer/mixmask-knn-"):
+    with pytest.raises(UserError, match=r"'knn' fits several cells; name one:\ntransfer/mixmask-knn-"):
         app(["logs", "knn", *at], standalone_mode=False)
     with pytest.raises(UserError, match="no cell's id contains 'nothing'"):
         app(["logs", "nothing", *at], standalone_mode=False)

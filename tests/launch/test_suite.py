@@ -15,7 +15,7 @@ from mixmask.launch.suite.cells import Cell, check_cells, expand
 from mixmask.launch.suite.suite import load_suite
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.checkpoints.source import read_source
-from mixmask.transfer.protocols.knn import KnnRecipe
+from mixmask.transfer.protocols.linear import LinearRecipe
 from tests.launch.small import KNN, MIXMASK, write_suite
 
 SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
@@ -68,7 +68,7 @@ def test_the_ablations_of_table_1_are_the_papers() -> None:
 
 def test_names_seeds_data_and_resources(tmp_path: Path, shapes: Path) -> None:
     vary = {**MIXMASK, "vary": {"mix.grid": [2, 4], "mix.ratio": [0.5, [0.25, 0.75]]}, "seeds": [3, 7]}
-    big = {**KNN, "resources": {"time_min": 5}, "seeds": [0, 1]}
+    big = {"demo": "linear", "name": "probe", "resources": {"time_min": 5}, "seeds": [0, 1]}
     path = write_suite(tmp_path, [{"pretrain": [vary], "transfer": [big]}], shapes)
     profile = Profile(resources=Resources(cpus_per_task=6, time_min=90), data={"demo-shapes": "/not/taken"})
     cells = cells_of(path, profile=profile)
@@ -76,10 +76,10 @@ def test_names_seeds_data_and_resources(tmp_path: Path, shapes: Path) -> None:
     first, last = cells[0], cells[-1]
     assert (first.name, first.seed) == ("mixmask_grid-2_ratio-0.5_seed-3", 3)
     assert cells[7].name == "mixmask_grid-4_ratio-0.25-0.75_seed-7"
-    assert last.name == "mixmask_grid-4_ratio-0.25-0.75_seed-7-knn_seed-1"
+    assert last.name == "mixmask_grid-4_ratio-0.25-0.75_seed-7-probe_seed-1"
     assert last.parent == cells[7].id
     assert isinstance(first.recipe, PretrainRecipe)
-    assert isinstance(last.recipe, KnnRecipe)
+    assert isinstance(last.recipe, LinearRecipe)
     assert first.recipe.data.root == last.recipe.data.root == str(shapes)  # the suite's before the profile's
     assert last.recipe.backbone == str(cells[7].run.resolve() / "backbone.safetensors")
     assert (first.resources.minutes, first.resources.cpus_per_task) == (90, 6)
@@ -135,11 +135,19 @@ def test_a_run_under_another_name_is_the_same_work(tmp_path: Path, shapes: Path)
         ([{"pretrain": [{**MIXMASK, "set": {"seed": 3}}]}], r"seed is the suite's to set: use seeds"),
         ([{"pretrain": [{**MIXMASK, "set": {"mix.gird": 3}}]}], r"unknown key 'mix\.gird'.*'grid'"),
         ([{"pretrain": [{**MIXMASK, "resources": {"gpus": 3}}]}], r"unknown key '.*resources\.gpus'.*gpus_per_node"),
+        (
+            [{"pretrain": [MIXMASK], "transfer": [{**KNN, "seeds": [0, 1]}]}],
+            r"knn\.yaml: gives the same number with every",
+        ),
+        (
+            [{"pretrain": [{**MIXMASK, "set": {"backbone.stem": "cifar"}}], "convert": {"to": ["torchvision"]}}],
+            r"convert: mixmask: has the CIFAR stem .* only the target mixmask keeps it",
+        ),
         ([{"pretrain": [{**MIXMASK, "config": "nowhere.yaml"}]}], r"nowhere\.yaml: no such config file"),
     ],
 )
 def test_what_is_refused(grids: list[dict[str, Any]], message: str, tmp_path: Path, shapes: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises((ConfigError, CheckpointError), match=message):
         cells_of(write_suite(tmp_path, grids, shapes))
 
 

@@ -218,6 +218,12 @@ def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shap
 
 def test_a_shortened_run_says_how_much_it_trained(config: Path, tmp_path: Path) -> None:
     short = plan(config, tmp_path, "max_steps=2")
+    assert "length    2 steps of 16 (max_steps; 2 epochs × 7 steps would be 14)" in short.describe()
+    assert "warning" not in short.describe()
+    assert (
+        "framework.queue_size 160 is more than the 120 training images"
+        in plan(config, tmp_path, "framework.queue_size=160").describe()
+    )
     _, info = load_backbone(stage.run(short))
     assert info.epochs == Record.read(short.run.record_file).pretrain_epochs == round(2 / 7, 4)
     assert short.lineage == plan(config, tmp_path, "max_steps=2", "seed=3").lineage

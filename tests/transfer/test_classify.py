@@ -372,7 +372,9 @@ def test_swavs_preset_synchronises_batch_statistics_and_its_fingerprint_says_so(
 # --- labels, warnings, expectations ------------------------------------------------------------------------------------
 
 
-def test_anyones_method_is_named_in_free_words(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+def test_anyones_method_is_named_in_free_words(
+    shapes: Path, tmp_path: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     state, _ = load_backbone(resnet18)
     foreign = tmp_path / "theirs.pth"
     torch.save(state, foreign)
@@ -384,6 +386,7 @@ def test_anyones_method_is_named_in_free_words(shapes: Path, tmp_path: Path, res
     again = make_plan(KNN, shapes, tmp_path, foreign, "method=theirs")
     assert again.run.path == plan.run.path  # labels are no part of the identity
     assert stage.run(again).method == "theirs"
+    assert "labels updated" in capsys.readouterr().err
     assert Record.read(plan.run.record_file).method == "theirs"
     for key in said:
         with pytest.raises(ConfigError, match=rf"{key.split('=')[0]}=.*says itself that it is"):
@@ -401,6 +404,15 @@ def test_milestones_beyond_the_end_are_warned_of(shapes: Path, tmp_path: Path, r
     plan = make_plan(LINEAR, shapes, tmp_path, resnet18, "milestones=[1, 2, 5]")
     assert "warning   milestones 2, 5 are not reached in 2 epochs" in plan.describe()
     assert "warning   mile" not in make_plan(LINEAR, shapes, tmp_path, resnet18).describe()
+
+
+def test_training_and_testing_at_other_sizes_is_warned_of(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    assert (
+        "augment.crop is 32 and evaluation.crop 64"
+        in make_plan(
+            LINEAR, shapes, tmp_path, resnet18, "augment.crop=32", "evaluation.resize=64", "evaluation.crop=64"
+        ).describe()
+    )
 
 
 def test_a_diverging_probe_is_warned_of(

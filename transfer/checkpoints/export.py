@@ -14,7 +14,7 @@ import torchvision
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from mixmask.engine.backbones import TIMM, build_trunk, load_backbone, save_backbone
+from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, load_backbone, save_backbone
 from mixmask.engine.errors import CheckpointError
 from mixmask.engine.storage import require_output_file, write_atomic
 from mixmask.transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
@@ -44,13 +44,28 @@ def check_export(source: Source, out: Path, target: Target) -> None:
     require_output_file(out)
     if out.resolve() == source.path.resolve():
         raise CheckpointError(f"{out}: is the source itself; name another file")
+    require_known_network(source.info.recipe, target, str(source.path))
+
+
+def require_known_network(backbone: BackboneRecipe, target: Target, where: str) -> None:
+    """Refuse a network that another library does not have.
+
+    Args:
+        backbone: The network.
+        target: The library.
+        where: What holds or makes the network, for the message.
+
+    Raises:
+        CheckpointError: If its stem or its architecture cannot be expressed.
+    """
     if target == "mixmask":
         return
-    if source.info.arch.startswith(TIMM) and target != "timm":
-        raise CheckpointError(f"{source.path}: is {source.info.arch}, which {target} does not have; use --to timm")
-    if source.info.stem == "cifar":
+    if backbone.arch.startswith(TIMM) and target != "timm":
+        raise CheckpointError(f"{where}: is {backbone.arch}, which {target} does not have; convert it to timm")
+    if backbone.stem == "cifar":
         raise CheckpointError(
-            f"{source.path}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have"
+            f"{where}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have; only the "
+            f"target mixmask keeps it"
         )
 
 

@@ -95,6 +95,15 @@ def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
     )
 
 
+def origin(framework: str, method: str) -> str:
+    """What a network was pretrained with, in words; a foreign file says little of it."""
+    known = [what for what in (framework, method) if what != "unknown"]
+    if method != "unknown":
+        return ", ".join(known)
+    said = f"{framework} (by the tensors' names); " if known else ""
+    return f"{said}the file does not name its method: framework=… and method=… label its results"
+
+
 def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tuple[str, CheckpointError | None]:
     """What a checkpoint holds, in words, and what keeps it from being converted, if anything does.
 
@@ -114,8 +123,8 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
         source = read_source(path, reading)
         tensor_report = source.tensor_report
         size = sum(tensor.numel() for name, tensor in source.state.items() if not name.endswith(COUNTER))
-        kind = f"{source.info.arch}, {source.info.stem} stem, {source.info.framework}, {source.info.method}"
-        lines.append(f"network   {kind}, {size / 1e6:.1f} M numbers")
+        lines.append(f"network   {source.info.arch}, {source.info.stem} stem, {size / 1e6:.1f} M numbers")
+        lines.append(f"made by   {origin(source.info.framework, source.info.method)}")
     except CheckpointError as error:
         problem = error
     if tensor_report is None or every:

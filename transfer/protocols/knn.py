@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,6 +29,8 @@ class KnnRecipe(ClassifyRecipe):
     ``features: trunk`` takes the trunk's output, ``head`` that of the projection head, which files of this project's own
     pretraining hold: the MoCo CIFAR demo and Un-Mix's code take the 128-d head.
     """
+
+    depends_on_seed: ClassVar[bool] = False
 
     protocol: Literal["knn"]
     k: int = Field(200, ge=1)

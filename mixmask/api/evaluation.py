@@ -1,7 +1,7 @@
-"""The Python API, for notebooks and other people's code: `mixmask.__all__` names what is promised to stay.
+"""Measuring any network: kNN, a linear probe, or the bare features.
 
-Everything here takes any `torch.nn.Module` that maps (N, 3, H, W) normalised images to (N, D) features, or to (N, D, h, w)
-maps, which are averaged. A mistake raises `mixmask.UserError` with what would be valid.
+A network is any `torch.nn.Module` that maps (N, 3, H, W) normalised images to (N, D) features, or to (N, D, h, w) maps,
+which are averaged. A mistake raises `mixmask.UserError` with what would be valid.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixmask.api import Place
 from mixmask.engine.augment import Normalization
-from mixmask.engine.backbones import build_trunk
-from mixmask.engine.builtin_configs import config_file
-from mixmask.engine.config import load_recipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
@@ -31,25 +29,10 @@ from mixmask.engine.knn import knn_predict, top1
 from mixmask.engine.loader import open_source
 from mixmask.engine.precision import Precision
 from mixmask.engine.preflight import find_splits
-from mixmask.engine.records import Record
-from mixmask.engine.storage import RunDirectory, require_output_file
-from mixmask.pretrain import stage as pretrain_stage
-from mixmask.pretrain.recipe import PretrainRecipe
-from mixmask.transfer import stage as transfer_stage
-from mixmask.transfer.checkpoints.export import Target, check_export, export
-from mixmask.transfer.checkpoints.source import read_source
-from mixmask.transfer.checkpoints.tensor_report import Reading
+from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.classification import EvaluationRecipe
-from mixmask.transfer.protocol import Setting, TransferRecipe
+from mixmask.transfer.protocol import Setting
 from mixmask.transfer.protocols.linear import LinearRecipe
-from mixmask.transfer.recipe import load_transfer_recipe
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mixmask.evaluate.comparison import Comparison
-
-Place = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -69,68 +52,13 @@ class Features:
     paths: tuple[Path, ...]
 
 
-# --- backbones -------------------------------------------------------------------------------------------------------
-
-
-def load_backbone(
-    path: Place, *, layout: str | None = None, prefix: str | None = None, arch: str | None = None
-) -> nn.Module:
-    """Load the trunk of a checkpoint, this project's or anyone's, in eval mode.
-
-    Args:
-        path: ``backbone.safetensors``, or a checkpoint of a known layout (``mixmask inspect`` lists what is in it).
-        layout: Its layout, where its keys do not tell it: ``moco``, ``simsiam``, ``swav`` …
-        prefix: What stands before the trunk's names in the file.
-        arch: ``timm/`` and a name, if it is a ConvNet of timm; ResNets are recognised.
-
-    Returns:
-        A network from (N, 3, H, W) images to (N, ``num_features``) features. Its ``normalization`` is the data set whose
-        mean and deviation it was trained with.
-
-    Raises:
-        UserError: If the file is damaged, or a tensor is missing or not explained.
-
-    >>> model = load_backbone(backbone)
-    >>> model(torch.zeros(2, 3, 64, 64)).shape
-    torch.Size([2, 512])
-    """
-    source = read_source(Path(path).expanduser(), Reading(layout, prefix, arch))
-    trunk = build_trunk(source.info.recipe)
-    trunk.load_state_dict(source.state, strict=True)
-    trunk.normalization = source.info.normalization  # type: ignore[assignment]
-    return trunk.eval()
-
-
-def convert(source: Place, out: Place, *, to: Target, force: bool = False, verify: bool = True) -> Path:
-    """Write a backbone in another format, read back by the library it is for.
-
-    Args:
-        source: As `load_backbone` takes it.
-        out: The file to write: ``.pkl`` for Detectron2, else ``.safetensors`` or ``.pth``.
-        to: ``detectron2``, ``torchvision``, ``timm`` or ``mixmask``.
-        force: Replace a file that is there.
-        verify: Read it back and compare the features.
-
-    Raises:
-        UserError: If the source cannot be read, or ``out`` is there.
-
-    >>> convert(backbone, folder / "r18.pth", to="torchvision").name
-    'r18.pth'
-    """
-    out = Path(out).expanduser()
-    require_output_file(out, force)
-    found = read_source(Path(source).expanduser())
-    check_export(found, out, to)
-    export(found, out, to, verify)
-    return out
-
-
-# --- evaluation of any network ---------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def _measured(model: nn.Module, size: int) -> Iterator[_Pooled]:
     """The network as it is measured; afterwards every part of it is in the mode it was in, with or without gradients."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model: a torch.nn.Module was expected, got {type(model).__name__}; mixmask.load_backbone(path) loads a file"
+        )
     modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
@@ -166,6 +94,7 @@ def extract_features(
     data: Place | ImageSet,
     *,
     split: str = "train",
+    holdout: float = 0.0,
     resize: int | None = 256,
     crop: int = 224,
     batch_size: int = 64,
@@ -178,19 +107,22 @@ def extract_features(
         model: Any network; see the module.
         data: A folder of class folders, alone or in ``train/`` and ``val/``, or an archive that is known; or images.
         split: ``train``, or the name of the test folder.
+        holdout: Where there is no test folder: the share of every class that ``test`` is, and that ``train`` is without.
         resize: Short side in pixels before the crop; None leaves the image.
         crop: Side of the central crop.
         batch_size: Images per forward pass.
         normalization: Whose mean and deviation; by default the model's own (`load_backbone`), else ImageNet's.
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
-    >>> found = extract_features(load_backbone(backbone), photos, resize=None, crop=32)
+    >>> found = extract_features(mixmask.load_backbone(backbone), photos, resize=None, crop=32)
     >>> found.values.shape, len(found.classes)
     (torch.Size([120, 512]), 10)
     """
     if isinstance(data, str | os.PathLike):
         root = Path(data).expanduser()
-        recipe = _recipe(root, test=None if split == "train" else split)
+        if split != "train" and not holdout and split not in find_splits(root):
+            raise DataError(f"{root}: has no {split}/; holdout=0.2 keeps a fifth of every class for testing")
+        recipe = _recipe(root, None if split == "train" or holdout else split, holdout)
         images = open_split(recipe, "train" if split == "train" else "test")
     else:
         images = data
@@ -225,7 +157,7 @@ def knn(
     Raises:
         UserError: If the data are missing or damaged, or fewer than ``k``.
 
-    >>> 0 <= knn(load_backbone(backbone), photos, resize=None, crop=32) <= 100
+    >>> 0 <= knn(mixmask.load_backbone(backbone), photos, resize=None, crop=32) <= 100
     True
     """
     train, test, _ = _splits(Path(root).expanduser(), holdout)
@@ -268,7 +200,7 @@ def linear_probe(
         holdout: As `knn` takes it.
         resize, crop, batch_size, normalization, precision: As `extract_features` takes them; batches of training, too.
 
-    >>> 0 <= linear_probe(load_backbone(backbone), photos, epochs=2, resize=None, crop=32) <= 100
+    >>> 0 <= linear_probe(mixmask.load_backbone(backbone), photos, epochs=2, resize=None, crop=32) <= 100
     True
     """
     train, test, data = _splits(Path(root).expanduser(), holdout)
@@ -334,95 +266,3 @@ def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]
     train, tested = open_split(data, "train"), open_split(data, "test")
     require_same_classes(train, tested)
     return train, tested, data
-
-
-# --- stages ----------------------------------------------------------------------------------------------------------
-
-
-def pretrain(
-    recipe: Place | PretrainRecipe, overrides: Sequence[str] = (), *, runs: Place = "runs", run_dir: Place | None = None
-) -> Path:
-    """Pretrain a backbone, as ``mixmask pretrain`` does; a finished run is returned as it is.
-
-    Args:
-        recipe: The name of a config, a YAML file, or a recipe.
-        overrides: ``key=value`` each, in place of what the config says.
-        runs: Folder of all runs.
-        run_dir: The run's directory; by default named by the recipe's fingerprint.
-
-    Returns:
-        The path of ``backbone.safetensors``.
-
-    Raises:
-        UserError: If the recipe, the data or the directory are not right.
-        RunFailure: If the run cannot go on.
-
-    >>> small = ["max_steps=1", "batch_size=8", "framework.queue_size=8", "framework.bn_splits=1", "monitor=null"]
-    >>> where = [f"data.root={photos}", "augment.crop=32", "warmup_epochs=0"]
-    >>> mixmask.pretrain(demo / "pretrain.yaml", [*small, *where], runs=folder).name
-    'backbone.safetensors'
-    """
-    if not isinstance(recipe, PretrainRecipe):
-        recipe = load_recipe(PretrainRecipe, config_file(Path(recipe), "pretrain"), overrides, "overrides")
-    return pretrain_stage.run(pretrain_stage.plan(recipe, Path(runs), None if run_dir is None else Path(run_dir)))
-
-
-def transfer(
-    recipe: Place | TransferRecipe, overrides: Sequence[str] = (), *, runs: Place = "runs", run_dir: Place | None = None
-) -> Record:
-    """Measure how well a backbone transfers, as ``mixmask transfer`` does; a finished run is returned as it is.
-
-    Args:
-        recipe: The name of a config, a YAML file, or a recipe.
-        overrides: ``key=value`` each; ``backbone=`` and ``data.root=`` are needed.
-        runs: Folder of all runs.
-        run_dir: The run's directory; by default named by the recipe's fingerprint.
-
-    Returns:
-        The record; ``record.metrics`` are in percent.
-
-    >>> where = [f"backbone={backbone}", f"data.root={photos}", "evaluation.crop=32", "k=5"]
-    >>> sorted(mixmask.transfer(demo / "knn.yaml", where, runs=folder).metrics)
-    ['knn/top1']
-    """
-    if not isinstance(recipe, TransferRecipe):
-        recipe = load_transfer_recipe(config_file(Path(recipe), "transfer"), overrides, "overrides")
-    return transfer_stage.run(transfer_stage.plan(recipe, Path(runs), None if run_dir is None else Path(run_dir)))
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def results(runs: Place = "runs", query: str | None = None) -> pd.DataFrame:
-    """All finished runs below a folder, one row each; ``mixmask results --columns`` describes the columns.
-
-    Args:
-        runs: Folder of all runs.
-        query: A condition on the columns, such as ``"dataset == 'cifar100'"``.
-
-    >>> list(results(folder / "some")["knn/top1"])
-    [45.0]
-    """
-    from mixmask.evaluate.collect import collect, frame, select
-
-    table = frame(collect(Path(runs)).runs)
-    return table if query is None else select(table, query)
-
-
-def compare(first: str, second: str, runs: Place = "runs") -> list[Comparison]:
-    """How much better the first is, with a 95 % interval and a test, for everything that both were measured on.
-
-    Args:
-        first: A method, or a condition on the columns of `results`.
-        second: Another.
-        runs: Folder of all runs.
-
-    Returns:
-        One comparison each; ``print`` shows it.
-    """
-    from mixmask.evaluate.collect import collect
-    from mixmask.evaluate.comparison import chosen
-    from mixmask.evaluate.comparison import compare as compared
-
-    found = collect(Path(runs))
-    return compared(chosen(found, first), chosen(found, second))

@@ -1,0 +1,75 @@
+"""Backbones: from checkpoints to networks, and to other formats."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixmask.api import Place
+from mixmask.engine.backbones import build_trunk
+from mixmask.engine.storage import require_output_file
+from mixmask.transfer.checkpoints.export import Target, check_export, export
+from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.checkpoints.tensor_report import Reading
+
+
+def load_backbone(
+    path: Place, *, layout: str | None = None, prefix: str | None = None, arch: str | None = None
+) -> nn.Module:
+    """Load the trunk of a checkpoint, this project's or anyone's, in eval mode.
+
+    Args:
+        path: ``backbone.safetensors``, or a checkpoint of a known layout (``mixmask inspect`` lists what is in it).
+        layout: Its layout, where its keys do not tell it: ``moco``, ``simsiam``, ``swav`` …
+        prefix: What stands before the trunk's names in the file.
+        arch: ``timm/`` and a name, if it is a ConvNet of timm; ResNets are recognised.
+
+    Returns:
+        A network from (N, 3, H, W) images to (N, ``num_features``) features. Its ``normalization`` is the data set whose
+        mean and deviation it was trained with.
+
+    Warns:
+        UserWarning: Where the file is odd, for example if its batch normalisations have no statistics.
+
+    Raises:
+        UserError: If the file is damaged, or a tensor is missing or not explained.
+
+    >>> model = load_backbone(backbone)
+    >>> model(torch.zeros(2, 3, 64, 64)).shape
+    torch.Size([2, 512])
+    """
+    source = read_source(Path(path).expanduser(), Reading(layout, prefix, arch))
+    for text in source.tensor_report.warnings:
+        warnings.warn(f"{source.path}: {text}", stacklevel=2)
+    trunk: Any = build_trunk(source.info.recipe)
+    trunk.load_state_dict(source.state, strict=True)
+    trunk.normalization = source.info.normalization
+    network: nn.Module = trunk.eval()
+    return network
+
+
+def convert(source: Place, out: Place, *, to: Target, force: bool = False, verify: bool = True) -> Path:
+    """Write a backbone in another format, read back by the library it is for.
+
+    Args:
+        source: As `load_backbone` takes it.
+        out: The file to write: ``.pkl`` for Detectron2, else ``.safetensors`` or ``.pth``.
+        to: ``detectron2``, ``torchvision``, ``timm`` or ``mixmask``.
+        force: Replace a file that is there.
+        verify: Read it back and compare the features.
+
+    Raises:
+        UserError: If the source cannot be read, or ``out`` is there.
+
+    >>> convert(backbone, folder / "r18.pth", to="torchvision").name
+    'r18.pth'
+    """
+    out = Path(out).expanduser()
+    require_output_file(out, force)
+    found = read_source(Path(source).expanduser())
+    check_export(found, out, to)
+    export(found, out, to, verify)
+    return out
