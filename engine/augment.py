@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mixmask.engine.config import Recipe, added
+from mixmask.engine.normalization import Normalization, as_float, normalize
 from mixmask.engine.precision import to_device
-
-Normalization = Literal["imagenet", "cifar10", "cifar100", "tiny_imagenet"]
-
-# Mean and standard deviation per channel of images in [0, 1], by the data set that they were taken from.
-STATISTICS: dict[Normalization, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": (
-        (0.4914, 0.4822, 0.4465),
-        (0.2023, 0.1994, 0.2010),
-    ),  # the MoCo CIFAR demo and Un-Mix, for CIFAR-100 too
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),  # W-MSE's code
-    "tiny_imagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),  # W-MSE's code
-}
-assert STATISTICS.keys() == {*get_args(Normalization)}
-IMAGENET_MEAN, IMAGENET_STD = STATISTICS["imagenet"]
-
 
 MAX_SIGMA = 100.0  # pixels: a wider blur leaves nothing of an image
 
@@ -110,17 +95,17 @@ def draw_crops(
     """
     num = len(sizes)
     height, width = sizes[:, 0:1].double(), sizes[:, 1:2].double()
-    rng = torch.rand(4, num, 10, generator=generator, dtype=torch.float64)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * rng[0])
+    uniform = torch.rand(4, num, 10, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[0])
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    ratio = torch.exp(low + (high - low) * rng[1])
+    ratio = torch.exp(low + (high - low) * uniform[1])
     w = torch.sqrt(area * ratio).round()
     h = torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
     w, h = w.gather(1, first), h.gather(1, first)
-    top = (rng[2].gather(1, first) * (height - h + 1)).floor()
-    left = (rng[3].gather(1, first) * (width - w + 1)).floor()
+    top = (uniform[2].gather(1, first) * (height - h + 1)).floor()
+    left = (uniform[3].gather(1, first) * (width - w + 1)).floor()
     none = ~fits.any(dim=1, keepdim=True)
     if none.any():
         wide, tall = width / height > aspect[1], width / height < aspect[0]
@@ -347,20 +332,20 @@ def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator
     )
 
 
-def apply_photometric(images: Tensor, rng: PhotometricDraws) -> Tensor:
+def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
     """Jitter, greyscale and blur a batch of (N, 3, H, W) images in [0, 1]; the input is not changed."""
     images = images.clone()
     operations = (
-        (adjust_brightness, rng.brightness),
-        (adjust_contrast, rng.contrast),
-        (adjust_saturation, rng.saturation),
-        (adjust_hue, rng.hue),
+        (adjust_brightness, draws.brightness),
+        (adjust_contrast, draws.contrast),
+        (adjust_saturation, draws.saturation),
+        (adjust_hue, draws.hue),
     )
     for position in range(4):
         for number, (operation, values) in enumerate(operations):
-            _apply(operation, images, rng.jitter & (rng.order[:, position] == number), values)
-    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, rng.grayscale, rng.sigma)
-    _apply(gaussian_blur, images, rng.blur, rng.sigma)
+            _apply(operation, images, draws.jitter & (draws.order[:, position] == number), values)
+    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
+    _apply(gaussian_blur, images, draws.blur, draws.sigma)
     return images
 
 
@@ -392,28 +377,11 @@ class Photometric:
         Returns:
             (N, 3, H, W), channels last in memory.
         """
-        rng = draw_photometric(self.recipe, total, generator).rows(rows)
+        draws = draw_photometric(self.recipe, total, generator).rows(rows)
         result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         together = len(images) if images.device.type != "cpu" else 1  # one image stays in a core's cache all the way
         for start in range(0, len(images), together):
             part = slice(start, start + together)
-            augmented = apply_photometric(as_float(images[part]), rng.rows(part))
+            augmented = apply_photometric(as_float(images[part]), draws.rows(part))
             result[part] = normalize(augmented, self.recipe.normalization)
         return result
-
-
-def as_float(images: Tensor) -> Tensor:
-    """uint8 to float in [0, 1], channels first in memory; floats as they are."""
-    if images.dtype != torch.uint8:
-        return images
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
-def normalize(images: Tensor, normalization: Normalization = "imagenet") -> Tensor:
-    """Subtract a data set's mean and divide by its standard deviation, per channel; uint8 or float in [0, 1] to float."""
-    images = as_float(images)
-    mean, std = (
-        torch.tensor(values, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-        for values in STATISTICS[normalization]
-    )
-    return (images - mean).mul_(1 / std)

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mixmask.engine.augment import Normalization
 from mixmask.engine.config import Recipe
 from mixmask.engine.errors import CheckpointError, ConfigError
 from mixmask.engine.heads import Head, HeadInfo
+from mixmask.engine.normalization import Normalization
 from mixmask.engine.records import Fingerprint, Label, Method, check_recipe_shape
 from mixmask.engine.storage import write_atomic
 

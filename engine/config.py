@@ -7,19 +7,18 @@ changes the kind, it replaces the whole mapping, because the old kind's keys mea
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mixmask.engine.builtin_configs import named_config
+from mixmask.engine.config_errors import explain
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.texts import read_text
 
@@ -215,7 +214,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
         inner = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
         # A list whose entries are wrong is called too short as well, which is a consequence and no second mistake.
         own = [problem for problem in found if problem["loc"] not in inner or problem["type"] != "too_short"]
-        problems = [_explain(problem, model, sources, str(path), origin) for problem in own]
+        problems = [explain(problem, model, sources, str(path), origin) for problem in own]
         raise ConfigError(*dict.fromkeys(problems)) from None
     if tree.get(EXPECTED) and sources.get(EXPECTED) != origin and _changed(recipe, written, tree):
         return model.model_validate({**tree, EXPECTED: []})
@@ -246,119 +245,6 @@ def read_key(path: Path | str, overrides: Sequence[str], key: str) -> Any:
     for override in overrides:
         tree, _ = _apply_override(tree, override)
     return tree.get(key)
-
-
-# --- explaining ------------------------------------------------------------------------------------------------------
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, UnionType, tuple, list, dict) or hasattr(annotation, "__metadata__"):
-        return [m for arg in get_args(annotation) for m in _models_in(arg)]
-    return []
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe."""
-    found = []
-    for name, field in model.model_fields.items():
-        found.append(f"{prefix}{name}")
-        for inner in _models_in(field.annotation):
-            found += _paths(inner, f"{prefix}{name}.")
-    return [*dict.fromkeys(found)]
-
-
-def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
-    """The recipe class that ``location`` leads into, and the location without pydantic's union tags."""
-    keys: list[str] = []
-    candidates = [model]
-    for part in location:
-        name = str(part)
-        field = next((m.model_fields[name] for m in candidates if name in m.model_fields), None)
-        if field is not None:
-            keys.append(name)
-            inner = _models_in(field.annotation)
-            if inner:
-                candidates = inner
-            continue
-        tagged = [m for m in candidates if name in _kinds_of(m) or m.__name__ == name]
-        if tagged:
-            candidates = tagged
-        else:
-            keys.append(name)
-    return candidates[0], keys
-
-
-def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
-    for name in ("kind", "protocol"):
-        field = model.model_fields.get(name)
-        if field is not None:
-            return tuple(map(str, get_args(field.annotation)))
-    return ()
-
-
-def _explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str, origin: str) -> str:
-    location, kind = problem["loc"], problem["type"]
-    given = problem.get("input")
-    owner, keys = _model_at(model, location[:-1] if kind in ("extra_forbidden", "missing") else location)
-    if kind in ("extra_forbidden", "missing"):
-        keys = [*keys, str(location[-1])]
-    dotted = ".".join(keys)
-    source = path
-    for depth in range(len(keys), 0, -1):
-        if ".".join(keys[:depth]) in sources:
-            source = sources[".".join(keys[:depth])]
-            break
-    else:
-        if any(sources[key] == origin for key in sources if key.startswith(f"{dotted}.")):
-            source = origin
-    where = f"{source}: {dotted}" if dotted else source
-    if kind == "extra_forbidden":
-        valid = list(owner.model_fields)
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1)
-        meant = [path for path in _paths(model) if path.split(".")[-1] == location[-1]] or near
-        hint = f" Did you mean '{' or '.join(meant)}'?" if meant else ""
-        return f"{source}: unknown key '{dotted}' (given: {given!r}).{hint} Valid keys here: {', '.join(valid)}"
-    if kind == "missing":
-        return f"{path}: the key '{dotted}' is required and missing: give {dotted}=… on the command line or in the file"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag = str(problem["ctx"]["discriminator"]).strip("'")
-        value = given.get(tag) if isinstance(given, Mapping) else given
-        expected = problem["ctx"].get("expected_tags", "one of the kinds")
-        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", expected), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}.{hint}"
-    message = _in_our_words(problem["msg"])
-    if kind == "value_error" and isinstance(given, Mapping):
-        with_overrides = f"{path} and {_the(origin)}" if origin in sources.values() else path
-        return f"{where}: {message}" if dotted else f"{with_overrides}: {message}"
-    return f"{where}: {message} (given: {given!r})"
-
-
-def _in_our_words(message: str) -> str:
-    """A message of the validation library, as a user of configs would say it."""
-    message = (
-        message.removeprefix("Value error, ").replace("valid tuple", "valid list").replace("dictionary", "mapping")
-    )
-    for pattern, ours in (
-        (r"Input should be a valid integer(, .*)?", "a whole number was expected"),
-        (r"Input should be a valid boolean(, .*)?", "true or false was expected"),
-        (r"Input should be a valid string(, .*)?", "a text was expected"),
-        (r"Input should be a valid ([a-z]+)(, .*)?", r"a \1 was expected"),
-        (r"Input should be an? ([a-z ]+)", r"a \1 was expected"),
-        (r"Input should be (.*)", r"must be \1"),
-        (r"(?:Tuple|List) should have at least ([0-9]+) items?.*", r"needs at least \1 value(s)"),
-        (r"(?:Tuple|List) should have at most ([0-9]+) items?.*", r"takes at most \1 value(s)"),
-        (r"String should (.*)", r"the text must \1"),
-        (r"Value should (.*)", r"must \1"),
-    ):
-        message = re.sub(f"^{pattern}$", ours, message)
-    return message
-
-
-def _the(origin: str) -> str:
-    return origin if origin.startswith("the ") else f"the {origin}"
 
 
 # --- identity --------------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.engine.augment import Normalization, normalize
 from mixmask.engine.distributed import gather_dealt
 from mixmask.engine.loader import ImageSource, num_batches
+from mixmask.engine.normalization import Normalization, normalize
 from mixmask.engine.precision import Precision, autocast
 from mixmask.engine.progress import track
 

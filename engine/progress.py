@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TextIO, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -64,8 +64,9 @@ def logged(path: Path) -> Iterator[None]:
         before = _stderr
         _stderr = Console(file=sys.stderr, quiet=before.quiet, highlight=False)  # bars go to the terminal alone
         _Log.file, _Log.path = log, path
-        stack.enter_context(contextlib.redirect_stdout(_Copied(sys.stdout, log)))  # type: ignore[type-var]
-        stack.enter_context(contextlib.redirect_stderr(_Copied(sys.stderr, log)))  # type: ignore[type-var]
+        copied: list[Any] = [_Copied(sys.stdout, log), _Copied(sys.stderr, log)]
+        stack.enter_context(contextlib.redirect_stdout(copied[0]))
+        stack.enter_context(contextlib.redirect_stderr(copied[1]))
         try:
             yield
         finally:

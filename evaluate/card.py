@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from mixmask.engine.augment import STATISTICS, Normalization
 from mixmask.engine.config import read_config
 from mixmask.engine.errors import UserError
+from mixmask.engine.normalization import STATISTICS, Normalization
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, Run, collect, flat, one_run
 from mixmask.evaluate.names import name

@@ -182,8 +182,8 @@ def compare_classifiers(
     total = len(first)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     shares = np.array([only_first, only_second, total - only_first - only_second]) / total
-    rng = np.random.default_rng(seed).multinomial(total, shares, size=RESAMPLES)
-    gaps = 100.0 * (rng[:, 0] - rng[:, 1]) / total
+    resampled = np.random.default_rng(seed).multinomial(total, shares, size=RESAMPLES)
+    gaps = 100.0 * (resampled[:, 0] - resampled[:, 1]) / total
     low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     discordant = only_first + only_second
     p = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0

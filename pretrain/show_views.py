@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmask.engine.augment import STATISTICS, Normalization, Photometric
+from mixmask.engine.augment import Photometric
 from mixmask.engine.data import open_split
 from mixmask.engine.loader import BatchPlan, check_crop, open_source
+from mixmask.engine.normalization import STATISTICS, Normalization
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.engine.storage import write_atomic
 from mixmask.pretrain.recipe import PretrainRecipe

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mixmask.engine.augment import CropRecipe, Normalization, normalize
+from mixmask.engine.augment import CropRecipe
 from mixmask.engine.backbones import build_trunk, width_of
 from mixmask.engine.config import Recipe, operational
 from mixmask.engine.data import open_split
@@ -23,6 +23,7 @@ from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.knn import top1
 from mixmask.engine.loader import Batch, BatchPlan, ImageSource, check_crop, num_batches, open_source
+from mixmask.engine.normalization import Normalization, normalize
 from mixmask.engine.precision import autocast
 from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.progress import say, track

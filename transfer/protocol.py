@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from pydantic import Field
 
-from mixmask.engine.augment import Normalization
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.expected import Expectations
+from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Label, Method
 from mixmask.engine.storage import RunDirectory

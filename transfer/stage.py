@@ -10,10 +10,10 @@ import torch
 from typing_extensions import override
 
 from mixmask.engine import distributed
-from mixmask.engine.augment import Normalization
 from mixmask.engine.config import fingerprint_of, identity
 from mixmask.engine.datasets import other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
+from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
 from mixmask.engine.records import Record, environment

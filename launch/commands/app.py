@@ -12,16 +12,16 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from mixmask.engine.builtin_configs import config_file, listed_configs
+from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
 from mixmask.engine.wording import printable
-from mixmask.launch.commands import results, suites
+from mixmask.launch.commands import checkpoints, inputs, results, suites
 from mixmask.launch.commands.command_help import GroupedCommands, show_version
-from mixmask.launch.commands.results import Force
+from mixmask.launch.commands.options import Config, DryRun, Force, Overrides, RunDir, Runs
 from mixmask.launch.commands.terminal import show
 
 app = typer.Typer(
@@ -32,32 +32,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the config, e.g. epochs=10 mix.grid=4."),
-]
-Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a config (see mixmask configs).")]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
-RunDir = Annotated[Path | None, typer.Option(help="Run directory; by default named by the recipe's fingerprint.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
-
-
 # A path that cannot be read or written as it was given: not a failure of the run.
 USERS_MISTAKES = (
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS
 )  # fmt: skip
-
-Layout = Annotated[
-    str | None, typer.Option("--as", help="The source's layout, where its keys do not tell it: moco, simsiam, swav, …")
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(help="What stands before the trunk's names in the source, with its containers; '' for nothing."),
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(help="timm/ and the name of a ConvNet of timm, if the source is one; ResNets are recognised."),
-]
 
 
 @app.callback()
@@ -107,144 +85,6 @@ def pretrain(
         product = stage.run(plan)
         if world.is_writer:
             show(product)
-
-
-@app.command()
-def configs(
-    kind: Annotated[
-        Literal["pretrain", "transfer", "suites", "cluster"] | None, typer.Argument(help="Only those of one kind.")
-    ] = None,
-    path: Annotated[bool, typer.Option("--path", help="Where the files lie, one to a line.")] = False,
-) -> None:
-    """List the configs that come with mixmask; each is named on the command line by its name alone.
-
-    \b
-    Examples:
-      mixmask configs transfer
-      mixmask transfer knn backbone=backbone.safetensors data.root=/data/cifar10
-    """
-    found = listed_configs(kind)
-    for number, (place, name, about) in enumerate(found):
-        if path:
-            show(config_file(Path(f"{name}.yaml"), place))
-            continue
-        if number == 0 or found[number - 1][0] != place:
-            show(f"{chr(10) * bool(number)}{place}")
-        show(f"  {name}\n      {about}")
-
-
-@app.command("show-views")
-def show_views(
-    config: Config,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("views.png"),
-    num: Annotated[int, typer.Option(help="Number of images.", min=2, max=64)] = 8,
-    force: Force = False,
-) -> None:
-    """Draw what a recipe does to your images: views, masks, mixtures and switch images, as its first step sees them.
-
-    \b
-    Example:
-      mixmask show-views configs/pretrain/imagenet_mocov2_mixmask.yaml data.root=/data/imagenet --out views.png
-    """
-    from mixmask.engine.config import load_recipe
-    from mixmask.engine.storage import require_output_file
-    from mixmask.pretrain.recipe import PretrainRecipe
-    from mixmask.pretrain.show_views import draw_views
-
-    require_output_file(out, force)
-    show(draw_views(load_recipe(PretrainRecipe, config_file(config, "pretrain"), overrides or ()), out, num))
-
-
-@app.command("check-data")
-def check_data(
-    root: Annotated[Path, typer.Argument(help="A data set's folder, or a CIFAR archive.")],
-    split: Annotated[
-        list[str] | None, typer.Option(help="A folder in it; may be given several times. Default: train, val, test.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Headers and ends of files; decodes only what looks damaged.")
-    ] = False,
-) -> None:
-    """Count classes and images, report sizes, and find unreadable files: before a long run does. Reads with all cores.
-
-    \b
-    Example:
-      mixmask check-data /data/imagenet
-    """
-    from mixmask.engine.errors import DataError, listed
-    from mixmask.engine.preflight import check_data, find_splits
-
-    reports, problems, remarks = check_data(root, split or find_splits(root), quick)
-    for text in (*(report.describe() for report in reports), *remarks):
-        show(text)
-    if problems:
-        raise DataError(*listed(problems, 20))
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of a known layout, or our backbone.safetensors.")],
-    out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
-    to: Annotated[
-        Literal["detectron2", "torchvision", "timm", "mixmask"], typer.Option(help="Whose names and format to write.")
-    ],
-    layout: Layout = None,
-    prefix: Prefix = None,
-    arch: Arch = None,
-    verify: Annotated[
-        bool, typer.Option(help="Read the file back with the library it is for and compare features with the source's.")
-    ] = True,
-    force: Force = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Write a trunk for another library, with a report on every tensor of the source.
-
-    The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
-    OpenMMLab, stable-pretraining, timm, transformers, torchvision and Detectron2 are recognised by their keys. A tensor
-    that is missing or unexplained stops it.
-
-    \b
-    Examples:
-      mixmask convert runs/pretrain/x/backbone.safetensors backbone.pkl --to detectron2
-      mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
-      mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
-    """
-    from mixmask.engine.storage import require_output_file
-    from mixmask.transfer.checkpoints.export import check_export, export
-    from mixmask.transfer.checkpoints.source import read_source
-    from mixmask.transfer.checkpoints.tensor_report import Reading
-
-    require_output_file(out, force)
-    found = read_source(source, Reading(layout, prefix, arch))
-    check_export(found, out, to)
-    result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
-    show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.tensor_report.summary()}\n{result}")
-
-
-@app.command()
-def inspect(
-    source: Annotated[Path, typer.Argument(help="A checkpoint.")],
-    layout: Layout = None,
-    prefix: Prefix = None,
-    arch: Arch = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with what becomes of it.")] = False,
-) -> None:
-    """Say what a checkpoint holds: its layout, its network, and what becomes of every tensor; writes nothing.
-
-    Exit code 2 if `mixmask convert` would refuse it.
-
-    \b
-    Example:
-      mixmask inspect moco_v2_800ep_pretrain.pth.tar
-    """
-    from mixmask.transfer.checkpoints.source import inspect as look
-    from mixmask.transfer.checkpoints.tensor_report import Reading
-
-    text, problem = look(source, Reading(layout, prefix, arch), tensors)
-    show(text)
-    if problem is not None:
-        raise problem
 
 
 @app.command()
@@ -325,6 +165,11 @@ def show_detections(
 
 
 for _command in (
+    inputs.configs,
+    inputs.show_views,
+    inputs.check_data,
+    checkpoints.convert,
+    checkpoints.inspect,
     suites.launch,
     suites.status,
     suites.cancel,

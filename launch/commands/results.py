@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mixmask.launch.commands.options import Force
 from mixmask.launch.commands.terminal import show
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 RunsArgument = Annotated[Path, typer.Argument(help="Folder of runs; every record.json below it is read.")]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of to the terminal.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 More = Annotated[
     list[Path] | None,
     typer.Option("--published", help="A CSV file with more published numbers; may be given several times."),

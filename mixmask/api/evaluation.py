@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.api import Place
-from mixmask.engine.augment import Normalization
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
@@ -27,6 +26,7 @@ from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import extract_features as features_of
 from mixmask.engine.knn import knn_predict, top1
 from mixmask.engine.loader import open_source
+from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import Precision
 from mixmask.engine.preflight import find_splits
 from mixmask.engine.storage import RunDirectory

@@ -24,8 +24,8 @@ from mixmask.engine.augment import (
     draw_photometric,
     gaussian_blur,
     grayscale,
-    normalize,
 )
+from mixmask.engine.normalization import normalize
 from mixmask.engine.randomness import generator
 
 TOLERANCE = 1 / 255
@@ -64,44 +64,44 @@ def test_blur_is_torchvisions(images: Tensor) -> None:
 
 def test_a_batch_is_augmented_sample_by_sample_in_the_drawn_order(images: Tensor) -> None:
     recipe = AugmentRecipe(crop=24, hue=0.3)
-    rng = draw_photometric(recipe, len(images), generator(3))
-    batch = apply_photometric(images, rng)
+    draws = draw_photometric(recipe, len(images), generator(3))
+    batch = apply_photometric(images, draws)
     for i in range(len(images)):
         image = images[i]
-        if rng.jitter[i]:
+        if draws.jitter[i]:
             operations = (
-                lambda x, i=i: TF.adjust_brightness(x, float(rng.brightness[i])),
-                lambda x, i=i: TF.adjust_contrast(x, float(rng.contrast[i])),
-                lambda x, i=i: TF.adjust_saturation(x, float(rng.saturation[i])),
-                lambda x, i=i: TF.adjust_hue(x, float(rng.hue[i])),
+                lambda x, i=i: TF.adjust_brightness(x, float(draws.brightness[i])),
+                lambda x, i=i: TF.adjust_contrast(x, float(draws.contrast[i])),
+                lambda x, i=i: TF.adjust_saturation(x, float(draws.saturation[i])),
+                lambda x, i=i: TF.adjust_hue(x, float(draws.hue[i])),
             )
-            for number in rng.order[i].tolist():
+            for number in draws.order[i].tolist():
                 image = operations[number](image)
-        if rng.grayscale[i]:
+        if draws.grayscale[i]:
             image = TF.rgb_to_grayscale(image, num_output_channels=3)
-        if rng.blur[i]:
-            image = TF.gaussian_blur(image, [17, 17], [float(rng.sigma[i])] * 2)
+        if draws.blur[i]:
+            image = TF.gaussian_blur(image, [17, 17], [float(draws.sigma[i])] * 2)
         assert (batch[i] - image).abs().max() < TOLERANCE
 
 
 def test_draws_have_the_recipes_distribution() -> None:
     recipe = AugmentRecipe()
-    rng = draw_photometric(recipe, 20_000, generator(0))
-    assert rng.jitter.double().mean() == pytest.approx(0.8, abs=0.01)
-    assert rng.grayscale.double().mean() == pytest.approx(0.2, abs=0.01)
-    assert rng.blur.double().mean() == pytest.approx(0.5, abs=0.012)
+    draws = draw_photometric(recipe, 20_000, generator(0))
+    assert draws.jitter.double().mean() == pytest.approx(0.8, abs=0.01)
+    assert draws.grayscale.double().mean() == pytest.approx(0.2, abs=0.01)
+    assert draws.blur.double().mean() == pytest.approx(0.5, abs=0.012)
     for values, low, high in (
-        (rng.brightness, 0.6, 1.4),
-        (rng.contrast, 0.6, 1.4),
-        (rng.saturation, 0.6, 1.4),
-        (rng.hue, -0.1, 0.1),
-        (rng.sigma, 0.1, 2.0),
+        (draws.brightness, 0.6, 1.4),
+        (draws.contrast, 0.6, 1.4),
+        (draws.saturation, 0.6, 1.4),
+        (draws.hue, -0.1, 0.1),
+        (draws.sigma, 0.1, 2.0),
     ):
         assert low <= float(values.min()) < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < float(values.max()) <= high
         assert float(values.mean()) == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
     for position in range(4):
-        counts = torch.bincount(rng.order[:, position], minlength=4).double() / 20_000
+        counts = torch.bincount(draws.order[:, position], minlength=4).double() / 20_000
         assert (counts - 0.25).abs().max() < 0.015
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,5 +147,6 @@ def test_torchs_warning_of_many_workers_is_said_in_our_words(
     open_source(open_split(data, "train"), data, torch.device("cpu"))
     assert isinstance(source, StreamSource)
     assert capsys.readouterr().err.count("data.num_workers=65: this machine has") == 1
-    next(from_workers(DataLoader(list(range(9)), num_workers=9)))  # type: ignore[arg-type]
+    numbers: Any = list(range(9))
+    next(from_workers(DataLoader(numbers, num_workers=9)))
     assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]

@@ -49,9 +49,9 @@ def test_intervals_cover_what_they_say(n: int, skewed: bool) -> None:
     generator = np.random.default_rng(n)
     repeats = 8000
     hits = 0
-    rng = (generator.gamma(16.0, size=(repeats, n)) - 16) / 4 if skewed else generator.normal(size=(repeats, n))
+    samples = (generator.gamma(16.0, size=(repeats, n)) - 16) / 4 if skewed else generator.normal(size=(repeats, n))
     base = generator.normal(60.0, 5.0, size=(repeats, n))  # what the pairs have in common
-    for gaps, common in zip(rng, base, strict=True):
+    for gaps, common in zip(samples, base, strict=True):
         found = difference((common + 1 + gaps).tolist(), common.tolist(), paired=True)
         assert found.low is not None
         assert found.high is not None

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
+from submitit.core.job_environment import SignalHandler
 
 from mixmask.engine.errors import RunFailure, UserError
 from mixmask.engine.progress import say
@@ -170,11 +171,11 @@ def test_the_cause_of_an_end_is_said_not_the_launchers_noise(log: str, cause: st
 
 
 def test_a_signal_after_the_work_queues_nothing_again(
-    job: CellJob, in_slurm: object, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(None)
     monkeypatch.setattr(CellJob, "work", lambda self: work(self))
-    start(job, in_slurm)  # type: ignore[arg-type]
+    start(job, in_slurm)
     assert events(job) == ["started", "done"]
     assert job.checkpoint() is None
     assert events(job) == ["started", "done"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixmask.engine.augment import normalize
 from mixmask.engine.backbones import FORMAT, BackboneInfo, build_trunk, load_backbone, save_backbone
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import identity
@@ -18,6 +17,7 @@ from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDi
 from mixmask.engine.heads import mlp
 from mixmask.engine.images import Images
 from mixmask.engine.loader import BatchPlan
+from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmask.engine.augment import IMAGENET_MEAN, IMAGENET_STD
 from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.normalization import IMAGENET_MEAN, IMAGENET_STD
 from mixmask.engine.precision import Precision
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.roi_heads import Detections, Res5RoIHeads

@@ -1,0 +1,86 @@
+"""The commands for checkpoints: convert, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mixmask.launch.commands.options import DryRun, Force
+from mixmask.launch.commands.terminal import show
+
+Layout = Annotated[
+    str | None, typer.Option("--as", help="The source's layout, where its keys do not tell it: moco, simsiam, swav, …")
+]
+Prefix = Annotated[
+    str | None,
+    typer.Option(help="What stands before the trunk's names in the source, with its containers; '' for nothing."),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="timm/ and the name of a ConvNet of timm, if the source is one; ResNets are recognised."),
+]
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of a known layout, or our backbone.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
+    to: Annotated[
+        Literal["detectron2", "torchvision", "timm", "mixmask"], typer.Option(help="Whose names and format to write.")
+    ],
+    layout: Layout = None,
+    prefix: Prefix = None,
+    arch: Arch = None,
+    verify: Annotated[
+        bool, typer.Option(help="Read the file back with the library it is for and compare features with the source's.")
+    ] = True,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a trunk for another library, with a report on every tensor of the source.
+
+    The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
+    OpenMMLab, stable-pretraining, timm, transformers, torchvision and Detectron2 are recognised by their keys. A tensor
+    that is missing or unexplained stops it.
+
+    \b
+    Examples:
+      mixmask convert runs/pretrain/x/backbone.safetensors backbone.pkl --to detectron2
+      mixmask convert checkpoint_0199.pth.tar backbone.safetensors --to timm
+      mixmask convert theirs.pth ours.safetensors --to mixmask --prefix state_dict.net.
+    """
+    from mixmask.engine.storage import require_output_file
+    from mixmask.transfer.checkpoints.export import check_export, export
+    from mixmask.transfer.checkpoints.source import read_source
+    from mixmask.transfer.checkpoints.tensor_report import Reading
+
+    require_output_file(out, force)
+    found = read_source(source, Reading(layout, prefix, arch))
+    check_export(found, out, to)
+    result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
+    show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.tensor_report.summary()}\n{result}")
+
+
+def inspect(
+    source: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    layout: Layout = None,
+    prefix: Prefix = None,
+    arch: Arch = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with what becomes of it.")] = False,
+) -> None:
+    """Say what a checkpoint holds: its layout, its network, and what becomes of every tensor; writes nothing.
+
+    Exit code 2 if `mixmask convert` would refuse it.
+
+    \b
+    Example:
+      mixmask inspect moco_v2_800ep_pretrain.pth.tar
+    """
+    from mixmask.transfer.checkpoints.source import inspect as look
+    from mixmask.transfer.checkpoints.tensor_report import Reading
+
+    text, problem = look(source, Reading(layout, prefix, arch), tensors)
+    show(text)
+    if problem is not None:
+        raise problem
