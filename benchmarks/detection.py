@@ -19,13 +19,12 @@ from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.precision import autocast, fast_bf16
 from mixmask.engine.randomness import generator
-from mixmask.transfer.detection import torchvision_engine
-from mixmask.transfer.detection.annotations import open_detection
-from mixmask.transfer.detection.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.c4 import C4Detector
-from mixmask.transfer.detection.detectron2_config import make_config, require_detectron2
+from mixmask.transfer.detection.data.annotations import open_detection
+from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
+from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
+from mixmask.transfer.detection.engines import torchvision as torchvision_engine
+from mixmask.transfer.detection.engines.detectron2_config import make_config, require_detectron2
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.weights import detector_to_detectron2
 from mixmask.transfer.recipe import load_transfer_recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +59,7 @@ def main() -> None:
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
 
-    import mixmask.transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
+    import mixmask.transfer.detection.detectors.c4.heads  # noqa: F401 (registers the head)
 
     overrides = [f"data.root={given.root}", "backbone=none", f"batch_size={given.batch}", "data.num_workers=0"]
     overrides += given.overrides
@@ -73,7 +72,7 @@ def main() -> None:
     pictures, _ = open_detection(recipe)
     backbone = BackboneRecipe(arch=given.arch)
     torch.manual_seed(0)
-    ours = C4Detector(backbone, build_trunk(backbone).state_dict(), len(pictures.classes), recipe)
+    ours = recipe.detector.build(backbone, build_trunk(backbone).state_dict(), len(pictures.classes), recipe.masks)
     with tempfile.TemporaryDirectory() as folder:
         cfg = make_config(
             recipe,

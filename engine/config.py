@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixmask.engine.builtin_configs import named_config
 from mixmask.engine.config_errors import explain
@@ -28,9 +28,23 @@ EXPECTED = "expected"  # holds for the file in which it stands, as it stands the
 
 
 class Recipe(BaseModel):
-    """Base of every typed recipe: frozen, and an unknown key is an error."""
+    """Base of every typed recipe: frozen, and an unknown key is an error.
+
+    ``moved`` are keys that an earlier version had elsewhere: the old name, and the dotted new one. They are still read.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+    moved: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_moved(cls, tree: Any) -> Any:
+        return _at_new_places(tree, cls.moved) if cls.moved and isinstance(tree, Mapping) else tree
+
+    def first_form(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity as the first version wrote it. Fingerprints are made of it, so that they outlive renamed keys."""
+        return identity
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
@@ -134,6 +148,24 @@ def _merge(base: Mapping[str, Any], extension: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
+def _at_new_places(tree: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
+    """A recipe's mapping with its old keys under their new names."""
+    result = {key: value for key, value in tree.items() if key not in moved}
+    for old, new in moved.items():
+        if old in tree:
+            extension: Any = tree[old]
+            for part in reversed(new.split(".")):
+                extension = {part: extension}
+            result = _merge(result, extension)
+    return result
+
+
+def _new_name(key: str, moved: Mapping[str, str]) -> str:
+    """A dotted key, or an override that begins with one."""
+    first = re.split(r"[.=]", key, maxsplit=1)[0]
+    return moved.get(first, first) + key[len(first) :]
+
+
 def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a config file and its bases.
 
@@ -200,9 +232,11 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
         ConfigError: With one line per problem: the file, the key, what was given and what would be valid.
     """
     written, sources = read_config(Path(path))
+    written = _at_new_places(written, model.moved)
+    sources = {_new_name(key, model.moved): source for key, source in sources.items()}
     tree = written
     for override in overrides:
-        tree, key = _apply_override(tree, override)
+        tree, key = _apply_override(tree, _new_name(override, model.moved))
         sources[key] = origin
         for leaf in list(sources):
             if leaf.startswith(f"{key}."):
@@ -262,6 +296,11 @@ def identity(recipe: BaseModel) -> dict[str, Any]:
             continue
         result[name] = identity(value) if isinstance(value, BaseModel) else plain[name]
     return result
+
+
+def fingerprinted(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe's fingerprint is made of."""
+    return recipe.first_form(identity(recipe))
 
 
 def fingerprint_of(what: Mapping[str, Any], parent: str | None = None) -> str:

@@ -19,7 +19,7 @@ from mixmask.engine.provenance import code
 from mixmask.engine.storage import RunDirectory, write_text
 from mixmask.engine.texts import read_run_file
 
-SCHEMA = 3
+SCHEMA = 4
 LARGEST = 1e100
 MAX_RECORD = 1 << 26  # bytes
 SCALARS = (str, int, float, bool, type(None))
@@ -160,6 +160,7 @@ def migrated(document: dict[str, Any]) -> dict[str, Any]:
     """A record's document under the present schema.
 
     Schema 1 kept no recipes, and one expectation or none. Schema 2 did not say what its protocol is called and run for.
+    Schema 3 had the options of the only detector, C4, beside those of its training.
 
     Raises:
         ValueError: If it is of no known schema.
@@ -168,11 +169,20 @@ def migrated(document: dict[str, Any]) -> dict[str, Any]:
     if version == 1:
         document = {**document, "expected": document.get("expected") or []}
     if version in (1, 2):
-        return {**document, **said_before_schema_3(str(document.get("protocol"))), "schema": SCHEMA}
+        document = {**document, **said_before_schema_3(str(document.get("protocol")))}
+    if version in (1, 2, 3):
+        return {**document, "recipe": _with_detector(document.get("recipe")), "schema": SCHEMA}
     if version != SCHEMA:
         known = f"this version reads 1 to {SCHEMA}"
         raise ValueError("not a record: no schema" if version is None else f"of schema {version!r}; {known}")
     return document
+
+
+def _with_detector(recipe: Any) -> Any:
+    if not isinstance(recipe, dict) or not {"rpn", "roi"} <= recipe.keys():
+        return recipe if recipe is not None else {}
+    rest = {key: value for key, value in recipe.items() if key not in ("rpn", "roi")}
+    return {**rest, "detector": {"kind": "c4", "rpn": recipe["rpn"], "roi": recipe["roi"]}}
 
 
 def said_before_schema_3(protocol: str) -> dict[str, Any]:

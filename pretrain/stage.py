@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mixmask.engine import distributed
 from mixmask.engine.backbones import TIMM, BackboneInfo, save_backbone
-from mixmask.engine.config import fingerprint_of, identity
+from mixmask.engine.config import fingerprint_of, fingerprinted, identity
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages, other_classes, require_same_classes
 from mixmask.engine.errors import ConfigError
@@ -60,7 +60,7 @@ class PretrainPlan(RecordedWork[Path]):
     @property
     def lineage(self) -> str:
         """The fingerprint without the seed: runs that may be pooled into one mean share it."""
-        return fingerprint_of({**identity(self.recipe), "stage": "pretrain", "seed": None})
+        return fingerprint_of({**fingerprinted(self.recipe), "stage": "pretrain", "seed": None})
 
     @property
     def backbone_file(self) -> Path:
@@ -163,7 +163,7 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
 
 def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
     """The fingerprint and the run directory of a recipe; reads no data."""
-    fingerprint = fingerprint_of({"stage": "pretrain", **identity(recipe)})
+    fingerprint = fingerprint_of({"stage": "pretrain", **fingerprinted(recipe)})
     return fingerprint, locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
 
 

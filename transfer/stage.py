@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from mixmask.engine import distributed
-from mixmask.engine.config import fingerprint_of, identity
+from mixmask.engine.config import fingerprint_of, fingerprinted, identity
 from mixmask.engine.datasets import other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.normalization import Normalization
@@ -89,7 +89,7 @@ class TransferPlan(RecordedWork[Record]):
             parent=info.fingerprint,
             pretrain_seed=info.seed,
             lineage=info.lineage,
-            protocol_fingerprint=fingerprint_of({**identity(recipe), "seed": None}),
+            protocol_fingerprint=fingerprint_of({**fingerprinted(recipe), "seed": None}),
             title=recipe.title,
             task=recipe.task,
             headlines=dict(recipe.headlines),
@@ -149,7 +149,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
 
 def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
     """The fingerprint and the run directory of a recipe on the backbone with the fingerprint ``parent``; reads nothing."""
-    fingerprint = fingerprint_of({"stage": "transfer", **identity(recipe)}, parent=parent)
+    fingerprint = fingerprint_of({"stage": "transfer", **fingerprinted(recipe)}, parent=parent)
     return fingerprint, locate_run(runs, "transfer", recipe.name, fingerprint, explicit)
 
 

@@ -115,7 +115,7 @@ def transfer(
     from mixmask.engine.distributed import agreed, session
     from mixmask.engine.progress import say
     from mixmask.transfer import stage
-    from mixmask.transfer.detection.summary import per_class_table
+    from mixmask.transfer.detection.results.summary import per_class_table
     from mixmask.transfer.recipe import load_transfer_recipe
 
     if dump_detectron2_config is not None:

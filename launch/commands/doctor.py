@@ -65,7 +65,7 @@ def _devices() -> list[str]:
 
 
 def _engines() -> list[str]:
-    from mixmask.transfer.detection.detectron2_config import INSTALL
+    from mixmask.transfer.detection.engines.detectron2_config import INSTALL
 
     lines = ["detection     engine torchvision: ready"]
     try:

@@ -15,9 +15,9 @@ from mixmask.engine.predictions import ClassPredictions, DetectionMatches
 from mixmask.evaluate.average_precision import AveragePrecision, compare_detectors
 from mixmask.evaluate.statistics import compare_classifiers, difference, summarize, within_noise
 from mixmask.launch.demo import demo_data
-from mixmask.transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
-from mixmask.transfer.detection.metrics import Found, coco_matches, coco_metrics, voc_matches, voc_metrics
+from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
 from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.results.metrics import Found, coco_matches, coco_metrics, voc_matches, voc_metrics
 
 
 def test_words_are_plain() -> None:

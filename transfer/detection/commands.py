@@ -7,9 +7,9 @@ from pathlib import Path
 from mixmask.engine.errors import ConfigError, RunDirectoryError
 from mixmask.engine.storage import RunDirectory, require_output_file
 from mixmask.transfer.checkpoints.export import write_detectron2
-from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.data.annotations import DetectionSet
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.show import show_detections as draw
+from mixmask.transfer.detection.results.show import show_detections as draw
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.stage import TransferPlan
 
@@ -23,7 +23,7 @@ def dump_detectron2_config(plan: TransferPlan, file: Path, force: bool = False) 
     """
     if not isinstance(plan.recipe, DetectRecipe):
         raise ConfigError(f"protocol {plan.recipe.protocol}: only detection has a Detectron2 config")
-    from mixmask.transfer.detection.detectron2_config import dump_config
+    from mixmask.transfer.detection.engines.detectron2_config import dump_config
 
     assert isinstance(plan.test, DetectionSet)
     if file.suffix not in (".yaml", ".yml"):

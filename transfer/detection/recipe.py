@@ -1,14 +1,17 @@
-"""The typed recipe of detection transfer: MoCo's R50-C4 protocol on VOC and COCO (arXiv:1911.05722, appendix)."""
+"""The typed recipe of detection transfer: MoCo's protocol on VOC and COCO (arXiv:1911.05722, appendix)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import override
 
 from mixmask.engine.config import Recipe, added, operational
+from mixmask.transfer.detection.detectors import AnyDetector
+from mixmask.transfer.detection.detectors.c4 import C4Recipe
 
-Positive = Annotated[float, Field(gt=0)]
 Step = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=32)]
 
@@ -44,49 +47,16 @@ class DetectionData(Recipe):
         return self
 
 
-class RPNRecipe(Recipe):
-    """Region proposals: anchors, sampling and selection; the defaults are Detectron2's for C4."""
-
-    anchor_sizes: tuple[Positive, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
-    aspect_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
-    batch_per_image: int = Field(256, ge=2)
-    positive_fraction: float = Field(0.5, gt=0, lt=1)
-    iou_negative: float = Field(0.3, ge=0, le=1)
-    iou_positive: float = Field(0.7, ge=0, le=1)
-    pre_nms_train: int = Field(12000, ge=1)
-    post_nms_train: int = Field(2000, ge=1)
-    pre_nms_test: int = Field(6000, ge=1)
-    post_nms_test: int = Field(1000, ge=1)
-    nms_threshold: float = Field(0.7, gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RPNRecipe:
-        if not self.anchor_sizes or not self.aspect_ratios:
-            raise ValueError("anchor_sizes and aspect_ratios need at least one value each")
-        if self.iou_negative > self.iou_positive:
-            raise ValueError(f"iou_negative {self.iou_negative} is above iou_positive {self.iou_positive}")
-        return self
-
-
-class RoIRecipe(Recipe):
-    """Classification, box regression and masks of regions; the defaults are Detectron2's for C4."""
-
-    batch_per_image: int = Field(512, ge=2)
-    positive_fraction: float = Field(0.25, gt=0, lt=1)
-    iou_positive: float = Field(0.5, gt=0, le=1)
-    pooler_resolution: int = Field(14, ge=2)
-    score_threshold: float = Field(0.05, ge=0, lt=1)
-    nms_threshold: float = Field(0.5, gt=0, le=1)
-    detections_per_image: int = Field(100, ge=1)
-
-
 class DetectRecipe(Recipe):
     """Detection transfer.
 
     ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` hold at ``reference_batch_size`` images per iteration;
     another ``batch_size`` scales the rate linearly and the lengths inversely. A null reference takes them as they stand.
-    ``save_predictions`` keeps the detections of the test pictures, ``save_detector`` the trained network.
+    ``detector`` is what is put on the trunk. ``save_predictions`` keeps the detections of the test pictures,
+    ``save_detector`` the trained network.
     """
+
+    moved: ClassVar[Mapping[str, str]] = {"rpn": "detector.rpn", "roi": "detector.roi"}
 
     protocol: Literal["detect_voc", "detect_coco"]
     engine: Literal["torchvision", "detectron2"] = "torchvision"
@@ -107,10 +77,21 @@ class DetectRecipe(Recipe):
     min_size_test: int = Field(800, ge=32)
     max_size_test: int = Field(1333, ge=32)
     precise_bn_iterations: int = Field(200, ge=0)
-    rpn: RPNRecipe = RPNRecipe()
-    roi: RoIRecipe = RoIRecipe()
+    detector: AnyDetector = C4Recipe()
     save_predictions: bool = operational(True)
     save_detector: bool = operational(False)
+
+    @field_validator("detector", mode="before")
+    @classmethod
+    def _usual_detector(cls, value: object) -> object:
+        return {"kind": "c4", **value} if isinstance(value, Mapping) else value
+
+    @override
+    def first_form(self, identity: dict[str, Any]) -> dict[str, Any]:
+        detector = dict(identity["detector"])
+        if detector.pop("kind") != "c4":
+            return identity
+        return {**{key: value for key, value in identity.items() if key != "detector"}, **detector}
 
     @property
     def masks(self) -> bool:

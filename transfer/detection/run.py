@@ -17,12 +17,11 @@ from mixmask.engine.predictions import MATCHES, SHEET
 from mixmask.engine.progress import say
 from mixmask.engine.storage import write_atomic
 from mixmask.transfer.checkpoints.export import write_detectron2
-from mixmask.transfer.detection.c4 import check_backbone
-from mixmask.transfer.detection.metrics import Found, coco_matches, voc_matches
-from mixmask.transfer.detection.predictions import NAME, save_detections
+from mixmask.transfer.detection.engines.setting import Outcome, Setting
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.setting import Outcome, Setting
-from mixmask.transfer.detection.show import draw_sheet
+from mixmask.transfer.detection.results.metrics import Found, coco_matches, voc_matches
+from mixmask.transfer.detection.results.predictions import NAME, save_detections
+from mixmask.transfer.detection.results.show import draw_sheet
 
 
 def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
@@ -31,7 +30,7 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
     Raises:
         ConfigError: If the engine does not import, the trunk does not fit, or the batch cannot be shared out.
     """
-    check_backbone(backbone)
+    recipe.detector.check_backbone(backbone)
     size = distributed.world().size
     if recipe.batch_size % size:
         raise ConfigError(
@@ -42,7 +41,7 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
             f"save_detector: the file has Detectron2's names, which {backbone.arch} has not; leave it false"
         )
     if recipe.engine == "detectron2":
-        from mixmask.transfer.detection.detectron2_config import check_recipe
+        from mixmask.transfer.detection.engines.detectron2_config import check_recipe
 
         check_recipe(recipe, backbone, device, precision)
 
@@ -56,7 +55,7 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
         ConfigError: With the file.
     """
     if recipe.engine == "detectron2" and importlib.util.find_spec("detectron2") is not None:
-        from mixmask.transfer.detection import detectron2_config
+        from mixmask.transfer.detection.engines import detectron2_config
 
         detectron2_config.check_annotations(recipe, classes)
 
@@ -101,10 +100,10 @@ def _keep_predictions(recipe: DetectRecipe, setting: Setting, found: Sequence[Fo
 
 def _with_engine(recipe: DetectRecipe, setting: Setting) -> Outcome:
     if recipe.engine == "torchvision":
-        from mixmask.transfer.detection import torchvision_engine
+        from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 
         return torchvision_engine.run(recipe, setting)
-    from mixmask.transfer.detection import detectron2_engine
+    from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "trunk.pkl"

@@ -12,10 +12,10 @@ from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.transfer.checkpoints.source import Source
-from mixmask.transfer.detection.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.engines.setting import Setting as DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection
-from mixmask.transfer.detection.setting import Setting as DetectionSetting
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
 
 BOXES = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "bbox/AP75": "box AP75"}

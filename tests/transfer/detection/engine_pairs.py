@@ -16,13 +16,13 @@ from detectron2.modeling import build_model
 
 from mixmask.engine.backbones import load_backbone
 from mixmask.engine.storage import RunDirectory
-from mixmask.transfer.detection import detectron2_engine
-from mixmask.transfer.detection.annotations import DetectionSet, open_detection
-from mixmask.transfer.detection.c4 import C4Detector
-from mixmask.transfer.detection.detectron2_config import make_config
+from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
+from mixmask.transfer.detection.detectors.c4.network import C4Detector
+from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
+from mixmask.transfer.detection.engines.detectron2_config import make_config
+from mixmask.transfer.detection.engines.setting import Setting
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.setting import Setting
-from mixmask.transfer.detection.weights import detector_to_detectron2
 from tests.transfer.detection.test_detection import recipe_of
 
 SIZES = [(192, 256), (176, 240)]
@@ -79,7 +79,7 @@ def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
         checkpoint_every=500,
     )
     torch.manual_seed(0)
-    ours = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
+    ours = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
     with torch.no_grad():  # so that scores, boxes and masks differ from place to place
         ours.rpn.objectness.weight.normal_(std=0.05)
         ours.rpn.deltas.weight.normal_(std=0.01)

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmask.transfer.detection.boxes import cell_anchors, decode_boxes, encode_boxes, grid_anchors, match, sample
+from mixmask.transfer.detection.layers.boxes import (
+    cell_anchors,
+    decode_boxes,
+    encode_boxes,
+    grid_anchors,
+    match,
+    sample,
+)
 
 
 def random_boxes(num: int, seed: int) -> torch.Tensor:

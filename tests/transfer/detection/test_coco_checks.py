@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from mixmask.engine.errors import ConfigError, DataError
-from mixmask.transfer.detection.annotations import open_detection
-from mixmask.transfer.detection.coco_checks import _decoded, check_document
+from mixmask.transfer.detection.data.annotations import open_detection
+from mixmask.transfer.detection.data.coco_checks import _decoded, check_document
 from tests.transfer.detection.test_detection import COCO, VOC, recipe_of
 
 FILE = Path("instances.json")

@@ -15,14 +15,13 @@ from mixmask.engine.predictions import MATCHES, SHEET, DetectionMatches
 from mixmask.engine.randomness import generator
 from mixmask.evaluate.average_precision import AveragePrecision
 from mixmask.transfer import stage
-from mixmask.transfer.detection.annotations import open_detection
-from mixmask.transfer.detection.batches import evaluation_images, read_rgb, shortest_edge, training_batches
-from mixmask.transfer.detection.c4 import C4Detector
-from mixmask.transfer.detection.precise_bn import estimate_statistics
+from mixmask.transfer.detection.data.annotations import open_detection
+from mixmask.transfer.detection.data.batches import evaluation_images, read_rgb, shortest_edge, training_batches
+from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
+from mixmask.transfer.detection.engines.torchvision import build_optimizer
+from mixmask.transfer.detection.layers.roi_heads import paste_mask, rasterise
+from mixmask.transfer.detection.layers.rpn import Targets
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.roi_heads import paste_mask, rasterise
-from mixmask.transfer.detection.rpn import Targets
-from mixmask.transfer.detection.torchvision_engine import build_optimizer
 from mixmask.transfer.recipe import load_transfer_recipe
 from tests.conftest import make_backbone
 
@@ -60,7 +59,7 @@ def recipe_of(text: str, root: Path, tmp_path: Path, *overrides: str) -> DetectR
 
 def test_every_trunk_tensor_lands_in_the_detector(voc: Path, tmp_path: Path, resnet50: Path) -> None:
     state, info = load_backbone(resnet50)
-    detector = C4Detector(info.recipe, state, 10, recipe_of(VOC, voc, tmp_path))
+    detector = recipe_of(VOC, voc, tmp_path).detector.build(info.recipe, state, 10, masks=False)
     back = detector.trunk_state()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -98,7 +97,7 @@ def test_training_learns_a_picture_by_heart(voc: Path, tmp_path: Path, resnet18:
     train, _ = open_detection(recipe)
     state, info = load_backbone(resnet18)
     torch.manual_seed(0)
-    detector = C4Detector(info.recipe, state, len(train.classes), recipe).train()
+    detector = recipe.detector.build(info.recipe, state, len(train.classes), masks=recipe.masks).train()
     batch = next(training_batches(train, recipe, 0, 0, 1))
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -330,7 +329,7 @@ def test_statistics_are_those_of_all_positions(resnet18: Path) -> None:
 def test_normalisation_has_no_weight_decay_synchronised_or_not(voc: Path, tmp_path: Path, resnet18: Path) -> None:
     recipe = recipe_of(VOC, voc, tmp_path)
     state, info = load_backbone(resnet18)
-    detector = C4Detector(info.recipe, state, 3, recipe)
+    detector = recipe.detector.build(info.recipe, state, 3, masks=recipe.masks)
     for model in (detector, torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)):
         rest, norms = build_optimizer(model, recipe).param_groups
         assert (rest["weight_decay"], norms["weight_decay"]) == (recipe.weight_decay, 0.0)
@@ -342,7 +341,7 @@ def test_pictures_without_boxes_leave_every_parameter_a_gradient(voc: Path, tmp_
     """Several processes wait for each other's gradients; one whose boxes all vanished must have some, too."""
     recipe = recipe_of(VOC, voc, tmp_path)
     state, info = load_backbone(resnet18)
-    detector = C4Detector(info.recipe, state, 3, recipe).train()
+    detector = recipe.detector.build(info.recipe, state, 3, masks=recipe.masks).train()
     none = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), [])
     images = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(2)]
     losses = detector.losses(images, [none, none], [generator(0, 1), generator(0, 2)])

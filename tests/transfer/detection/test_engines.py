@@ -22,12 +22,12 @@ from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, 
 from mixmask.engine.errors import ConfigError, DataError, RunDirectoryError, UserError
 from mixmask.transfer import stage
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
-from mixmask.transfer.detection.annotations import open_detection, open_test
 from mixmask.transfer.detection.commands import dump_detectron2_config, show_detections
-from mixmask.transfer.detection.metrics import Found
-from mixmask.transfer.detection.predictions import load_detections, save_detections
+from mixmask.transfer.detection.data.annotations import open_detection, open_test
+from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.predictions import load_detections, save_detections
+from mixmask.transfer.detection.results.summary import per_class_table
 from mixmask.transfer.detection.run import describe_schedule
-from mixmask.transfer.detection.summary import per_class_table
 from tests.processes import ROOT, finish, processes
 from tests.transfer.detection.test_detection import COCO, VOC, plan, recipe_of
 
@@ -208,8 +208,8 @@ def test_ours_samples_the_same_in_any_number_of_processes(
     coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mixmask.engine import distributed
-    from mixmask.transfer.detection.batches import training_batches
-    from mixmask.transfer.detection.torchvision_engine import draws_of
+    from mixmask.transfer.detection.data.batches import training_batches
+    from mixmask.transfer.detection.engines.torchvision import draws_of
 
     recipe = recipe_of(COCO, coco, tmp_path, "batch_size=4")
     train, _ = open_detection(recipe)
@@ -288,8 +288,8 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
-    import mixmask.transfer.detection.detectron2_heads  # noqa: F401
-    from mixmask.transfer.detection.detectron2_engine import require_landed
+    import mixmask.transfer.detection.detectors.c4.heads  # noqa: F401
+    from mixmask.transfer.detection.engines.detectron2 import require_landed
 
     with pytest.raises(ConfigError, match="holds 10 classes, the sets that Detectron2 knows under these names have 80"):
         dump_detectron2_config(plan(COCO, coco, tmp_path, resnet50), tmp_path / "coco.yaml")
@@ -323,7 +323,7 @@ def test_our_saved_detector_loads_in_detectron2(voc: Path, tmp_path: Path, resne
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
-    from mixmask.transfer.detection.detectron2_config import make_config
+    from mixmask.transfer.detection.engines.detectron2_config import make_config
 
     ready = plan(VOC, voc, tmp_path, resnet18, "save_detector=true")
     stage.run(ready)
@@ -344,7 +344,8 @@ def test_our_saved_detector_loads_in_detectron2(voc: Path, tmp_path: Path, resne
 def test_a_dump_for_2012_says_how_it_is_measured(voc: Path, tmp_path: Path, resnet50: Path) -> None:
     from detectron2.config import get_cfg
 
-    from mixmask.transfer.detection import detectron2_config, detectron2_heads  # noqa: F401 (registers the heads)
+    from mixmask.transfer.detection.detectors.c4 import heads  # noqa: F401 (registers them)
+    from mixmask.transfer.detection.engines import detectron2_config
 
     root = tmp_path / "devkit"
     shutil.copytree(voc, root)

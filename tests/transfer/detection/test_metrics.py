@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmask.transfer.detection.annotations import DetectionSet, Instance, Picture
-from mixmask.transfer.detection.metrics import Found, coco_metrics, eleven_point_ap, voc_class_ap, voc_metrics
+from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture
+from mixmask.transfer.detection.results.metrics import Found, coco_metrics, eleven_point_ap, voc_class_ap, voc_metrics
 
 
 def picture(number: int, *instances: Instance) -> Picture:
@@ -80,7 +80,7 @@ def test_no_detections_is_zero() -> None:
 def test_coco_metrics_of_the_truth_are_perfect(coco: Path) -> None:
     from pycocotools import mask as coco_mask
 
-    from mixmask.transfer.detection.annotations import _read_coco
+    from mixmask.transfer.detection.data.annotations import _read_coco
 
     truth = _read_coco(coco, ["val2017"], None, evaluated=True)
     detections = []

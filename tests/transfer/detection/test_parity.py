@@ -19,10 +19,12 @@ from detectron2.utils.events import EventStorage
 from benchmarks.detection import their_batch
 from mixmask.engine.randomness import generator
 from mixmask.engine.schedule import step_factor, warmup_factor
-from mixmask.transfer.detection import detectron2_engine, roi_heads, rpn, torchvision_engine
-from mixmask.transfer.detection.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.roi_heads import SampledBoxes
-from mixmask.transfer.detection.weights import detector_from_detectron2, detector_to_detectron2
+from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
+from mixmask.transfer.detection.detectors.c4.names import detector_from_detectron2, detector_to_detectron2
+from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
+from mixmask.transfer.detection.engines import torchvision as torchvision_engine
+from mixmask.transfer.detection.layers import roi_heads, rpn
+from mixmask.transfer.detection.layers.roi_heads import SampledBoxes
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import SIZES, Pair, make_pair, pictures
 from tests.transfer.detection.test_detection import COCO, VOC

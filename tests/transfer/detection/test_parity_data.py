@@ -25,11 +25,11 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
 from mixmask.engine.randomness import generator
-from mixmask.transfer.detection import detectron2_engine
-from mixmask.transfer.detection.annotations import DetectionSet
-from mixmask.transfer.detection.batches import _Training, read_rgb
-from mixmask.transfer.detection.metrics import Found, coco_metrics, voc_metrics
-from mixmask.transfer.detection.precise_bn import estimate_statistics
+from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.batches import _Training, read_rgb
+from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
+from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
+from mixmask.transfer.detection.results.metrics import Found, coco_metrics, voc_metrics
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import make_pair
 from tests.transfer.detection.test_detection import COCO, VOC

@@ -16,13 +16,12 @@ from mixmask.engine.errors import ConfigError
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import write_text
 from mixmask.engine.texts import read_text
-from mixmask.transfer.detection.annotations import DetectionSet
-from mixmask.transfer.detection.c4 import PIXEL_MEAN, PIXEL_STD
+from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.detector import PIXEL_MEAN, PIXEL_STD
 from mixmask.transfer.detection.recipe import DetectRecipe
 
 INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
 AS_2007 = "voc_2012_{}_ap07"
-HEADS = "Res5ROIHeadsExtraNorm"
 BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, below its $DETECTRON2_DATASETS
     "2007/trainval": "voc_2007_trainval",
     "2007/train": "voc_2007_train",
@@ -165,21 +164,7 @@ def make_config(
     model.RESNETS.RES2_OUT_CHANNELS = 64 if model.RESNETS.DEPTH < 50 else 256
     model.RESNETS.NORM = "SyncBN" if device.type == "cuda" else "BN"
     model.RESNETS.STRIDE_IN_1X1 = False
-    model.ANCHOR_GENERATOR.SIZES = [list(recipe.rpn.anchor_sizes)]
-    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(recipe.rpn.aspect_ratios)]
-    model.RPN.IOU_THRESHOLDS = [recipe.rpn.iou_negative, recipe.rpn.iou_positive]
-    model.RPN.BATCH_SIZE_PER_IMAGE = recipe.rpn.batch_per_image
-    model.RPN.POSITIVE_FRACTION = recipe.rpn.positive_fraction
-    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TRAIN = recipe.rpn.pre_nms_train, recipe.rpn.post_nms_train
-    model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TEST = recipe.rpn.pre_nms_test, recipe.rpn.post_nms_test
-    model.RPN.NMS_THRESH = recipe.rpn.nms_threshold
-    heads = model.ROI_HEADS
-    heads.NAME, heads.NUM_CLASSES = HEADS, num_classes
-    heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION = recipe.roi.batch_per_image, recipe.roi.positive_fraction
-    heads.IOU_THRESHOLDS = [recipe.roi.iou_positive]
-    heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST = recipe.roi.score_threshold, recipe.roi.nms_threshold
-    model.ROI_BOX_HEAD.POOLER_RESOLUTION = recipe.roi.pooler_resolution
-    model.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    recipe.detector.configure(cfg, backbone, num_classes)
     cfg.INPUT.FORMAT = "RGB"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = recipe.min_size_train, recipe.max_size_train
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = recipe.min_size_test, recipe.max_size_test
@@ -193,7 +178,6 @@ def make_config(
     solver.WARMUP_FACTOR = recipe.warmup_factor
     solver.CHECKPOINT_PERIOD = checkpoint_every
     solver.AMP.ENABLED = precision == "fp16"
-    cfg.TEST.DETECTIONS_PER_IMAGE = recipe.roi.detections_per_image
     cfg.TEST.PRECISE_BN.ENABLED = recipe.precise_bn_iterations > 0
     cfg.TEST.PRECISE_BN.NUM_ITER = max(recipe.precise_bn_iterations, 1)
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(output)
@@ -245,11 +229,10 @@ def dump_config(
         num_workers=recipe.data.num_workers,
         checkpoint_every=5000,
     )
-    head = (
-        f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}. MODEL.ROI_HEADS.NAME has one more BatchNorm\n"
-        f"# after res5 than Detectron2's own: `import mixmask.transfer.detection.detectron2_heads` in your program\n"
-        f"# registers it.\n"
-    )
+    module = recipe.detector.detectron2_module
+    head = f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}.\n"
+    if module is not None:
+        head += f"# Its heads are not Detectron2's own: `import {module}` in your program registers them.\n"
     if own:
         head += (
             "# Under its own name, Detectron2 measures VOC 2012 with the area under the whole curve; this recipe, as all\n"

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mixmask.engine.predictions import DetectionMatches
-from mixmask.transfer.detection.annotations import DetectionSet
+from mixmask.transfer.detection.data.annotations import DetectionSet
 
 Floats = npt.NDArray[np.float64]
 

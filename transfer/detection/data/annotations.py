@@ -20,7 +20,7 @@ from mixmask.engine.errors import DataError, listed
 from mixmask.engine.images import check_files
 from mixmask.engine.progress import say
 from mixmask.engine.texts import read_bytes, read_text
-from mixmask.transfer.detection.coco_checks import check_document
+from mixmask.transfer.detection.data.coco_checks import check_document
 from mixmask.transfer.detection.recipe import DetectRecipe
 
 MAX_XML = 1 << 26

@@ -16,11 +16,11 @@ from pycocotools import mask as coco_mask
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.storage import write_atomic
-from mixmask.transfer.detection.annotations import DetectionSet, Instance, Picture, open_test
-from mixmask.transfer.detection.batches import read_rgb
-from mixmask.transfer.detection.metrics import Found
-from mixmask.transfer.detection.predictions import NAME, load_detections
+from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.data.batches import read_rgb
 from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.predictions import NAME, load_detections
 
 COLOURS = (
     "#0072b2",

@@ -11,8 +11,8 @@ from torch import Tensor
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import RunDirectory
-from mixmask.transfer.detection.annotations import DetectionSet
-from mixmask.transfer.detection.metrics import Found
+from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.results.metrics import Found
 
 
 @dataclass(frozen=True)

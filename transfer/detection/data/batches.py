@@ -18,10 +18,10 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.loader import from_workers, say_if_crowded
 from mixmask.engine.randomness import generator
 from mixmask.engine.stopping import outlive_stop_signals
-from mixmask.transfer.detection.annotations import DetectionSet
-from mixmask.transfer.detection.boxes import nonempty
+from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.detector import Targets
+from mixmask.transfer.detection.layers.boxes import nonempty
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.rpn import Targets
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Detection on torchvision's operators: training, PreciseBN and evaluation of a C4 detector."""
+"""Detection on torchvision's operators: training, PreciseBN and evaluation of a detector."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ from mixmask.engine.progress import say, track
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.engine.training import train
-from mixmask.transfer.detection.annotations import DetectionSet
-from mixmask.transfer.detection.batches import DetectionBatch, evaluation_images, training_batches
-from mixmask.transfer.detection.c4 import C4Detector
-from mixmask.transfer.detection.metrics import Found, coco_metrics, voc_metrics
-from mixmask.transfer.detection.precise_bn import estimate_statistics
+from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_images, training_batches
+from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
+from mixmask.transfer.detection.engines.setting import Outcome, Setting
+from mixmask.transfer.detection.layers.roi_heads import paste_mask
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.roi_heads import Detections, paste_mask
-from mixmask.transfer.detection.rpn import Targets
-from mixmask.transfer.detection.setting import Outcome, Setting
-from mixmask.transfer.detection.weights import detector_to_detectron2
+from mixmask.transfer.detection.results.metrics import Found, coco_metrics, voc_metrics
 
 
 def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     """Train a detector from a trunk and evaluate it, in as many processes as there are."""
     torch.manual_seed(derived_seed(setting.seed, "detector"))
-    detector = C4Detector(setting.backbone, setting.state, len(setting.train_set.classes), recipe)
+    detector = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
     detector.arrange(setting.device, setting.precision)
     if world().size > 1 and setting.device.type == "cuda":
         convert_sync_batchnorm(detector)
@@ -89,7 +87,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     found = sorted((one for share in shares for one in share), key=lambda one: one.picture)
     metrics = from_first(measure(recipe, found, setting.test_set) if world().is_writer else {})
     kept = detector.state_dict() if recipe.save_detector else {}
-    state = detector_to_detectron2({name: tensor.cpu() for name, tensor in kept.items()})
+    state = recipe.detector.to_detectron2({name: tensor.cpu() for name, tensor in kept.items()})
     return Outcome({**metrics, **result}, found, state)
 
 
@@ -121,7 +119,7 @@ def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SG
 
 
 @torch.no_grad()
-def find_objects(detector: C4Detector, recipe: DetectRecipe, setting: Setting) -> list[Found]:
+def find_objects(detector: Detector, recipe: DetectRecipe, setting: Setting) -> list[Found]:
     """Detections of this process's share of the test pictures, each in its own pixels."""
     detector.eval()
     found: list[Found] = []

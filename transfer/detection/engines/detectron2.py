@@ -6,6 +6,7 @@ Detectron2 is imported when this module is: `detectron2_config.check_recipe` has
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -35,7 +36,6 @@ from fvcore.nn.precise_bn import update_bn_stats
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-import mixmask.transfer.detection.detectron2_heads  # noqa: F401 (registers the head)
 from mixmask.engine import distributed
 from mixmask.engine.checkpoint import require_same_data
 from mixmask.engine.errors import CheckpointError, RunFailure
@@ -44,10 +44,11 @@ from mixmask.engine.randomness import derived_seed
 from mixmask.engine.stopping import StopSignals, lost_on_one_of_several, outlive_stop_signals, stopped
 from mixmask.engine.storage import disk_problem, require_right_to_write, write_text
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
-from mixmask.transfer.detection.detectron2_config import make_config
-from mixmask.transfer.detection.metrics import Found, voc_metrics
+from mixmask.transfer.detection.detector import DetectorRecipe
+from mixmask.transfer.detection.engines.detectron2_config import make_config
+from mixmask.transfer.detection.engines.setting import Outcome, Setting
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.setting import Outcome, Setting
+from mixmask.transfer.detection.results.metrics import Found, voc_metrics
 
 # Detectron2's names of the losses, and the ones that both engines log.
 LOSSES = {
@@ -90,10 +91,12 @@ def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
         num_workers=recipe.data.num_workers,
         checkpoint_every=setting.checkpoint_every,
     )
+    if recipe.detector.detectron2_module is not None:
+        importlib.import_module(recipe.detector.detectron2_module)
     seed_all_rng(derived_seed(setting.seed, "detector") % 2**31)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(str(weights))
-    require_landed(model, setting.state)
+    require_landed(model, setting.state, recipe.detector)
     seconds, rate = _train(cfg, model, recipe, setting)
     metrics, found = evaluate(cfg, model, recipe, setting)
     kept = model.state_dict() if recipe.save_detector else {}
@@ -131,7 +134,7 @@ def _register(recipe: DetectRecipe, setting: Setting, split: str) -> str:
     return name
 
 
-def require_landed(model: nn.Module, state: dict[str, Tensor]) -> None:
+def require_landed(model: nn.Module, state: dict[str, Tensor], detector: DetectorRecipe) -> None:
     """Make sure that every trunk tensor is in the detector: a half-loaded one trains to a plausible, wrong AP.
 
     Raises:
@@ -141,8 +144,7 @@ def require_landed(model: nn.Module, state: dict[str, Tensor]) -> None:
     lost = []
     for name, tensor in state.items():
         if not name.endswith(COUNTER):
-            place = to_detectron2(name)
-            place = f"{'roi_heads' if place.startswith('res5') else 'backbone'}.{place}"
+            place = detector.place_in_detectron2(to_detectron2(name))
             if place not in theirs or not torch.equal(theirs[place].cpu(), tensor):
                 lost.append(place)
     if lost:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
 from mixmask.engine.errors import ConfigError
-from mixmask.engine.normalization import IMAGENET_MEAN, IMAGENET_STD
 from mixmask.engine.precision import Precision
-from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.roi_heads import Detections, Res5RoIHeads
-from mixmask.transfer.detection.rpn import RPN, Targets
+from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe
+from mixmask.transfer.detection.layers.roi_heads import Res5RoIHeads
+from mixmask.transfer.detection.layers.rpn import RPN
 
-# RGB in [0, 255], the same numbers as in classification: what MoCo's detection configs call PIXEL_MEAN and PIXEL_STD.
-PIXEL_MEAN = tuple(255 * value for value in IMAGENET_MEAN)
-PIXEL_STD = tuple(255 * value for value in IMAGENET_STD)
+STRIDE = 16  # of layer3's map, in pixels of the image
 
 
 def check_backbone(backbone: BackboneRecipe) -> None:
@@ -44,18 +42,26 @@ def check_backbone(backbone: BackboneRecipe) -> None:
             )
 
 
-class C4Detector(nn.Module):
-    """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map; BatchNorm everywhere and trained.
+class C4Detector(Detector):
+    """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map.
 
     Args:
         backbone: A ResNet that `check_backbone` lets pass.
         state: The pretrained trunk under torchvision's (or timm's) names; every tensor must land.
         num_classes: Foreground classes.
-        recipe: The detection recipe.
+        masks: Whether masks are found, too.
+        rpn: Proposals.
+        roi: Regions.
     """
 
     def __init__(
-        self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, recipe: DetectRecipe
+        self,
+        backbone: BackboneRecipe,
+        state: dict[str, Tensor],
+        num_classes: int,
+        masks: bool,
+        rpn: RPNRecipe,
+        roi: RoIRecipe,
     ) -> None:
         super().__init__()
         trunk: Any = build_trunk(backbone)
@@ -63,13 +69,11 @@ class C4Detector(nn.Module):
         activation = trunk.act1 if backbone.arch.startswith(TIMM) else trunk.relu
         self.stem = nn.Sequential(trunk.conv1, trunk.bn1, activation, trunk.maxpool)
         self.res2, self.res3, self.res4 = trunk.layer1, trunk.layer2, trunk.layer3
-        self.memory_format: torch.memory_format = torch.contiguous_format
         channels = width_of(trunk)
-        self.rpn = RPN(channels // 2, recipe.rpn)
-        self.roi_heads = Res5RoIHeads(trunk.layer4, channels, num_classes, recipe.masks, recipe.roi)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.rpn = RPN(channels // 2, STRIDE, rpn)
+        self.roi_heads = Res5RoIHeads(trunk.layer4, channels, STRIDE, num_classes, masks, roi)
 
+    @override
     def arrange(self, device: torch.device, precision: Precision) -> None:
         """Move to a device, in the order of memory that is fastest there.
 
@@ -79,7 +83,7 @@ class C4Detector(nn.Module):
         bottlenecks = hasattr(self.res2[0], "conv3")
         last = device.type == "cuda" or precision != "fp32" or bottlenecks
         self.memory_format = torch.channels_last if last else torch.contiguous_format
-        self.to(device).to(memory_format=self.memory_format)
+        super().arrange(device, precision)
 
     def trunk_state(self) -> dict[str, Tensor]:
         """The trunk inside the detector, under torchvision's names again."""
@@ -93,33 +97,13 @@ class C4Detector(nn.Module):
         }
         return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
-    def batch(self, images: list[Tensor]) -> Tensor:
-        """Normalise (3, H, W) uint8 RGB images and pad them with zeros to the largest height and width."""
-        height = max(image.shape[1] for image in images)
-        width = max(image.shape[2] for image in images)
-        mean, std = self.get_buffer("pixel_mean"), self.get_buffer("pixel_std")
-        padded = [
-            F.pad(
-                (image.to(mean.device).float() - mean) / std,
-                (0, width - image.shape[2], 0, height - image.shape[1]),
-            )
-            for image in images
-        ]
-        return torch.stack(padded).contiguous(memory_format=self.memory_format)
-
     def features(self, images: list[Tensor]) -> Tensor:
         """The stride-16 map, (N, 1024, H/16, W/16) for a ResNet-50."""
         features: Tensor = self.res4(self.res3(self.res2(self.stem(self.batch(images)))))
         return features
 
+    @override
     def losses(self, images: list[Tensor], targets: list[Targets], rng: list[torch.Generator]) -> dict[str, Tensor]:
-        """The losses of one batch, each a scalar; their sum is what is minimised.
-
-        Args:
-            images: (3, H, W) uint8 RGB each.
-            targets: Their objects.
-            rng: A generator for the samples of each image.
-        """
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         features = self.features(images)
         anchors, logits, deltas = self.rpn(features)
@@ -130,9 +114,9 @@ class C4Detector(nn.Module):
         losses.update(self.roi_heads.losses(features, targets, self.roi_heads.sample(proposals, targets, rng)))
         return losses
 
+    @override
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """What is in each image, in its own pixels."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         features = self.features(images)
         anchors, logits, deltas = self.rpn(features)

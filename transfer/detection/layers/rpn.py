@@ -1,4 +1,4 @@
-"""The region proposal network of a C4 detector (Faster R-CNN, arXiv:1506.01497, as Detectron2 builds it)."""
+"""A region proposal network (Faster R-CNN, arXiv:1506.01497, as Detectron2 builds it)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from mixmask.transfer.detection.boxes import (
+from mixmask.transfer.detection.detector import Targets
+from mixmask.transfer.detection.layers.boxes import (
     NEGATIVE,
     POSITIVE,
     cell_anchors,
@@ -22,19 +23,9 @@ from mixmask.transfer.detection.boxes import (
     nonempty,
     sample,
 )
-from mixmask.transfer.detection.recipe import RPNRecipe
+from mixmask.transfer.detection.layers.recipes import RPNRecipe
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-STRIDE = 16
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The objects of one image: ``boxes`` (G, 4), ``labels`` (G,) int64, ``polygons`` per object (empty without masks)."""
-
-    boxes: Tensor
-    labels: Tensor
-    polygons: list[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,13 @@ class Sampled:
 
 
 class RPN(nn.Module):
-    """Objectness and box deltas for every anchor of the stride-16 map, and the proposals they give."""
+    """Objectness and box deltas for every anchor of a map of one stride, and the proposals they give."""
 
     cells: Tensor
 
-    def __init__(self, channels: int, recipe: RPNRecipe) -> None:
+    def __init__(self, channels: int, stride: int, recipe: RPNRecipe) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.stride = recipe, stride
         cells = cell_anchors(recipe.anchor_sizes, recipe.aspect_ratios)
         self.register_buffer("cells", cells, persistent=False)
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
@@ -76,7 +67,7 @@ class RPN(nn.Module):
         num, _, height, width = features.shape
         logits = self.objectness(hidden).float().permute(0, 2, 3, 1).reshape(num, -1)
         deltas = self.deltas(hidden).float().view(num, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(num, -1, 4)
-        return grid_anchors(self.cells, height, width, STRIDE), logits, deltas
+        return grid_anchors(self.cells, height, width, self.stride), logits, deltas
 
     @torch.no_grad()
     def proposals(self, anchors: Tensor, logits: Tensor, deltas: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:

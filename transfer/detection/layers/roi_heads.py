@@ -12,28 +12,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
-from mixmask.transfer.detection.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
-from mixmask.transfer.detection.recipe import RoIRecipe
-from mixmask.transfer.detection.rpn import STRIDE, Targets
+from mixmask.transfer.detection.detector import Detections, Targets
+from mixmask.transfer.detection.layers.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
+from mixmask.transfer.detection.layers.recipes import RoIRecipe
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, best first.
-
-    Attributes:
-        boxes: (D, 4) in the pixels of the image that the network saw.
-        scores: (D,) in [0, 1].
-        labels: (D,) int64.
-        masks: (D, M, M) probabilities inside each box, or None.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -71,19 +54,22 @@ class MaskHead(nn.Module):
 
 
 class Res5RoIHeads(nn.Module):
-    """RoIAlign on the stride-16 map, then res5, an extra BatchNorm, and the predictors (MoCo's Res5ROIHeadsExtraNorm).
+    """RoIAlign on one map, then res5, an extra BatchNorm, and the predictors (MoCo's Res5ROIHeadsExtraNorm).
 
     Args:
         res5: The trunk's last stage.
         channels: Its output width.
+        stride: Of the map, in pixels of the image.
         num_classes: Foreground classes.
         masks: Whether there is a mask branch.
         recipe: Sampling and selection.
     """
 
-    def __init__(self, res5: nn.Module, channels: int, num_classes: int, masks: bool, recipe: RoIRecipe) -> None:
+    def __init__(
+        self, res5: nn.Module, channels: int, stride: int, num_classes: int, masks: bool, recipe: RoIRecipe
+    ) -> None:
         super().__init__()
-        self.recipe, self.num_classes = recipe, num_classes
+        self.recipe, self.num_classes, self.stride = recipe, num_classes, stride
         self.res5 = res5
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes + 1)
@@ -97,7 +83,7 @@ class Res5RoIHeads(nn.Module):
     def pool(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
         """(N, C, H, W) and boxes per image to (R, C', S, S): aligned RoIAlign with adaptive sampling, then res5."""
         size = self.recipe.pooler_resolution
-        rois = roi_align(features.float(), boxes, size, 1.0 / STRIDE, sampling_ratio=0, aligned=True)
+        rois = roi_align(features.float(), boxes, size, 1.0 / self.stride, sampling_ratio=0, aligned=True)
         if features.is_contiguous(memory_format=torch.channels_last):  # RoIAlign's output never is
             rois = rois.contiguous(memory_format=torch.channels_last)
         pooled: Tensor = self.norm(self.res5(rois))

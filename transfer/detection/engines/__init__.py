@@ -1,0 +1,1 @@
+"""The two engines that train and evaluate a detector: Detectron2, and torchvision's operators."""

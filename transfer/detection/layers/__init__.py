@@ -1,0 +1,1 @@
+"""The parts of detectors, on torchvision's operators."""

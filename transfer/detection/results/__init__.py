@@ -1,0 +1,1 @@
+"""What a detector has found: metrics, files, pictures."""
