@@ -17,6 +17,7 @@ from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages
 from mixmask.engine.errors import ConfigError, listed
 from mixmask.engine.images import ImageSet
+from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
@@ -165,9 +166,7 @@ class _Expansion:
             config = self._config(entry, "transfer")
             kind = protocol_of(config)
             if len(entry.seeds) > 1 and not kind.depends_on_seed:
-                raise ConfigError(
-                    f"{config}: gives the same number with every seed; leave its `seeds` out; seeds of the backbone count"
-                )
+                say(f"warning: {config}: gives the same number with every seed; leave its `seeds` out")
             protocol = read_key(config, (), "protocol")
             common = {**self.suite.set.transfer, **self.suite.set.of(protocol)}
             forced = {**self.suite.force.transfer, **self.suite.force.of(protocol)}
