@@ -14,9 +14,9 @@ from pathlib import Path
 from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.config import identity, load_recipe
 from mixmask.evaluate.collect import collect, frame
-from mixmask.evaluate.paper import choose
+from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import build
+from mixmask.evaluate.table import build
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from tests.evaluate.made import backbone, transfer, write

@@ -255,6 +255,21 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
     return recipe
 
 
+def recipe_of_text(model: type[R], text: str, name: str) -> R:
+    """A recipe from YAML that is no config file: without base and overrides.
+
+    Raises:
+        ConfigError: With ``name``, the key, what was given and what would be valid.
+    """
+    tree = _parse_yaml(text, name)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name}: a mapping of keys to values was expected, this file holds {type(tree).__name__}")
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(*(explain(one, model, {}, name, name) for one in error.errors(include_url=False))) from None
+
+
 def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]) -> bool:
     """Whether overrides gave a recipe other numbers than those of its file; another seed is the same recipe."""
     open_keys = {

@@ -39,12 +39,12 @@ FIXED = {
     "pretrain_seed": "with which seed",
     "lineage": "fingerprint of the pretraining recipe without its seed",
     "protocol_fingerprint": "fingerprint of the transfer recipe without its seed",
-    "grid_size": "MixMask: cells per side",
-    "mask": "MixMask: block or discrete",
-    "mask_ratio": "MixMask, a text: '0.5', or 'uniform(0,1)'",
-    "switch": "MixMask: whether the switch image has a loss",
-    "permutation": "MixMask upon Un-Mix: same or different",
-    "unmix_prob": "Un-Mix: share of Mixup",
+    "mix.grid": "MixMask: cells per side",
+    "mix.mask": "MixMask: block or discrete",
+    "mix.ratio": "MixMask, a text: '0.5', or 'uniform(0,1)'",
+    "mix.switch": "MixMask: whether the switch image has a loss",
+    "mix.permutation": "MixMask upon Un-Mix: same or different",
+    "mix.unmix_prob": "Un-Mix: share of Mixup",
     "engine": "detection: torchvision or detectron2",
     "seconds": "of training",
     "device": "GPU or cpu",
@@ -52,12 +52,12 @@ FIXED = {
     "torch": "version",
     "git_commit": "of this project's code",
 }
-ABLATED = ("grid_size", "mask", "mask_ratio", "switch", "permutation", "unmix_prob")
+ABLATED = ("mix.grid", "mix.mask", "mix.ratio", "mix.switch", "mix.permutation", "mix.unmix_prob")
 PATTERNS = {
     "knn/…, linear/…, semisup/…, bbox/…, segm/…, …": "metrics, in percent where they are accuracies or average precisions",
     "setting.…": "what must be printed with the number, such as setting.k",
     "recipe.…": "the run's own recipe, such as recipe.lr",
-    "pretrain.…": "the backbone's recipe, such as pretrain.batch_size",
+    "pretrain.…": "the backbone's recipe, such as pretrain.batch_size; its mixture's keys are mix.…",
 }
 
 
@@ -201,13 +201,19 @@ def ablation_of(pretraining: Mapping[str, Any], method: str) -> dict[str, Any]:
     elif isinstance(ratio, int | float):
         ratio = f"{ratio:g}"
     return {
-        "grid_size": mix.get("grid"),
-        "mask": mix.get("mask"),
-        "mask_ratio": ratio,
-        "switch": mix.get("switch"),
-        "permutation": mix.get("permutation"),
-        "unmix_prob": mix.get("unmix_prob"),
+        "mix.grid": mix.get("grid"),
+        "mix.mask": mix.get("mask"),
+        "mix.ratio": ratio,
+        "mix.switch": mix.get("switch"),
+        "mix.permutation": mix.get("permutation"),
+        "mix.unmix_prob": mix.get("unmix_prob"),
     }
+
+
+def _mixture(pretraining: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the mixture under their names in configs: no other recipe has such keys."""
+    mix = pretraining.get("mix")
+    return flat(mix, "mix.") if isinstance(mix, Mapping) else {}
 
 
 def row(run: Run, per_class: bool = False) -> dict[str, Any]:
@@ -220,12 +226,17 @@ def row(run: Run, per_class: bool = False) -> dict[str, Any]:
         **{name: value for name, value in record.metrics.items() if per_class or name.count("/") < 2},
         "run": printable(str(run.path)),
         **own,
+        **_mixture(pretraining),
         **ablation(record),
         **flat({"engine": record.settings.get("engine")}),
         **flat({name: environment.get(name) for name in ("device", "world_size", "torch", "git_commit")}),
         **flat(record.settings, "setting."),
         **flat(recipe, "recipe."),
-        **flat(pretraining, "pretrain."),
+        **{
+            name: value
+            for name, value in flat(pretraining, "pretrain.").items()
+            if not name.startswith("pretrain.mix.")
+        },
     }
 
 
@@ -248,7 +259,7 @@ def frame(runs: Sequence[Run], per_class: bool = False) -> pd.DataFrame:
 def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
     """The rows of which a condition holds; see `evaluate.query`.
 
-    Names with dots or slashes stand in backticks: ```knn/top1` > 60``.
+    Names with slashes stand in backticks: ```knn/top1` > 60``.
 
     Raises:
         UserError: If the condition cannot be read, or names a column that is not there (the columns are listed).
@@ -260,7 +271,7 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(
             f"--query {query!r}: not a condition on the columns ({error}). For example \"dataset == 'cifar100'\"; a name "
-            f"with a dot or a slash stands in backticks. Columns: {_names(table)}"
+            f"with a slash stands in backticks. Columns: {_names(table)}"
         ) from None
 
 

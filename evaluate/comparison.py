@@ -59,7 +59,7 @@ def chosen(collection: Collection, which: str) -> list[Run]:
     methods = {run.record.method for run in runs}
     if which.isidentifier() and which not in (*METHODS, *methods):
         valid = ", ".join((*METHODS, *sorted(methods - {*METHODS})))
-        raise UserError(f'{which}: no such method. Valid: {valid}; or a condition, such as "grid_size == 4"')
+        raise UserError(f'{which}: no such method. Valid: {valid}; or a condition, such as "mix.grid == 4"')
     if which in (*METHODS, *methods):
         found = [run for run in runs if run.record.method == which]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixmask.engine.wording import printable
-from mixmask.evaluate.tables import Cell, Table
+from mixmask.evaluate.table import Table, TableCell
 from mixmask.evaluate.wording import MARKS, MISSING, cell_text, remarks
 
 WIDE = 4  # more columns than this are shrunk to the width of the text
@@ -48,7 +48,7 @@ def escape_latex(text: str) -> str:
 def latex(table: Table) -> str:
     """A ``table`` environment for a document that loads booktabs."""
 
-    def style(text: str, cell: Cell) -> str:
+    def style(text: str, cell: TableCell) -> str:
         return rf"\textbf{{{text}}}" if cell.best else rf"\underline{{{text}}}" if cell.near_best else text
 
     def heading(column: tuple[str, ...]) -> str:

@@ -25,12 +25,20 @@ NAMES = {
     "mscn": "MSCN",
     "random": "Random",
     "knn": "kNN",
-    "grid_size": "Grid size",
-    "mask": "Masking strategy",
-    "mask_ratio": "Masking ratio",
-    "switch": "Switch mixture",
-    "permutation": "Permutations",
-    "unmix_prob": "Un-Mix probability",
+    "mix.grid": "Grid size",
+    "mix.mask": "Masking strategy",
+    "mix.ratio": "Masking ratio",
+    "mix.switch": "Switch mixture",
+    "mix.permutation": "Permutations",
+    "mix.unmix_prob": "Un-Mix probability",
+}
+OLD_KEYS = {  # what earlier versions called a recipe's keys in tables and queries; still read
+    "grid_size": "mix.grid",
+    "mask": "mix.mask",
+    "mask_ratio": "mix.ratio",
+    "switch": "mix.switch",
+    "permutation": "mix.permutation",
+    "unmix_prob": "mix.unmix_prob",
 }
 METRICS = {
     "bbox/AP": "box AP",
@@ -46,6 +54,11 @@ METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "un
 def method_place(method: str) -> int:
     """Where a method stands among others: somebody's own ones come last."""
     return METHODS.index(method) if method in METHODS else len(METHODS)
+
+
+def method_order() -> dict[str, int]:
+    """The order of methods in tables, under what they are called there."""
+    return {name(method): number for number, method in enumerate(METHODS)}
 
 
 KEYS = {shown.lower(): key for key, shown in NAMES.items()}
@@ -68,11 +81,14 @@ def epochs_name(value: float | None) -> str:
 
 def setting_name(key: str, value: Any) -> str:
     """A value of what tables 1 to 3 vary, as the paper writes it."""
-    if key == "grid_size":
+    if key == "mix.grid":
         return f"{value} × {value}"
-    if key == "switch":
+    if key == "mix.switch":
         return "yes" if value in (True, "true") else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def text_of(value: Any) -> str:

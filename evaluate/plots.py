@@ -224,8 +224,8 @@ def budgets(results: Sequence[Result]) -> list[Plot]:
 def ablations(results: Sequence[Result], published: Sequence[Published] = ()) -> list[Plot]:
     """Accuracy over the grid size and over the mask's ratio, beside the published curve."""
     return [
-        *_ablation(results, published, "grid_size", "grid size (cells per side)"),
-        *_ablation(results, published, "mask_ratio", "masking ratio"),
+        *_ablation(results, published, "mix.grid", "grid size (cells per side)"),
+        *_ablation(results, published, "mix.ratio", "masking ratio"),
     ]
 
 
@@ -257,7 +257,7 @@ def _ablation(results: Sequence[Result], published: Sequence[Published], key: st
         if theirs:
             at = sorted(order.index(value) for value in theirs)
             panel.plot(at, [theirs[order[n]] for n in at], "x:", color="#333333", ms=6, label="published")
-        panel.set_xticks(range(len(order)), order, rotation=20 if key == "mask_ratio" else 0)
+        panel.set_xticks(range(len(order)), order, rotation=20 if key == "mix.ratio" else 0)
         panel.set_xlabel(label)
         panel.set_ylabel("top-1 (%)")
         legend(figure, panel)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from mixmask.evaluate.names import OLD_KEYS
+
 MAX_LENGTH = 10_000
 WORDS = {"&": "and", "|": "or", "~": "not"}
 TEXT_OR_NAME = r"'[^']*'|\"[^\"]*\"|`(?P<name>[^`]*)`"
@@ -25,7 +27,6 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 SAID = {
     ast.Call: "a call",
-    ast.Attribute: "a name behind a dot: write it in backticks",
     ast.BinOp: "arithmetic",
     ast.Subscript: "brackets",
     ast.Lambda: "a function",
@@ -125,14 +126,26 @@ class _Condition:
         found = COMPARISONS[type(compared)](first, second)
         return found.astype(bool) if isinstance(found, pd.Series) else pd.Series(bool(found), index=self.table.index)
 
+    def _dotted(self, node: ast.expr) -> str:
+        """A column's name as it was written: ``dataset``, ``mix.grid``, or anything between backticks."""
+        if isinstance(node, ast.Attribute):
+            return f"{self._dotted(node.value)}.{node.attr}"
+        if not isinstance(node, ast.Name):
+            raise ValueError("before a dot stands a name")
+        place = re.fullmatch(r"quoted_column_([0-9]+)", node.id)
+        return self.quoted[int(place[1])] if place and int(place[1]) < len(self.quoted) else node.id
+
+    def _column(self, name: str) -> pd.Series:
+        for known in (name, OLD_KEYS.get(name), name.removeprefix("pretrain.") if "mix." in name else None):
+            if known in self.table.columns:
+                found: pd.Series = self.table[known]
+                return found
+        raise UnknownColumn(f"name '{name}' is not defined")
+
     def value(self, node: ast.expr) -> Any:
         """A column, a constant or a list of constants."""
-        if isinstance(node, ast.Name):
-            place = re.fullmatch(r"quoted_column_([0-9]+)", node.id)
-            name = self.quoted[int(place[1])] if place and int(place[1]) < len(self.quoted) else node.id
-            if name not in self.table.columns:
-                raise UnknownColumn(f"name '{name}' is not defined")
-            return self.table[name]
+        if isinstance(node, ast.Name | ast.Attribute):
+            return self._column(self._dotted(node))
         if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | bool | None):
             return node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):

@@ -21,7 +21,7 @@ from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
 from mixmask.evaluate.latex import latex
 from mixmask.evaluate.spreadsheet import safe_cell
-from mixmask.evaluate.tables import Cell, Table
+from mixmask.evaluate.table import Table, TableCell
 from mixmask.evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
@@ -77,7 +77,7 @@ def _headings(table: Table, between: str) -> list[str]:
 
 
 def _term(table: Table, width: int | None) -> str:
-    def shown_cell(cell: Cell | None) -> Text:
+    def shown_cell(cell: TableCell | None) -> Text:
         if cell is None:
             return Text("")
         own, published = numbers(cell)
@@ -174,7 +174,7 @@ def escape_markdown(text: str) -> str:
 
 
 def _markdown(table: Table) -> str:
-    def style(text: str, cell: Cell) -> str:
+    def style(text: str, cell: TableCell) -> str:
         return f"**{text}**" if cell.best else f"_{text}_" if cell.near_best else text
 
     rows = []
@@ -252,7 +252,7 @@ def _escape_html(text: str) -> str:
     return html.escape(printable(text))
 
 
-def html_table(table: Table, link: Callable[[Cell, str], str] = lambda cell, text: text) -> str:
+def html_table(table: Table, link: Callable[[TableCell, str], str] = lambda cell, text: text) -> str:
     """A ``<table>`` with its caption and footnotes.
 
     Args:
@@ -260,7 +260,7 @@ def html_table(table: Table, link: Callable[[Cell, str], str] = lambda cell, tex
         link: Given a cell and its text, the text with whatever it links to.
     """
 
-    def cell_html(cell: Cell | None) -> str:
+    def cell_html(cell: TableCell | None) -> str:
         if cell is None:
             return "<td></td>"
         own, published = numbers(cell)

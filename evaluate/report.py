@@ -24,13 +24,13 @@ from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, Run, ablation
 from mixmask.evaluate.comparison import Comparison, compare
 from mixmask.evaluate.drawing import Plot
+from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.names import name, text_of
-from mixmask.evaluate.paper import choose
 from mixmask.evaluate.plots import plots_of
-from mixmask.evaluate.published import Published, of_the_paper
+from mixmask.evaluate.published import Published, published_numbers
 from mixmask.evaluate.render import html_table
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import Cell, Table, build
+from mixmask.evaluate.table import Table, TableCell, build
 from mixmask.evaluate.verify import Check, expectations
 
 LOG_LINES = 12
@@ -70,7 +70,7 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
     others = [run for run in runs if run.record.stage == "transfer" and run.record.method not in ("vanilla", "random")]
     comparisons: list[Comparison] = compare(others, vanilla) if vanilla and others else []
     checks: list[Check] = expectations(collection)
-    plots = plots_of(runs, (*of_the_paper(), *published))
+    plots = plots_of(runs, (*published_numbers(), *published))
     listed = _listed(runs, out)
     num_transfers = sum(run.record.stage == "transfer" for run in runs)
     environment = jinja2.Environment(
@@ -113,7 +113,7 @@ def _sources(tables: Sequence[Table]) -> str:
     return f"Published numbers: {'; '.join(found)}." if found else ""
 
 
-def _linked(cell: Cell, text: str) -> str:
+def _linked(cell: TableCell, text: str) -> str:
     """A cell's number as a link to its run, or as the list of its runs."""
     links = [
         f'<a href="#{run_id(result.run)}">{_seeds(result.seeds)}: {result.value:.2f}</a>' for result in cell.results

@@ -14,7 +14,6 @@ from mixmask.evaluate.collect import ABLATED, Run, ablation, ablation_of, flat
 from mixmask.evaluate.names import epochs_name, name
 
 DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
-TWICE_COCO = 180_000  # iterations of the schedule 2x
 SEEDS = ("seed", "pretrain.seed")
 TWICE = ("recipe_iterations", "recipe_batch_size", "num_labelled", "pretrain.backbone.arch", "pretrain.data.name")
 
@@ -47,7 +46,6 @@ class Result:
             "title": record.title,
             "column": record.headlines.get(self.metric, f"{record.title} {record.metric_name(self.metric)}"),
             **ablation(record),
-            "doubled": record.protocol == "detect_coco" and self.known.get("iterations") == TWICE_COCO,
         }
 
     @cached_property
@@ -140,7 +138,7 @@ def facts(
         "pretrain.epochs": epochs,
         **varied,
     }
-    said = (*SEEDS, *TWICE, *(f"pretrain.mix.{name.removesuffix('_size').removeprefix('mask_')}" for name in varied))
+    said = (*SEEDS, *TWICE, *(f"pretrain.{name}" for name in varied))
     return {key: value for key, value in everything.items() if key not in said}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mixmask.evaluate.tables import Cell, Table
+from mixmask.evaluate.table import Table, TableCell
 
 READING = "mean ± sample standard deviation (number of runs)"
 MARKS = (
@@ -14,7 +14,7 @@ MARKS = (
 MISSING = "–"
 
 
-def numbers(cell: Cell) -> tuple[str, str]:
+def numbers(cell: TableCell) -> tuple[str, str]:
     """A cell's own result and its published number with the difference, as plain text; either may be empty."""
     summary = cell.summary
     own = ""
@@ -27,7 +27,9 @@ def numbers(cell: Cell) -> tuple[str, str]:
     return own, f"[{cell.published.value:.1f}{difference}]".replace("-", "−")
 
 
-def cell_text(cell: Cell | None, style: Callable[[str, Cell], str], escape: Callable[[str], str], sup: str) -> str:
+def cell_text(
+    cell: TableCell | None, style: Callable[[str, TableCell], str], escape: Callable[[str], str], sup: str
+) -> str:
     """A cell in one line: the own result, styled, with its footnotes, and the published one.
 
     Args:

@@ -41,7 +41,7 @@ def results(
 ) -> None:
     """Print one row per finished run: what it was, what it came to, how it was made.
 
-    Columns with a dot or a slash stand in backticks in a query.
+    Columns with a slash stand in backticks in a query.
 
     \b
     Examples:
@@ -130,10 +130,11 @@ def tables(
     """
     from mixmask.engine.errors import UserError
     from mixmask.engine.wording import printable
-    from mixmask.evaluate import collect, paper
+    from mixmask.evaluate import collect
+    from mixmask.evaluate import layouts as table_layouts
     from mixmask.evaluate.render import form_of, render_all
     from mixmask.evaluate.results import first_headline, results_of
-    from mixmask.evaluate.tables import build
+    from mixmask.evaluate.table import build
 
     if out is not None:
         _check_out(out, force)
@@ -143,7 +144,7 @@ def tables(
         raise UserError("--rows, --cols and --metric make a table of your own: give --rows and --cols together")
     if rows is not None and table is not None:
         raise UserError("--table is one of the paper's, --rows and --cols make one of your own: give one or the other")
-    layouts = [] if rows is not None else paper.choose(table, more)
+    layouts = [] if rows is not None else table_layouts.choose(table, more)
     collection = _collect(runs)
     kept = list(collection.distinct)
     if query is not None:
@@ -158,7 +159,9 @@ def tables(
             valid = sorted({name for run in kept for name in run.record.metrics if run.record.stage == "transfer"})
             raise UserError(f"--metric {metric}: no transfer run has it; there are {', '.join(valid) or 'none'}")
         known = {key for one in found for key in one.known}
-        layouts = [paper.pivot(rows.split(","), cols.split(","), known, metric or "each protocol's first metric")]
+        layouts = [
+            table_layouts.pivot(rows.split(","), cols.split(","), known, metric or "each protocol's first metric")
+        ]
     built = [build(layout, found) for layout in layouts]
     if table is None:
         built = [one for one in built if one.num_runs]
@@ -185,7 +188,7 @@ def compare(
     \b
     Examples:
       mixmask compare mixmask vanilla --runs runs
-      mixmask compare "grid_size == 4" "grid_size == 2" --runs runs --metric knn/top1
+      mixmask compare "mix.grid == 4" "mix.grid == 2" --runs runs --metric knn/top1
       mixmask compare runs/transfer/voc-detect-1a2b3c4d5e6f runs/transfer/voc-detect-6f5e4d3c2b1a
     """
     from mixmask.engine.errors import UserError
@@ -229,11 +232,11 @@ def plots(
     from mixmask.engine.storage import require_output_folder
     from mixmask.evaluate.drawing import write_plots
     from mixmask.evaluate.plots import plots_of
-    from mixmask.evaluate.published import of_the_paper
+    from mixmask.evaluate.published import published_numbers
 
     require_output_folder(out)
     more = _published(published)
-    drawn = plots_of(_collect(runs).distinct, (*of_the_paper(), *more))
+    drawn = plots_of(_collect(runs).distinct, (*published_numbers(), *more))
     if not drawn:
         raise UserError(f"{runs}: no finished run has anything to plot")
     for path in write_plots(drawn, out, force):

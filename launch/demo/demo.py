@@ -15,11 +15,11 @@ from mixmask.engine.progress import say
 from mixmask.engine.records import Record
 from mixmask.engine.storage import write_text
 from mixmask.evaluate.collect import collect
-from mixmask.evaluate.paper import methods_by_protocols
+from mixmask.evaluate.layouts import methods_by_protocols
 from mixmask.evaluate.render import render
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import build
+from mixmask.evaluate.table import build
 from mixmask.launch.demo import demo_data
 from mixmask.pretrain import stage as pretrain_stage
 from mixmask.pretrain.recipe import PretrainRecipe

@@ -12,12 +12,12 @@ from typing import Any
 
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import identity
+from mixmask.evaluate.published import published_tables
 from mixmask.launch.slurm.profile import Profile
 from mixmask.launch.suite.cells import Cell, expand
 from mixmask.launch.suite.suite import load_suite
 from mixmask.pretrain.recipe import PretrainRecipe
 
-SUITES = ("table5", "table4", "table2", "semisup", "table7")  # the first that has a row gives its recipes
 FILE = Path(__file__).resolve().parents[2] / "evaluate" / "reference.json"
 
 
@@ -30,7 +30,8 @@ def reference() -> dict[str, Any]:
     pretrain: dict[str, dict[str, Any]] = {}
     transfer: dict[str, dict[str, Any]] = {}
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for suite in SUITES:
+    suites = [table.suite for table in published_tables().values() if table.suite is not None]
+    for suite in suites:  # the first that has a row gives its recipes
         cells = {
             cell.id: cell for cell in expand(load_suite(folder / f"{suite}.yaml"), folder, Profile(), Path("runs"))
         }

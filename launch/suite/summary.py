@@ -10,11 +10,11 @@ from tabulate import tabulate
 from mixmask.engine.storage import RunDirectory, write_text
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, collection_of
-from mixmask.evaluate.paper import choose
+from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.render import render_all
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import build
+from mixmask.evaluate.table import build
 from mixmask.launch.slurm.attempts import Attempts
 from mixmask.launch.suite.manifest import Launch, LaunchedCell, latest, suite_folder
 from mixmask.launch.suite.status import headline

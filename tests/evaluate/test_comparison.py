@@ -23,7 +23,7 @@ def test_methods_are_compared_where_they_were_measured_alike() -> None:
     whole = [one for one in found if one.what == "CIFAR-100, kNN, top-1" and one.result.n == (5, 5)]
     assert len(whole) == 1
     assert whole[0].result.paired
-    assert "grid_size 2" in whole[0].first
+    assert "mix.grid 2" in whole[0].first
     assert whole[0].second == "Vanilla (MoCo, 1,000 epochs)"
     voc = [one for one in found if one.what == "VOC 2007, detection, box AP"]
     assert [one.result.n for one in voc] == [(5, 5)]  # the other engine's run has nothing to be compared with

@@ -13,12 +13,12 @@ from mixmask.evaluate.card import write_card
 from mixmask.evaluate.collect import as_text, collect, frame, write_parquet
 from mixmask.evaluate.comparison import compare
 from mixmask.evaluate.drawing import write_plots
-from mixmask.evaluate.paper import choose
+from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.plots import plots_of
 from mixmask.evaluate.render import SUFFIXES, render_all
 from mixmask.evaluate.report import write_report
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import build
+from mixmask.evaluate.table import build
 from mixmask.evaluate.verify import expectations
 from tests.evaluate.made import backbone, transfer, write
 

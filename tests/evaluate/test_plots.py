@@ -21,7 +21,7 @@ from mixmask.evaluate.plots import (
     read_log,
     throughput,
 )
-from mixmask.evaluate.published import of_the_paper
+from mixmask.evaluate.published import published_numbers
 from mixmask.evaluate.results import results_of
 from tests.evaluate.made import backbone, laboratory, write
 
@@ -39,10 +39,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, ...]:
 
 
 def test_every_kind_of_plot_is_drawn_as_png_and_svg(runs: tuple[Run, ...], tmp_path: Path) -> None:
-    plots = plots_of(runs, of_the_paper())
+    plots = plots_of(runs, published_numbers())
     ids = [plot.id for plot in plots]
     assert len(ids) == len(set(ids))
-    for start in ("training-", "budget-", "grid_size-", "mask_ratio-", "ap-coco", "ap-voc", "labels-", "throughput"):
+    for start in ("training-", "budget-", "mix.grid-", "mix.ratio-", "ap-coco", "ap-voc", "labels-", "throughput"):
         assert any(id.startswith(start) for id in ids), start
     written = write_plots(plots, tmp_path)
     assert len(written) == 2 * len(plots)
@@ -51,7 +51,7 @@ def test_every_kind_of_plot_is_drawn_as_png_and_svg(runs: tuple[Run, ...], tmp_p
             assert np.asarray(Image.open(path).convert("L")).std() > 5  # something is drawn
         else:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    again = plots_of(runs, of_the_paper())
+    again = plots_of(runs, published_numbers())
     assert all(plot.render("svg") == (tmp_path / f"{plot.id}.svg").read_bytes() for plot in again)
 
 
@@ -72,7 +72,7 @@ def test_points_are_the_means_of_the_runs(runs: tuple[Run, ...]) -> None:
     budget = next(plot for plot in budgets(found) if plot.id == "budget-cifar100-knn")
     assert line_of(budget, "Vanilla") == [(200, 60.0), (600, 64.0), (1000, pytest.approx(65.62))]
     assert [x for x, _ in line_of(budget, "MixMask")] == [200, 600, 1000]
-    grid, ratio = ablations(found, of_the_paper())
+    grid, ratio = ablations(found, published_numbers())
     assert line_of(grid, "MixMask") == [(0, pytest.approx(68.32)), (1, 67.9), (2, 67.0)]
     assert line_of(grid, "published") == [(0, 68.1), (1, 67.6), (2, 67.5)]
     assert [label.get_text() for label in ratio.figure.axes[0].get_xticklabels()] == [

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from mixmask.engine.records import Record
 from mixmask.evaluate import reference
 from mixmask.evaluate.collect import Run
-from mixmask.evaluate.paper import choose
-from mixmask.evaluate.published import of_the_paper
+from mixmask.evaluate.layouts import choose
+from mixmask.evaluate.published import published_numbers
 from mixmask.evaluate.reference import MAY_DIFFER, may_differ
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import Table, build
+from mixmask.evaluate.table import Table, build
 from mixmask.evaluate.verify import verify
 from mixmask.launch.suite.reference import FILE, text
 from tests.evaluate.made import backbone, transfer
 
-PLACES = [number for number in of_the_paper() if number.table in ("5", "7", "4") and number.source == "paper"]
+PLACES = [number for number in published_numbers() if number.table in ("5", "7", "4") and number.source == "paper"]
 ROWS = sorted(
     {(n.dataset, n.framework, n.method, n.protocol, n.table, n.pretrain_epochs or 800.0) for n in PLACES}
     & {

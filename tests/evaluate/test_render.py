@@ -18,12 +18,12 @@ from mixmask.engine.errors import UserError
 from mixmask.engine.records import Record
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Run
+from mixmask.evaluate.layouts import methods_by_protocols
 from mixmask.evaluate.names import NAMES
-from mixmask.evaluate.paper import methods_by_protocols
 from mixmask.evaluate.render import form_of, render, render_all
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.spreadsheet import safe_cell
-from mixmask.evaluate.tables import Table, build
+from mixmask.evaluate.table import Table, build
 from tests.evaluate.made import backbone, laboratory, transfer
 from tests.evaluate.test_tables import IDS, table_of
 from tests.needs import need

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mixmask.engine.errors import DataError, UserError
 from mixmask.engine.records import Record, said_before_schema_3
 from mixmask.evaluate.collect import Run
-from mixmask.evaluate.paper import choose, layouts, methods_by_protocols, pivot
-from mixmask.evaluate.published import COLUMNS, of_the_paper, read_published
+from mixmask.evaluate.layouts import choose, layouts, methods_by_protocols, pivot
+from mixmask.evaluate.published import COLUMNS, published_numbers, read_published
 from mixmask.evaluate.render import TableFormat, render
 from mixmask.evaluate.results import results_of
-from mixmask.evaluate.tables import NOT_RECORDED, Cell, Table, build
+from mixmask.evaluate.table import NOT_RECORDED, Table, TableCell, build
 from tests.evaluate.made import backbone, laboratory, transfer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +31,7 @@ def table_of(records: list[Record], id: str) -> Table:
     return build(choose(id, ())[0], results_of(runs))
 
 
-def cells(table: Table) -> list[tuple[tuple[str, ...], tuple[str, ...], Cell]]:
+def cells(table: Table) -> list[tuple[tuple[str, ...], tuple[str, ...], TableCell]]:
     return [
         (line.row, column, cell)
         for line in table.lines
@@ -56,7 +56,7 @@ def numbers(table: Table) -> set[tuple[Any, ...]]:
     }
 
 
-def the_cell(table: Table, row: tuple[str, ...], column: tuple[str, ...], number: int = 0) -> Cell:
+def the_cell(table: Table, row: tuple[str, ...], column: tuple[str, ...], number: int = 0) -> TableCell:
     return [cell for r, c, cell in cells(table) if (r, c) == (row, column)][number]
 
 
@@ -252,8 +252,8 @@ def test_every_published_number_of_the_tables_is_shown() -> None:
     shown = {
         cell.published for layout in layouts().values() for _, _, cell in cells(build(layout, [])) if cell.published
     }
-    assert shown == {number for number in of_the_paper() if number.source == "paper"}
-    assert len(shown) == 131
+    assert shown == {*published_numbers()}
+    assert len(shown) == 134
 
 
 def test_other_percentages_have_columns_of_their_own() -> None:
@@ -307,7 +307,10 @@ def test_more_published_numbers_come_from_csv(tmp_path: Path) -> None:
         (f"{','.join(COLUMNS)}\npaper,5,,m,v,knn,1000,,top1,1\n", "line 2: dataset is empty"),
         (f"{','.join(COLUMNS)}\npaper,5\n", "line 2: 10 fields"),
         (f"{','.join(COLUMNS)}\nus,5,c,m,v,knn,1000,,acc,1\n", "line 2: metric is 'acc'; valid for knn: knn/top1"),
-        (f"{','.join(COLUMNS)}\nus,5,c,m,v,svm,1000,,top1,1\n", "line 2: protocol is 'svm'; valid: knn, linear"),
+        (
+            f"{','.join(COLUMNS)}\nus,5,c,m,v,svm,1000,,top1,1\n",
+            "line 2: protocol is 'svm'; valid for table 5: knn, linear",
+        ),
         ("", "no column source"),
         (f"{','.join(COLUMNS)}\n{'x' * 200_000},5,c,m,v,knn,1000,,top1,1\n", "not a readable CSV file"),
         (f'{",".join(COLUMNS)}\n"paper"x,5,c,m,v,knn,1000,,top1,1\n', "not a readable CSV file"),
@@ -339,7 +342,7 @@ def test_a_number_of_another_source_has_a_row_of_its_own_where_the_paper_has_one
 def test_published_numbers_without_a_place_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "more.csv"
     file.write_text(f"{','.join(COLUMNS)}\nus,77,cifar100,moco,mixmask,knn,10,,top1,99.9\n")
-    with pytest.raises(UserError, match="table '77': there is no such table"):
+    with pytest.raises(UserError, match="line 2: there is no table '77'; valid: 1, 2"):
         choose("5", read_published(file))
 
 
@@ -375,6 +378,6 @@ def test_names_that_read_like_numbers_have_an_order() -> None:
 
 
 def test_unknown_tables_are_refused() -> None:
-    with pytest.raises(UserError, match="Valid: 1, 2, 3, 4, 5, semisup, 7, 7-2x, methods"):
+    with pytest.raises(UserError, match="Valid: 1, 2, 3, 4, 5, semisup, 7, 7-2x, code, methods"):
         choose("6", ())
     assert methods_by_protocols().id == "methods"

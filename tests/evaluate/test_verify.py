@@ -9,9 +9,9 @@ from mixmask.engine.config import identity, load_recipe
 from mixmask.engine.errors import ConfigError, UserError
 from mixmask.engine.expected import Expectation
 from mixmask.evaluate.collect import Collection, Run
-from mixmask.evaluate.paper import layouts
+from mixmask.evaluate.layouts import layouts
 from mixmask.evaluate.results import Result
-from mixmask.evaluate.tables import build
+from mixmask.evaluate.table import build
 from mixmask.evaluate.verify import verify
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
@@ -106,11 +106,11 @@ def test_a_required_key_from_the_command_line_changes_nothing(tmp_path: Path) ->
 
 
 def test_every_config_of_table_5_expects_what_the_table_says() -> None:
-    from mixmask.evaluate.published import of_the_paper
+    from mixmask.evaluate.published import published_numbers
 
     published = {
         (n.dataset, n.framework, n.method): (n.metric, n.value)
-        for n in of_the_paper()
+        for n in published_numbers()
         if n.table == "5" and n.source == "paper"
     }
     found = {}

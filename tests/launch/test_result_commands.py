@@ -45,7 +45,7 @@ def test_results_in_every_format(lab: Path, tmp_path: Path) -> None:
     file = tmp_path / "r.parquet"
     assert run("results", lab, "--out", file)[1].strip() == str(file)
     assert len(pd.read_parquet(file)) == len(laboratory())
-    assert "grid_size: MixMask: cells per side" in run("results", lab, "--columns")[1]
+    assert "mix.grid: MixMask: cells per side" in run("results", lab, "--columns")[1]
     code, out, error = run("results", lab, "--query", "seed == 99")
     assert (code, len(out.splitlines())) == (0, 1)
     assert "no run" in error

@@ -315,7 +315,7 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
     cfg.MODEL.DEVICE, cfg.MODEL.RESNETS.NORM = "cpu", "BN"
     model = build_model(cfg)
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    require_landed(model, ready.source.state)
+    require_landed(model, ready.source.state, ready.recipe.detector)
 
 
 @needs_detectron2

@@ -22,7 +22,7 @@ NOT_RECORDED = "how the backbone was pretrained is not recorded"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """The results of runs that differ in seeds only, beside the published number.
 
     Attributes:
@@ -63,12 +63,12 @@ class Cell:
 class Line:
     """A line of a table. ``marks`` are the letters of its footnotes, on the backbone.
 
-    A cell that is None is empty; what is missing from a row is a `Cell` without results on its first line.
+    A cell that is None is empty; what is missing from a row is a `TableCell` without results on its first line.
     """
 
     row: Key
     marks: tuple[str, ...]
-    cells: tuple[Cell | None, ...]
+    cells: tuple[TableCell | None, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """What a table shows and where.
 
     Attributes:
@@ -155,7 +155,7 @@ class _Group:
         return self.results[0]
 
 
-def build(layout: Layout, results: Sequence[Result]) -> Table:
+def build(layout: TableLayout, results: Sequence[Result]) -> Table:
     """Fill a layout.
 
     Results share a cell only if they differ in nothing but seeds. Others at the same place stand on lines of their own;
@@ -176,7 +176,7 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
         stacks: dict[tuple[str, ...], dict[Key, list[_Noted]]] = defaultdict(lambda: defaultdict(list))
         for place, number in published.items():
             if place[0] == row and place not in faithful:
-                stacks[()][place[1]].append(_noted(Cell((), number), ()))
+                stacks[()][place[1]].append(_noted(TableCell((), number), ()))
         own = [group for group in groups if group.place[0] == row]
         for group in sorted(
             own,
@@ -187,20 +187,20 @@ def build(layout: Layout, results: Sequence[Result]) -> Table:
             ),
         ):
             beside = published.get(group.place) if group.departures == _Texts() else None
-            cell = Cell(group.results, beside, *best[group])
+            cell = TableCell(group.results, beside, *best[group])
             stacks[texts[group].backbone][group.place[1]].append(_noted(cell, texts[group].measurement))
         lines += _unstacked(row, stacks, columns)
     return _lettered(layout, columns, lines)
 
 
-_Noted = tuple[Cell, tuple[str, ...]]  # a cell and the texts of its footnotes
+_Noted = tuple[TableCell, tuple[str, ...]]  # a cell and the texts of its footnotes
 _Line = tuple[Key, tuple[str, ...], dict[Key, _Noted]]  # row, texts on the backbone, cells by column
 
 
-def _noted(cell: Cell, texts: tuple[str, ...]) -> _Noted:
+def _noted(cell: TableCell, texts: tuple[str, ...]) -> _Noted:
     """A cell with its footnotes: whose number stands there if not the paper's, and that the runs are few."""
-    theirs = cell.published.source if cell.published is not None else "paper"
-    source = () if theirs == "paper" else (f"published by {theirs}",)
+    number = cell.published
+    source = (f"published by {number.source}",) if number is not None and number.added else ()
     return cell, (*texts, *source, *((cell.few,) if cell.few else ()))
 
 
@@ -214,11 +214,11 @@ def _unstacked(
             on_it = {column: stack[level] for column, stack in stacks[backbone].items() if level < len(stack)}
             lines.append((row, backbone, on_it))
     filled = {column for _, _, cells in lines for column in cells}
-    missing: dict[Key, _Noted] = {column: (Cell(()), ()) for column in columns if column not in filled}
+    missing: dict[Key, _Noted] = {column: (TableCell(()), ()) for column in columns if column not in filled}
     return [(row, lines[0][1], {**lines[0][2], **missing}), *lines[1:]]
 
 
-def _lettered(layout: Layout, columns: Sequence[Key], lines: Sequence[_Line]) -> Table:
+def _lettered(layout: TableLayout, columns: Sequence[Key], lines: Sequence[_Line]) -> Table:
     """The table with a letter for every text, in the order in which a reader meets them."""
     letters: dict[str, str] = {}
     for _, backbone, cells in lines:
@@ -226,7 +226,7 @@ def _lettered(layout: Layout, columns: Sequence[Key], lines: Sequence[_Line]) ->
         for text in met:
             letters.setdefault(text, _letter(len(letters)))
 
-    def finished(found: _Noted | None) -> Cell | None:
+    def finished(found: _Noted | None) -> TableCell | None:
         return None if found is None else replace(found[0], marks=tuple(sorted(letters[text] for text in found[1])))
 
     return Table(
@@ -245,7 +245,7 @@ def _lettered(layout: Layout, columns: Sequence[Key], lines: Sequence[_Line]) ->
     )
 
 
-def _groups(layout: Layout, results: Sequence[Result]) -> list[_Group]:
+def _groups(layout: TableLayout, results: Sequence[Result]) -> list[_Group]:
     pooled: dict[tuple[Place, tuple[str, ...]], list[Result]] = defaultdict(list)
     for result in results:
         for place in layout.places(result):
@@ -348,7 +348,7 @@ def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool
     return marks
 
 
-def _ordered(layout: Layout, first: Iterable[Key], rest: Iterable[Key], sections: bool = False) -> list[Key]:
+def _ordered(layout: TableLayout, first: Iterable[Key], rest: Iterable[Key], sections: bool = False) -> list[Key]:
     """Keys without repetition: the published ones as published, then others in natural order, sections together."""
     known = list(dict.fromkeys(first))
     more = sorted({key for key in rest if key not in known}, key=lambda key: _natural(key, layout))
@@ -358,7 +358,7 @@ def _ordered(layout: Layout, first: Iterable[Key], rest: Iterable[Key], sections
     return known
 
 
-def _natural(key: Key, layout: Layout) -> tuple[Any, ...]:
+def _natural(key: Key, layout: TableLayout) -> tuple[Any, ...]:
     """Numbers by size, texts by letters, unless they have an order of their own."""
 
     def part(text: str) -> tuple[int, float, str]:
