@@ -58,7 +58,7 @@ def world() -> World:
 
 
 @dataclass(frozen=True)
-class Launch:
+class Rendezvous:
     """What a launcher's environment says: the world and where its first process listens."""
 
     world: World
@@ -66,7 +66,7 @@ class Launch:
     port: int
 
 
-def read_launch(environment: Mapping[str, str]) -> Launch | None:
+def read_launch(environment: Mapping[str, str]) -> Rendezvous | None:
     """How this process was started.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_PROCID, SLURM_LOCALID,
@@ -87,7 +87,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
                 f"WORLD_SIZE is set, but not {', '.join(absent)}: start the processes with torchrun or srun"
             )
         rank, size, local, port = (_number(environment, names[i]) for i in (0, 1, 2, 4))
-        return Launch(World(rank, size, local), environment["MASTER_ADDR"], port)
+        return Rendezvous(World(rank, size, local), environment["MASTER_ADDR"], port)
     if "SLURM_STEP_ID" not in environment or _number(environment, "SLURM_STEP_NUM_TASKS") == 1:
         return None
     rank, size, local, job = (
@@ -100,7 +100,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         port = _number(environment, "MASTER_PORT")
     else:  # steps of one job may run side by side
         port = 15000 + (97 * job + _number(environment, "SLURM_STEP_ID")) % 20000
-    return Launch(World(rank, size, local), address, port)
+    return Rendezvous(World(rank, size, local), address, port)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -60,16 +60,7 @@ class Registry(Generic[T]):
         home: ModuleType = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(home.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for entry in entry_points(group=self.group):
-            try:
-                entry.load()
-            except Exception as error:
-                owner = entry.dist.name if entry.dist is not None else "a package"
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise ConfigError(
-                    f"entry point '{entry.name}' ({entry.value}) in the group {self.group} of {owner} cannot be loaded "
-                    f"({reason}); mend or uninstall {owner}"
-                ) from error
+        load_entry_points(self.group)
 
     def classes(self) -> list[type[T]]:
         """Every class, in the order in which they were defined.
@@ -111,6 +102,26 @@ class Registry(Generic[T]):
         valid = ", ".join([*near, *(one for one in found if one not in near)])
         given = f"there is no {self.what} {name!r}" if name is not None else f"no {self.what} is given"
         raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {valid}")
+
+
+def load_entry_points(group: str) -> list[Any]:
+    """What other packages name in a group of entry points, loaded.
+
+    Raises:
+        ConfigError: If one cannot be imported; with its name and the package that has it.
+    """
+    found = []
+    for entry in entry_points(group=group):
+        try:
+            found.append(entry.load())
+        except Exception as error:
+            owner = entry.dist.name if entry.dist is not None else "a package"
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"entry point '{entry.name}' ({entry.value}) in the group {group} of {owner} cannot be loaded "
+                f"({reason}); mend or uninstall {owner}"
+            ) from error
+    return found
 
 
 def _derived(base: type[T]) -> Iterable[type[T]]:

@@ -101,7 +101,10 @@ class _Published:
 
     def claims(self, result: Result, place: Place) -> Mapping[str, Any]:
         """What is stated of a place."""
-        claims = {**stated(result.dims), **self.table.states}
+        recipes = stated(result.dims)
+        if not recipes and self.table.states:  # of what is not stated, nothing departs
+            recipes = dict(result.facts)
+        claims = {**recipes, **self.table.states}
         epochs = self.epochs.get(place, self.usual_epochs.get(result.dims["dataset"]))
         if epochs is not None and claims:
             claims["pretrain.epochs"] = epochs

@@ -1,6 +1,6 @@
 """Published tables: what is in them and how it was measured, as ``evaluate/tables/*.yaml`` says. One file is one table.
 
-A file that is put there is found; so are the files beside a module that another package names as an entry point of the group
+A file that is put there is found; so are the files in a package that is named as an entry point of the group
 ``mixmask.tables``. `PublishedTable` says what may stand in it.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from pydantic import Field, model_validator
 
 from mixmask.engine.config import Recipe, recipe_of_text
 from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.registry import load_entry_points
 from mixmask.engine.texts import read_text
 from mixmask.evaluate.names import OLD_KEYS, key_of
 
@@ -182,7 +182,10 @@ def published_tables() -> dict[str, PublishedTable]:
         ConfigError: If a file is not as `PublishedTable` says, a name is there twice, or an entry point cannot be loaded.
     """
     found: dict[str, PublishedTable] = {}
-    places = [resources.files("mixmask.evaluate").joinpath("tables"), *_places_elsewhere()]
+    places: list[Traversable] = [
+        resources.files("mixmask.evaluate").joinpath("tables"),
+        *(resources.files(module) for module in load_entry_points("mixmask.tables")),
+    ]
     for place in places:
         for file in sorted(place.iterdir(), key=lambda file: file.name):
             if file.name.endswith(".yaml"):
@@ -191,20 +194,6 @@ def published_tables() -> dict[str, PublishedTable]:
                     raise ConfigError(f"{file}: there is a table of the name '{name}' already")
                 found[name] = recipe_of_text(PublishedTable, file.read_text(encoding="utf-8"), str(file))
     return dict(sorted(found.items(), key=lambda item: item[1].order))
-
-
-def _places_elsewhere() -> Iterator[Traversable]:
-    for entry in entry_points(group="mixmask.tables"):
-        try:
-            module = entry.load()
-            place = resources.files(module.__package__)
-        except Exception as error:
-            owner = entry.dist.name if entry.dist is not None else "a package"
-            raise ConfigError(
-                f"entry point '{entry.name}' ({entry.value}) in the group mixmask.tables of {owner} cannot be loaded "
-                f"({str(error) or type(error).__name__}); mend or uninstall {owner}"
-            ) from error
-        yield place
 
 
 @cache

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from torchvision.models import resnet18
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
@@ -95,6 +97,13 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
         "grids": [{"pretrain": [{"config": "pretrain.yaml"}], "transfer": [{"config": "few.yaml"}]}],
     }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    trunk = resnet18().state_dict()
+    del trunk["fc.weight"], trunk["fc.bias"]
+    theirs = {f"student.convnet.{name}": tensor for name, tensor in trunk.items()}
+    torch.save(
+        {**theirs, "student.align_head.weight": torch.ones(8, 512), "bank.keys": torch.ones(4, 8)},
+        tmp_path / "theirs.pth",
+    )
     done = run(
         installed,
         tmp_path,
@@ -106,6 +115,8 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
         "launch suite.yaml --cluster inline",
         "status ours",
         "tables runs",
+        "tables runs --table few_shot_table",
+        "inspect theirs.pth",
         "tables runs --rows method --cols protocol --metric fewshot/top1",
         "report runs --out report",
         "results runs --format json",
@@ -115,6 +126,12 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
     assert "Halves switch" in done.stdout
     assert "120 in 10 classes" in done.stdout
     assert "2 of 2 cells are finished" in done.stdout
+    table = done.stdout.split("$ tables runs --table few_shot_table")[1].split("$ ")[0]
+    assert "Few-shot accuracy of our lab's methods" in table
+    assert "[42.5, " in table  # beside the suite's run, which has as many episodes as the publication states
+    assert "Our lab, technical report 1" in table
+    assert "episodes 3 (this row's recipe: 2)" in table  # the run that was made otherwise
+    assert "our-lab: our lab's training code" in done.stdout
     assert "2-shot top-1" in done.stdout
     assert "halves" in done.stdout
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs").rglob("record.json")]

@@ -17,7 +17,7 @@ from mixmask.evaluate.statistics import compare_classifiers, difference, summari
 from mixmask.launch.demo import demo_data
 from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import Found, coco_matches, coco_metrics, voc_matches, voc_metrics
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_matches, coco_metrics, voc_matches, voc_metrics
 
 
 def test_words_are_plain() -> None:
@@ -108,7 +108,7 @@ def test_classifiers_are_compared_image_by_image() -> None:
     assert (same.value, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def guesses(pictures: DetectionSet, seed: int) -> list[Found]:
+def guesses(pictures: DetectionSet, seed: int) -> list[FoundObject]:
     """Jittered true boxes and nonsense, with scores that tie now and then."""
     generator = np.random.default_rng(seed)
     found = []
@@ -118,8 +118,8 @@ def guesses(pictures: DetectionSet, seed: int) -> list[Found]:
                 left, top, right, bottom = np.array(instance.box) + generator.normal(0, 3, 4)
                 label = instance.label if generator.random() < 0.8 else int(generator.integers(len(pictures.classes)))
                 box = (float(left), float(top), float(max(right, left + 2)), float(max(bottom, top + 2)))
-                found.append(Found(number, label, round(float(generator.random()), 2), box))
-        found.append(Found(number, int(generator.integers(len(pictures.classes))), 0.5, (1.0, 1.0, 20.0, 20.0)))
+                found.append(FoundObject(number, label, round(float(generator.random()), 2), box))
+        found.append(FoundObject(number, int(generator.integers(len(pictures.classes))), 0.5, (1.0, 1.0, 20.0, 20.0)))
     return found
 
 
@@ -176,7 +176,9 @@ def test_every_image_once_gives_the_metrics_of_the_record(
         assert 0 < metrics["bbox/AP50"] < 100
 
 
-def repeated(pictures: DetectionSet, found: list[Found], drawn: np.ndarray) -> tuple[DetectionSet, list[Found]]:
+def repeated(
+    pictures: DetectionSet, found: list[FoundObject], drawn: np.ndarray
+) -> tuple[DetectionSet, list[FoundObject]]:
     """The resampled data set itself: every picture as often as it was drawn, each time as another picture."""
     copies = [number for number, times in enumerate(drawn.astype(int)) for _ in range(times)]
     shown = tuple(
@@ -184,7 +186,7 @@ def repeated(pictures: DetectionSet, found: list[Found], drawn: np.ndarray) -> t
         for n, number in enumerate(copies)
     )
     own = [
-        Found(n, one.label, one.score, one.box)
+        FoundObject(n, one.label, one.score, one.box)
         for n, number in enumerate(copies)
         for one in found
         if one.picture == number
@@ -197,7 +199,7 @@ def test_a_resample_of_voc_is_a_data_set_with_repeated_pictures(voc_pictures: De
     found = guesses(voc_pictures, seed)
     drawn = np.bincount(np.random.default_rng(seed).integers(12, size=12), minlength=12).astype(np.float64)
     # scores that differ in the third decimal: the order of ties is numpy's own business
-    distinct = [Found(d.picture, d.label, (n * 7 % 997) / 1000, d.box) for n, d in enumerate(found)]
+    distinct = [FoundObject(d.picture, d.label, (n * 7 % 997) / 1000, d.box) for n, d in enumerate(found)]
     pictures, own = repeated(voc_pictures, distinct, drawn)
     ours = AveragePrecision(voc_matches(distinct, voc_pictures))(drawn)
     assert ours == pytest.approx(voc_metrics(own, pictures)["bbox/AP"], abs=1e-9)
@@ -209,7 +211,7 @@ def test_a_resample_of_coco_is_what_cocoeval_makes_of_repeated_pictures(
 ) -> None:
     generator = np.random.default_rng(seed)
     spread = [  # scores without ties: their order among copies is COCOeval's own business
-        Found(one.picture, one.label, one.score + n * 1e-6, one.box)
+        FoundObject(one.picture, one.label, one.score + n * 1e-6, one.box)
         for n, one in enumerate(guesses(coco_pictures, seed))
     ]
     num = len(coco_pictures)

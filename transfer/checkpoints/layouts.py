@@ -6,7 +6,10 @@ A tensor is called by its whole way through the file's containers: ``state_dict.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
+from mixmask.engine.errors import ConfigError
+from mixmask.engine.registry import load_entry_points
 from mixmask.transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, Names
 
 # Containers that the training scripts put a state dict in, and what wrappers put before every name.
@@ -234,3 +237,20 @@ ANYWHERE = (
         HEAD,
     ),
 )
+
+
+@cache
+def known_layouts() -> tuple[Layout, ...]:
+    """Every layout, in the order in which they are tried: those of other packages (entry points) before ours.
+
+    An entry point of the group ``mixmask.layouts`` names a module with ``LAYOUTS``.
+
+    Raises:
+        ConfigError: If one cannot be loaded, or has a name that is there already.
+    """
+    theirs = [layout for module in load_entry_points("mixmask.layouts") for layout in module.LAYOUTS]
+    names = [layout.name for layout in (*theirs, *LAYOUTS)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigError(f"the layout '{twice[0]}' is defined twice; rename that of your package")
+    return (*theirs, *LAYOUTS)

@@ -30,7 +30,7 @@ from mixmask.transfer.checkpoints.safe_read import digest, read_tensors
 from mixmask.transfer.checkpoints.stored import Stored
 from mixmask.transfer.checkpoints.tensor_report import (
     BY_KEYS,
-    Found,
+    FoundLayout,
     Reading,
     TensorReport,
     named_recipe,
@@ -208,7 +208,9 @@ def _refuse_odd(tensors: Mapping[str, Stored], names: Sequence[str], path: Path)
         raise CheckpointError(f"{path}: refused: {strange[0]} is {tensors[strange[0]].odd}{more}")
 
 
-def _require_equal_twins(tensors: Mapping[str, Stored], found: Found, tensor_report: TensorReport, path: Path) -> None:
+def _require_equal_twins(
+    tensors: Mapping[str, Stored], found: FoundLayout, tensor_report: TensorReport, path: Path
+) -> None:
     for name, taken in twins(found, tensor_report.left_out).items():
         if taken in tensor_report.used and not torch.equal(
             _read(tensors[name], name, path), _read(tensors[taken], taken, path)
@@ -246,7 +248,7 @@ def _architecture(state: Mapping[str, Tensor], path: Path) -> BackboneRecipe:
     raise CheckpointError(f"{path}: not a trunk of {' or '.join(RESNETS)}: {closest}")
 
 
-def _assumptions(found: Found, recipe: BackboneRecipe) -> tuple[str, ...]:
+def _assumptions(found: FoundLayout, recipe: BackboneRecipe) -> tuple[str, ...]:
     """What the tensors do not show and had to be taken for granted."""
     taken = []
     if recipe.stem == "cifar":

@@ -17,7 +17,7 @@ import torch
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.errors import CheckpointError
-from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, LAYOUTS, TWIN, Layout
+from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, TWIN, Layout, known_layouts
 from mixmask.transfer.checkpoints.names import (
     COUNTER,
     DETECTRON2,
@@ -99,7 +99,7 @@ def some(names: Sequence[str], num: int = 4) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundLayout:
     """A layout in a file: where its trunk stands, how it is named, and by what it was recognised."""
 
     layout: Layout
@@ -108,7 +108,7 @@ class Found:
     why: str
 
 
-def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Found:
+def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> FoundLayout:
     """Find the layout of a file's tensors.
 
     Raises:
@@ -117,12 +117,12 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
     listed = None if reading.arch is None else (ListedNames(trunk_names(named_recipe(reading.arch))),)
     if reading.prefix is not None:
         return _given_prefix(tensors, unwrapped(reading.prefix), listed or NAMINGS, path)
-    known = {layout.name: layout for layout in LAYOUTS}
+    known = {layout.name: layout for layout in known_layouts()}
     if reading.layout is not None and reading.layout not in known:
         near = difflib.get_close_matches(reading.layout, known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise CheckpointError(f"--as {reading.layout}: valid: {', '.join(known)}{hint}")
-    for layout in LAYOUTS if reading.layout is None else (known[reading.layout],):
+    for layout in known_layouts() if reading.layout is None else (known[reading.layout],):
         signs = [next((name for name in tensors if re.fullmatch(sign, name)), None) for sign in layout.signs]
         if None in signs and reading.layout is None:
             continue
@@ -136,7 +136,7 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
             prefix, names = places[0]
             by = " and ".join(f"'{sign}'" for sign in [f"{prefix}{names.anchor}", *signs] if sign is not None)
             because = "as you said" if reading.layout is not None else f"by {by}"
-            return Found(layout, prefix, names, f"{layout.name}: {layout.about} ({because})")
+            return FoundLayout(layout, prefix, names, f"{layout.name}: {layout.about} ({because})")
     raise CheckpointError(_unrecognised(tensors, reading, path))
 
 
@@ -154,7 +154,7 @@ def _behind(tensors: Mapping[str, Stored], prefix: str) -> list[str]:
     return [name[len(prefix) :] for name in tensors if name.startswith(prefix)]
 
 
-def _given_prefix(tensors: Mapping[str, Stored], prefix: str, namings: Sequence[Names], path: Path) -> Found:
+def _given_prefix(tensors: Mapping[str, Stored], prefix: str, namings: Sequence[Names], path: Path) -> FoundLayout:
     own = _behind(tensors, prefix)
     names = next((naming.among(own) for naming in namings if naming.anchor in own), None)
     if names is None:
@@ -164,7 +164,7 @@ def _given_prefix(tensors: Mapping[str, Stored], prefix: str, namings: Sequence[
             f"{_candidates(tensors)}"
         )
     layout = Layout("given", "", "", others=((rf"(?!{re.escape(prefix)}).*", "outside the given prefix"),))
-    return Found(layout, prefix, names, f"trunk behind the given prefix '{prefix}'")
+    return FoundLayout(layout, prefix, names, f"trunk behind the given prefix '{prefix}'")
 
 
 def _candidates(tensors: Mapping[str, Stored]) -> str:
@@ -194,7 +194,7 @@ def _unrecognised(tensors: Mapping[str, Stored], reading: Reading, path: Path) -
     groups = Counter(".".join(name.split(".")[:3]) for name in tensors)
     shown = ", ".join(f"{group} (×{count})" for group, count in groups.most_common(6))
     return (
-        f"{path}: unknown layout: no trunk where one of {', '.join(known.name for known in LAYOUTS)} has it. "
+        f"{path}: unknown layout: no trunk where one of {', '.join(known.name for known in known_layouts())} has it. "
         f"{_candidates(tensors)}. `mixmask convert {path} own.safetensors --to mixmask --prefix PREFIX` takes what stands "
         f"behind a prefix, and the result goes anywhere. Its tensors: {shown}"
     )
@@ -238,7 +238,7 @@ def _family(tensors: Mapping[str, Stored]) -> str | None:
 # --- sorting ---------------------------------------------------------------------------------------------------------
 
 
-def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> TensorReport:
+def sort_tensors(tensors: Mapping[str, Stored], found: FoundLayout) -> TensorReport:
     """Say of every tensor what becomes of it in a layout."""
     used: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -262,14 +262,14 @@ def sort_tensors(tensors: Mapping[str, Stored], found: Found) -> TensorReport:
     return TensorReport(found.why, used, left_out, tuple(unknown))
 
 
-def twins(found: Found, left_out: Mapping[str, str]) -> dict[str, str]:
+def twins(found: FoundLayout, left_out: Mapping[str, str]) -> dict[str, str]:
     """The tensors that stand in a file by two names: the one that is left out, and the one that is taken."""
     patterns = [pattern for pattern, reason in found.layout.others if reason is TWIN]
     matches = ((name, re.fullmatch(pattern, name)) for name in left_out for pattern in patterns)
     return {name: f"{found.prefix}{match['same']}" for name, match in matches if match is not None}
 
 
-def _in_detector(name: str, found: Found) -> str | None:
+def _in_detector(name: str, found: FoundLayout) -> str | None:
     """A whole C4 detector keeps the last stage in the regions' head; its extra normalisation is not the trunk's."""
     whole = re.fullmatch(r"(.*?)roi_heads\.(res5\..*)", name)
     return found.names.trunk_name(whole[2]) if whole and found.prefix == f"{whole[1]}backbone." else None

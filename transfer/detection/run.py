@@ -17,9 +17,9 @@ from mixmask.engine.predictions import MATCHES, SHEET
 from mixmask.engine.progress import say
 from mixmask.engine.storage import write_atomic
 from mixmask.transfer.checkpoints.export import write_detectron2
-from mixmask.transfer.detection.engines.setting import Outcome, Setting
+from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import Found, coco_matches, voc_matches
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_matches, voc_matches
 from mixmask.transfer.detection.results.predictions import NAME, save_detections
 from mixmask.transfer.detection.results.show import draw_sheet
 
@@ -60,7 +60,7 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
         detectron2_config.check_annotations(recipe, classes)
 
 
-def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
+def run_detection(recipe: DetectRecipe, setting: DetectionSetting) -> dict[str, float]:
     """Train and evaluate a detector with the recipe's engine; the metrics are given to every process.
 
     Files in the run directory: with ``save_predictions`` ``detections.json.gz``, ``matches_*.npz`` (for per-image
@@ -77,7 +77,7 @@ def run_detection(recipe: DetectRecipe, setting: Setting) -> dict[str, float]:
     return outcome.metrics
 
 
-def _keep(recipe: DetectRecipe, setting: Setting, outcome: Outcome) -> None:
+def _keep(recipe: DetectRecipe, setting: DetectionSetting, outcome: Outcome) -> None:
     """Write what the recipe asks for beside the record."""
     if recipe.save_predictions:
         _keep_predictions(recipe, setting, outcome.found)
@@ -86,7 +86,7 @@ def _keep(recipe: DetectRecipe, setting: Setting, outcome: Outcome) -> None:
         write_atomic(setting.run.path / "detector.pth", lambda file: torch.save(content, file))
 
 
-def _keep_predictions(recipe: DetectRecipe, setting: Setting, found: Sequence[Found]) -> None:
+def _keep_predictions(recipe: DetectRecipe, setting: DetectionSetting, found: Sequence[FoundObject]) -> None:
     """Write the detections, which of them found an object, and pictures of some."""
     folder, pictures = setting.run.path, setting.test_set
     save_detections(folder / NAME, found, pictures)
@@ -98,7 +98,7 @@ def _keep_predictions(recipe: DetectRecipe, setting: Setting, found: Sequence[Fo
     draw_sheet(folder / SHEET, found, pictures)
 
 
-def _with_engine(recipe: DetectRecipe, setting: Setting) -> Outcome:
+def _with_engine(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
     if recipe.engine == "torchvision":
         from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 

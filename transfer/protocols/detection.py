@@ -13,7 +13,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
-from mixmask.transfer.detection.engines.setting import Setting as DetectionSetting
+from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end

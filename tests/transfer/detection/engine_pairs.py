@@ -21,7 +21,7 @@ from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
 from mixmask.transfer.detection.detectors.c4.network import C4Detector
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config
-from mixmask.transfer.detection.engines.setting import Setting
+from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
 from tests.transfer.detection.test_detection import recipe_of
 
@@ -40,10 +40,10 @@ class Pair:
     test: DetectionSet
 
 
-def setting_of(recipe: DetectRecipe, backbone: Path, tmp_path: Path) -> Setting:
+def setting_of(recipe: DetectRecipe, backbone: Path, tmp_path: Path) -> DetectionSetting:
     state, info = load_backbone(backbone)
     train, test = open_detection(recipe)
-    return Setting(
+    return DetectionSetting(
         RunDirectory(tmp_path / "run"),
         "x",
         {},

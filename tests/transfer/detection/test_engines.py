@@ -24,7 +24,7 @@ from mixmask.transfer import stage
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 from mixmask.transfer.detection.commands import dump_detectron2_config, show_detections
 from mixmask.transfer.detection.data.annotations import open_detection, open_test
-from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.metrics import FoundObject
 from mixmask.transfer.detection.results.predictions import load_detections, save_detections
 from mixmask.transfer.detection.results.summary import per_class_table
 from mixmask.transfer.detection.run import describe_schedule
@@ -78,7 +78,7 @@ def test_detections_are_drawn(coco: Path, tmp_path: Path, resnet18: Path) -> Non
     stage.run(ready)
     save_detections(
         ready.run.path / "detections.json.gz",
-        [Found(n, i.label, 0.9, i.box) for n, p in enumerate(ready.test.pictures) for i in p.instances],
+        [FoundObject(n, i.label, 0.9, i.box) for n, p in enumerate(ready.test.pictures) for i in p.instances],
         ready.test,
     )
     assert "2 pictures" in show_detections(ready.run.path, tmp_path / "x.png", 2, 0.3)
@@ -94,7 +94,7 @@ def test_detections_are_drawn(coco: Path, tmp_path: Path, resnet18: Path) -> Non
 def test_detections_round_trip_and_are_checked(coco: Path, voc: Path, tmp_path: Path) -> None:
     pictures = open_test(recipe_of(COCO, coco, tmp_path))
     mask = {"size": [4, 4], "counts": b"04O1"}
-    found = [Found(0, 1, 0.25, (1.0, 2.5, 3.0, 4.0), mask), Found(2, 0, 1.0, (0.0, 0.0, 5.0, 5.0))]
+    found = [FoundObject(0, 1, 0.25, (1.0, 2.5, 3.0, 4.0), mask), FoundObject(2, 0, 1.0, (0.0, 0.0, 5.0, 5.0))]
     path = tmp_path / "d.json.gz"
     save_detections(path, found, pictures)
     back = load_detections(path, pictures)

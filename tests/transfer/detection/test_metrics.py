@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture
-from mixmask.transfer.detection.results.metrics import Found, coco_metrics, eleven_point_ap, voc_class_ap, voc_metrics
+from mixmask.transfer.detection.results.metrics import (
+    FoundObject,
+    coco_metrics,
+    eleven_point_ap,
+    voc_class_ap,
+    voc_metrics,
+)
 
 
 def picture(number: int, *instances: Instance) -> Picture:
@@ -17,8 +23,8 @@ def box(left: float, top: float, side: float = 20, label: int = 0, difficult: bo
     return Instance((left, top, left + side, top + side), label, difficult=difficult)
 
 
-def found(number: int, score: float, left: float, top: float, side: float = 20, label: int = 0) -> Found:
-    return Found(number, label, score, (left, top, left + side, top + side))
+def found(number: int, score: float, left: float, top: float, side: float = 20, label: int = 0) -> FoundObject:
+    return FoundObject(number, label, score, (left, top, left + side, top + side))
 
 
 def test_eleven_points_by_hand() -> None:
@@ -52,7 +58,7 @@ def test_ap_by_hand_with_a_duplicate_and_a_difficult_object() -> None:
 def test_overlap_counts_inclusive_pixels() -> None:
     """A 3-pixel box shifted by one: 2·3 of 3·4 pixels are shared (IoU 0.5), which is not above 0.5."""
     truth = {0: (np.array([[1.0, 1.0, 3.0, 3.0]]), np.array([False]))}
-    shifted = [Found(0, 0, 1.0, (1.0, 0.0, 4.0, 3.0))]
+    shifted = [FoundObject(0, 0, 1.0, (1.0, 0.0, 4.0, 3.0))]
     assert voc_class_ap(shifted, truth, 0.5) == 0.0
     assert voc_class_ap(shifted, truth, 0.49) == pytest.approx(1.0)
 
@@ -88,7 +94,7 @@ def test_coco_metrics_of_the_truth_are_perfect(coco: Path) -> None:
         for instance in item.instances:
             outline = [list(polygon) for polygon in instance.polygons]
             mask = coco_mask.merge(coco_mask.frPyObjects(outline, item.height, item.width))
-            detections.append(Found(number, instance.label, 0.9, instance.box, mask))
+            detections.append(FoundObject(number, instance.label, 0.9, instance.box, mask))
     metrics = coco_metrics(detections, truth, masks=True)
     for name in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50"):
         assert metrics[name] == pytest.approx(100.0), name

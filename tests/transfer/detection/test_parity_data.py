@@ -29,7 +29,7 @@ from mixmask.transfer.detection.data.annotations import DetectionSet
 from mixmask.transfer.detection.data.batches import _Training, read_rgb
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
-from mixmask.transfer.detection.results.metrics import Found, coco_metrics, voc_metrics
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_metrics
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import make_pair
 from tests.transfer.detection.test_detection import COCO, VOC
@@ -96,7 +96,7 @@ def test_same_pixels_from_every_kind_of_image(mode: str, tmp_path: Path) -> None
     assert np.array_equal(np.asarray(read_rgb(path)), theirs_utils.read_image(str(path), format="RGB"))
 
 
-def random_detections(pictures: DetectionSet, seed: int, masks: bool) -> list[Found]:
+def random_detections(pictures: DetectionSet, seed: int, masks: bool) -> list[FoundObject]:
     """Truth with noise, twice, and boxes anywhere; scores with ties."""
     rng = np.random.default_rng(seed)
     found = []
@@ -121,11 +121,11 @@ def random_detections(pictures: DetectionSet, seed: int, masks: bool) -> list[Fo
             left, top, right, bottom = (int(max(v, 0)) for v in values)
             pixels[top:bottom, left:right] = 1
             mask = coco_mask.encode(pixels)
-        result.append(Found(number, label, float(np.float32(rng.integers(50, 1000) / 1000)), values, mask))
+        result.append(FoundObject(number, label, float(np.float32(rng.integers(50, 1000) / 1000)), values, mask))
     return result
 
 
-def as_outputs(found: list[Found], pictures: DetectionSet) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def as_outputs(found: list[FoundObject], pictures: DetectionSet) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for number, picture in enumerate(pictures.pictures):
         own = [d for d in found if d.picture == number]
         instances = Instances((picture.height, picture.width))

@@ -46,9 +46,9 @@ from mixmask.engine.storage import disk_problem, require_right_to_write, write_t
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 from mixmask.transfer.detection.detector import DetectorRecipe
 from mixmask.transfer.detection.engines.detectron2_config import make_config
-from mixmask.transfer.detection.engines.setting import Outcome, Setting
+from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import Found, voc_metrics
+from mixmask.transfer.detection.results.metrics import FoundObject, voc_metrics
 
 # Detectron2's names of the losses, and the ones that both engines log.
 LOSSES = {
@@ -61,7 +61,7 @@ LOSSES = {
 }
 
 
-def run(recipe: DetectRecipe, setting: Setting, weights: Path) -> Outcome:
+def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outcome:
     """Train a detector from a trunk with Detectron2, from its last checkpoint if there is one, and evaluate it.
 
     Args:
@@ -118,7 +118,7 @@ def _log_to(file: Path) -> None:
         logger.addHandler(logging.FileHandler(file) if distributed.world().is_writer else logging.NullHandler())
 
 
-def _register(recipe: DetectRecipe, setting: Setting, split: str) -> str:
+def _register(recipe: DetectRecipe, setting: DetectionSetting, split: str) -> str:
     """Enter a split in Detectron2's catalogue, read by its own functions; returns its name there."""
     name = f"mixmask_{recipe.data.name}_{split.replace('/', '_')}"
     root = Path(recipe.data.root).expanduser()
@@ -154,7 +154,7 @@ def require_landed(model: nn.Module, state: dict[str, Tensor], detector: Detecto
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -> tuple[float, float]:
+def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionSetting) -> tuple[float, float]:
     """Returns the seconds of training over all sessions of the run, and images per second of this one."""
     gpu = [setting.device.index] if setting.device.type == "cuda" else None
     parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=gpu)
@@ -184,7 +184,7 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -
         if first < last:
             statistics = [_PreciseStatistics(cfg, model, setting)] if recipe.precise_bn_iterations else []
             keep = _Checkpoints(setting, checkpointer, stop)
-            trainer.register_hooks([_Log(setting, progress, before), *statistics, keep])
+            trainer.register_hooks([_LogHook(setting, progress, before), *statistics, keep])
             try:
                 trainer.train(first, last)
             except FloatingPointError as error:
@@ -197,7 +197,7 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting) -
         return before + progress.seconds, progress.images_per_second
 
 
-def _can_resume(checkpointer: Any, setting: Setting) -> bool:
+def _can_resume(checkpointer: Any, setting: DetectionSetting) -> bool:
     """Whether there is a checkpoint of this very run; the same answer on every process.
 
     Raises:
@@ -229,7 +229,7 @@ def _resume(checkpointer: Any) -> None:
         ) from None
 
 
-def _logged_seconds(setting: Setting) -> float:
+def _logged_seconds(setting: DetectionSetting) -> float:
     lines = setting.run.log_file.read_text().splitlines() if setting.run.log_file.is_file() else []
     return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
 
@@ -247,14 +247,14 @@ def _start_worker(theirs: Callable[[int], None], worker: int) -> None:
 class _Hook(HookBase):  # type: ignore[misc]
     """What Detectron2's trainer calls after every step."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: DetectionSetting) -> None:
         self.setting = setting
 
 
-class _Log(_Hook):
+class _LogHook(_Hook):
     """The losses, rate and learning rate, under the names that both engines log."""
 
-    def __init__(self, setting: Setting, progress: StepProgress, before: float) -> None:
+    def __init__(self, setting: DetectionSetting, progress: StepProgress, before: float) -> None:
         super().__init__(setting)
         self.progress, self.before = progress, before
         self.sums: dict[str, list[float]] = {}
@@ -278,7 +278,7 @@ class _Log(_Hook):
 class _PreciseStatistics(_Hook):
     """PreciseBN after the last iteration, on the first process's batches; then its buffers are everyone's."""
 
-    def __init__(self, cfg: Any, model: nn.Module, setting: Setting) -> None:
+    def __init__(self, cfg: Any, model: nn.Module, setting: DetectionSetting) -> None:
         super().__init__(setting)
         self.cfg, self.model = cfg, model
 
@@ -296,7 +296,7 @@ class _PreciseStatistics(_Hook):
 class _Checkpoints(_Hook):
     """A checkpoint from time to time, at the end, and after a stop signal, which ends the run."""
 
-    def __init__(self, setting: Setting, checkpointer: Any, stop: StopSignals) -> None:
+    def __init__(self, setting: DetectionSetting, checkpointer: Any, stop: StopSignals) -> None:
         super().__init__(setting)
         self.checkpointer, self.stop = checkpointer, stop
 
@@ -327,8 +327,8 @@ class _Checkpoints(_Hook):
 
 
 def evaluate(
-    cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: Setting
-) -> tuple[dict[str, float], list[Found]]:
+    cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionSetting
+) -> tuple[dict[str, float], list[FoundObject]]:
     """Detectron2's evaluation of the test pictures: metrics in percent on every process, and what was found on the first."""
     (name,) = cfg.DATASETS.TEST
     judge = COCOEvaluator(name, output_dir=None) if recipe.masks else PascalVOCDetectionEvaluator(name)
@@ -359,10 +359,10 @@ def evaluate(
 class _Collector:
     """Detectron2's outputs as our detections."""
 
-    def __init__(self, recipe: DetectRecipe, setting: Setting) -> None:
+    def __init__(self, recipe: DetectRecipe, setting: DetectionSetting) -> None:
         self.before = "" if recipe.masks else recipe.data.test[0].partition("/")[0] + "/"
         self.numbers = {picture.key: number for number, picture in enumerate(setting.test_set.pictures)}
-        self.found: list[Found] = []
+        self.found: list[FoundObject] = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
         for picture, output in zip(inputs, outputs, strict=True):
@@ -374,7 +374,7 @@ class _Collector:
                 boxes, instances.scores.tolist(), instances.pred_classes.tolist(), masks, strict=True
             ):
                 coded = None if mask is None else coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-                self.found.append(Found(number, label, score, tuple(box), coded))
+                self.found.append(FoundObject(number, label, score, tuple(box), coded))
 
 
 def flat_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -12,11 +12,11 @@ from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.detection.data.annotations import DetectionSet
-from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.metrics import FoundObject
 
 
 @dataclass(frozen=True)
-class Setting:
+class DetectionSetting:
     """Where a detection run happens and what it starts from.
 
     Attributes:
@@ -61,5 +61,5 @@ class Outcome:
     """
 
     metrics: dict[str, float]
-    found: list[Found]
+    found: list[FoundObject]
     detector: dict[str, Tensor]

@@ -21,13 +21,13 @@ from mixmask.transfer.detection.data.annotations import DetectionSet
 from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_images, training_batches
 from mixmask.transfer.detection.detector import Detections, Detector, Targets
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
-from mixmask.transfer.detection.engines.setting import Outcome, Setting
+from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
 from mixmask.transfer.detection.layers.roi_heads import paste_mask
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import Found, coco_metrics, voc_metrics
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_metrics
 
 
-def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
+def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
     """Train a detector from a trunk and evaluate it, in as many processes as there are."""
     torch.manual_seed(derived_seed(setting.seed, "detector"))
     detector = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
@@ -91,7 +91,7 @@ def run(recipe: DetectRecipe, setting: Setting) -> Outcome:
     return Outcome({**metrics, **result}, found, state)
 
 
-def measure(recipe: DetectRecipe, found: Sequence[Found], pictures: DetectionSet) -> dict[str, float]:
+def measure(recipe: DetectRecipe, found: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
     """The protocol's metrics, in percent."""
     return coco_metrics(found, pictures, masks=True) if recipe.masks else voc_metrics(found, pictures)
 
@@ -119,10 +119,10 @@ def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SG
 
 
 @torch.no_grad()
-def find_objects(detector: Detector, recipe: DetectRecipe, setting: Setting) -> list[Found]:
+def find_objects(detector: Detector, recipe: DetectRecipe, setting: DetectionSetting) -> list[FoundObject]:
     """Detections of this process's share of the test pictures, each in its own pixels."""
     detector.eval()
-    found: list[Found] = []
+    found: list[FoundObject] = []
     images = evaluation_images(setting.test_set, recipe)
     total = len(range(world().rank, len(setting.test_set), world().size))
     for image, index, (width, height) in track(f"{setting.title}: test pictures", images, total, 1):
@@ -132,7 +132,9 @@ def find_objects(detector: Detector, recipe: DetectRecipe, setting: Setting) -> 
     return found
 
 
-def _in_original_pixels(detections: Detections, index: int, seen: torch.Size, width: int, height: int) -> list[Found]:
+def _in_original_pixels(
+    detections: Detections, index: int, seen: torch.Size, width: int, height: int
+) -> list[FoundObject]:
     scale = torch.tensor([width / seen[1], height / seen[0]] * 2)
     boxes = detections.boxes.cpu() * scale
     limits = torch.tensor([width, height, width, height])
@@ -148,5 +150,5 @@ def _in_original_pixels(detections: Detections, index: int, seen: torch.Size, wi
             pixels = paste_mask(detections.masks[number], box, height, width).numpy()
             mask = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
         left, top, right, bottom = box.tolist()
-        found.append(Found(index, label, score, (left, top, right, bottom), mask))
+        found.append(FoundObject(index, label, score, (left, top, right, bottom), mask))
     return found

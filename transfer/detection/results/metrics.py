@@ -23,7 +23,7 @@ IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundObject:
     """One detection in the pixels of the original image.
 
     Attributes:
@@ -61,14 +61,14 @@ def eleven_point_ap(recall: Floats, precision: Floats) -> float:
 Truth = dict[int, tuple[Floats, npt.NDArray[np.bool_]]]  # picture: boxes (G, 4), 1-based inclusive; difficult (G,)
 
 
-def by_confidence(detections: Sequence[Found]) -> list[Found]:
+def by_confidence(detections: Sequence[FoundObject]) -> list[FoundObject]:
     """The detections of a class, the most confident first; as in VOC's result files a score has three decimals."""
     scores = np.array([float(f"{detection.score:.3f}") for detection in detections])
     return [detections[index] for index in np.argsort(-scores)]  # numpy's order of equal scores, as in Detectron2
 
 
 def voc_class_matches(
-    ranked: Sequence[Found], truth: Truth, threshold: float
+    ranked: Sequence[FoundObject], truth: Truth, threshold: float
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which detections of one class find an object, and which count neither way, at one overlap.
 
@@ -99,7 +99,7 @@ def voc_class_matches(
     return found, ignored
 
 
-def voc_class_ap(detections: Sequence[Found], truth: Truth, threshold: float) -> float:
+def voc_class_ap(detections: Sequence[FoundObject], truth: Truth, threshold: float) -> float:
     """AP of one class at one overlap, in [0, 1]; 0 if the class has no object that counts, as Detectron2 has it.
 
     Args: as `voc_class_matches`, and ``detections`` in the order of the pictures.
@@ -129,17 +129,17 @@ def _voc_truth(pictures: DetectionSet) -> list[Truth]:
     return truth
 
 
-def _of_each_class(detections: Sequence[Found], pictures: DetectionSet) -> list[list[Found]]:
-    classes: list[list[Found]] = [[] for _ in pictures.classes]
+def _of_each_class(detections: Sequence[FoundObject], pictures: DetectionSet) -> list[list[FoundObject]]:
+    classes: list[list[FoundObject]] = [[] for _ in pictures.classes]
     for detection in detections:
         classes[detection.label].append(detection)
     return classes
 
 
-def voc_matches(detections: Sequence[Found], pictures: DetectionSet) -> DetectionMatches:
+def voc_matches(detections: Sequence[FoundObject], pictures: DetectionSet) -> DetectionMatches:
     """Which detections found what, for per-image statistics."""
     objects = np.zeros((len(pictures), len(pictures.classes)), dtype=np.int32)
-    ranked: list[Found] = []
+    ranked: list[FoundObject] = []
     flags: list[npt.NDArray[np.bool_]] = []  # per class (2, T, D)
     for label, (truth, own) in enumerate(zip(_voc_truth(pictures), _of_each_class(detections, pictures), strict=True)):
         for picture, (_, difficult) in truth.items():
@@ -179,7 +179,7 @@ def _voc_overlaps(box: Floats, boxes: Floats) -> Floats:
     return overlaps
 
 
-def voc_metrics(detections: Sequence[Found], pictures: DetectionSet) -> dict[str, float]:
+def voc_metrics(detections: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
     """VOC's average precision in percent.
 
     ``bbox/AP`` (mean over overlaps 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and ``bbox/AP/cat``, ``bbox/AP50/cat`` …
@@ -204,7 +204,7 @@ def voc_metrics(detections: Sequence[Found], pictures: DetectionSet) -> dict[str
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
-def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: bool) -> dict[str, float]:
+def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, masks: bool) -> dict[str, float]:
     """COCOeval's average precision in percent: boxes as ``bbox/…``, masks as ``segm/…``.
 
     AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
@@ -231,7 +231,7 @@ def coco_metrics(detections: Sequence[Found], pictures: DetectionSet, masks: boo
     return metrics
 
 
-def coco_matches(detections: Sequence[Found], pictures: DetectionSet, kind: str) -> DetectionMatches:
+def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> DetectionMatches:
     """Which detections found what by COCO's rules (all sizes, 100 detections), for per-image statistics.
 
     Args:
@@ -285,7 +285,7 @@ def _coco_truth(pictures: DetectionSet) -> COCO:
     return truth
 
 
-def _coco_evaluation(truth: COCO, detections: Sequence[Found], pictures: DetectionSet, kind: str) -> COCOeval:
+def _coco_evaluation(truth: COCO, detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> COCOeval:
     rows = [_coco_row(d, pictures, kind) for d in detections]
     evaluation = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
     evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
@@ -304,7 +304,7 @@ def _merged(pictures: DetectionSet) -> dict[str, Any]:
     }
 
 
-def _coco_row(found: Found, pictures: DetectionSet, kind: str) -> dict[str, Any]:
+def _coco_row(found: FoundObject, pictures: DetectionSet, kind: str) -> dict[str, Any]:
     left, top, right, bottom = found.box
     row: dict[str, Any] = {
         "image_id": int(pictures.pictures[found.picture].key),

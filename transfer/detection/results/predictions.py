@@ -11,14 +11,14 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.storage import write_atomic
 from mixmask.engine.texts import read_run_file
 from mixmask.transfer.detection.data.annotations import DetectionSet
-from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.metrics import FoundObject
 
 MAX_FILE = 1 << 32  # bytes, unpacked
 NAME = "detections.json.gz"
 FORMAT = "mixmask-detections-1"
 
 
-def save_detections(path: Path, found: Sequence[Found], pictures: DetectionSet) -> None:
+def save_detections(path: Path, found: Sequence[FoundObject], pictures: DetectionSet) -> None:
     """Write detections as compressed JSON: picture keys, class names, and rows of picture, label, score, box and mask."""
     rows = [
         [
@@ -43,7 +43,7 @@ def _text(counts: bytes | str) -> str:
     return counts.decode("ascii") if isinstance(counts, bytes) else counts
 
 
-def load_detections(path: Path, pictures: DetectionSet) -> list[Found]:
+def load_detections(path: Path, pictures: DetectionSet) -> list[FoundObject]:
     """Read detections of these pictures.
 
     Raises:
@@ -57,7 +57,9 @@ def load_detections(path: Path, pictures: DetectionSet) -> list[Found]:
             raise DataError(f"{path}: of the format {content['format']!r}, {FORMAT!r} was expected")
         keys, classes, rows = content["pictures"], content["classes"], content["detections"]
         found = [
-            Found(picture, label, score, tuple(box), None if mask is None else {"size": mask[0], "counts": mask[1]})
+            FoundObject(
+                picture, label, score, tuple(box), None if mask is None else {"size": mask[0], "counts": mask[1]}
+            )
             for picture, label, score, box, mask in rows
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -19,7 +19,7 @@ from mixmask.engine.storage import write_atomic
 from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
 from mixmask.transfer.detection.data.batches import read_rgb
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import Found
+from mixmask.transfer.detection.results.metrics import FoundObject
 from mixmask.transfer.detection.results.predictions import NAME, load_detections
 
 COLOURS = (
@@ -93,7 +93,7 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
     return text
 
 
-def draw_sheet(out: Path, found: Sequence[Found], pictures: DetectionSet) -> None:
+def draw_sheet(out: Path, found: Sequence[FoundObject], pictures: DetectionSet) -> None:
     """A JPEG of eight test pictures with found and true objects, for the run's page in a report."""
     shown = _choose(found, pictures, num=8, least_score=0.3)
     sheet = Image.open(
@@ -104,10 +104,12 @@ def draw_sheet(out: Path, found: Sequence[Found], pictures: DetectionSet) -> Non
     write_atomic(out, lambda file: file.write(buffer.getvalue()))
 
 
-def _choose(found: Sequence[Found], pictures: DetectionSet, num: int, least_score: float) -> dict[int, list[Found]]:
+def _choose(
+    found: Sequence[FoundObject], pictures: DetectionSet, num: int, least_score: float
+) -> dict[int, list[FoundObject]]:
     """Pictures spread evenly over the set, each with the best of its detections."""
     chosen = np.linspace(0, len(pictures) - 1, min(num, len(pictures))).round().astype(int).tolist()
-    shown: dict[int, list[Found]] = {index: [] for index in chosen}
+    shown: dict[int, list[FoundObject]] = {index: [] for index in chosen}
     for detection in found:
         if detection.picture in shown and detection.score >= least_score:
             shown[detection.picture].append(detection)
@@ -115,7 +117,7 @@ def _choose(found: Sequence[Found], pictures: DetectionSet, num: int, least_scor
 
 
 def _page(
-    chosen: Sequence[int], shown: dict[int, list[Found]], pictures: DetectionSet, name: str, least_score: float
+    chosen: Sequence[int], shown: dict[int, list[FoundObject]], pictures: DetectionSet, name: str, least_score: float
 ) -> str:
     items = []
     for index in chosen:
@@ -134,7 +136,7 @@ def _page(
     return environment.from_string(PAGE).render(title=f"Detections of {name}", about=about, items=items)
 
 
-def _figure(rows: Sequence[tuple[Picture, list[Found]]], pictures: DetectionSet, title: str) -> bytes:
+def _figure(rows: Sequence[tuple[Picture, list[FoundObject]]], pictures: DetectionSet, title: str) -> bytes:
     """One picture in a row for a page, two pairs in a row for a sheet."""
     from matplotlib.figure import Figure
 

@@ -1,0 +1,82 @@
+"""Published tables as YAML: what may stand in them, and that every number is where it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from mixmask.engine.config import recipe_of_text
+from mixmask.engine.errors import ConfigError
+from mixmask.evaluate.layouts import layouts
+from mixmask.evaluate.published import PublishedTable, published_numbers, published_tables
+
+TABLE: dict[str, Any] = {
+    "title": "ours",
+    "rows": {"method": "method"},
+    "columns": ["dataset"],
+    "protocols": {"knn": {"title": "kNN", "metrics": {"knn/top1": "top-1"}}},
+    "sources": {"us": "our report"},
+    "numbers": [
+        {"dataset": "x", "framework": "moco", "protocol": "knn", "metric": "knn/top1", "method": {"a": 1, "b": 2.5}}
+    ],
+}
+
+
+def read(**changes: Any) -> PublishedTable:
+    return recipe_of_text(PublishedTable, yaml.safe_dump({**TABLE, **changes}), "ours.yaml")
+
+
+def test_one_key_of_a_number_has_several_values() -> None:
+    first, second = read().published("ours")
+    assert (first.method, first.value, first.where) == ("a", 1.0, "our report")
+    assert (second.method, second.value, second.title) == ("b", 2.5, "kNN")
+    (own,) = read(
+        numbers=[{**TABLE["numbers"][0], "method": "a", "mix.switch": {False: 3}, "pretrain_epochs": 10}]
+    ).published("1")
+    assert (own.setting, own.pretrain_epochs, own.where) == (("mix.switch", "false"), 10.0, "our report, table 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"varied": ["mix.grid"]}, "either rows or varied"),
+        ({"colums": []}, r"unknown key 'colums'.*Did you mean 'columns'"),
+        ({"columns": []}, "columns: .*needs at least 1"),
+        ({"numbers": [{**TABLE["numbers"][0], "method": "a"}]}, r"numbers\.0: one key has several values .*, got 0"),
+        ({"numbers": [{"dataset": "x", "method": {"a": 1}}]}, r"numbers\.0: framework, metric, protocol is missing"),
+        (
+            {"numbers": [{**TABLE["numbers"][0], "protocol": "svm"}]},
+            r"numbers\.0: protocol svm: is not under protocols",
+        ),
+        ({"numbers": [{**TABLE["numbers"][0], "source": "them"}]}, r"numbers\.0: source them: is not under sources"),
+        ({"numbers": [{**TABLE["numbers"][0], "method": {"a": "x"}}]}, r"numbers\.0: method: a number was expected"),
+        ({"numbers": [{**TABLE["numbers"][0], "k": 1, "lr": 1}]}, r"numbers\.0: k and lr: one setting at most"),
+    ],
+)
+def test_a_table_that_is_wrong_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^ours\.yaml.*{message}"):
+        read(**changes)
+
+
+def test_every_number_has_one_place() -> None:
+    """None is lost because its table's conditions leave it out, and none stands twice."""
+    places = [number for layout in layouts().values() for _, number in layout.published]
+    assert len(places) == len({*places}) == len(published_numbers()) == 134
+
+
+def test_titles_agree_with_those_that_protocols_write_into_records() -> None:
+    """The tables name protocols whose numbers nobody has run; records bring their own titles. Both must be the same."""
+    from mixmask.engine.builtin_configs import configs_folder
+    from mixmask.transfer.recipe import load_transfer_recipe
+
+    recipes = [
+        load_transfer_recipe(file, ["backbone=b"]) for file in sorted((configs_folder() / "transfer").glob("*.yaml"))
+    ]
+    for table in published_tables().values():
+        for recipe in recipes:
+            words = table.words(recipe.record_name)
+            if words is not None:
+                assert words.title == recipe.title
+                assert words.metrics.keys() <= recipe.headlines.keys()
