@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+from typing_extensions import override
 
 from mixmask.engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
 from mixmask.engine.datasets import DataRecipe
@@ -256,7 +257,7 @@ def say_if_crowded(num_workers: int) -> None:
         )
 
 
-class StreamSource:
+class StreamSource(ImageSource):
     """Images decoded by worker processes at every epoch."""
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
@@ -275,10 +276,10 @@ class StreamSource:
         for views, labels in from_workers(loader):
             yield [view.to(self.device, non_blocking=True) for view in views], labels.to(self.device, non_blocking=True)
 
+    @override
     def training(
         self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
-        """See `ImageSource.training`."""
         keys = (
             [(epoch, index) for index in batch[plan.share(batch)]]
             for _, epoch, batch in plan.from_step(first_step, num_steps)
@@ -287,8 +288,8 @@ class StreamSource:
         for (step, _, batch), (images, labels) in zip(plan.from_step(first_step, num_steps), loaded, strict=True):
             yield Batch(images, labels, step, plan.share(batch), len(batch))
 
+    @override
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `ImageSource.evaluation`."""
         order = list(range(len(self.images)))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         for images, labels in self._load(_Central(self.images, resize, crop), batches):
@@ -298,7 +299,7 @@ class StreamSource:
 # --- resident --------------------------------------------------------------------------------------------------------
 
 
-class ResidentSource:
+class ResidentSource(ImageSource):
     """A small data set, decoded once and kept on the device as uint8."""
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
@@ -307,10 +308,10 @@ class ResidentSource:
         self.pixels = (_decoded(images) if pixels is None else pixels).to(device)
         self.labels = images.labels.to(device)
 
+    @override
     def training(
         self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
-        """See `ImageSource.training`."""
         height, width = self.pixels.shape[-2:]
         for step, _, batch in plan.from_step(first_step, num_steps):
             rows = plan.share(batch)
@@ -325,8 +326,8 @@ class ResidentSource:
                 cut.append(crop_and_flip(pixels, crops[rows], flips[rows], recipe.crop, recipe.interpolation))
             yield Batch(cut, self.labels[where], step, rows, len(batch))
 
+    @override
     def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `ImageSource.evaluation`."""
         for start in range(0, len(self.images), batch_size):
             pixels = self.pixels[start : start + batch_size]
             yield _central(pixels, resize, crop), self.labels[start : start + batch_size]

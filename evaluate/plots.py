@@ -7,16 +7,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from mixmask.engine.errors import DataError
-from mixmask.engine.texts import read_run_file
 from mixmask.evaluate.collect import Run
 from mixmask.evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
+from mixmask.evaluate.logs import number_of, read_log
 from mixmask.evaluate.names import METRICS, method_place, name
 from mixmask.evaluate.published import Published
 from mixmask.evaluate.reference import departures, stated
@@ -37,8 +35,6 @@ DIAGNOSTICS = (
     "uniformity",
     "contrast_accuracy",
 )
-MAX_LOG = 1 << 28  # bytes
-LARGEST = 1e12  # what is larger is damage
 MOST_LINES = 12  # in one panel: more cannot be told apart
 
 
@@ -68,30 +64,6 @@ def plots_of(runs: Sequence[Run], published: Sequence[Published] = ()) -> list[P
 
 
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl`` that are whole; none if there is no such file."""
-    entries = []
-    try:
-        lines = read_run_file(path, MAX_LOG).decode(errors="replace").splitlines()
-    except DataError:
-        return []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict) and number_of(entry, "step") is not None:
-            entries.append(entry)
-    return entries
-
-
-def number_of(entry: Mapping[str, Any], key: str) -> float | None:
-    """A number that can be drawn, or None."""
-    value = entry.get(key)
-    plottable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-    return float(value) if plottable and value is not None else None
 
 
 def training_curves(runs: Sequence[Run]) -> list[Plot]:

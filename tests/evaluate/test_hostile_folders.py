@@ -15,7 +15,7 @@ from mixmask.engine.records import Record
 from mixmask.engine.storage import last_lines
 from mixmask.evaluate.card import write_card
 from mixmask.evaluate.collect import as_text, collect, frame
-from mixmask.evaluate.plots import read_log
+from mixmask.evaluate.logs import read_log
 from mixmask.evaluate.report import write_report
 from mixmask.launch.commands.app import main
 from tests.evaluate.made import backbone, laboratory, write

@@ -6,6 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+from typing_extensions import override
+
 COUNTER = "num_batches_tracked"
 
 
@@ -76,8 +78,8 @@ class TorchvisionNames(Names):
 
     anchor = "conv1.weight"
 
+    @override
     def trunk_name(self, name: str) -> str | None:
-        """See `Names.trunk_name`."""
         return name if re.fullmatch(r"(conv1|bn1|layer[0-9])\..+", name) else None
 
 
@@ -92,21 +94,21 @@ class SequentialNames(Names):
     def __init__(self, layers: Sequence[int] = ()) -> None:
         self.layers = {str(number): f"layer{place}" for place, number in enumerate(layers, start=1)}
 
+    @override
     def among(self, names: Iterable[str]) -> Names:
-        """See `Names.among`."""
         return SequentialNames(
             sorted({int(m[1]) for name in names if (m := re.match(r"([0-9]{1,3})\.[0-9]{1,3}\.conv1\.", name))})
         )
 
+    @override
     def trunk_name(self, name: str) -> str | None:
-        """See `Names.trunk_name`."""
         number, _, rest = name.partition(".")
         if number in self.layers:
             return f"{self.layers[number]}.{rest.replace('shortcut.', 'downsample.')}"
         return {"0": f"conv1.{rest}", "1": f"bn1.{rest}"}.get(number)
 
+    @override
     def is_beyond(self, name: str) -> bool:
-        """See `Names.is_beyond`."""
         number = name.partition(".")[0]
         return re.fullmatch("[0-9]{1,3}", number) is not None and int(number) > max(map(int, self.layers), default=0)
 
@@ -116,8 +118,8 @@ class Detectron2Names(Names):
 
     anchor = "stem.conv1.weight"
 
+    @override
     def trunk_name(self, name: str) -> str | None:
-        """See `Names.trunk_name`."""
         try:
             return from_detectron2(name)
         except KeyError:
@@ -135,8 +137,8 @@ class ListedNames(Names):
         self.listed = tuple(names)
         self.anchor = self.listed[0]
 
+    @override
     def trunk_name(self, name: str) -> str | None:
-        """See `Names.trunk_name`."""
         return name if name in self.listed else None
 
 
@@ -145,8 +147,8 @@ class TransformersNames(Names):
 
     anchor = "embedder.embedder.convolution.weight"
 
+    @override
     def trunk_name(self, name: str) -> str | None:
-        """See `Names.trunk_name`."""
         stem = re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name)
         if stem:
             return f"{'conv1' if stem[1] == 'convolution' else 'bn1'}.{stem[2]}"
