@@ -15,8 +15,8 @@ from mixmask.engine.errors import UserError
 from mixmask.engine.normalization import STATISTICS, Normalization
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, Run, collect, flat, one_run
+from mixmask.evaluate.escaping import escape_markdown
 from mixmask.evaluate.names import name
-from mixmask.evaluate.render import escape_markdown
 from mixmask.evaluate.report import page_file, reproduce
 from mixmask.evaluate.results import Result, results_of
 from mixmask.evaluate.statistics import summarize

@@ -1,14 +1,12 @@
-"""Tables as text: for the terminal (rich), Markdown, LaTeX (booktabs), CSV and HTML."""
+"""Tables as text: for the terminal (rich), as CSV, and through templates as Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
-import re
 import shutil
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from rich import box
@@ -19,10 +17,10 @@ from rich.text import Text
 
 from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
-from mixmask.evaluate.latex import latex
 from mixmask.evaluate.spreadsheet import safe_cell
 from mixmask.evaluate.table import Table, TableCell
-from mixmask.evaluate.wording import MARKS, MISSING, cell_text, numbers, remarks
+from mixmask.evaluate.templating import templated
+from mixmask.evaluate.wording import MARKS, MISSING, heading, numbers, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}
@@ -43,25 +41,25 @@ def form_of(path_suffix: str) -> TableFormat:
     return SUFFIXES[path_suffix]
 
 
-def render(table: Table, form: TableFormat, width: int | None = None) -> str:
+def render(table: Table, form: TableFormat, width: int | None = None, templates: Path | None = None) -> str:
     """The table in a format, ending in a newline.
 
     Args:
         table: What to show.
         form: CSV has one line per cell, in full precision; the others are laid out.
         width: Of the terminal, in characters; as wide as it is if None.
+        templates: A folder of templates for Markdown, LaTeX and HTML that come before ours.
     """
     if form == "term":
         return _term(table, width)
-    renderers: dict[str, Callable[[Table], str]] = {"md": _markdown, "latex": latex, "csv": _csv, "html": html_table}
-    return renderers[form](table)
+    return _csv(table) if form == "csv" else templated(table, form, templates)
 
 
-def render_all(tables: list[Table], form: TableFormat, width: int | None = None) -> str:
+def render_all(tables: list[Table], form: TableFormat, width: int | None = None, templates: Path | None = None) -> str:
     """Several tables, one after another; as CSV they have one header."""
     if form == "csv":
         return _csv(*tables)
-    return "\n".join(render(table, form, width) for table in tables)
+    return "\n".join(render(table, form, width, templates) for table in tables)
 
 
 def _stub(table: Table) -> list[list[str]]:
@@ -114,7 +112,7 @@ def _term(table: Table, width: int | None) -> str:
     buffer = io.StringIO()
     colour = sys.stdout.isatty()
     console = Console(file=buffer, width=limit, force_terminal=colour, no_color=not colour, highlight=False)
-    console.print(Text(_heading(table), style="bold"))
+    console.print(Text(heading(table), style="bold"))
     for number, block in enumerate(_blocks(widths, room)):
         if number:
             console.print()
@@ -151,45 +149,6 @@ def _blocks(widths: list[int], room: int) -> list[list[int]]:
         blocks[-1].append(number)
         used += width + GAP
     return blocks
-
-
-def _heading(table: Table) -> str:
-    return f"Table {table.id}: {table.title}" if table.id.isdigit() else table.title
-
-
-# --- Markdown --------------------------------------------------------------------------------------------------------
-
-
-def escape_markdown(text: str) -> str:
-    """For a cell or a line: nothing in it is markup, and it stays in its cell."""
-    escaped = html.escape(printable(text), quote=False)
-    escaped = re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
-    for link, code in (
-        ("://", ":&#47;&#47;"),
-        ("www.", "www&#46;"),
-        ("@", "&#64;"),
-    ):  # many renderers link bare addresses
-        escaped = re.sub(re.escape(link), code, escaped, flags=re.IGNORECASE)
-    return escaped
-
-
-def _markdown(table: Table) -> str:
-    def style(text: str, cell: TableCell) -> str:
-        return f"**{text}**" if cell.best else f"_{text}_" if cell.near_best else text
-
-    rows = []
-    for line, stub in zip(table.lines, _stub(table), strict=True):
-        texts = [escape_markdown(text) for text in stub]
-        if line.marks:
-            texts[-1] += f" <sup>{','.join(line.marks)}</sup>"
-        rows.append([*texts, *(cell_text(cell, style, lambda text: text, "<sup>{}</sup>") for cell in line.cells)])
-    headings = [*map(escape_markdown, table.row_names), *(escape_markdown(text) for text in _headings(table, " · "))]
-    rule = ["---"] * len(table.row_names) + ["---:"] * len(table.columns)
-    lines = [f"**{escape_markdown(_heading(table))}**", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (headings, rule, *rows)]
-    foot = [f"<sup>{letter}</sup> {escape_markdown(text)}" for letter, text in table.footnotes]
-    foot += [escape_markdown(remark) if remark else f"**{MARKS[0]}**, _{MARKS[1]}_." for remark in remarks(table)]
-    return "\n".join([*lines, "", "  \n".join(foot)]) + "\n"
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
@@ -243,57 +202,3 @@ def _csv(*tables: Table) -> str:
                     )
                 )
     return buffer.getvalue()
-
-
-# --- HTML ------------------------------------------------------------------------------------------------------------
-
-
-def _escape_html(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def html_table(table: Table, link: Callable[[TableCell, str], str] = lambda cell, text: text) -> str:
-    """A ``<table>`` with its caption and footnotes.
-
-    Args:
-        table: What to show.
-        link: Given a cell and its text, the text with whatever it links to.
-    """
-
-    def cell_html(cell: TableCell | None) -> str:
-        if cell is None:
-            return "<td></td>"
-        own, published = numbers(cell)
-        text = _escape_html(own)
-        if cell.best:
-            text = f"<strong>{text}</strong>"
-        elif cell.near_best:
-            text = f"<u>{text}</u>"
-        text = link(cell, text) if own else MISSING
-        if cell.marks:
-            text += f"<sup>{','.join(cell.marks)}</sup>"
-        if published:
-            where = _escape_html(cell.published.where if cell.published else "")
-            text += f' <small title="{where}">{_escape_html(published)}</small>'
-        summary = cell.summary
-        order = summary.mean if summary else ""
-        return f'<td data-order="{order}">{text}</td>'
-
-    head = [f"<th>{_escape_html(name)}</th>" for name in table.row_names]
-    head += [f'<th class="number">{"<br>".join(map(_escape_html, column))}</th>' for column in table.columns]
-    rows = []
-    for line in table.lines:
-        texts = [f"<th>{_escape_html(text)}</th>" for text in line.row]
-        if line.marks:
-            texts[-1] = texts[-1].replace("</th>", f" <sup>{','.join(line.marks)}</sup></th>")
-        rows.append("<tr>" + "".join([*texts, *map(cell_html, line.cells)]) + "</tr>")
-    foot = [f"<sup>{letter}</sup> {_escape_html(text)}" for letter, text in table.footnotes]
-    legend = f"<strong>{MARKS[0]}</strong>, <u>{_escape_html(MARKS[1])}</u>."
-    foot += [_escape_html(remark) if remark else legend for remark in remarks(table)]
-    notes = "".join(f"<p>{text}</p>" for text in foot)
-    caption = _escape_html(_heading(table))
-    return (
-        f'<figure class="table" id="table-{table.id}"><table><caption>{caption}</caption>\n'
-        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n" + "\n".join(rows) + f"\n</tbody></table>\n"
-        f"<figcaption>{notes}</figcaption></figure>\n"
-    )

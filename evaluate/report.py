@@ -28,9 +28,9 @@ from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.names import name, text_of
 from mixmask.evaluate.plots import plots_of
 from mixmask.evaluate.published import Published, published_numbers
-from mixmask.evaluate.render import html_table
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.table import Table, TableCell, build
+from mixmask.evaluate.templating import html_table
 from mixmask.evaluate.verify import Check, expectations
 
 LOG_LINES = 12
@@ -39,7 +39,13 @@ GENERATOR = '<meta name="generator" content="mixmask report">'
 FILTERS = ("Stage", "Protocol", "Data set", "Framework", "Method")
 
 
-def write_report(collection: Collection, out: Path, published: Sequence[Published] = (), force: bool = False) -> Path:
+def write_report(
+    collection: Collection,
+    out: Path,
+    published: Sequence[Published] = (),
+    force: bool = False,
+    templates: Path | None = None,
+) -> Path:
     """Write ``index.html`` into a folder, whole or not at all; an older report there is replaced.
 
     Args:
@@ -47,6 +53,7 @@ def write_report(collection: Collection, out: Path, published: Sequence[Publishe
         out: The folder.
         published: Numbers besides the paper's.
         force: Replace an ``index.html`` that is no report, too.
+        templates: A folder whose ``table.html.j2`` comes before ours.
 
     Returns:
         The file.
@@ -57,11 +64,13 @@ def write_report(collection: Collection, out: Path, published: Sequence[Publishe
     require_output_folder(out)
     page = out / "index.html"
     require_own_file(page, GENERATOR.encode(), force)
-    write_text(page, render_report(collection, out, published))
+    write_text(page, render_report(collection, out, published, templates))
     return page
 
 
-def render_report(collection: Collection, out: Path, published: Sequence[Published] = ()) -> str:
+def render_report(
+    collection: Collection, out: Path, published: Sequence[Published] = (), templates: Path | None = None
+) -> str:
     """The page; links to run folders are relative to ``out``."""
     runs = collection.distinct
     results = results_of(runs)
@@ -84,7 +93,7 @@ def render_report(collection: Collection, out: Path, published: Sequence[Publish
         + ".",
         style=Markup(page_file("report.css")),
         script=Markup(page_file("report.js")),
-        tables=[Markup(html_table(table, _linked)) for table in tables],
+        tables=[html_table(table, _linked, templates) for table in tables],
         comparisons=comparisons,
         checks=checks,
         plots=[_drawn(plot) for plot in plots],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mixmask.evaluate.table import Table, TableCell
 
 READING = "mean ± sample standard deviation (number of runs)"
@@ -27,23 +25,9 @@ def numbers(cell: TableCell) -> tuple[str, str]:
     return own, f"[{cell.published.value:.1f}{difference}]".replace("-", "−")
 
 
-def cell_text(
-    cell: TableCell | None, style: Callable[[str, TableCell], str], escape: Callable[[str], str], sup: str
-) -> str:
-    """A cell in one line: the own result, styled, with its footnotes, and the published one.
-
-    Args:
-        cell: What to show; nothing for None.
-        style: Marks the best, and what cannot be told from it.
-        escape: Makes plain text of the format.
-        sup: How the format raises letters, with ``{}`` for them.
-    """
-    if cell is None:
-        return ""
-    own, published = numbers(cell)
-    marked = style(escape(own), cell) if own else MISSING
-    marks = sup.format(",".join(cell.marks)) if cell.marks else ""
-    return " ".join(filter(None, (marked + marks, escape(published))))
+def heading(table: Table) -> str:
+    """What stands over a table."""
+    return f"Table {table.id}: {table.title}" if table.id.isdigit() else table.title
 
 
 def remarks(table: Table) -> list[str]:

@@ -21,6 +21,10 @@ More = Annotated[
     list[Path] | None,
     typer.Option("--published", help="A CSV file with more published numbers; may be given several times."),
 ]
+Templates = Annotated[
+    Path | None,
+    typer.Option(help="A folder of Jinja templates (table.md.j2, table.tex.j2, table.html.j2) that come before ours."),
+]
 
 
 def results(
@@ -116,6 +120,7 @@ def tables(
     out: Out = None,
     force: Force = False,
     published: More = None,
+    templates: Templates = None,
 ) -> None:
     """Print the paper's tables with your numbers beside the published ones, or a table of your own.
 
@@ -138,6 +143,7 @@ def tables(
 
     if out is not None:
         _check_out(out, force)
+    _check_templates(templates)
     chosen = form or (form_of(out.suffix) if out is not None else "term")
     more = _published(published)
     if (rows is None) != (cols is None) or (metric is not None and rows is None):
@@ -169,7 +175,7 @@ def tables(
         which = f"table {table}" if table else "any table"
         remedy = "--table methods shows every transfer run" if table else "mixmask transfer makes some"
         show(f"none of {len(kept)} finished runs has a place in {which}; {remedy}", err=True)
-    _give(render_all(built, chosen), out)
+    _give(render_all(built, chosen, templates=templates), out)
 
 
 def compare(
@@ -247,6 +253,7 @@ def report(
     runs: RunsArgument,
     out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("report"),
     published: More = None,
+    templates: Templates = None,
     force: Force = False,
 ) -> None:
     """Write one HTML page with every table, comparison, plot and run; it needs no network and no other file.
@@ -259,7 +266,8 @@ def report(
     from mixmask.evaluate.report import write_report
 
     require_output_folder(out)
-    show(write_report(_collect(runs), out, _published(published), force))
+    _check_templates(templates)
+    show(write_report(_collect(runs), out, _published(published), force, templates))
 
 
 def verify(runs: RunsArgument) -> None:
@@ -333,6 +341,14 @@ def _check_out(out: Path, force: bool) -> None:
     from mixmask.engine.storage import require_output_file
 
     require_output_file(out, force)
+
+
+def _check_templates(folder: Path | None) -> None:
+    from mixmask.engine.errors import UserError
+    from mixmask.evaluate.templating import FILES
+
+    if folder is not None and not any((folder / file).is_file() for file in FILES.values()):
+        raise UserError(f"--templates {folder}: holds none of {', '.join(FILES.values())}")
 
 
 def _give(text: str, out: Path | None) -> None:

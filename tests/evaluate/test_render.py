@@ -18,7 +18,7 @@ from mixmask.engine.errors import UserError
 from mixmask.engine.records import Record
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Run
-from mixmask.evaluate.layouts import methods_by_protocols
+from mixmask.evaluate.layouts import choose, methods_by_protocols
 from mixmask.evaluate.names import NAMES
 from mixmask.evaluate.render import form_of, render, render_all
 from mixmask.evaluate.results import results_of
@@ -234,3 +234,21 @@ def test_formats_follow_suffixes() -> None:
     assert [form_of(suffix) for suffix in (".md", ".tex", ".csv", ".html")] == ["md", "latex", "csv", "html"]
     with pytest.raises(UserError, match=r"'\.docx'.*valid: \.md, \.tex"):
         form_of(".docx")
+
+
+def test_a_template_of_ones_own_comes_before_ours(tmp_path: Path) -> None:
+    table = build(choose("5", ())[0], [])
+    good, broken, absent = (tmp_path / name for name in ("good", "broken", "absent"))
+    for folder, file, text in (
+        (good, "table.md.j2", "{{ title | t }}: {{ lines | length }} lines\n"),
+        (broken, "table.md.j2", "one\n{% for %}"),
+        (absent, "table.tex.j2", "(( absent ))"),
+    ):
+        folder.mkdir()
+        (folder / file).write_text(text)
+    assert render(table, "md", templates=good) == f"{table.title}: {len(table.lines)} lines\n"
+    assert render(table, "latex", templates=good) == render(table, "latex")
+    with pytest.raises(UserError, match=r"table\.md\.j2, line 2: "):
+        render(table, "md", templates=broken)
+    with pytest.raises(UserError, match=r"table\.tex\.j2: 'absent' is undefined"):
+        render(table, "latex", templates=absent)

@@ -1,0 +1,121 @@
+"""Tables through Jinja templates: Markdown, HTML and LaTeX. The templates lie in ``evaluate/templates``.
+
+Anyone may lay out tables otherwise: a folder with templates of the same names comes before ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from markupsafe import Markup
+
+from mixmask.engine.errors import UserError
+from mixmask.engine.wording import printable
+from mixmask.evaluate.escaping import escape_html, escape_latex, escape_markdown
+from mixmask.evaluate.table import Table, TableCell
+from mixmask.evaluate.wording import MARKS, MISSING, heading, numbers, remarks
+
+Templated = Literal["md", "html", "latex"]
+FILES: dict[Templated, str] = {"md": "table.md.j2", "html": "table.html.j2", "latex": "table.tex.j2"}
+ESCAPES: dict[str, Callable[[str], str]] = {"md": escape_markdown, "html": escape_html, "latex": escape_latex}
+
+
+def _unlinked(cell: TableCell, text: str) -> str:
+    return text
+
+
+def templated(
+    table: Table,
+    form: Templated,
+    templates: Path | None = None,
+    link: Callable[[TableCell, str], str] = _unlinked,
+) -> str:
+    """The table through its template.
+
+    Args:
+        table: What to show.
+        form: Which template.
+        templates: A folder whose templates come before ours.
+        link: For HTML: given a cell and its text, the text with whatever it leads to.
+
+    Raises:
+        UserError: If the folder's template is not one: with the file and the line.
+    """
+    try:
+        return _environment(form, templates).get_template(FILES[form]).render(**_values(table, link))
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # what a template does
+        if templates is None:
+            raise
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise UserError(f"{templates / FILES[form]}{line}: {printable(str(error))}") from None
+
+
+@cache
+def _environment(form: Templated, templates: Path | None) -> jinja2.Environment:
+    own = [] if templates is None else [jinja2.FileSystemLoader(templates)]
+    loaders = [*own, jinja2.PackageLoader("mixmask.evaluate", "templates")]
+    latex: dict[str, Any] = {
+        "variable_start_string": "((",
+        "variable_end_string": "))",
+        "block_start_string": "<%",
+        "block_end_string": "%>",
+        "comment_start_string": "{#",
+        "comment_end_string": "#}",
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(loaders),
+        autoescape=False,  # every text goes through the filter `t`, which knows the format
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        **(latex if form == "latex" else {}),
+    )
+    environment.filters["t"] = lambda text: ESCAPES[form](str(text))
+    return environment
+
+
+def _values(table: Table, link: Callable[[TableCell, str], str]) -> dict[str, Any]:
+    """What a template may use."""
+    return {
+        "id": table.id,
+        "title": table.title,
+        "heading": heading(table),
+        "row_names": table.row_names,
+        "columns": table.columns,
+        "lines": [
+            {"row": line.row, "marks": line.marks, "cells": [None if one is None else _cell(one) for one in line.cells]}
+            for line in table.lines
+        ],
+        "footnotes": table.footnotes,
+        "remarks": remarks(table),
+        "missing": MISSING,
+        "marked_best": MARKS[0],
+        "marked_near": MARKS[1],
+        "link": lambda cell, text: link(cell, str(text)),
+    }
+
+
+def _cell(cell: TableCell) -> dict[str, Any]:
+    own, published = numbers(cell)
+    summary = cell.summary
+    return {
+        "own": own,
+        "published": published,
+        "best": cell.best,
+        "near_best": cell.near_best,
+        "marks": cell.marks,
+        "order": summary.mean if summary else "",
+        "where": cell.published.where if cell.published else "",
+        "cell": cell,
+    }
+
+
+def html_table(
+    table: Table, link: Callable[[TableCell, str], str] = _unlinked, templates: Path | None = None
+) -> Markup:
+    """A ``<table>`` with its caption and footnotes."""
+    return Markup(templated(table, "html", templates, link))
