@@ -8,6 +8,7 @@ stops because it was asked to is `Interrupted`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mixmask.engine.wording import printable
 
@@ -76,3 +77,7 @@ class Interrupted(Told):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is pickled when a process tells another one."""
+        return type(self), (*self.args, self.signal)

@@ -193,7 +193,7 @@ def ablation(record: Record) -> dict[str, Any]:
 def ablation_of(pretraining: Mapping[str, Any], method: str) -> dict[str, Any]:
     """As `ablation`, of a pretraining recipe."""
     mix = pretraining.get("mix")
-    if not isinstance(mix, Mapping) or method not in ("mixmask", "unmix", "mixmask+unmix"):
+    if not isinstance(mix, Mapping) or method == "random":  # an untrained network has seen no mixture
         mix = {}
     ratio = mix.get("ratio")
     if isinstance(ratio, list | tuple):

@@ -15,7 +15,7 @@ from mixmask.engine.predictions import CLASSES, MATCHES, ClassPredictions, Detec
 from mixmask.engine.wording import printable
 from mixmask.evaluate.average_precision import THRESHOLDS, compare_detectors
 from mixmask.evaluate.collect import Collection, Run, frame, one_run, select
-from mixmask.evaluate.names import METHODS, METRICS, name, text_of
+from mixmask.evaluate.names import METRICS, method_place, name, text_of
 from mixmask.evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
 from mixmask.evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
 
@@ -57,10 +57,13 @@ def chosen(collection: Collection, which: str) -> list[Run]:
     if "/" in which and " " not in which and not Path(which).is_dir():
         raise UserError(f"{which}: no such run folder")
     methods = {run.record.method for run in runs}
-    if which.isidentifier() and which not in (*METHODS, *methods):
-        valid = ", ".join((*METHODS, *sorted(methods - {*METHODS})))
-        raise UserError(f'{which}: no such method. Valid: {valid}; or a condition, such as "mix.grid == 4"')
-    if which in (*METHODS, *methods):
+    if which.isidentifier() and which not in methods:
+        present = ", ".join(sorted(methods, key=method_place)) or "none"
+        raise UserError(
+            f"{which}: no transfer run below {collection.folder} has this method; methods there: {present}. A condition is "
+            f'valid, too, such as "mix.grid == 4"'
+        )
+    if which in methods:
         found = [run for run in runs if run.record.method == which]
     else:
         kept = {*select(frame(runs), which)["run"]}

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import submitit
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
@@ -30,10 +30,6 @@ from mixmask.launch.slurm import slurm_cli
 from mixmask.launch.slurm.attempts import Attempts, Place
 from mixmask.launch.slurm.spawn import run_on_node
 
-if TYPE_CHECKING:
-    from mixmask.transfer.checkpoints.export import Target
-
-
 REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds between attempts to be queued again
 
 
@@ -43,8 +39,7 @@ class CellJob:
 
     Attributes:
         cell: Its id.
-        stage: What kind of work.
-        recipe: The resolved recipe as a file, of pretraining and transfer.
+        work: What it does.
         run: The run directory.
         done: Files whose presence says that it is finished.
         folder: The user's folder at the launch, which relative paths in recipes start from.
@@ -52,13 +47,10 @@ class CellJob:
         max_requeues: How often it may be queued again.
         processes: How many this task starts; 1 is the task itself.
         local_cache: The node's folder for temporary files.
-        source: The backbone's file, of conversions.
-        target: The format, of conversions.
     """
 
     cell: str
-    stage: str
-    recipe: Path | None
+    work: Callable[[], None] = field(compare=False)
     run: Path
     done: tuple[Path, ...]
     folder: Path
@@ -66,8 +58,6 @@ class CellJob:
     max_requeues: int
     processes: int = 1
     local_cache: str | None = None
-    source: Path | None = None
-    target: Target | None = None
 
     @property
     def attempts(self) -> Attempts:
@@ -128,40 +118,6 @@ class CellJob:
             ):  # a signal that comes now has nothing to stop, and nothing is to be queued again
                 signal.signal(submitit.JobEnvironment()._usr_sig(), signal.SIG_IGN)
             self.attempts.write(place, "done")
-
-    def work(self) -> None:
-        """The stage, in this process and those that share it."""
-        if self.stage == "convert":
-            self.convert()
-            return
-        from mixmask.engine.config import load_recipe
-        from mixmask.engine.distributed import agreed, session
-        from mixmask.engine.progress import say
-        from mixmask.pretrain import stage as pretrain_stage
-        from mixmask.pretrain.recipe import PretrainRecipe
-        from mixmask.transfer import stage as transfer_stage
-        from mixmask.transfer.recipe import load_transfer_recipe
-
-        assert self.recipe is not None
-        recipe, runs = self.recipe, self.run.parents[1]
-        with session():
-            if self.stage == "pretrain":
-                plan = agreed(lambda: pretrain_stage.plan(load_recipe(PretrainRecipe, recipe), runs, self.run))
-                say(plan.describe())
-                pretrain_stage.run(plan)
-            else:
-                chosen = agreed(lambda: transfer_stage.plan(load_transfer_recipe(recipe), runs, self.run))
-                say(chosen.describe())
-                transfer_stage.run(chosen)
-
-    def convert(self) -> None:
-        """Write the backbone in another format, read back by the library it is for."""
-        from mixmask.engine.run import carry_out
-        from mixmask.transfer.checkpoints.conversion import Conversion
-
-        assert self.source is not None
-        assert self.target is not None
-        carry_out(Conversion(RunDirectory(self.run), self.source, self.done[0], self.target))
 
     def failed(self, place: Place, message: str, code: int) -> None:
         """End with a message instead of a traceback."""

@@ -17,6 +17,7 @@ from mixmask.launch.slurm import slurm_cli, submission
 from mixmask.launch.slurm.jobs import CellJob
 from mixmask.launch.slurm.profile import Profile
 from mixmask.launch.slurm.snapshot import freeze
+from mixmask.launch.slurm.work import ConversionWork, StageWork
 from mixmask.launch.suite import local, manifest
 from mixmask.launch.suite.arrays import Array, plan_arrays
 from mixmask.launch.suite.cells import Cell, check_cells, expand
@@ -253,14 +254,18 @@ def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
             cell.run.mkdir(
                 parents=True, exist_ok=True
             )  # another suite with the same work finds it, whatever its name there
-            recipe = None
+            work: StageWork | ConversionWork
             if cell.recipe is not None:
                 recipe = record.folder / "recipes" / cell.stage / f"{cell.run.name}.yaml"
                 write_text(recipe, to_yaml(cell.recipe))
+                work = StageWork(cell.stage, recipe, cell.run)
+            else:
+                assert cell.source is not None
+                assert cell.target is not None
+                work = ConversionWork(cell.run, cell.source, cell.done[0], cell.target)
             found[cell.id] = CellJob(
                 cell=cell.id,
-                stage=cell.stage,
-                recipe=recipe,
+                work=work,
                 run=cell.run,
                 done=cell.done,
                 folder=Path.cwd(),
@@ -268,7 +273,5 @@ def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
                 max_requeues=plan.profile.max_requeues,
                 processes=cell.resources.tasks if cell.resources.one_task_per_node else 1,
                 local_cache=plan.profile.local_cache,
-                source=cell.source,
-                target=cell.target,
             )
     return found

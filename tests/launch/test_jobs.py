@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,20 +40,25 @@ class Work:
     def __init__(self, *ends: BaseException | None) -> None:
         self.ends, self.count = list(ends), 0
 
-    def __call__(self, job: CellJob) -> None:
+    def __call__(self, done: tuple[Path, ...]) -> None:
         self.count += 1
         end = self.ends.pop(0)
         if end is not None:
             raise end
-        for file in job.done:
+        for file in done:
             file.write_text("{}")
+
+
+def given(job: CellJob, work: Callable[[tuple[Path, ...]], object]) -> CellJob:
+    """The job with other work."""
+    return replace(job, work=partial(work, job.done))
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CellJob:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs" / "pretrain" / "x-1"
-    return CellJob("pretrain/x-1", "pretrain", None, run, (run / "record.json",), tmp_path, tmp_path / "started", 2)
+    return CellJob("pretrain/x-1", lambda: None, run, (run / "record.json",), tmp_path, tmp_path / "started", 2)
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def events(job: CellJob) -> list[str]:
 
 def test_a_finished_cell_ends_at_once(job: CellJob, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(None)
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     job()
     job()
     assert work.count == 1
@@ -104,7 +111,7 @@ def test_a_stopped_job_is_queued_again_by_submitit(
     job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(Interrupted("stopped at step 3", signal.SIGUSR2), SystemExit(128 + signal.SIGTERM), None)
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     for _ in range(2):  # one process says so with an exception, several with an exit code
         with pytest.raises(SystemExit) as end:
             start(job, in_slurm)
@@ -121,7 +128,7 @@ def test_a_cancelled_or_preempted_job_does_not_queue_itself(
     job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(Interrupted("stopped", signal.SIGTERM))
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     (fake.folder / "job").write_text("JobState=COMPLETING")
     with pytest.raises(SystemExit) as end:
         start(job, in_slurm)
@@ -139,7 +146,7 @@ def test_a_requeue_that_fails_is_tried_again_or_said(
     fails: str,
 ) -> None:
     work = Work(Interrupted("stopped", signal.SIGUSR2))
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     monkeypatch.setattr(jobs, "REQUEUE_PATIENCE", (0, 0))
     if fails == "busy":  # once
         (fake.folder / "scontrol").write_text(
@@ -165,7 +172,7 @@ def test_a_job_whose_work_another_has_taken_over_is_not_queued_again(
 ) -> None:
     work, taken_over = Work(Interrupted("stopped", signal.SIGTERM)), threading.Event()
     taken_over.set()
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     monkeypatch.setattr(jobs.ownership, "TAKEN_OVER", taken_over)
     with pytest.raises(SystemExit):
         start(job, in_slurm)
@@ -175,7 +182,6 @@ def test_a_job_whose_work_another_has_taken_over_is_not_queued_again(
 
 
 def test_a_record_without_its_backbone_is_said(job: CellJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CellJob, "work", lambda self: None)
     with pytest.raises(SystemExit):
         job()
     assert "record.json is missing, although" in job.attempts.read()[-1]["message"]
@@ -185,7 +191,7 @@ def test_only_the_first_process_queues_again(
     job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(SystemExit(128 + signal.SIGUSR2))
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     monkeypatch.setenv("SLURM_PROCID", "1")
     start(job, in_slurm)
     assert not (fake.folder / "requeued").exists()
@@ -203,7 +209,7 @@ def test_retries_are_bounded(
     reason: str,
 ) -> None:
     work = Work(Interrupted("stopped", signal.SIGUSR2))
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     monkeypatch.setattr(SignalHandler, "has_timed_out", lambda self: True)
     job = replace(job, max_requeues=requeues)
     with pytest.raises(SystemExit) as end:
@@ -217,7 +223,7 @@ def test_retries_are_bounded(
 def test_slurm_s_own_requeues_are_bounded_too(
     job: CellJob, in_slurm: SignalHandler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(CellJob, "work", lambda self: os._exit(1))
+    job = replace(job, work=lambda: os._exit(1))
     place = Place.here()
     for _ in range(3):
         job.attempts.write(place, "started")  # and nothing more: the node was lost
@@ -240,7 +246,7 @@ def test_failures_are_said_without_a_traceback(
     message: str,
 ) -> None:
     work = Work(error)
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     with pytest.raises(SystemExit) as end:
         job()
     assert end.value.code == code
@@ -250,7 +256,7 @@ def test_failures_are_said_without_a_traceback(
 
 def test_an_unforeseen_error_keeps_its_traceback(job: CellJob, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(ZeroDivisionError("by zero"))
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     with pytest.raises(ZeroDivisionError):
         job()
     assert job.attempts.read()[-1]["message"] == "ZeroDivisionError: by zero"

@@ -54,22 +54,22 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
 def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.launch.slurm.jobs import CellJob
+    from mixmask.launch.slurm.work import StageWork
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     runs = tmp_path / "runs"
-    work, seen = CellJob.work, []
+    seen = []
 
-    def stopped(self: CellJob) -> None:
-        seen.append(self.cell)
+    def stopped(self: StageWork) -> None:
+        seen.append(self.run)
         raise Interrupted("stopped at step 1", signal.SIGTERM)
 
-    monkeypatch.setattr(CellJob, "work", stopped)
-    with pytest.raises(Interrupted):
-        launch(suite, runs, profile(), cluster="inline")
+    with monkeypatch.context() as patched:
+        patched.setattr(StageWork, "__call__", stopped)
+        with pytest.raises(Interrupted):
+            launch(suite, runs, profile(), cluster="inline")
     assert len(seen) == 1
     assert found(runs)["mixmask"].state == "stopped"
-    monkeypatch.setattr(CellJob, "work", work)
     assert launch(suite, runs, profile(), cluster="inline")
 
 
@@ -77,18 +77,18 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
 def test_inline_a_signal_between_steps_ends_the_suite_and_not_the_cell_alone(
     number: int, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixmask.launch.slurm.jobs import CellJob
+    from mixmask.launch.slurm.work import StageWork
 
     suite = write_suite(tmp_path, [{"pretrain": [MIXMASK, RANDOM]}], shapes)
     seen = []
 
-    def signalled(self: CellJob) -> None:
-        seen.append(self.cell)
+    def signalled(self: StageWork) -> None:
+        seen.append(self.run)
         os.kill(os.getpid(), number)
         raise AssertionError("the signal was swallowed")
 
     theirs = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background ignores
-    monkeypatch.setattr(CellJob, "work", signalled)
+    monkeypatch.setattr(StageWork, "__call__", signalled)
     try:
         with pytest.raises(Interrupted):
             launch(suite, tmp_path / "runs", profile(), cluster="inline")

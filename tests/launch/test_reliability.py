@@ -26,7 +26,7 @@ from mixmask.launch.suite import status as states
 from mixmask.launch.suite.overview import cells
 from tests.launch.fake_slurm import FakeSlurm, fake
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
-from tests.launch.test_jobs import Work, events, in_slurm, job, start
+from tests.launch.test_jobs import Work, events, given, in_slurm, job, start
 
 __all__ = ["fake", "in_slurm", "job"]
 
@@ -174,7 +174,7 @@ def test_a_signal_after_the_work_queues_nothing_again(
     job: CellJob, in_slurm: SignalHandler, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(None)
-    monkeypatch.setattr(CellJob, "work", lambda self: work(self))
+    job = given(job, work)
     start(job, in_slurm)
     assert events(job) == ["started", "done"]
     assert job.checkpoint() is None
