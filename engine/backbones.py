@@ -6,7 +6,6 @@ has torchvision's names (``conv1.weight`` … ``layer4.2.bn3.running_var``), tha
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from mixmask.engine.heads import Head, HeadInfo
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.records import Fingerprint, Label, Method, check_recipe_shape
 from mixmask.engine.storage import write_atomic
+from mixmask.engine.wording import did_you_mean
 
 Stem = Literal["standard", "cifar"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -41,11 +41,10 @@ def _known_arch(arch: str) -> str:
         name = arch.removeprefix(TIMM)
         if timm.is_model(name):
             return arch
-        near = [f"{TIMM}{model}" for model in difflib.get_close_matches(name, timm.list_models(), n=3)]
-        raise ValueError(f"timm has no model '{name}'{'; did you mean ' + ' or '.join(near) + '?' if near else ''}")
-    near = difflib.get_close_matches(arch, RESNETS, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise ValueError(f"valid: {', '.join(RESNETS)}, or timm/ and the name of one of timm's ConvNets{hint}")
+        hint = did_you_mean(arch, (f"{TIMM}{model}" for model in timm.list_models()), most=3)
+        raise ValueError(f"timm has no model '{name}'. {hint}".rstrip())
+    hint = did_you_mean(arch, RESNETS)
+    raise ValueError(f"valid: {', '.join(RESNETS)}, or timm/ and the name of one of timm's ConvNets. {hint}".rstrip())
 
 
 Arch = Annotated[str, AfterValidator(_known_arch)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.wording import did_you_mean
 
 KINDS = ("pretrain", "transfer", "suites", "cluster")
 
@@ -56,9 +56,9 @@ def named_config(given: str, kind: str | None = None) -> Path:
     other = next((one for one in KINDS if (folder / one / f"{name}.yaml").is_file()), None)
     if other is not None:
         raise ConfigError(f"{given}: is a config for {other}, not for {kind}; see `mixmask configs {kind}`")
-    near = difflib.get_close_matches(name, files, n=3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ConfigError(f"{given}: no such config file, and no config of that name; {hint}`mixmask configs` lists them")
+    hint = did_you_mean(name, files, most=3)
+    text = f"{given}: no such config file, and no config of that name; `mixmask configs` lists them. {hint}"
+    raise ConfigError(text.rstrip())
 
 
 def listed_configs(kind: str | None = None) -> list[tuple[str, str, str]]:

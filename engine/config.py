@@ -36,6 +36,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
     moved: ClassVar[Mapping[str, str]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {  # keys by which a file of another kind is recognised
+        "grids": "a suite: `mixmask launch` runs it",
+        "framework": "a pretraining recipe: `mixmask pretrain` runs it",
+        "protocol": "a transfer recipe: `mixmask transfer` runs it",
+        "partition": "a cluster's profile, for `mixmask launch --profile`",
+    }
 
     @model_validator(mode="before")
     @classmethod
@@ -234,6 +240,9 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
     written, sources = read_config(Path(path))
     written = _at_new_places(written, model.moved)
     sources = {_new_name(key, model.moved): source for key, source in sources.items()}
+    for key, what in model.elsewhere.items():
+        if key in written and key not in model.model_fields:
+            raise ConfigError(f"{path}: is {what}")
     tree = written
     for override in overrides:
         tree, key = _apply_override(tree, _new_name(override, model.moved))
@@ -264,6 +273,15 @@ def recipe_of_text(model: type[R], text: str, name: str) -> R:
     tree = _parse_yaml(text, name)
     if not isinstance(tree, dict):
         raise ConfigError(f"{name}: a mapping of keys to values was expected, this file holds {type(tree).__name__}")
+    return checked_recipe(model, tree, name)
+
+
+def checked_recipe(model: type[R], tree: Mapping[str, Any], name: str) -> R:
+    """A recipe from its keys.
+
+    Raises:
+        ConfigError: With ``name``, the key, what was given and what would be valid.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+from mixmask.engine.wording import did_you_mean
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -27,6 +28,18 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
         for inner in _models_in(field.annotation):
             found += _paths(inner, f"{prefix}{name}.")
     return [*dict.fromkeys(found)]
+
+
+def _kinds_with(model: type[BaseModel], keys: Sequence[str]) -> str:
+    """``mix.kind=mixmask or mixmask+unmix``: the kinds of a mapping that have a key."""
+    field = next((model.model_fields[name] for name in keys[:1] if name in model.model_fields), None)
+    kinds = [
+        kind
+        for inner in (_models_in(field.annotation) if field is not None else ())
+        if keys[-1] in inner.model_fields
+        for kind in _kinds_of(inner)
+    ]
+    return f"{'.'.join(keys[:-1])}.kind={' or '.join(kinds)}"
 
 
 def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
@@ -85,19 +98,25 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)
-        near = difflib.get_close_matches(str(location[-1]), valid, n=1)
-        meant = [path for path in _paths(model) if path.split(".")[-1] == location[-1]] or near
-        hint = f" Did you mean '{' or '.join(meant)}'?" if meant else ""
-        return f"{source}: unknown key '{dotted}' (given: {given!r}).{hint} Valid keys here: {', '.join(valid)}"
+        paths = _paths(model)
+        deeper = [path for path in paths if path.split(".")[-1] == location[-1]]  # the right key, elsewhere
+        if dotted in paths:  # of another kind of the same mapping
+            hint = f"Another kind has this key: {_kinds_with(model, keys)}."
+        elif 0 < len(deeper) <= 2:
+            hint = f"Did you mean {' or '.join(map(repr, deeper))}?"
+        else:
+            hint = did_you_mean(location[-1], valid)
+        text = f"{source}: unknown key '{dotted}' (given: {given!r}). {hint}".rstrip()
+        return f"{text} Valid keys here: {', '.join(valid)}"
     if kind == "missing":
         return f"{path}: the key '{dotted}' is required and missing: give {dotted}=… on the command line or in the file"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(problem["ctx"]["discriminator"]).strip("'")
         value = given.get(tag) if isinstance(given, Mapping) else given
         expected = problem["ctx"].get("expected_tags", "one of the kinds")
-        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", expected), n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        return f"{sources.get(f'{dotted}.{tag}', source)}: {dotted}.{tag}: given {value!r}; valid: {expected}.{hint}"
+        hint = did_you_mean(value, re.findall(r"'([^']+)'", expected))
+        where = sources.get(f"{dotted}.{tag}", source)
+        return f"{where}: {dotted}.{tag}: given {value!r}; valid: {expected}. {hint}".rstrip()
     message = _in_our_words(problem["msg"])
     if kind == "value_error" and isinstance(given, Mapping):
         with_overrides = f"{path} and {_the(origin)}" if origin in sources.values() else path

@@ -183,10 +183,10 @@ def agreed(call: Callable[[], T]) -> T:
     results: list[T] = []
     try:
         results.append(call())
-    except UserError as error:
-        problem = 2, f"error: {error}"
-    except (RunFailure, OSError) as error:
-        problem = 1, f"failed: {error}"
+    except (UserError, RunFailure) as error:
+        problem = error.exit_code, error.told()
+    except OSError as error:
+        problem = RunFailure.exit_code, f"{RunFailure.prefix}: {error}"
     problems: list[tuple[int, str] | None] = [None] * _world.size
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):

@@ -8,7 +8,7 @@ stops because it was asked to is `Interrupted`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mixmask.engine.wording import printable
 
@@ -21,6 +21,9 @@ class Told(Exception):
             is: control characters and line breaks within a line are shown as codes.
     """
 
+    prefix: ClassVar[str] = "failed"
+    exit_code: ClassVar[int] = 1
+
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines)
 
@@ -32,9 +35,16 @@ class Told(Exception):
         """The message as a part of another one."""
         return "; ".join(map(str, self.args))
 
+    def told(self) -> str:
+        """The message as a command ends with it."""
+        return f"{self.prefix}: {self}"
+
 
 class UserError(Told):
     """Something the user can put right. The message says what was given and what would be valid."""
+
+    prefix: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 2
 
 
 def listed(problems: Sequence[str], most: int = 10) -> list[str]:

@@ -33,6 +33,7 @@ from mixmask.engine.precision import to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.stopping import outlive_stop_signals
+from mixmask.engine.wording import nearest_multiples
 
 T = TypeVar("T")
 
@@ -95,9 +96,9 @@ class BatchPlan:
             )
         if self.batch_size % world().size:
             size = world().size
-            near = max(self.batch_size // size, 1) * size
             raise ConfigError(
-                f"batch_size {self.batch_size} cannot be shared equally by {size} processes; valid: {near}, {near + size}, …"
+                f"batch_size {self.batch_size} cannot be shared equally by {size} processes; "
+                f"{nearest_multiples(self.batch_size, size)}"
             )
 
     @property
@@ -246,23 +247,23 @@ def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tenso
 
 
 @cache
-def say_if_crowded(num_workers: int) -> None:
-    """Say once when more worker processes are asked for than there are cores, instead of torch at every pass."""
+def useful_workers(num_workers: int) -> int:
+    """As many loader workers as were asked for, or as there are cores; said once where that is less.
+
+    The number changes no image and no order.
+    """
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
-        say(
-            f"data.num_workers={num_workers}: this machine has {cores} cores; {cores} workers are as fast and take less "
-            f"memory"
-        )
+        say(f"data.num_workers={num_workers}: this machine has {cores} cores, so {cores} workers are started")
+    return min(num_workers, cores)
 
 
 class StreamSource(ImageSource):
     """Images decoded by worker processes at every epoch."""
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
-        say_if_crowded(num_workers)
-        self.images, self.num_workers, self.device = images, num_workers, device
+        self.images, self.num_workers, self.device = images, useful_workers(num_workers), device
 
     def _load(self, dataset: Dataset[tuple[list[Tensor], int]], batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = DataLoader(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mixmask.engine.data import KINDS, open_split
-from mixmask.engine.data.folder import USUAL_SPLITS, is_unlabelled
+from mixmask.engine.data.folder import USUAL_SPLITS, images_in, is_unlabelled
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
@@ -76,6 +76,12 @@ def find_splits(root: Path) -> list[str]:
         raise DataError(f"{root}: no such folder or archive")
     kinds = sorted((one() for one in KINDS.classes()), key=lambda one: one.general)
     splits = next((found for one in kinds if (found := one.splits(root))), [])
+    if not splits and root.is_file():
+        raise DataError(f"{root}: is a file and no archive that is known; a folder was expected")
+    if not splits and images_in(root):
+        raise DataError(
+            f"{root}: holds images, and no folder per class. If it is one class of several, name the folder above it"
+        )
     if not splits:
         there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
         raise DataError(

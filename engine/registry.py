@@ -10,8 +10,8 @@ module as an entry point:
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar, get_args
 from pydantic import BaseModel
 
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.wording import did_you_mean
 
 T = TypeVar("T")
 
@@ -74,12 +75,18 @@ class Registry(Generic[T]):
         """Every class under each of its names.
 
         Raises:
-            ConfigError: If two have one name.
+            ConfigError: If two have one name, or one that could be used has none.
         """
         self.load()
         found: dict[str, type[T]] = {}
         for one in _derived(self.base):
-            for name in self._names_of(one):
+            names = list(self._names_of(one))
+            if not names and not inspect.isabstract(one):
+                raise ConfigError(
+                    f"{one.__module__}.{one.__qualname__}: a {self.what} has a name, and this class gives none "
+                    f'(such as kind: Literal["mine"])'
+                )
+            for name in names:
                 if found.setdefault(name, one) is not one:
                     both = " and ".join(f"{c.__module__}.{c.__qualname__}" for c in (found[name], one))
                     raise ConfigError(f"the {self.what} '{name}' is defined twice: {both}")
@@ -93,15 +100,14 @@ class Registry(Generic[T]):
             where: What stands before the message: the file and the key.
 
         Raises:
-            ConfigError: If there is none; with all names, the closest first.
+            ConfigError: If there is none; with all names and the closest one.
         """
         found = self.by_name()
         if name in found:
             return found[str(name)]
-        near = difflib.get_close_matches(str(name), found, n=3)
-        valid = ", ".join([*near, *(one for one in found if one not in near)])
         given = f"there is no {self.what} {name!r}" if name is not None else f"no {self.what} is given"
-        raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {valid}")
+        hint = did_you_mean(name, found)
+        raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {', '.join(found)}. {hint}".rstrip(". "))
 
 
 def load_entry_points(group: str) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
+from collections.abc import Iterable
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, direction, surrogate, private, unassigned, line breaks
 
@@ -15,3 +17,15 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """As `printable`, for a text of several lines."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def did_you_mean(given: object, valid: Iterable[str], most: int = 1) -> str:
+    """``Did you mean 'grid'?``, or nothing if no valid name is near what was given."""
+    near = difflib.get_close_matches(str(given), list(valid), n=most)
+    return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """Multiples that are valid where ``value`` is none: ``valid: 48, 64, …``."""
+    near = max(value // of, 1) * of
+    return f"valid: {near}, {near + of}, …"

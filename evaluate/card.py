@@ -13,6 +13,7 @@ import yaml
 from mixmask.engine.config import read_config
 from mixmask.engine.errors import UserError
 from mixmask.engine.normalization import STATISTICS, Normalization
+from mixmask.engine.storage import RunDirectory
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, Run, collect, flat, one_run
 from mixmask.evaluate.escaping import escape_markdown
@@ -74,7 +75,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
         autoescape=False,  # Markdown, escaped by its own filter
     )
     environment.filters["md"] = lambda value: escape_markdown(str(value))
-    recipe = record.recipe or _recipe_file(run.path / "recipe.yaml")
+    recipe = record.recipe or _recipe_file(RunDirectory(run.path).recipe_file)
     backbone = recipe.get("backbone")
     backbone = backbone if isinstance(backbone, dict) else {}
     if not ARCH.match(record.arch):

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from mixmask.engine.errors import DataError, UserError, listed
 from mixmask.engine.records import Record, finished_record
 from mixmask.engine.storage import RunDirectory, write_atomic
-from mixmask.engine.wording import printable
+from mixmask.engine.wording import did_you_mean, printable
 from mixmask.evaluate.query import UnknownColumn, holds
 from mixmask.evaluate.spreadsheet import safe_cell
 
@@ -52,6 +52,7 @@ FIXED = {
     "torch": "version",
     "git_commit": "of this project's code",
 }
+COLUMNS_HINT = "`mixmask results RUNS --columns` lists the columns"
 ABLATED = ("mix.grid", "mix.mask", "mix.ratio", "mix.switch", "mix.permutation", "mix.unmix_prob")
 PATTERNS = {
     "knn/…, linear/…, semisup/…, bbox/…, segm/…, …": "metrics, in percent where they are accuracies or average precisions",
@@ -108,7 +109,7 @@ class Collection:
             for run in same
             if run.record.metrics != same[0].record.metrics
         ]
-        lines += [f"unfinished: {path}" for path in self.unfinished]
+        lines += [f"unfinished: {path} (go on with it, or delete the folder)" for path in self.unfinished]
         return "\n".join(map(printable, listed(lines, most)))
 
 
@@ -170,8 +171,9 @@ def _run_directories(folder: Path, unreadable: Callable[[OSError], None]) -> Ite
     for place, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
         here = {*files, *folders}
-        if "record.json" in here or "recipe.yaml" in here:
-            yield Path(place), "record.json" in here
+        run = RunDirectory(Path(place))
+        if run.record_file.name in here or run.recipe_file.name in here:
+            yield run.path, run.record_file.name in here
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -262,21 +264,18 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
     Names with slashes stand in backticks: ```knn/top1` > 60``.
 
     Raises:
-        UserError: If the condition cannot be read, or names a column that is not there (the columns are listed).
+        UserError: If the condition cannot be read, or names a column that is not there.
     """
     try:
         return table[holds(table, query)]
     except UnknownColumn as error:
-        raise UserError(f"--query {query!r}: {error}. Columns: {_names(table)}") from None
+        hint = did_you_mean(error.name, map(str, table.columns), most=3) or "A text stands in quotes."
+        raise UserError(f"--query {query!r}: {error}. {hint} {COLUMNS_HINT}") from None
     except ValueError as error:
         raise UserError(
             f"--query {query!r}: not a condition on the columns ({error}). For example \"dataset == 'cifar100'\"; a name "
-            f"with a slash stands in backticks. Columns: {_names(table)}"
+            f"with a slash stands in backticks. {COLUMNS_HINT}"
         ) from None
-
-
-def _names(table: pd.DataFrame) -> str:
-    return ", ".join(name if name.isprintable() else repr(name) for name in map(str, table.columns))
 
 
 def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:

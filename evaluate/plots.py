@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from mixmask.engine.storage import RunDirectory
 from mixmask.evaluate.collect import Run
 from mixmask.evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
 from mixmask.evaluate.logs import number_of, read_log
@@ -69,7 +70,7 @@ def plots_of(runs: Sequence[Run], published: Sequence[Published] = ()) -> list[P
 def training_curves(runs: Sequence[Run]) -> list[Plot]:
     """Loss, its terms and kNN accuracy over epochs (as the paper's figure 7), one figure per data set and framework."""
     pretrained = [run for run in runs if run.record.stage == "pretrain" and run.record.pretrain_epochs]
-    logs = {run: entries for run in pretrained if len(entries := read_log(run.path / "log.jsonl")) > 1}
+    logs = {run: entries for run in pretrained if len(entries := read_log(RunDirectory(run.path).log_file)) > 1}
     plots = []
     for (dataset, framework), own in _grouped(logs, lambda run: (run.record.dataset, run.record.framework)).items():
         keys = dict.fromkeys(key for run in own for entry in logs[run] for key in entry if key not in DIAGNOSTICS)

@@ -36,6 +36,10 @@ SAID = {
 class UnknownColumn(ValueError):
     """A condition on a column that the table does not have."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no column '{name}'")
+        self.name = name
+
 
 def holds(table: pd.DataFrame, query: str) -> pd.Series:
     """Of which rows a condition holds.
@@ -140,7 +144,7 @@ class _Condition:
             if known in self.table.columns:
                 found: pd.Series = self.table[known]
                 return found
-        raise UnknownColumn(f"name '{name}' is not defined")
+        raise UnknownColumn(name)
 
     def value(self, node: ast.expr) -> Any:
         """A column, a constant or a list of constants."""

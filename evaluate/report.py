@@ -203,7 +203,7 @@ def _settings(run: Run) -> str:
 def reproduce(run: Run, recipe_file: str | None = None) -> str:
     """The commands that do a run again, from the recipe that lies in its folder or is called otherwise."""
     record = run.record
-    recipe = recipe_file or shlex.quote(printable(str(run.path / "recipe.yaml")))
+    recipe = recipe_file or shlex.quote(printable(str(RunDirectory(run.path).recipe_file)))
     again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} --runs again {recipe}"
     commit = record.environment.get("git_commit")
     lines = [f"git checkout {shlex.quote(printable(str(commit)))}"] if commit else []

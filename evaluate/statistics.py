@@ -65,13 +65,13 @@ class Difference:
     p: float | None
 
     def words(self) -> str:
-        """For people, such as ``+0.9 ± 0.2, 5 seeds, 95 % CI [0.6, 1.2] (paired t interval), paired t-test p = 0.004``."""
+        """For people, such as ``+0.9 (SE 0.2), 5 seeds, 95 % CI [0.6, 1.2] (paired t interval), p = 0.004``."""
         first, second = self.n
         num = f"{first} seeds" if first == second else f"{first} and {second} seeds"
         if max(self.n) == 1:
             num = "1 seed"
         digits = 1 if abs(self.value) >= 0.05 and (self.error is None or self.error >= 0.05) else 2
-        error = f" ± {self.error:.{digits}f}" if self.error is not None else ""
+        error = f" (SE {self.error:.{digits}f})" if self.error is not None else ""
         parts = [f"{self.value:+.{digits}f}{error}", num]
         if self.low is not None and self.high is not None:
             method = "paired t interval" if self.paired else "Welch's t interval"

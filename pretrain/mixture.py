@@ -20,6 +20,7 @@ from typing_extensions import override
 from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.config import Recipe, added
 from mixmask.engine.distributed import gather
+from mixmask.engine.errors import ConfigError
 from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 from mixmask.pretrain.masks import PATTERNS, to_pixels
@@ -180,7 +181,13 @@ def draw_mixtures(recipe: MixtureRecipe, images: Tensor, rng: random.Random, row
         images: Augmented, normalised.
         rng: Where masks, coefficients and permutations come from.
         rows: Which rows of a batch that several processes share these are; all of it by default.
+
+    Raises:
+        ConfigError: If the recipe is none, or ``rng`` is no `random.Random`.
     """
+    if not isinstance(recipe, MixtureRecipe) or not isinstance(rng, random.Random):
+        given = f"{type(recipe).__name__} and {type(rng).__name__}"
+        raise ConfigError(f"a mixture, such as mixmask.MixMask(grid=8), and a random.Random were expected, got {given}")
     return recipe.draw([images], rng, rows)
 
 
@@ -194,7 +201,16 @@ def mixture_loss(own_losses: Tensor, switched_losses: Tensor | None, mixture: Mi
         own_losses: (N,) loss of mixture i against key i.
         switched_losses: (N,) loss of mixture i against key p(i); None drops the term.
         mixture: The mixture that the queries were made from.
+
+    Raises:
+        ConfigError: If the losses are not one per image, as those are that a loss has averaged already.
     """
+    for losses in (own_losses, switched_losses):
+        if losses is not None and losses.shape != mixture.lam.shape:
+            raise ConfigError(
+                f"one loss per image was expected, ({len(mixture.lam)},), got {tuple(losses.shape)}: take the loss without "
+                f"its mean"
+            )
     loss = mixture.lam * own_losses
     if switched_losses is not None:
         loss = loss + (1 - mixture.lam) * switched_losses

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mixmask.engine.augment import AugmentRecipe
-from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.backbones import TIMM, BackboneRecipe
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.expected import Expectations
@@ -21,6 +21,8 @@ from mixmask.pretrain.mixtures import AnyMixture
 from mixmask.pretrain.mixtures.none import NoMix
 from mixmask.pretrain.optimizers import AnyOptimizer
 from mixmask.pretrain.schedules import AnySchedule, CosineRecipe
+
+SMALL = 48  # pixels of a crop, at which the standard stem leaves next to nothing
 
 
 class MonitorRecipe(Recipe):
@@ -94,6 +96,17 @@ class PretrainRecipe(Recipe):
         if self.monitor is not None and self.data.test is None:
             raise ValueError("monitor needs data.test; set monitor: null for data without a test split")
         return self
+
+    def remarks(self, num_images: int) -> list[str]:
+        """What is odd about it and no error, for so many training images; said before the run starts."""
+        remarks = self.framework.remarks(num_images)
+        if self.backbone.stem == "standard" and self.augment.crop <= SMALL and not self.backbone.arch.startswith(TIMM):
+            side = math.ceil(self.augment.crop / 32)
+            remarks.append(
+                f"backbone.stem=standard reduces pictures of {self.augment.crop} pixels to {side} × {side}; "
+                f"backbone.stem=cifar is made for them"
+            )
+        return remarks
 
     @property
     def method(self) -> Method:

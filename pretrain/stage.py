@@ -30,6 +30,7 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
+from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.diagnostics import collapse_warning
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.monitor import Monitor
@@ -107,7 +108,7 @@ class PretrainPlan(RecordedWork[Path]):
             f"length    {self._length(shares)} on {self.device}, {recipe.precision}",
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
-            *(f"warning   {text}" for text in recipe.framework.remarks(len(self.train_images)) if recipe.epochs),
+            *(f"warning   {text}" for text in (*recipe.remarks(len(self.train_images)),) if recipe.epochs),
             *self._monitoring(),
             *(
                 f"expected  {expected.describe()}{other_classes(recipe.data.name, len(self.train_images.classes))}"
@@ -206,10 +207,9 @@ def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
     """Refuse a batch that processes, parts or the framework cannot share."""
     parts = processes * recipe.accumulate
     if recipe.batch_size % parts:
-        near = max(recipe.batch_size // parts, 1) * parts
         raise ConfigError(
             f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes and {recipe.accumulate} "
-            f"accumulated parts; valid: {near}, {near + parts}, …"
+            f"accumulated parts; {nearest_multiples(recipe.batch_size, parts)}"
         )
     if recipe.epochs and recipe.batch_size // parts < 2:
         raise ConfigError(

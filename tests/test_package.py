@@ -67,3 +67,25 @@ def test_hugging_faces_evaluate_stays_importable(tmp_path: Path) -> None:
     theirs, ours = done.stdout.split()
     assert "site-packages" in theirs
     assert "mixmask" in Path(ours).parts
+
+
+def test_an_editable_install_is_found_beside_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    """As when Python is started in the folder that holds the clone."""
+    program = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=60
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "work" / "mixmask").mkdir(parents=True)
+    program = (
+        f"import site, sys; sys.path.insert(0, ''); site.addsitedir({str(tmp_path / 'site')!r}); import mixmask, importlib.util; "
+        f"print(mixmask.__file__); print(*(importlib.util.find_spec(name) for name in ('engine', 'launch', 'transfer')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], cwd=tmp_path / "work", capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    file, others = done.stdout.splitlines()
+    assert Path(file).resolve() == Path(ROOT).resolve() / "mixmask" / "__init__.py"
+    assert others == "None None None"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated
 
@@ -77,6 +78,11 @@ class TrainedRecipe(ClassifyRecipe):
     epochs: int = Field(ge=1, le=10**6)
     milestones: tuple[Epoch, ...]
     gamma: float = Field(gt=0, le=1)
+
+    @property
+    @abstractmethod
+    def slower(self) -> str:
+        """The override that takes a tenth of the classifier's learning rate."""
 
     @property
     def in_steps(self) -> bool:
@@ -233,7 +239,7 @@ def new_job(
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
-        watch=_DivergenceWatch(len(setting.train.classes), total // 5),
+        watch=_DivergenceWatch(len(setting.train.classes), total // 5, recipe.slower),
     )
 
 
@@ -245,21 +251,25 @@ class _DivergenceWatch:
     Args:
         num_classes: Number of classes.
         settled: From which step on; a probe's first steps may jump with the published rates, too.
+        slower: The override that takes a tenth of the rate.
     """
 
-    def __init__(self, num_classes: int, settled: int) -> None:
+    def __init__(self, num_classes: int, settled: int, slower: str) -> None:
         self.start = math.log(max(num_classes, 2))  # of a classifier that knows nothing
         self.settled = settled
+        self.slower = slower
         self.before: float | None = None
+        self.said = False
 
     def __call__(self, line: Mapping[str, float], step: int) -> str | None:
         before, self.before = self.before, line["loss"]
         falls = before is None or line["loss"] < 0.9 * before
-        if step < self.settled or falls or not line["loss"] > 1.5 * self.start:
+        if self.said or step < self.settled or falls or not line["loss"] > 1.5 * self.start:
             return None
+        self.said = True
         return (
             f"the loss is {line['loss']:.3g}, and a classifier that knows nothing has {self.start:.3g}: the learning rate "
-            f"{line['lr']:.3g} is probably too high for these features"
+            f"is probably too high for these features. Try a tenth of it: {self.slower}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
-from mixmask.engine.records import Record, environment
+from mixmask.engine.records import Record, environment, finished_record
 from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.transfer.checkpoints.source import Source, read_source
@@ -53,7 +54,7 @@ class TransferPlan(RecordedWork[Record]):
 
     @override
     def product(self, record: Record) -> Record:
-        return _relabelled(record, self)
+        return _relabelled(record, self.recipe, self.run)
 
     @override
     def work(self) -> Record:
@@ -134,17 +135,31 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     """
     source = read_source(Path(recipe.backbone).expanduser())
     info = source.info
-    known_labels = (info.framework, info.method, info.epochs, info.dataset)
-    for key, known in zip(LABELS, known_labels, strict=True):
-        given = getattr(recipe, key)
-        if given is not None and source.labelled and known not in ("unknown", None, given):
-            raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known}; leave the key out")
+    check_labels({key: getattr(recipe, key) for key in LABELS}, source)
     fingerprint, run = locate(recipe, info.fingerprint, runs, explicit)
     run.check(recipe, fingerprint)
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     recipe.check(source, device)
     return TransferPlan(recipe, fingerprint, run, device, source, *recipe.open())
+
+
+def check_labels(labels: Mapping[str, Any], source: Source) -> None:
+    """Refuse labels that contradict a file which says what it is.
+
+    Raises:
+        ConfigError: With the key, and what the file says.
+    """
+    info = source.info
+    known = {
+        "framework": info.framework,
+        "method": info.method,
+        "pretrain_epochs": info.epochs,
+        "pretrain_data": info.dataset,
+    }
+    for key, given in labels.items():
+        if given is not None and source.labelled and known[key] not in ("unknown", None, given):
+            raise ConfigError(f"{key}={given}: {source.path} says itself that it is {known[key]}; leave the key out")
 
 
 def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
@@ -169,12 +184,23 @@ def _labels(plan: TransferPlan) -> dict[str, Any]:
     }
 
 
-def _relabelled(record: Record, plan: TransferPlan) -> Record:
-    """The record of a finished run under the labels that the user gives now; it is rewritten if they changed."""
-    labels = _labels(plan)
+def relabel(recipe: TransferRecipe, run: RunDirectory) -> None:
+    """Give a finished run the labels of the recipe; what is not given stays as it is."""
+    _relabelled(finished_record(run), recipe, run)
+
+
+def _relabelled(record: Record, recipe: TransferRecipe, run: RunDirectory) -> Record:
+    """The record of a finished run under the labels that the user gives now; what is not given stays as it is."""
+    given = {
+        "framework": recipe.framework,
+        "method": recipe.method,
+        "pretrain_epochs": recipe.pretrain_epochs,
+        "pretrain_dataset": recipe.pretrain_data,
+    }
+    labels = {key: value for key, value in given.items() if value is not None}
     if labels == {key: getattr(record, key) for key in labels}:
         return record
     changed = record.model_copy(update=labels)
-    say(f"{plan.recipe.name}: labels updated in {plan.run.record_file}: {', '.join(map(str, labels.values()))}")
-    changed.write(plan.run.record_file)
+    say(f"{recipe.name}: labels updated in {run.record_file}: {', '.join(map(str, labels.values()))}")
+    changed.write(run.record_file)
     return changed

@@ -39,6 +39,10 @@ class Folders(DataKind):
                 f"{root}: holds class folders itself, and no split to test on: data.holdout=0.2 keeps a fifth of every "
                 f"class for testing"
             )
+        if root.is_dir() and images_in(root) and not class_folders(root):
+            raise DataError(
+                f"{root}: holds images, and no folder per class. If it is one class of several, name the folder above it"
+            )
         present = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         raise DataError(
             f"{path}: no such folder (data.{part} of '{data.name}'), and no archive that is known. "

@@ -231,12 +231,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except UserError as error:
-        show(f"error: {error}", err=True)
-        sys.exit(2)
-    except RunFailure as error:
-        show(f"failed: {error}", err=True)
-        sys.exit(1)
+    except (UserError, RunFailure) as error:
+        show(error.told(), err=True)
+        sys.exit(error.exit_code)
     except Interrupted as stop:
         show(f"interrupted: {stop}\n  {_typed()}", err=True)
         sys.exit(128 + stop.signal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shutil
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -81,14 +82,13 @@ def _engines() -> list[str]:
 def _cluster() -> list[str]:
     from mixmask.launch.slurm import slurm_cli
 
-    try:
-        version = slurm_cli.run(["sbatch", "--version"]).strip()
-    except (UserError, RunFailure):
+    if shutil.which("sbatch") is None:
         return ["slurm         no sbatch here: mixmask launch takes --cluster local or inline"]
-    try:
+    try:  # what `mixmask launch` asks first
         slurm_cli.queued()
+        version = slurm_cli.run(["sbatch", "--version"]).strip()
     except (UserError, RunFailure) as error:
-        return [f"slurm         {version}: {error}"]
+        return [f"slurm         {error}"]
     return [f"slurm         {version}: mixmask launch submits to it"]
 
 

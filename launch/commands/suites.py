@@ -162,6 +162,8 @@ def logs(
 
     newest, found = states.find_cell(list(manifest.launches(runs.resolve()))[::-1], cell)
     one = next(one for one in states.status(newest) if one.cell == found.id)
+    if one.log is None and one.state == "done":
+        raise UserError(f"{one.cell}: was finished before it was launched here; its run directory is {one.run}")
     if one.log is None or not Path(one.log).is_file():
         raise UserError(f"{one.cell}: {one.state}, and there is no log yet{f' ({one.log})' if one.log else ''}")
     text = Path(one.log).read_text(encoding="utf-8", errors="replace").splitlines()

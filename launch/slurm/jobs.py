@@ -98,10 +98,8 @@ class CellJob:
                 )
         except Interrupted as stop:
             self.stopped(place, stop.signal, str(stop))
-        except UserError as error:
-            self.failed(place, f"error: {error}", 2)
-        except RunFailure as error:
-            self.failed(place, f"failed: {error}", 1)
+        except (UserError, RunFailure) as error:
+            self.failed(place, error.told(), error.exit_code)
         except SystemExit as end:  # several processes have agreed on it, and the first has said why
             code = end.code if isinstance(end.code, int) else 1
             if code <= 128:

@@ -78,10 +78,8 @@ def _process(index: int, work: Callable[[], None], common: dict[str, str], first
     os.environ.update({**common, "RANK": str(first + index), "LOCAL_RANK": str(index)})
     try:
         work()
-    except UserError as error:
-        _end(f"error: {error}", 2)
-    except RunFailure as error:
-        _end(f"failed: {error}", 1)
+    except (UserError, RunFailure) as error:
+        _end(error.told(), error.exit_code)
 
 
 def _end(message: str, code: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,13 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
             f"suite '{suite.name}' contains duplicate cells; remove one of each pair:",
             *listed(doubled),
         )
+    named = Counter((cell.stage, cell.name) for cell in cells)
+    for (stage, name), count in named.items():
+        if count > 1:
+            say(
+                f"warning: {count} cells of {stage} are called {name}; give each entry of suite {suite.name} a `name:` of "
+                f"its own, beside `config:`, so that tables and status tell them apart"
+            )
     return tuple(cells)
 
 
@@ -234,6 +242,7 @@ class _Expansion:
             self.sources[path] = read_source(path)
         labels = {key: getattr(entry, key) for key in LABELS}
         given = {key: value for key, value in labels.items() if value is not None}
+        transfer_stage.check_labels(given, self.sources[path])
         info = self.sources[path].info
         return _Backbone(entry.name, info.recipe, path, info.fingerprint, None, given)
 

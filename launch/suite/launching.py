@@ -12,7 +12,7 @@ from mixmask.engine.errors import ConfigError, NotWritable, RunDirectoryError, R
 from mixmask.engine.ownership import Owner, read_owner
 from mixmask.engine.progress import say
 from mixmask.engine.provenance import code
-from mixmask.engine.storage import write_text
+from mixmask.engine.storage import RunDirectory, write_text
 from mixmask.launch.slurm import slurm_cli, submission
 from mixmask.launch.slurm.jobs import CellJob
 from mixmask.launch.slurm.profile import Profile
@@ -24,6 +24,8 @@ from mixmask.launch.suite.cells import Cell, check_cells, expand
 from mixmask.launch.suite.manifest import Cluster, Launch
 from mixmask.launch.suite.suite import Suite
 from mixmask.launch.suite.summary import write_results
+from mixmask.transfer import stage as transfer_stage
+from mixmask.transfer.protocol import TransferRecipe
 
 SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
@@ -144,7 +146,7 @@ def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
             if launched.job is not None and launch.cluster == "slurm":
                 known.setdefault(launched.id, []).append(launched.job)
     for cell in cells:
-        owner = read_owner(cell.run / "owner.json")
+        owner = read_owner(RunDirectory(cell.run).owner_file)
         if owner is not None and owner.get("job"):
             known.setdefault(cell.id, []).append(str(owner["job"]))
     states = _settled({job for cell in cells for job in known.get(cell.id, [])})
@@ -202,6 +204,10 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
     try:
         plan = make_plan(suite, folder, profile, cluster, runs, check_data)
         say(plan.describe())
+        for cell in plan.finished:
+            if cell.recipe is not None and cell.stage == "transfer":
+                assert isinstance(cell.recipe, TransferRecipe)
+                transfer_stage.relabel(cell.recipe, RunDirectory(cell.run))
         record = _record(plan)
         jobs = _jobs(plan, record)
         if cluster == "slurm":

@@ -125,8 +125,8 @@ def _state(
         if not (launch.folder / "started" / str(cell.job)).exists() and job.seconds > UNSEEN_SECONDS and not mine:
             return "running", f"on {job.node}, but its files are not seen in {launch.folder}: is that folder shared?"
         return "running", progress(cell.run)
-    owner = read_owner(cell.run / "owner.json")
-    if job is None and owner is not None and seems_alive(cell.run / "owner.json"):
+    owner = read_owner(RunDirectory(cell.run).owner_file)
+    if job is None and owner is not None and seems_alive(RunDirectory(cell.run).owner_file):
         return "running", f"{progress(cell.run)} ({describe_owner(owner)})".strip()
     parent = before.get(cell.parent) if cell.parent is not None else None
     if job is not None and job.state == "CANCELLED":

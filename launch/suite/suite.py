@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from mixmask.engine.config import Recipe, load_recipe
 from mixmask.engine.records import Label, Method
+from mixmask.engine.wording import did_you_mean
 from mixmask.launch.slurm.profile import Resources
 from mixmask.transfer.checkpoints.export import Target
 from mixmask.transfer.protocols import PROTOCOLS
@@ -42,7 +42,8 @@ class Entry(Recipe):
                 raise ValueError(f"{key} stands in set and in vary; one of them")
         for key in ("seed", "name", "backbone"):
             if key in self.set or key in self.vary:
-                raise ValueError(f"{key} is the suite's to set" + (": use seeds" if key == "seed" else ""))
+                remedy = {"seed": ": use seeds", "name": ": write name: beside config:"}.get(key, "")
+                raise ValueError(f"{key} is the suite's to set{remedy}")
         return self
 
 
@@ -109,9 +110,8 @@ class Settings(Recipe):
         valid = ["pretrain", "transfer", *PROTOCOLS.by_name()]
         for key, value in (self.model_extra or {}).items():
             if key not in valid:
-                near = difflib.get_close_matches(key, valid, n=1)
-                hint = f" Did you mean '{near[0]}'?" if near else ""
-                raise ValueError(f"unknown key '{key}'.{hint} Valid keys here: {', '.join(valid)}")
+                text = f"unknown key '{key}'. {did_you_mean(key, valid)}".rstrip()
+                raise ValueError(f"{text} Valid keys here: {', '.join(valid)}")
             if not isinstance(value, dict):
                 raise ValueError(f"{key}: a mapping was expected (given: {value!r})")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from torch import nn
 
 from mixmask.api import Place
 from mixmask.engine.backbones import build_trunk
+from mixmask.engine.errors import ConfigError
 from mixmask.engine.storage import require_output_file
-from mixmask.transfer.checkpoints.export import Target, check_export, export
+from mixmask.engine.wording import did_you_mean
+from mixmask.transfer.checkpoints.export import TARGETS, Target, check_export, export
 from mixmask.transfer.checkpoints.source import read_source
 from mixmask.transfer.checkpoints.tensor_report import Reading
 
@@ -41,7 +44,7 @@ def load_backbone(
     >>> model(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 512])
     """
-    source = read_source(Path(path).expanduser(), Reading(layout, prefix, arch))
+    source = read_source(_file(path), Reading(layout, prefix, arch))
     for text in source.tensor_report.warnings:
         warnings.warn(f"{source.path}: {text}", stacklevel=2)
     trunk: Any = build_trunk(source.info.recipe)
@@ -67,9 +70,17 @@ def convert(source: Place, out: Place, *, to: Target, force: bool = False, verif
     >>> convert(backbone, folder / "r18.pth", to="torchvision").name
     'r18.pth'
     """
-    out = Path(out).expanduser()
+    if to not in TARGETS:
+        raise ConfigError(f"to={to!r}: valid: {', '.join(TARGETS)}. {did_you_mean(to, TARGETS)}".rstrip())
+    out = _file(out)
     require_output_file(out, force)
-    found = read_source(Path(source).expanduser())
+    found = read_source(_file(source))
     check_export(found, out, to)
     export(found, out, to, verify)
     return out
+
+
+def _file(path: Place) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"a checkpoint's path was expected, got {type(path).__name__}")
+    return Path(path).expanduser()

@@ -10,15 +10,16 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mixmask.api import Place
+from mixmask.engine.config import checked_recipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
@@ -30,9 +31,12 @@ from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import Precision
 from mixmask.engine.preflight import find_splits
 from mixmask.engine.storage import RunDirectory
-from mixmask.transfer.classification import EvaluationRecipe
+from mixmask.transfer.classification import ClassifyRecipe
 from mixmask.transfer.protocol import Setting
+from mixmask.transfer.protocols.knn import KnnRecipe
 from mixmask.transfer.protocols.linear import LinearRecipe
+
+R = TypeVar("R", bound=ClassifyRecipe)
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,19 @@ def knn(
     >>> 0 <= knn(mixmask.load_backbone(backbone), photos, resize=None, crop=32) <= 100
     True
     """
-    train, test, _ = _splits(Path(root).expanduser(), holdout)
-    if k > len(train):
+    train, test, data = _splits(Path(root).expanduser(), holdout)
+    asked_for = {"k": k, "temperature": temperature, "precision": precision, "normalization": normalization}
+    recipe = _recipe_of(KnnRecipe, "knn", data, asked_for, resize, crop, batch_size)
+    if recipe.k > len(train):
         raise ConfigError(f"k {k} is larger than the {len(train)} training images of {root}")
     with _measured(model, crop) as pooled:
         (bank, labels), (asked, answers) = (
             _features(pooled, images, resize, crop, batch_size, _of(model, normalization), precision)
             for images in (train, test)
         )
-    predicted = knn_predict(bank, labels, asked, num_classes=len(train.classes), k=k, temperature=temperature)
+    predicted = knn_predict(
+        bank, labels, asked, num_classes=len(train.classes), k=recipe.k, temperature=recipe.temperature
+    )
     return top1(predicted, answers)
 
 
@@ -204,21 +212,18 @@ def linear_probe(
     True
     """
     train, test, data = _splits(Path(root).expanduser(), holdout)
-    recipe = LinearRecipe(
-        protocol="linear",
-        name="probe",
-        backbone="in memory",
-        seed=seed,
-        data=data,
-        augment=None,
-        evaluation=EvaluationRecipe(resize=resize, crop=crop, batch_size=batch_size),
-        lr=lr,
-        batch_size=min(batch_size, len(train)),
-        epochs=epochs,
-        milestones=tuple(dict.fromkeys(max(1, round(epochs * share)) for share in (0.6, 0.8))),
-        precision=precision,
-        save_predictions=False,
-    )
+    rates = {
+        "seed": seed,
+        "augment": None,
+        "lr": lr,
+        "batch_size": min(batch_size, len(train)),
+        "epochs": epochs,
+        "milestones": [*dict.fromkeys(max(1, round(epochs * share)) for share in (0.6, 0.8))],
+        "precision": precision,
+        "normalization": normalization,
+        "save_predictions": False,
+    }
+    recipe = _recipe_of(LinearRecipe, "linear", data, rates, resize, crop, batch_size)
     with _measured(model, crop) as pooled, tempfile.TemporaryDirectory() as folder:
         state = {name: value.detach().cpu().clone() for name, value in pooled.state_dict().items()}
         run = RunDirectory(Path(folder) / "probe")
@@ -228,6 +233,25 @@ def linear_probe(
         setting = Setting(run, "probe", listing, pooled.place.device, no_file, train, test, _of(model, normalization))
         found = recipe.probe(setting, lambda: pooled, state)
     return found["linear/top1"]
+
+
+def _recipe_of(
+    kind: type[R],
+    protocol: str,
+    data: DataRecipe,
+    keys: Mapping[str, Any],
+    resize: int | None,
+    crop: int,
+    batch_size: int,
+) -> R:
+    """The arguments as the command line would check them.
+
+    Raises:
+        ConfigError: With the argument, what was given and what would be valid.
+    """
+    evaluation = {"resize": resize, "crop": crop, "batch_size": batch_size}
+    rest = {"protocol": protocol, "name": protocol, "backbone": "in memory", "data": data, "evaluation": evaluation}
+    return checked_recipe(kind, {**rest, **keys}, protocol)
 
 
 def _of(model: nn.Module, normalization: Normalization | None) -> Normalization:
@@ -253,7 +277,9 @@ def _features(
 
 def _recipe(root: Path, test: str | None = None, holdout: float = 0.0) -> DataRecipe:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", root.name) or "data"
-    return DataRecipe(name=name, root=str(root), test=test, holdout=holdout, num_workers=min(4, os.cpu_count() or 1))
+    workers = min(4, os.cpu_count() or 1)
+    keys = {"name": name, "root": str(root), "test": test, "holdout": holdout, "num_workers": workers}
+    return checked_recipe(DataRecipe, keys, "data")
 
 
 def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mixmask.api import Place
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import load_recipe
@@ -82,6 +84,9 @@ def _texts(overrides: Overrides) -> list[str]:
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: {overrides!r} is one text; give a mapping, {{'epochs': 10}}, or a list of texts")
     if isinstance(overrides, Mapping):
+        network = next((key for key, value in overrides.items() if isinstance(value, nn.Module)), None)
+        if network is not None:
+            raise ConfigError(f"{network}: a file was expected; mixmask.knn and linear_probe take networks in memory")
         return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]  # JSON is YAML
     return [*overrides]
 

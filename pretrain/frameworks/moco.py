@@ -17,6 +17,7 @@ from mixmask.engine.config import added
 from mixmask.engine.distributed import gather, world
 from mixmask.engine.heads import Head, mlp
 from mixmask.engine.precision import to_device
+from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 
@@ -57,11 +58,10 @@ class MoCoRecipe(FrameworkRecipe):
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         keys = batch_size * (2 if self.symmetric else 1)
         if self.queue_size % keys:
-            near = max(self.queue_size // keys, 1) * keys
             what = f"the {keys} keys of a step (batch_size {batch_size}, symmetric)" if self.symmetric else ""
             raise ValueError(
                 f"framework.queue_size {self.queue_size} is not a multiple of {what or f'batch_size {batch_size}'}; "
-                f"valid for this batch: {near}, {near + keys}, …"
+                f"{nearest_multiples(self.queue_size, keys)}"
             )
         splits = self.bn_splits
         if splits % processes and processes % splits:

@@ -472,7 +472,7 @@ def test_metadata_of_our_own_files_is_checked_when_they_are_read(key: str, tmp_p
 
 
 def test_a_loss_that_falls_from_high_is_no_divergence() -> None:
-    watch = classification._DivergenceWatch(10, settled=2)
+    watch = classification._DivergenceWatch(10, settled=2, slower="lr=1")
     said = [watch({"loss": loss, "lr": 0.1}, step) for step, loss in enumerate([50, 40, 30, 20, 19.5, 25, 5, 3.4, 3.3])]
     assert [text is not None for text in said] == [False, False, False, False, True, True, False, False, False]
 

@@ -6,7 +6,6 @@ it is left out.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.errors import CheckpointError
+from mixmask.engine.wording import did_you_mean
 from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, TWIN, Layout, known_layouts
 from mixmask.transfer.checkpoints.names import (
     COUNTER,
@@ -119,9 +119,8 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
         return _given_prefix(tensors, unwrapped(reading.prefix), listed or NAMINGS, path)
     known = {layout.name: layout for layout in known_layouts()}
     if reading.layout is not None and reading.layout not in known:
-        near = difflib.get_close_matches(reading.layout, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CheckpointError(f"--as {reading.layout}: valid: {', '.join(known)}{hint}")
+        hint = did_you_mean(reading.layout, known)
+        raise CheckpointError(f"--as {reading.layout}: valid: {', '.join(known)}. {hint}".rstrip())
     for layout in known_layouts() if reading.layout is None else (known[reading.layout],):
         signs = [next((name for name in tensors if re.fullmatch(sign, name)), None) for sign in layout.signs]
         if None in signs and reading.layout is None:

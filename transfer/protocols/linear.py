@@ -74,6 +74,11 @@ class LinearRecipe(TrainedRecipe):
 
     @property
     @override
+    def slower(self) -> str:
+        return f"lr={self.lr / 10:g}"
+
+    @property
+    @override
     def in_steps(self) -> bool:
         return self.schedule == "step"
 

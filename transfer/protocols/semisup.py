@@ -100,6 +100,11 @@ class SemisupRecipe(TrainedRecipe):
 
     @property
     @override
+    def slower(self) -> str:
+        return f"lr_head={self.rates[1] / 10:g}"
+
+    @property
+    @override
     def title(self) -> str:
         return f"{self.labels:g} % of labels"
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError
-from mixmask.engine.loader import from_workers, say_if_crowded
+from mixmask.engine.loader import from_workers, useful_workers
 from mixmask.engine.randomness import generator
 from mixmask.engine.stopping import outlive_stop_signals
 from mixmask.transfer.detection.data.annotations import DetectionSet
@@ -137,11 +137,10 @@ def training_batches(
 
     A step's batch does not depend on where the run started, nor on the number of processes.
     """
-    say_if_crowded(recipe.data.num_workers)
     loader: DataLoader[tuple[Tensor, Targets]] = DataLoader(
         _Training(pictures, recipe, seed),
         batch_sampler=_keys(pictures, recipe, seed, first, last),
-        num_workers=recipe.data.num_workers,
+        num_workers=useful_workers(recipe.data.num_workers),
         collate_fn=_collate,
         worker_init_fn=outlive_stop_signals,
     )
@@ -172,7 +171,7 @@ def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[
     loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
         _Testing(pictures, recipe),
         batch_size=None,
-        num_workers=recipe.data.num_workers,
+        num_workers=useful_workers(recipe.data.num_workers),
         collate_fn=_unchanged,
         worker_init_fn=outlive_stop_signals,
     )
