@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, get_args
 from pydantic import BaseModel
 
 from mixmask.engine.errors import ConfigError
-from mixmask.engine.wording import did_you_mean
+from mixmask.engine.wording import closest_first
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Registry(Generic[T]):
         found: dict[str, type[T]] = {}
         for one in _derived(self.base):
             names = list(self._names_of(one))
-            if not names and not inspect.isabstract(one):
+            if not names and not one.__subclasses__() and not inspect.isabstract(one):
                 raise ConfigError(
                     f"{one.__module__}.{one.__qualname__}: a {self.what} has a name, and this class gives none "
                     f'(such as kind: Literal["mine"])'
@@ -100,14 +100,13 @@ class Registry(Generic[T]):
             where: What stands before the message: the file and the key.
 
         Raises:
-            ConfigError: If there is none; with all names and the closest one.
+            ConfigError: If there is none; with all names, the closest first.
         """
         found = self.by_name()
         if name in found:
             return found[str(name)]
         given = f"there is no {self.what} {name!r}" if name is not None else f"no {self.what} is given"
-        hint = did_you_mean(name, found)
-        raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {', '.join(found)}. {hint}".rstrip(". "))
+        raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {', '.join(closest_first(name, found))}")
 
 
 def load_entry_points(group: str) -> list[Any]:

@@ -25,6 +25,13 @@ def did_you_mean(given: object, valid: Iterable[str], most: int = 1) -> str:
     return f"Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
+def closest_first(given: object, valid: Iterable[str]) -> list[str]:
+    """Valid names, those first that are near what was given."""
+    names = list(valid)
+    near = difflib.get_close_matches(str(given), names, n=3)
+    return [*near, *(name for name in names if name not in near)]
+
+
 def nearest_multiples(value: int, of: int) -> str:
     """Multiples that are valid where ``value`` is none: ``valid: 48, 64, …``."""
     near = max(value // of, 1) * of

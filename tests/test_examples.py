@@ -155,6 +155,7 @@ def test_without_the_package_its_names_are_unknown(tmp_path: Path, own_data: Pat
         open_split(DataRecipe(name="own", root=str(own_data)), "train")
 
 
+@pytest.mark.slow
 def test_an_entry_point_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     """As one sentence, with the package that has it, and no traceback."""
     metadata = tmp_path / "site" / "broken_lab-1.dist-info"

@@ -79,8 +79,9 @@ def test_an_editable_install_is_found_beside_a_folder_of_the_same_name(tmp_path:
         archive.extractall(tmp_path / "site")
     (tmp_path / "work" / "mixmask").mkdir(parents=True)
     program = (
-        f"import site, sys; sys.path.insert(0, ''); site.addsitedir({str(tmp_path / 'site')!r}); import mixmask, importlib.util; "
-        f"print(mixmask.__file__); print(*(importlib.util.find_spec(name) for name in ('engine', 'launch', 'transfer')))"
+        f"import site, sys; sys.path.insert(0, ''); site.addsitedir({str(tmp_path / 'site')!r}); import mixmask; "
+        f"import importlib.util; print(mixmask.__file__); "
+        f"print(*(importlib.util.find_spec(name) for name in ('engine', 'launch', 'transfer')))"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program], cwd=tmp_path / "work", capture_output=True, text=True, timeout=60,

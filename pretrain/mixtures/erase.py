@@ -14,7 +14,8 @@ from typing_extensions import override
 from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
-from mixmask.pretrain.mixture import Column, MaskOptions, Mixture, Rows, Views, as_stored
+from mixmask.pretrain.mask_options import MaskOptions
+from mixmask.pretrain.mixture import Column, Mixture, Rows, Views, as_stored
 
 
 class Erase(MaskOptions):

@@ -9,7 +9,8 @@ from pydantic import Field
 from typing_extensions import override
 
 from mixmask.engine.records import Method
-from mixmask.pretrain.mixture import Draw, MaskOptions, random_permutation, reverse_permutation
+from mixmask.pretrain.mask_options import MaskOptions
+from mixmask.pretrain.mixture import Draw, random_permutation, reverse_permutation
 from mixmask.pretrain.mixtures.unmix import draw_unmix
 
 

@@ -66,9 +66,9 @@ def test_timms_convnets_are_trunks(name: str, tmp_path: Path) -> None:
 def test_what_is_no_convnet_is_refused() -> None:
     with pytest.raises(ConfigError, match="has attention layers; the suite is for ConvNets"):
         build_trunk(BackboneRecipe(arch="timm/vit_tiny_patch16_224"))
-    with pytest.raises(ValidationError, match="did you mean timm/convnext_tiny"):
+    with pytest.raises(ValidationError, match="Did you mean 'timm/convnext_tiny'"):
         BackboneRecipe(arch="timm/convnext_tny")
-    with pytest.raises(ValidationError, match=r"did you mean 'resnet34'"):
+    with pytest.raises(ValidationError, match=r"Did you mean 'resnet34'"):
         BackboneRecipe(arch="resnet_34")
     with pytest.raises(ValidationError, match="options of the ResNets"):
         BackboneRecipe(arch="timm/convnext_atto", stem="cifar")

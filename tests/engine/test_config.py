@@ -93,8 +93,8 @@ def test_override_errors_name_the_command_line() -> None:
         "Did you mean 'mixmask'?"
     )
     assert "Did you mean 'simsiam'?" in error(CIFAR, "framework.kind=simsaim")
-    assert "did you mean 'resnet50'?" in error(CIFAR, "backbone.arch=resnet5O")
-    assert "did you mean timm/convnext_tiny" in error(CIFAR, "backbone.arch=timm/convnext_tny")
+    assert "Did you mean 'resnet50'?" in error(CIFAR, "backbone.arch=resnet5O")
+    assert "Did you mean 'timm/convnext_tiny'" in error(CIFAR, "backbone.arch=timm/convnext_tny")
     assert "must lie in (0, 1)" in error(CIFAR, "mix.ratio=1.5")
 
 

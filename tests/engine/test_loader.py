@@ -23,7 +23,7 @@ from mixmask.engine.loader import (
     check_crop,
     from_workers,
     open_source,
-    say_if_crowded,
+    useful_workers,
 )
 
 CPU = torch.device("cpu")
@@ -133,6 +133,7 @@ sys.modules["kept"] = kept
 """
 
 
+@pytest.mark.slow
 def test_workers_outlive_signals_of_others_and_obey_their_parent() -> None:
     done = subprocess.run([sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
@@ -141,7 +142,7 @@ def test_workers_outlive_signals_of_others_and_obey_their_parent() -> None:
 def test_torchs_warning_of_many_workers_is_said_in_our_words(
     shapes: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    say_if_crowded.cache_clear()
+    useful_workers.cache_clear()
     data = DataRecipe.model_validate({"name": "x", "root": str(shapes), "num_workers": 65})
     source = open_source(open_split(data, "train"), data, torch.device("cpu"))
     open_source(open_split(data, "train"), data, torch.device("cpu"))

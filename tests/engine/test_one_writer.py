@@ -173,6 +173,7 @@ def test_a_process_that_wakes_before_anyone_took_over_goes_on(config: Path, tmp_
         sleeper.kill()
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_under_a_run_gets_no_record(config: Path, tmp_path: Path) -> None:
     run, gate = tmp_path / "run", tmp_path / "gate"
     process = start(config, run, "gate", gate)

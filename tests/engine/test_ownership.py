@@ -40,6 +40,7 @@ def write_foreign(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(owner))
 
 
+@pytest.mark.slow
 def test_a_living_owner_is_left_alone_and_named(tmp_path: Path) -> None:
     file = tmp_path / "owner.json"
     other = holder(file)

@@ -341,6 +341,7 @@ except RunFailure as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: both fail in the write itself."""
     root = str(Path(__file__).resolve().parents[2])

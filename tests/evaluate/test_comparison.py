@@ -51,7 +51,7 @@ def test_conditions_choose_runs_and_unknown_ones_are_refused() -> None:
     assert found.result.value == pytest.approx(1.0)
     with pytest.raises(UserError, match="methods there: random, vanilla, unmix, mixmask, mixmask\\+unmix"):
         chosen(lab, "mscn")
-    with pytest.raises(UserError, match="Columns: run"):
+    with pytest.raises(UserError, match="no column 'nonsense'"):
         chosen(lab, "nonsense > 3")
 
 

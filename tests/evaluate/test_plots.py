@@ -38,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, ...]:
     return collect(root).distinct
 
 
+@pytest.mark.slow
 def test_every_kind_of_plot_is_drawn_as_png_and_svg(runs: tuple[Run, ...], tmp_path: Path) -> None:
     plots = plots_of(runs, published_numbers())
     ids = [plot.id for plot in plots]

@@ -208,6 +208,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(page_file: Path, tmp_path:
     assert (tmp_path / "report").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_page(page_file: Path) -> None:
     first = page_file.read_bytes()
     again = write_report(collect(page_file.parent.parent / "runs"), page_file.parent)

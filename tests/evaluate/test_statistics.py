@@ -28,7 +28,7 @@ def test_words_are_plain() -> None:
     assert found.error == pytest.approx(gaps.std(ddof=1) / 5**0.5)
     assert found.p == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
     interval = f"[{found.low:.1f}, {found.high:.1f}] (paired t interval)"
-    assert found.words() == f"+0.8 ± 0.2, 5 seeds, 95 % CI {interval}, paired t-test p = {found.p:.2g}"
+    assert found.words() == f"+0.8 (SE 0.2), 5 seeds, 95 % CI {interval}, paired t-test p = {found.p:.2g}"
 
 
 def test_the_intervals_are_students_and_welchs() -> None:
@@ -42,6 +42,7 @@ def test_the_intervals_are_students_and_welchs() -> None:
     assert "(Welch's t interval)" in found.words()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 4, 5, 10])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_intervals_cover_what_they_say(n: int, skewed: bool) -> None:

@@ -81,6 +81,7 @@ def test_convert_prints_the_account(tmp_path: Path) -> None:
     assert backbone.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_exit_code_1(shapes: Path, tmp_path: Path) -> None:
     done = mixmask(
         "pretrain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mixmask.engine.backbones import load_backbone
 from mixmask.engine.errors import Interrupted, UserError
 from mixmask.engine.records import Record
 from mixmask.launch.commands.app import app
@@ -19,6 +22,7 @@ from mixmask.launch.suite import manifest
 from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 
+@pytest.mark.slow
 def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
     tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +75,21 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     assert len(seen) == 1
     assert found(runs)["mixmask"].state == "stopped"
     assert launch(suite, runs, profile(), cluster="inline")
+
+
+def test_labels_of_a_suite_reach_cells_that_were_finished_before(
+    tmp_path: Path, shapes: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, _ = load_backbone(resnet18)
+    torch.save(state, tmp_path / "theirs.pth")
+    runs = tmp_path / "runs"
+    for method in ("first", "second"):
+        entry = {"path": "theirs.pth", "name": "theirs", "method": method}
+        suite = write_suite(tmp_path, [{"checkpoints": [entry], "transfer": [KNN]}], shapes)
+        assert launch(suite, runs, profile(), cluster="inline")
+        (record,) = runs.glob("transfer/*/record.json")
+        assert json.loads(record.read_text())["method"] == method
+    assert "labels updated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

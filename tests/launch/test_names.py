@@ -39,7 +39,7 @@ def test_names_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mon
         assert config_file(Path(given), "transfer") == knn
     (tmp_path / "knn").write_text("mine")
     assert config_file(Path("knn"), "transfer") == Path("knn")
-    with pytest.raises(ConfigError, match=r"knn_foto: no such config file, .* did you mean knn_photos"):
+    with pytest.raises(ConfigError, match=r"knn_foto: no such config file, .* Did you mean 'knn_photos'"):
         config_file(Path("knn_foto"), "transfer")
     with pytest.raises(ConfigError, match="no such config file"):
         load_recipe(PretrainRecipe, config_file(Path("sub/absent.yaml"), "pretrain"))
@@ -60,7 +60,7 @@ def test_a_base_is_named_like_any_config(tmp_path: Path, monkeypatch: pytest.Mon
     assert identity(load_recipe(PretrainRecipe, mine)) == {**theirs, "epochs": 7}
     mine.write_text("base: cifar100_moko\n")
     with pytest.raises(
-        ConfigError, match=r"^sub/cifar100_moco.yaml: base: cifar100_moko: .* did you mean cifar100_moco"
+        ConfigError, match=r"^sub/cifar100_moco.yaml: base: cifar100_moko: .* Did you mean 'cifar100_moco'"
     ):
         load_recipe(PretrainRecipe, Path("sub/cifar100_moco.yaml"))
     mine.write_text("base: ../absent.yaml\n")

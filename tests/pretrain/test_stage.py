@@ -219,7 +219,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shap
 def test_a_shortened_run_says_how_much_it_trained(config: Path, tmp_path: Path) -> None:
     short = plan(config, tmp_path, "max_steps=2")
     assert "length    2 steps of 16 (max_steps; 2 epochs × 7 steps would be 14)" in short.describe()
-    assert "warning" not in short.describe()
+    assert "warning   framework" not in short.describe()
+    assert "backbone.stem=cifar is made for them" in short.describe()
     assert (
         "framework.queue_size 160 is more than the 120 training images"
         in plan(config, tmp_path, "framework.queue_size=160").describe()
@@ -281,6 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
         assert all(bool(torch.isfinite(value.float()).all()) for value in state.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/resnet10t", "resnet34"])
 def test_other_trunks_pretrain_and_transfer(arch: str, config: Path, shapes: Path, tmp_path: Path) -> None:
     trunk = [f"backbone.arch={arch}", "backbone.stem=standard"]
@@ -303,6 +305,7 @@ def test_groups_of_batch_statistics_need_plain_batch_norm(config: Path, tmp_path
             plan(config, tmp_path, f"backbone.arch=timm/{arch}", "backbone.stem=standard")
 
 
+@pytest.mark.slow
 def test_compiled_encoders_train_the_same_network(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

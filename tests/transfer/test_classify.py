@@ -387,6 +387,9 @@ def test_anyones_method_is_named_in_free_words(
     assert again.run.path == plan.run.path  # labels are no part of the identity
     assert stage.run(again).method == "theirs"
     assert "labels updated" in capsys.readouterr().err
+    unlabelled = stage.run(make_plan(KNN, shapes, tmp_path, foreign))  # what is not given stays as it was
+    assert (unlabelled.method, unlabelled.framework, unlabelled.pretrain_epochs) == ("theirs", "SwAV++", 150)
+    assert "labels updated" not in capsys.readouterr().err
     assert Record.read(plan.run.record_file).method == "theirs"
     for key in said:
         with pytest.raises(ConfigError, match=rf"{key.split('=')[0]}=.*says itself that it is"):
@@ -474,7 +477,7 @@ def test_metadata_of_our_own_files_is_checked_when_they_are_read(key: str, tmp_p
 def test_a_loss_that_falls_from_high_is_no_divergence() -> None:
     watch = classification._DivergenceWatch(10, settled=2, slower="lr=1")
     said = [watch({"loss": loss, "lr": 0.1}, step) for step, loss in enumerate([50, 40, 30, 20, 19.5, 25, 5, 3.4, 3.3])]
-    assert [text is not None for text in said] == [False, False, False, False, True, True, False, False, False]
+    assert [text is not None for text in said] == [False, False, False, False, True, False, False, False, False]  # once
 
 
 def test_a_list_of_labelled_images_that_cannot_be_read_is_named(shapes: Path, tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_refused_at_once(bomb: str, tmp_path: Path) -> None:
     content, said = BOMBS[bomb]

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
-from mixmask.engine.errors import CheckpointError
+from mixmask.engine.config import checked_recipe
+from mixmask.engine.errors import CheckpointError, ConfigError
 from mixmask.engine.wording import did_you_mean
 from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, TWIN, Layout, known_layouts
 from mixmask.transfer.checkpoints.names import (
@@ -281,9 +282,9 @@ def named_recipe(arch: str) -> BackboneRecipe:
         CheckpointError: If there is none of this name.
     """
     try:
-        return BackboneRecipe.model_validate({"arch": arch})
-    except ValueError as error:
-        raise CheckpointError(f"--arch {arch}: {str(error).splitlines()[2].strip()}") from None
+        return checked_recipe(BackboneRecipe, {"arch": arch}, "--arch")
+    except ConfigError as error:
+        raise CheckpointError(error.one_line()) from None
 
 
 def trunk_names(recipe: BackboneRecipe) -> list[str]:

@@ -92,6 +92,7 @@ def test_both_protocols_run_end_to_end(
         assert sheet.width > 500
 
 
+@pytest.mark.slow
 def test_training_learns_a_picture_by_heart(voc: Path, tmp_path: Path, resnet18: Path) -> None:
     recipe = recipe_of(VOC, voc, tmp_path, "batch_size=2", "lr=0.01")
     train, _ = open_detection(recipe)

@@ -36,6 +36,7 @@ needs_detectron2 = pytest.mark.skipif(not HAS_DETECTRON2, reason="Detectron2 can
 ENGINES = ["torchvision", pytest.param("detectron2", marks=needs_detectron2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["voc", "coco"])
 def test_a_run_keeps_what_it_found_and_learnt(
@@ -71,6 +72,7 @@ def test_a_run_keeps_what_it_found_and_learnt(
     assert "http" not in page
 
 
+@pytest.mark.slow
 def test_detections_are_drawn(coco: Path, tmp_path: Path, resnet18: Path) -> None:
     ready = plan(COCO, coco, tmp_path, resnet18)
     with pytest.raises(RunDirectoryError, match="no run directory"):
@@ -129,6 +131,7 @@ def timm_backbone(path: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_networks_of_timm_where_c4_makes_sense(voc: Path, tmp_path: Path) -> None:
     record = stage.run(plan(VOC, voc, tmp_path, timm_backbone(tmp_path / "b.safetensors", "timm/resnet18d")))
     assert record.arch == "timm/resnet18d"
