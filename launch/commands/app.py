@@ -56,14 +56,14 @@ def pretrain(
     run_dir: RunDir = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Pretrain a backbone without labels; the product is backbone.safetensors in the run directory.
+    """Pretrain a backbone without labels. The result is backbone.safetensors in the run directory.
 
-    Killed at any moment, the same command goes on from the last checkpoint. epochs=0 gives the trunk at random
-    initialisation, mix.kind=none the framework without mixing.
+    The same command resumes a stopped or killed run from its last checkpoint. epochs=0 gives the randomly initialised
+    backbone, mix.kind=none the framework without a mixture.
 
     \b
     Example:
-      mixmask pretrain configs/pretrain/cifar100_moco_mixmask.yaml data.root=/data/cifar100 epochs=200
+      mixmask pretrain cifar100_moco_mixmask data.root=/data/cifar100 epochs=200
     """
     from mixmask.engine.config import load_recipe, to_yaml
     from mixmask.engine.distributed import agreed, session
@@ -96,20 +96,22 @@ def transfer(
     dry_run: DryRun = False,
     dump_detectron2_config: Annotated[
         Path | None,
-        typer.Option(help="Write a detection recipe as Detectron2's YAML, with the trunk beside it, and run nothing."),
+        typer.Option(
+            help="Write a detection recipe as Detectron2's YAML, with the backbone beside it, and run nothing."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the files of --dump-detectron2-config.")] = False,
 ) -> None:
-    """Measure a backbone: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
+    """Measure how well a backbone transfers: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
 
-    backbone=PATH is our backbone.safetensors or a checkpoint of a known layout; for a foreign one, framework=… and
-    method=… label the result. The run directory gets record.json with the metrics.
+    backbone=PATH is our backbone.safetensors or a checkpoint of a known layout. For a foreign one, framework=… and
+    method=… label the result. The metrics are written to record.json in the run directory.
 
     \b
     Examples:
-      mixmask transfer configs/transfer/knn.yaml backbone=backbone.safetensors data.root=/data/cifar10
-      mixmask transfer configs/transfer/detect_voc.yaml backbone=backbone.safetensors data.root=/data/VOCdevkit
-      mixmask transfer configs/transfer/detect_coco.yaml backbone=b.safetensors engine=detectron2 data.root=/data/coco
+      mixmask transfer knn backbone=backbone.safetensors data.root=/data/cifar10
+      mixmask transfer linear backbone=backbone.safetensors data.root=/data/imagenet lr=10
+      mixmask transfer detect_coco backbone=backbone.safetensors engine=detectron2 data.root=/data/coco
     """
     from mixmask.engine.config import to_yaml
     from mixmask.engine.distributed import agreed, session
@@ -189,7 +191,7 @@ for _command in (
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the demo's data and runs.")] = Path("demo"),
     data_only: Annotated[bool, typer.Option("--data-only", help="Draw the pictures and stop.")] = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run; run nothing.")] = False,
 ) -> None:
     """Do everything once, small, on synthetic pictures: pretrain, convert, transfer, tabulate.
 

@@ -7,19 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from mixmask.launch.commands.options import DryRun, Force
+from mixmask.launch.commands.options import Force
 from mixmask.launch.commands.terminal import show
 
 Layout = Annotated[
-    str | None, typer.Option("--as", help="The source's layout, where its keys do not tell it: moco, simsiam, swav, …")
+    str | None, typer.Option("--as", help="The source's layout, if its keys do not tell: moco, simsiam, swav, …")
 ]
 Prefix = Annotated[
     str | None,
-    typer.Option(help="What stands before the trunk's names in the source, with its containers; '' for nothing."),
+    typer.Option(help="The prefix of the backbone's keys in the source, with its containers; '' for none."),
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(help="timm/ and the name of a ConvNet of timm, if the source is one; ResNets are recognised."),
+    typer.Option(help="timm/ and the name, if the source is a ConvNet of timm. ResNets are recognised."),
 ]
 
 
@@ -27,22 +27,23 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint of a known layout, or our backbone.safetensors.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
     to: Annotated[
-        Literal["detectron2", "torchvision", "timm", "mixmask"], typer.Option(help="Whose names and format to write.")
+        Literal["detectron2", "torchvision", "timm", "mixmask"],
+        typer.Option(help="The library whose names and format to write."),
     ],
     layout: Layout = None,
     prefix: Prefix = None,
     arch: Arch = None,
     verify: Annotated[
-        bool, typer.Option(help="Read the file back with the library it is for and compare features with the source's.")
+        bool,
+        typer.Option(help="Read the file back with the library it is for, and compare its features with the source's."),
     ] = True,
     force: Force = False,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the source and report; write nothing.")] = False,
 ) -> None:
-    """Write a trunk for another library, with a report on every tensor of the source.
+    """Write a backbone for another library, with a report on every tensor of the source.
 
-    The layouts of MoCo, Un-Mix, MixMask, SimSiam, Barlow Twins, SwAV, BYOL, VICReg, DINO, VISSL, solo-learn, lightly,
-    OpenMMLab, stable-pretraining, timm, transformers, torchvision and Detectron2 are recognised by their keys. A tensor
-    that is missing or unexplained stops it.
+    The layouts of most self-supervised code are recognised by their keys; `--as list` names them. A missing or
+    unexplained tensor stops the conversion.
 
     \b
     Examples:
@@ -69,7 +70,7 @@ def inspect(
     arch: Arch = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with what becomes of it.")] = False,
 ) -> None:
-    """Say what a checkpoint holds: its layout, its network, and what becomes of every tensor; writes nothing.
+    """Show what a checkpoint holds: its layout, its network, and what a conversion does with every tensor.
 
     Exit code 2 if `mixmask convert` would refuse it.
 

@@ -42,11 +42,11 @@ def show_views(
     num: Annotated[int, typer.Option(help="Number of images.", min=2, max=64)] = 8,
     force: Force = False,
 ) -> None:
-    """Draw what a recipe does to your images: views, masks, mixtures and switch images, as its first step sees them.
+    """Draw what a recipe does to your images: the views, masks, mixtures and switch images of its first step.
 
     \b
     Example:
-      mixmask show-views configs/pretrain/imagenet_mocov2_mixmask.yaml data.root=/data/imagenet --out views.png
+      mixmask show-views imagenet_mocov2_mixmask data.root=/data/imagenet --out views.png
     """
     from mixmask.engine.config import load_recipe
     from mixmask.engine.storage import require_output_file
@@ -63,10 +63,10 @@ def check_data(
         list[str] | None, typer.Option(help="A folder in it; may be given several times. Default: train, val, test.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Headers and ends of files; decodes only what looks damaged.")
+        bool, typer.Option("--quick", help="Read headers and ends of files only; decode what looks damaged.")
     ] = False,
 ) -> None:
-    """Count classes and images, report sizes, and find unreadable files: before a long run does. Reads with all cores.
+    """Count classes and images, report sizes, and find unreadable files, before a long run does. Uses all cores.
 
     \b
     Example:

@@ -30,7 +30,7 @@ Templates = Annotated[
 def results(
     runs: RunsArgument,
     query: Annotated[
-        str | None, typer.Option(help="Only the rows of which this holds, e.g. \"dataset == 'cifar100'\".")
+        str | None, typer.Option(help="Only runs that fulfil this condition, e.g. \"dataset == 'cifar100'\".")
     ] = None,
     form: Annotated[
         Literal["csv", "json", "parquet"] | None,
@@ -43,7 +43,7 @@ def results(
     per_class: Annotated[bool, typer.Option("--per-class", help="With the average precision of every class.")] = False,
     columns: Annotated[bool, typer.Option("--columns", help="Describe the columns and stop.")] = False,
 ) -> None:
-    """Print one row per finished run: what it was, what it came to, how it was made.
+    """Print one row per finished run: its metrics, its recipe, its environment.
 
     Columns with a slash stand in backticks in a query.
 
@@ -102,7 +102,7 @@ def tables(
     table: Annotated[
         str | None,
         typer.Option(
-            help="1 2 3 4 5 semisup 7 of the paper, 7-2x, or methods; by default all that have a run in them."
+            help="A table's name: a number of the paper's, methods, … (--table list names all). Default: all with a run."
         ),
     ] = None,
     rows: Annotated[
@@ -112,7 +112,9 @@ def tables(
     metric: Annotated[
         str | None, typer.Option(help="Its metric, e.g. bbox/AP50; by default each protocol's first.")
     ] = None,
-    query: Annotated[str | None, typer.Option(help="Only the runs of which this holds, as in mixmask results.")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="Only runs that fulfil this condition, as in mixmask results.")
+    ] = None,
     form: Annotated[
         Literal["term", "md", "latex", "csv", "html"] | None,
         typer.Option("--format", help="By default what --out ends in (.md .tex .csv .html), or the terminal's."),
@@ -124,8 +126,8 @@ def tables(
 ) -> None:
     """Print the paper's tables with your numbers beside the published ones, or a table of your own.
 
-    A cell is a mean over runs that differ in their seeds only. Whatever differs otherwise (epochs, batch, schedule, engine,
-    k …) has a line of its own, and a footnote says in what.
+    A cell is the mean over runs that differ in their seeds only. Runs that differ in anything else (epochs, batch size,
+    schedule, engine, k …) have a line of their own, and a footnote says what differs.
 
     \b
     Examples:
@@ -186,10 +188,10 @@ def compare(
     runs: Annotated[Path, typer.Option(help="Folder of runs; not used for two run folders.")] = Path("runs"),
     metric: Annotated[str | None, typer.Option(help="One metric only, e.g. bbox/AP50.")] = None,
 ) -> None:
-    """Say by how much one way of pretraining is better, and how sure that is.
+    """Compare two ways of pretraining: the difference, its interval and a test.
 
-    Groups of runs are compared over their seeds: a t interval, and a paired t-test where the seeds pair. Two run
-    folders are compared image by image, from the predictions that they saved.
+    Groups of runs are compared over their seeds, with a t interval and a t-test, paired where the seeds pair. Two run
+    folders are compared image by image, from their saved predictions.
 
     \b
     Examples:
@@ -271,9 +273,9 @@ def report(
 
 
 def verify(runs: RunsArgument) -> None:
-    """Say which finished runs reproduce what their configs expect; exit code 1 if one does not.
+    """Check which finished runs reproduce the scores that their configs expect. Exit code 1 if one does not.
 
-    What has not been measured yet, or was measured otherwise than the paper did, is listed and fails nothing.
+    What has not been measured yet, or was measured with another protocol than the paper's, is listed and fails nothing.
 
     \b
     Example:

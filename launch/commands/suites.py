@@ -16,33 +16,36 @@ Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must sha
 
 
 def launch(
-    suite: Annotated[Path, typer.Argument(help="A YAML file, for example from configs/suites/.")],
+    suite: Annotated[Path, typer.Argument(help="A YAML file, or the name of a suite (see mixmask configs suites).")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
     ] = None,
     cluster: Annotated[
         Literal["slurm", "local", "inline"],
-        typer.Option(help="SLURM's queue, processes on this machine one after another, or this very process."),
+        typer.Option(help="SLURM, processes on this machine one after another, or this very process."),
     ] = "slurm",
     profile: Annotated[
-        Path | None, typer.Option(help="The cluster: a YAML file like those in configs/cluster/.")
+        Path | None, typer.Option(help="Describes the cluster: a YAML file like configs/cluster/example.yaml.")
     ] = None,
     runs: Runs = Path("runs"),
     check_data: Annotated[bool, typer.Option(help="Open every data set once before anything is submitted.")] = True,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the graph, the counts, the headers and the hours; submit nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the graph, the counts, the sbatch headers and the hours; submit nothing."
+        ),
     ] = False,
 ) -> None:
     """Run a suite: pretrain, convert, transfer, tables, as dependent job arrays that survive preemption.
 
-    What is finished is not done again, and what is queued is not queued twice: the same command again does what is
-    missing. Half-done cells go on from their checkpoints.
+    Repeat the command to continue a suite: finished cells are skipped, unfinished ones resume from their checkpoints, and
+    queued ones are not queued twice.
 
     \b
     Examples:
-      mixmask launch configs/suites/table5.yaml --profile configs/cluster/example.yaml --dry-run
-      mixmask launch configs/suites/demo.yaml --cluster inline
+      mixmask launch table5 --profile my_cluster.yaml --dry-run
+      mixmask launch demo --cluster inline
     """
     from mixmask.launch.slurm import submission
     from mixmask.launch.slurm.profile import load_profile
@@ -80,7 +83,7 @@ def status(
     runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
     cells: Annotated[bool, typer.Option("--cells", help="Every cell with its job and log.")] = False,
-    watch: Annotated[float, typer.Option(help="Show it anew every so many seconds, until all have ended.", min=0)] = 0,
+    watch: Annotated[float, typer.Option(help="Refresh every so many seconds, until all cells have ended.", min=0)] = 0,
 ) -> None:
     """Show how far a suite is: recipes × seeds, then the cells that are running or have failed.
 
@@ -128,7 +131,7 @@ def status(
 
 
 def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
-    """Cancel every job of a suite that waits or runs. What is done stays; `mixmask launch` goes on with the rest.
+    """Cancel every pending or running job of a suite. Finished cells stay; `mixmask launch` continues with the rest.
 
     \b
     Example:
@@ -140,7 +143,7 @@ def cancel(suite: Suite, runs: Runs = Path("runs")) -> None:
     name = _name(suite)
     manifest.latest(runs.resolve(), name)
     jobs = states.cancel(list(manifest.launches(runs.resolve(), name)))
-    show(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it waits or runs")
+    show(f"cancelled {', '.join(jobs)}" if jobs else "no job of it is pending or running")
 
 
 def logs(
@@ -150,7 +153,7 @@ def logs(
     runs: Runs = Path("runs"),
     lines: Annotated[int, typer.Option(help="Print the last lines only; 0 prints all.", min=0)] = 40,
 ) -> None:
-    """Print the log of a cell's newest job.
+    """Print the newest log of a cell.
 
     \b
     Example:
