@@ -255,9 +255,17 @@ class Groups(MixtureRecipe):
                 f"mix.mask_groups {groups}: {rows} images at once cannot be split in {groups} equal groups of at least 2"
             )
 
+    @property
+    @override
+    def num_mixtures(self) -> int:
+        return 1
+
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
-        """What is drawn for a group of ``num`` images of height × width pixels, by the mixture's name in the log."""
-        return {}
+        """What is drawn for a group of ``num`` images of height × width pixels, by the mixture's name in the log.
+
+        There are as many as ``num_mixtures`` says.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither draw_group nor draw")
 
     @override
     def draw(self, views: Sequence[Tensor], rng: random.Random, rows: Rows | None = None) -> list[Mixture]:

@@ -29,11 +29,6 @@ class MixMask(MaskOptions):
     def method(self) -> Method:
         return "mixmask"
 
-    @property
-    @override
-    def num_mixtures(self) -> int:
-        return 1
-
     @override
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
         mask, lam = self.draw_masks(self.mask, num, height, width, rng)

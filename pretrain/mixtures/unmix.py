@@ -24,11 +24,6 @@ class UnMix(Groups):
     def method(self) -> Method:
         return "unmix"
 
-    @property
-    @override
-    def num_mixtures(self) -> int:
-        return 1
-
     @override
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
         return {"unmix": draw_unmix(self.unmix_prob, num, height, width, rng)}

@@ -21,11 +21,6 @@ class Halves(Groups):
     def method(self) -> str:
         return "halves"
 
-    @property
-    @override
-    def num_mixtures(self) -> int:
-        return 1
-
     @override
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
         mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
