@@ -72,7 +72,7 @@ def _write(job: Job, reached: Start) -> None:
         kept = "The checkpoint before it is untouched; " if job.run.checkpoint_file.exists() else ""
         raise RunFailure(
             f"{job.title}: cannot write {job.run.checkpoint_file} at step {step} ({disk_problem(error)}). {kept}"
-            f"when there is room, the same command goes on"
+            f"when there is room, the same command resumes the run"
         ) from None
 
 
@@ -117,9 +117,9 @@ def resume(job: Job) -> Start:
     size = distributed.world().size
     if state["world_size"] != size:
         say(
-            f"{job.title}: warning: this run was begun with {state['world_size']} processes and goes on with {size}. Masks, "
-            f"partners in mixtures and (other than MoCo's groups) batch statistics are each process's own, so it is not the "
-            f"run that either number alone would give"
+            f"{job.title}: warning: this run was started with {state['world_size']} processes and resumes with {size}. "
+            f"Batch statistics (other than MoCo's groups) are each process's own, so it is not the run that either number "
+            f"alone would give"
         )
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
     return Start(int(state["step"]), float(state["seconds"]), state["window"], state["to_evaluate"])

@@ -82,7 +82,7 @@ class OwnershipLost(RunFailure):
 
 
 class Interrupted(Told):
-    """A run that was asked to stop by a signal and wrote its checkpoint; the same command goes on. Exit: 128 + signal."""
+    """A run that was asked to stop by a signal and wrote its checkpoint. Exit: 128 + signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -176,7 +176,7 @@ class Owner:
             if found is None:  # released a moment ago, or damaged
                 unreadable_since = unreadable_since or time.monotonic()
                 if time.monotonic() > unreadable_since + self.patience:
-                    say(f"{self.file}: damaged for {self.patience:g} s, so nobody beats in it; taking over")
+                    say(f"{self.file}: damaged for {self.patience:g} s, so it belongs to nobody; taking over")
                     self._remove(None)
                     unreadable_since = None
                 time.sleep(min(0.1, self.beat))

@@ -124,7 +124,7 @@ def load_entry_points(group: str) -> list[Any]:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"entry point '{entry.name}' ({entry.value}) in the group {group} of {owner} cannot be loaded "
-                f"({reason}); mend or uninstall {owner}"
+                f"({reason}); fix or uninstall {owner}"
             ) from error
     return found
 

@@ -102,7 +102,7 @@ def lost_on_one_of_several() -> Iterator[None]:
 def stopped(title: str, step: int, num_steps: int, number: signal.Signals, checkpoint: Path) -> Interrupted:
     """How a run ends that was asked to stop and has written its checkpoint."""
     return Interrupted(
-        f"{title}: stopped at step {step} of {num_steps} by {number.name}; the same command goes on from {checkpoint}",
+        f"{title}: stopped at step {step} of {num_steps} by {number.name}; the same command resumes from {checkpoint}",
         number,
     )
 

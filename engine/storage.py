@@ -105,7 +105,7 @@ def require_output_file(path: Path, force: bool = True) -> None:
     """
     if not force and (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(
-            f"{path}: is there already; name another file, or replace it with --force (in Python: force=True)"
+            f"{path}: exists already; name another file, or replace it with --force (in Python: force=True)"
         )
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file to write")

@@ -92,5 +92,5 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is no UTF-8; save the file as UTF-8"
+            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is not valid UTF-8; save the file as UTF-8"
         ) from None

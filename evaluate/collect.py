@@ -109,7 +109,7 @@ class Collection:
             for run in same
             if run.record.metrics != same[0].record.metrics
         ]
-        lines += [f"unfinished: {path} (go on with it, or delete the folder)" for path in self.unfinished]
+        lines += [f"unfinished: {path} (resume it, or delete the folder)" for path in self.unfinished]
         return "\n".join(map(printable, listed(lines, most)))
 
 
@@ -273,8 +273,8 @@ def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
         raise UserError(f"--query {query!r}: {error}. {hint} {COLUMNS_HINT}") from None
     except ValueError as error:
         raise UserError(
-            f"--query {query!r}: not a condition on the columns ({error}). For example \"dataset == 'cifar100'\"; a name "
-            f"with a slash stands in backticks. {COLUMNS_HINT}"
+            f"--query {query!r}: not a condition on the columns ({error}). For example \"dataset == 'cifar100'\"; write a "
+            f"name with a slash in backticks. {COLUMNS_HINT}"
         ) from None
 
 

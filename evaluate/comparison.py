@@ -93,7 +93,7 @@ def compare(first: Sequence[Run], second: Sequence[Run], metrics: Sequence[str] 
         if both:
             shared = own[min(both)][0].run.record
             raise UserError(
-                f"both groups have runs of one backbone recipe ({shared.name}): what is compared must be told apart by more "
+                f"both groups have runs of one backbone recipe ({shared.name}): the two groups must differ in more "
                 f"than seeds"
             )
         groups = {**own, **others}

@@ -114,7 +114,7 @@ class _Condition:
         column = self.value(node)
         if isinstance(column, pd.Series) and column.dropna().map(lambda value: isinstance(value, bool)).all():
             return column.map(lambda value: value is True).astype(bool)
-        raise ValueError("it is neither true nor false of a row")
+        raise ValueError("it is not a comparison")
 
     def _compare(self, left: ast.expr, compared: ast.cmpop, right: ast.expr) -> pd.Series:
         first, second = self.value(left), self.value(right)
@@ -126,7 +126,7 @@ class _Condition:
         if type(compared) not in COMPARISONS:
             raise ValueError("'is' compares nothing here; use ==")
         if isinstance(first, list) or isinstance(second, list):
-            raise ValueError("a list stands behind 'in' only")
+            raise ValueError("a list is valid after 'in' only")
         found = COMPARISONS[type(compared)](first, second)
         return found.astype(bool) if isinstance(found, pd.Series) else pd.Series(bool(found), index=self.table.index)
 
@@ -135,7 +135,7 @@ class _Condition:
         if isinstance(node, ast.Attribute):
             return f"{self._dotted(node.value)}.{node.attr}"
         if not isinstance(node, ast.Name):
-            raise ValueError("before a dot stands a name")
+            raise ValueError("a name was expected before the dot")
         place = re.fullmatch(r"quoted_column_([0-9]+)", node.id)
         return self.quoted[int(place[1])] if place and int(place[1]) < len(self.quoted) else node.id
 

@@ -268,7 +268,7 @@ class _DivergenceWatch:
             return None
         self.said = True
         return (
-            f"the loss is {line['loss']:.3g}, and a classifier that knows nothing has {self.start:.3g}: the learning rate "
+            f"the loss is {line['loss']:.3g}, and chance level is {self.start:.3g}: the learning rate "
             f"is probably too high for these features. Try a tenth of it: {self.slower}"
         )
 

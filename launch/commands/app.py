@@ -240,7 +240,7 @@ def main() -> None:
         show(f"interrupted: {stop}\n  {_typed()}", err=True)
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
-        show(f"interrupted at once; the same command goes on from the last checkpoint\n  {_typed()}", err=True)
+        show(f"interrupted at once; the same command resumes from the last checkpoint\n  {_typed()}", err=True)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         mistake = error.errno in USERS_MISTAKES

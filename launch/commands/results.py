@@ -45,7 +45,7 @@ def results(
 ) -> None:
     """Print one row per finished run: its metrics, its recipe, its environment.
 
-    Columns with a slash stand in backticks in a query.
+    Write columns with a slash in backticks in a query.
 
     \b
     Examples:
@@ -221,7 +221,9 @@ def compare(
     for one in found:
         show(one.words())
     if not found:
-        raise UserError(f"no run of {first!r} was measured like one of {second!r}: there is nothing to compare")
+        raise UserError(
+            f"no run of {first!r} has the same protocol and data as one of {second!r}: there is nothing to compare"
+        )
 
 
 def plots(

@@ -77,7 +77,7 @@ class Resources(Recipe):
 
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-SETUP_FAILED = 'echo "error: a setup line of the profile failed: $BASH_COMMAND (setup_may_fail: true goes on)" >&2'
+SETUP_FAILED = 'echo "error: a setup line of the profile failed: $BASH_COMMAND (setup_may_fail: true ignores that)" >&2'
 
 DEFAULTS = Resources(nodes=1, gpus_per_node=0, cpus_per_task=1, time_min=60)
 

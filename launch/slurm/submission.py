@@ -181,7 +181,10 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
     resources = Resources(time_min=5).over(profile.resolve(suite.resources.finish))
     parameters = profile.sbatch_parameters(resources, record.snapshot, None)
     job = _sbatch(suite.name, "probe", [ProbeJob(traces)], parameters, profile, record)[0]
-    say(f"submitted probe: job {job.job_id}; waiting up to {profile.shared_check_s} s to see that nodes share {runs}")
+    say(
+        f"submitted job {job.job_id}, which checks that the nodes share {runs}; waiting up to "
+        f"{profile.shared_check_s} s for it"
+    )
     trace = traces / job.job_id
     end = time.monotonic() + profile.shared_check_s
     ended_at: float | None = None
@@ -209,7 +212,7 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
         if not proof.exists():
             with contextlib.suppress(RunFailure):
                 slurm_cli.cancel([job.job_id])
-    say(f"the probe has not started within {profile.shared_check_s} s; going on without its proof")
+    say(f"the check of the shared folder has not started within {profile.shared_check_s} s; continuing without it")
 
 
 def _listed(folder: Path) -> list[str]:

@@ -174,7 +174,7 @@ class _Expansion:
             config = self._config(entry, "transfer")
             kind = protocol_of(config)
             if len(entry.seeds) > 1 and not kind.depends_on_seed:
-                say(f"warning: {config}: gives the same number with every seed; leave its `seeds` out")
+                say(f"warning: {config}: the seed does not change its result; leave its `seeds` out")
             protocol = read_key(config, (), "protocol")
             common = {**self.suite.set.transfer, **self.suite.set.of(protocol)}
             forced = {**self.suite.force.transfer, **self.suite.force.of(protocol)}

@@ -122,7 +122,7 @@ def make_plan(
         except (UserError, RunFailure) as error:
             if not dry:
                 raise
-            say(f"SLURM does not answer here, so what may be queued already is not known: {error}")
+            say(f"SLURM does not answer here, so already queued jobs are not known: {error}")
     orphans = _orphans(cells, waiting)
     waiting = {cell: job for cell, job in waiting.items() if cell not in orphans}
     left = [cell for cell in cells if not cell.is_finished and cell.id not in waiting]

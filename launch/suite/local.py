@@ -56,7 +56,7 @@ def _stoppable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise Interrupted("stopped; the same command goes on with what is missing", number)
+        raise Interrupted("stopped; the same command continues with what is missing", number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -66,7 +66,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("stopped at once; the same command goes on with what is missing", signal.SIGINT) from None
+        raise Interrupted("stopped at once; the same command continues with what is missing", signal.SIGINT) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

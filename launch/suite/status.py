@@ -142,7 +142,7 @@ def _state(
             return "failed", f"ended well, but {', '.join(map(str, cell.done))} is not seen here"
         if last["event"] == "stopped":
             at = progress(cell.run)
-            return "stopped", f"{how}{at}{'; ' if at else ''}launch the suite again to go on"
+            return "stopped", f"{how}{at}{'; ' if at else ''}launch the suite again to resume"
         return "failed", how + (last_error(log) or "ended without a word, as if killed or out of memory")
     if job is not None:
         where = f" on {job.node}" if job.node else ""

@@ -39,7 +39,7 @@ class Entry(Recipe):
             if not values:
                 raise ValueError(f"vary.{key} is empty, so nothing would run; list at least one value")
             if key in self.set:
-                raise ValueError(f"{key} stands in set and in vary; one of them")
+                raise ValueError(f"{key} is in set and in vary; remove one of them")
         for key in ("seed", "name", "backbone"):
             if key in self.set or key in self.vary:
                 remedy = {"seed": ": use seeds", "name": ": write name: beside config:"}.get(key, "")

@@ -121,7 +121,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     broken.write_text("base: broken.yaml\n")
     assert "leads back to itself" in error(broken)
     broken.write_bytes(b"\xff\xfe\x00")
-    assert "is no UTF-8" in error(broken)
+    assert "is not valid UTF-8" in error(broken)
 
 
 def test_another_kind_replaces_the_whole_mapping() -> None:

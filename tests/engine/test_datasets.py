@@ -197,7 +197,7 @@ def test_images_without_labels_are_no_split(mine: Path) -> None:
 
 def test_lists_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"a\nb\xe4c\n")
-    with pytest.raises(DataError, match=r"list\.txt, line 2: the byte 0xe4 is no UTF-8"):
+    with pytest.raises(DataError, match=r"list\.txt, line 2: the byte 0xe4 is not valid UTF-8"):
         read_text(tmp_path / "list.txt")
     (tmp_path / "list.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"list\.gz: truncated or not a gzip file"):

@@ -104,7 +104,7 @@ def test_a_signal_stops_at_the_step_boundary_and_the_run_goes_on(tmp_path: Path,
     whole, broken = job(tmp_path / "whole"), job(tmp_path / "broken")
     run(whole)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted, match=rf"stopped at step {step + 1} of 10 by SIGTERM; the same command goes on"):
+    with pytest.raises(Interrupted, match=rf"stopped at step {step + 1} of 10 by SIGTERM; the same command resumes"):
         run(broken, stop_at=step)
     assert signal.getsignal(signal.SIGTERM) is before
     assert read_checkpoint(broken.run.checkpoint_file)["step"] == step + 1
@@ -128,7 +128,7 @@ def test_ctrl_c_is_a_stop_signal_and_the_second_one_ends_at_once(
     whole, broken = job(tmp_path / "whole"), job(tmp_path / "broken")
     run(whole)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match=r"stopped at step 4 of 10 by SIGINT; the same command goes on"):
+    with pytest.raises(Interrupted, match=r"stopped at step 4 of 10 by SIGINT; the same command resumes"):
         run(broken, stop_at=3, signals=[signal.SIGINT])
     assert "Ctrl-C again quits at once" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):

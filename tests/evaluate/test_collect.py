@@ -47,7 +47,7 @@ def test_queries_select_rows(lab: Path) -> None:
         ("dataste == 'cifar100'", "there is no column 'dataste'. Did you mean 'dataset'?"),
         ("dataset ==", "not a condition"),
         ("", "not a condition"),
-        ("seed", "neither true nor false of a row"),
+        ("seed", "it is not a comparison"),
         ("@__import__('os').getpid() > 0", "not a condition"),
         ("dataset > 3", "cannot be compared"),
     ],

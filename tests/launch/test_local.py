@@ -140,7 +140,7 @@ def test_local_a_signal_stops_the_processes_with_a_checkpoint(number: int, tmp_p
     os.killpg(started.pid, number)
     _, said = started.communicate(timeout=120)
     assert started.returncode == 128 + number, said
-    assert "interrupted: stopped; the same command goes on" in said
+    assert "interrupted: stopped; the same command continues" in said
     (first,) = runs.glob("pretrain/*/log.jsonl")
     assert (first.parent / "checkpoint.pt").is_file()
     assert found(runs)["mixmask"].state == "stopped"

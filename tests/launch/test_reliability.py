@@ -104,7 +104,7 @@ def test_slurm_that_is_installed_and_not_configured_is_said(
         launch(suite, runs, profile())
     app(["launch", str(suite), "--dry-run", "--runs", str(runs)], standalone_mode=False)
     shown = capsys.readouterr()
-    assert "what may be queued already is not known" in shown.err
+    assert "already queued jobs are not known" in shown.err
     assert "#SBATCH --dependency='aftercorr:<pretrain>'" in shown.out  # a dry run needs no squeue
     (fake.folder / "squeue").write_text(
         "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"

@@ -91,7 +91,7 @@ def test_seeds_that_change_nothing_are_warned_of(
     tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells_of(write_suite(tmp_path, [{"pretrain": [MIXMASK], "transfer": [{**KNN, "seeds": [0, 1]}]}], shapes))
-    assert "knn.yaml: gives the same number with every seed" in capsys.readouterr().err
+    assert "knn.yaml: the seed does not change its result" in capsys.readouterr().err
 
 
 def test_the_command_line_comes_last(tmp_path: Path, shapes: Path) -> None:

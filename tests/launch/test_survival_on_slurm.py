@@ -102,7 +102,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_a_relaunch_goes_on(
     assert cells["mixmask"].state == "failed"
     assert len(steps(one.run)) < 6
 
-    assert launch(suite, runs, profile())  # the same command goes on with what is half done
+    assert launch(suite, runs, profile())  # the same command resumes with what is half done
     cells = wait_until_over(runs)
     assert cells["mixmask"].state == "done"
     assert "resuming at step" in Path(str(cells["mixmask"].log)).read_text()

@@ -240,7 +240,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(config: Path, tmp_p
     started[1].send_signal(signal.SIGTERM)
     done = finish(started)
     assert [code for code, _, _ in done] == [128 + signal.SIGTERM] * 2, done
-    assert "the same command goes on" in done[0][2]
+    assert "the same command resumes" in done[0][2]
     assert (stopped / "checkpoint.pt").exists()
     assert [code for code, _, _ in finish(processes(2, *base, "--run-dir", str(stopped)))] == [0, 0]
     assert losses(whole) == losses(stopped)

@@ -358,7 +358,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive_until_the_checkpoi
     os.killpg(process.pid, signal.SIGUSR2)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGUSR2, said
-    assert "by SIGUSR2; the same command goes on" in said
+    assert "by SIGUSR2; the same command resumes" in said
     assert stopped.run.checkpoint_file.is_file()
 
 

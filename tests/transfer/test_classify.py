@@ -424,7 +424,7 @@ def test_a_diverging_probe_is_warned_of(
     stage.run(make_plan(LINEAR, shapes, tmp_path, resnet18, "lr=1e6", "log_every=1"))
     said = capsys.readouterr().err
     assert "warning: the loss is" in said
-    assert "and a classifier that knows nothing has 2.3: the learning rate" in said
+    assert "and chance level is 2.3: the learning rate" in said
     capsys.readouterr()
     stage.run(make_plan(LINEAR, shapes, tmp_path, resnet18, "lr=1e-12", "log_every=1"))
     assert "warning: the loss is" not in capsys.readouterr().err
@@ -484,7 +484,7 @@ def test_a_list_of_labelled_images_that_cannot_be_read_is_named(shapes: Path, tm
     images = open_split(DataRecipe(name="x", root=str(shapes)), "train")
     for name, content, said in (
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz: truncated or not a gzip file"),
-        ("b.txt", b"a.png\n\xff\xfe.png\n", r"b\.txt, line 2: the byte 0xff is no UTF-8"),
+        ("b.txt", b"a.png\n\xff\xfe.png\n", r"b\.txt, line 2: the byte 0xff is not valid UTF-8"),
         ("c.txt", b"\n", r"c\.txt: empty"),
     ):
         (tmp_path / name).write_bytes(content)

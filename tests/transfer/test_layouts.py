@@ -186,7 +186,7 @@ def test_two_sources_for_one_tensor_are_refused(resnet18: Path, tmp_path: Path) 
     theirs["roi_heads.res5.0.conv1.weight"] = torch.zeros_like(state["layer4.0.conv1.weight"])
     with pytest.raises(CheckpointError, match=r"1 trunk tensors have two sources each, for example .*roi_heads\.res5"):
         read_source(save(tmp_path, {"model": theirs}))
-    with pytest.raises(CheckpointError, match="the same way through its containers"):
+    with pytest.raises(CheckpointError, match="the same path through its containers"):
         read_source(save(tmp_path, {"a": {"b": ONE}, "a.b": ONE}))
 
 
@@ -353,7 +353,9 @@ def test_files_of_other_projects_with_other_names_are_read(resnet18: Path, tmp_p
 def test_a_name_that_should_be_the_same_tensor_is_compared(resnet18: Path, tmp_path: Path) -> None:
     state, _ = load_backbone(resnet18)
     other = {name: tensor + 1 for name, tensor in state.items()}
-    with pytest.raises(CheckpointError, match=r"should be one tensor by two names, and differ; choose with --prefix"):
+    with pytest.raises(
+        CheckpointError, match=r"should be one tensor under two names, but differ; choose with --prefix"
+    ):
         read_source(save(tmp_path, under("net.", state) | under("online_encoder.net.", other)))
 
 

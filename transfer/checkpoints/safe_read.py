@@ -94,7 +94,7 @@ def read_tensors(path: Path) -> Contents:
     except RecursionError:
         raise CheckpointError(f"{path}: its containers are nested too deeply") from None
     except MemoryError:
-        raise CheckpointError(f"{path}: asks for more memory than there is") from None
+        raise CheckpointError(f"{path}: needs more memory than there is") from None
     return _named(leaves, pickled.classes, path)
 
 
@@ -108,7 +108,7 @@ def _named(leaves: list[tuple[str, Stored]], classes: tuple[str, ...], path: Pat
         twice = [name for name, number in count.items() if number > 1]
         more = f" … and {len(twice) - 4} more" if len(twice) > 4 else ""
         raise CheckpointError(
-            f"{path}: several tensors have the same way through its containers: {', '.join(twice[:4])}{more}"
+            f"{path}: several tensors have the same path through its containers: {', '.join(twice[:4])}{more}"
         )
     return Contents(tensors, classes, wrappers)
 

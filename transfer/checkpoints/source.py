@@ -216,7 +216,7 @@ def _require_equal_twins(
             _read(tensors[name], name, path), _read(tensors[taken], taken, path)
         ):
             raise CheckpointError(
-                f"{path}: {name} and {taken} should be one tensor by two names, and differ; choose with --prefix"
+                f"{path}: {name} and {taken} should be one tensor under two names, but differ; choose with --prefix"
             )
 
 

@@ -51,5 +51,5 @@ def show_detections(folder: Path, out: Path, num: int, least_score: float) -> st
     if not isinstance(recipe, DetectRecipe):
         raise RunDirectoryError(f"{folder}: a run of {recipe.protocol}, not of detection")
     if not directory.is_finished:
-        raise RunDirectoryError(f"{folder}: not finished; the command that started it goes on")
+        raise RunDirectoryError(f"{folder}: not finished; the command that started it resumes it")
     return draw(recipe, recipe.name, folder, out, num, least_score)

@@ -178,7 +178,7 @@ def test_a_file_that_is_no_document(coco: Path, tmp_path: Path) -> None:
     for content, said in (
         ("[" * 100_000, "nested too deeply"),
         ("[]", "a JSON list instead of an object"),
-        ("\udcff", "no UTF-8"),
+        ("\udcff", "not valid UTF-8"),
         ('{"a": ' + "1" * 5000 + "}", "truncated or not JSON"),
     ):
         file.write_text(content, errors="surrogateescape")
@@ -205,9 +205,9 @@ def test_testing_on_what_was_trained_on(text: str, voc: Path, coco: Path, tmp_pa
         (root / "again").symlink_to(root / train)
         (root / "annotations" / "instances_again.json").symlink_to(root / "annotations" / f"instances_{train}.json")
         again = "again"
-    with pytest.raises(DataError, match=r"is a training and a test picture, .* data\.allow_overlap=true"):
+    with pytest.raises(DataError, match=r"is both a training and a test picture, .* data\.allow_overlap=true"):
         open_detection(recipe_of(text, root, tmp_path, f"data.test=[{again}]"))
-    with pytest.raises(DataError, match="stands twice in"):
+    with pytest.raises(DataError, match="is listed twice in"):
         open_detection(recipe_of(text, root, tmp_path, f"data.train=[{train}, {again}]"))
     both = recipe_of(text, root, tmp_path, f"data.test=[{again}]", "data.allow_overlap=true")
     assert len(open_detection(both)[1]) > 0
@@ -225,5 +225,5 @@ def test_voc_files_in_unknown_codings_are_named(voc: Path, tmp_path: Path) -> No
     annotation.write_text(whole)
     listing = root / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
     listing.write_bytes(b"\xff\xfe" + listing.read_bytes())
-    with pytest.raises(DataError, match=r"trainval\.txt, line 1: the byte 0xff is no UTF-8"):
+    with pytest.raises(DataError, match=r"trainval\.txt, line 1: the byte 0xff is not valid UTF-8"):
         open_detection(recipe_of(VOC, root, tmp_path))

@@ -271,7 +271,7 @@ def test_test_pictures_without_objects_are_refused(my_voc: Path, tmp_path: Path)
     for name in (my_voc / "VOC2007" / "ImageSets" / "Main" / "test.txt").read_text().split():
         annotation = my_voc / "VOC2007" / "Annotations" / f"{name}.xml"
         annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
-    with pytest.raises(DataError, match="have no object to be found"):
+    with pytest.raises(DataError, match="contain no object that counts"):
         open_detection(recipe_of(VOC, my_voc, tmp_path))
 
 

@@ -131,7 +131,7 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
     check_files(list(pictures))
     _check_sizes(list(pictures.values()))
     if not any(not (i.difficult or i.crowd) for picture in test.pictures for i in picture.instances):
-        raise DataError(f"{root}: the test pictures of {', '.join(recipe.data.test)} have no object to be found")
+        raise DataError(f"{root}: the test pictures of {', '.join(recipe.data.test)} contain no object that counts")
     return train.for_training(recipe.masks), test
 
 
@@ -140,11 +140,11 @@ def _require_apart(recipe: DetectRecipe, train: DetectionSet, test: DetectionSet
     for split, names in ((train, recipe.data.train), (test, recipe.data.test)):
         twice = [path for path, count in Counter(_resolved(split)).items() if count > 1]
         if twice:
-            raise DataError(f"{twice[0]}: stands twice in {', '.join(names)}; list every split once")
+            raise DataError(f"{twice[0]}: is listed twice in {', '.join(names)}; list every split once")
     both = set(_resolved(train)) & set(_resolved(test))
     if both:
         raise DataError(
-            f"{min(both)}: is a training and a test picture, as are {len(both) - 1} more of "
+            f"{min(both)}: is both a training and a test picture, as are {len(both) - 1} more of "
             f"{', '.join(recipe.data.train)} and {', '.join(recipe.data.test)}: a score on it would mean nothing. "
             f"data.allow_overlap=true allows it"
         )
@@ -307,9 +307,7 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None,
         names, ids = found, tuple(category["id"] for category in categories)
         pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file, evaluated)
     if evaluated and len({picture.key for picture in pictures}) < len(pictures):
-        raise DataError(
-            f"{files[0]} and the other test files number their images alike: evaluate one of them at a time"
-        )
+        raise DataError(f"{files[0]} and the other test files use the same image ids: evaluate one of them at a time")
     if classes is not None and tuple(classes) != names:
         raise DataError(f"{files[0]}: its {len(names)} categories are not the {len(classes)} classes of the recipe")
     return DetectionSet(tuple(pictures), names, files, ids)

@@ -168,7 +168,9 @@ def _check_runs(mask: Mapping[str, Any], where: str, width: int, height: int) ->
     if isinstance(counts, str):
         counts = _decoded(counts, where, height * width)
     if not isinstance(counts, list) or not all(_whole(run) and run >= 0 for run in counts):
-        raise DataError(f"{where}: its run-length mask has the counts {_shown(counts)}; whole numbers from 0 are valid")
+        raise DataError(
+            f"{where}: its run-length mask has the counts {_shown(counts)}; a whole number of at least 0 was expected"
+        )
     if sum(counts) != height * width:
         raise DataError(f"{where}: its run-length mask covers {sum(counts):,} pixels, its image has {height * width:,}")
 

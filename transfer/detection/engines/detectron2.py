@@ -225,7 +225,7 @@ def _resume(checkpointer: Any) -> None:
     except Exception as error:  # torch's reader raises anything at all on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{checkpointer.get_checkpoint_file()}: truncated or no checkpoint ({reason}); delete its folder to begin anew"
+            f"{checkpointer.get_checkpoint_file()}: truncated or no checkpoint ({reason}); delete its folder to start over"
         ) from None
 
 
@@ -317,7 +317,7 @@ class _Checkpoints(_Hook):
         except (OSError, RuntimeError) as error:
             raise RunFailure(
                 f"{self.setting.title}: cannot write a checkpoint in {self.setting.run.scratch} "
-                f"({disk_problem(error)}). When there is room, the same command goes on"
+                f"({disk_problem(error)}). When there is room, the same command resumes the run"
             ) from None
         if old is not None and old != self.checkpointer.get_checkpoint_file():
             Path(old).unlink(missing_ok=True)
