@@ -101,15 +101,17 @@ def train(
             evaluated = evaluate(first)
         for step in range(first, job.num_steps):
             for group, rate in zip(job.optimizer.param_groups, job.base_rates, strict=True):
+                # SimSiam's predictor keeps its rate (arXiv:2011.10566, section 4.1).
                 group["lr"] = rate if group.get("fixed_lr") else rate * job.schedule(step)
             before = time.monotonic()
             batch = next(remaining)
             waited += time.monotonic() - before
+            # What a network draws (dropout) depends on the step, not on what was run before: a resumed step draws the same.
             torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
             window.add(step, _backward(job, compute, losses(batch, step)))
             if job.clip_norm is not None:
-                job.scaler.unscale_(job.optimizer)
+                job.scaler.unscale_(job.optimizer)  # the norm is that of the gradients, not of fp16's scaled ones
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
             job.scaler.step(job.optimizer)
             job.scaler.update()
