@@ -99,6 +99,12 @@ def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = 
             f"{train.root} and {test.root} are the same folder: a score on it would mean nothing. data.allow_overlap=true "
             f"allows it"
         )
+    both = {*train.paths} & {*test.paths} if train.array() is None and not allow_overlap else set()
+    if both:
+        raise DataError(
+            f"{min(both)}: is both a training and a test image, as are {len(both) - 1:,} more: a score on them would mean "
+            f"nothing. data.allow_overlap=true allows it"
+        )
     if train.classes != test.classes:
         only_train = sorted(set(train.classes) - set(test.classes))[:5]
         only_test = sorted(set(test.classes) - set(train.classes))[:5]

@@ -100,10 +100,15 @@ class Images:
         return self if world().size == 1 else self.subset(range(world().rank, len(self), world().size))
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and a digest of the class and file names."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            digest.update(f"{self.classes[label]}/{path.name}\n".encode())
+        """Counts, and a digest of the class and file names; of the whole paths below the root where names repeat."""
+        names = [
+            f"{self.classes[label]}/{path.name}" for path, label in zip(self.paths, self.labels.tolist(), strict=True)
+        ]
+        if len({*names}) < len(
+            names
+        ):  # as of frames of several videos in one class: the names alone do not tell them apart
+            names = [f"{name} {os.path.relpath(path, self.root)}" for name, path in zip(names, self.paths, strict=True)]
+        digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode())
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
 
 

@@ -102,6 +102,8 @@ def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
     Raises:
         DataError: If the split's folder is not one with images in class folders.
     """
+    if not (root / name).exists() and name not in (there := find_splits(root)):
+        raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
     others = [split for split in USUAL_SPLITS if split != name]
     train = name if name == "train" or not (root / "train").is_dir() else "train"
     data = DataRecipe(name="data", root=str(root), train=train, test=name if name != train else others[0])

@@ -14,7 +14,7 @@ from mixmask.engine.data import open_split
 from mixmask.engine.data.folder import is_only_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import check_files, decode
+from mixmask.engine.images import FileImages, check_files, decode
 from mixmask.engine.preflight import check_data, find_splits
 from mixmask.engine.texts import read_text
 
@@ -217,3 +217,18 @@ def test_lists_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=f"(?i){said}"):
             read_text(tmp_path / name)
+
+
+def test_files_in_both_parts_are_refused_and_names_that_repeat_are_told_apart(shapes: Path) -> None:
+    train = open_split(recipe(shapes), "train")
+    assert isinstance(train, FileImages)
+    again = FileImages(train.paths, train.labels, train.classes, train.root / "elsewhere")
+    with pytest.raises(DataError, match=r"is both a training and a test image, as are 119 more"):
+        require_same_classes(train, again)
+    require_same_classes(train, again, allow_overlap=True)
+
+    def frames(folder: str) -> FileImages:  # two videos in one class, with the same names of files
+        paths = tuple(shapes / video / "0.png" for video in (folder, "b"))
+        return FileImages(paths, torch.zeros(2, dtype=torch.int64), ("x",), shapes)
+
+    assert frames("a").summary() != frames("c").summary()

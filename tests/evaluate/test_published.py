@@ -63,7 +63,9 @@ def test_a_table_that_is_wrong_is_refused(changes: dict[str, Any], message: str)
 def test_every_number_has_one_place() -> None:
     """None is lost because its table's conditions leave it out, and none stands twice."""
     places = [number for layout in layouts().values() for _, number in layout.published]
-    assert len(places) == len({*places}) == len(published_numbers()) == 134
+    assert len(places) == len({*places}) == len(published_numbers())
+    ours = ("1", "2", "3", "4", "5", "semisup", "7", "7-2x", "code")
+    assert sum(number.table in ours for number in places) == 134
 
 
 def test_titles_agree_with_those_that_protocols_write_into_records() -> None:
