@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -204,10 +204,13 @@ def lost(owner: Owner) -> bool:
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Owner:
+def mine(tmp_path: Path) -> Iterator[Owner]:
     owner = Owner(tmp_path / "run" / "owner.json", beat=60, patience=0.4)
     owner.acquire()
-    return owner
+    yield owner
+    owner.ended.set()  # else its heart beats a minute later, finds the file gone, and stops whatever test runs then
+    assert owner.heart is not None
+    owner.heart.join()
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_the_dumped_config_is_detectron2s_own(coco: Path, tmp_path: Path, resnet
         dump_detectron2_config(ready, tmp_path / "coco.pkl")
     said = dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     assert "265 tensors" in said
-    with pytest.raises(UserError, match=r"coco\.yaml: is there already.*--force"):
+    with pytest.raises(UserError, match=r"coco\.yaml: exists already.*--force"):
         dump_detectron2_config(ready, tmp_path / "out" / "coco.yaml")
     cfg = get_cfg()
     cfg.merge_from_file(str(tmp_path / "out" / "coco.yaml"))
