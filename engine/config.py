@@ -27,6 +27,14 @@ R = TypeVar("R", bound="Recipe")
 EXPECTED = "expected"  # holds for the file in which it stands, as it stands there: what extends or changes it has none
 
 
+OTHER_FILES = {  # keys by which a config of another kind is recognised, where they mean nothing
+    "grids": "a suite: `mixmask launch` runs it",
+    "framework": "a pretraining recipe: `mixmask pretrain` runs it",
+    "protocol": "a transfer recipe: `mixmask transfer` runs it",
+    "partition": "a cluster's profile, for `mixmask launch --profile`",
+}
+
+
 class Recipe(BaseModel):
     """Base of every typed recipe: frozen, and an unknown key is an error.
 
@@ -36,12 +44,6 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
     moved: ClassVar[Mapping[str, str]] = {}
-    elsewhere: ClassVar[Mapping[str, str]] = {  # keys by which a file of another kind is recognised
-        "grids": "a suite: `mixmask launch` runs it",
-        "framework": "a pretraining recipe: `mixmask pretrain` runs it",
-        "protocol": "a transfer recipe: `mixmask transfer` runs it",
-        "partition": "a cluster's profile, for `mixmask launch --profile`",
-    }
 
     @model_validator(mode="before")
     @classmethod
@@ -240,7 +242,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
     written, sources = read_config(Path(path))
     written = _at_new_places(written, model.moved)
     sources = {_new_name(key, model.moved): source for key, source in sources.items()}
-    for key, what in model.elsewhere.items():
+    for key, what in OTHER_FILES.items():
         if key in written and key not in model.model_fields:
             raise ConfigError(f"{path}: is {what}")
     tree = written

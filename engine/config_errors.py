@@ -30,16 +30,12 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return [*dict.fromkeys(found)]
 
 
-def _kinds_with(model: type[BaseModel], keys: Sequence[str]) -> str:
-    """``mix.kind=mixmask or mixmask+unmix``: the kinds of a mapping that have a key."""
-    field = next((model.model_fields[name] for name in keys[:1] if name in model.model_fields), None)
-    kinds = [
-        kind
-        for inner in (_models_in(field.annotation) if field is not None else ())
-        if keys[-1] in inner.model_fields
-        for kind in _kinds_of(inner)
-    ]
-    return f"{'.'.join(keys[:-1])}.kind={' or '.join(kinds)}"
+def _kinds_with(model: type[BaseModel], keys: Sequence[str]) -> list[str]:
+    """The kinds of a mapping that have a key (``mix.grid``: mixmask, mixmask+unmix)."""
+    if len(keys) != 2 or keys[0] not in model.model_fields:
+        return []
+    models = _models_in(model.model_fields[keys[0]].annotation)
+    return [kind for inner in models if keys[1] in inner.model_fields for kind in _kinds_of(inner)]
 
 
 def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
@@ -98,10 +94,10 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)
-        paths = _paths(model)
-        deeper = [path for path in paths if path.split(".")[-1] == location[-1]]  # the right key, elsewhere
-        if dotted in paths:  # of another kind of the same mapping
-            hint = f"Another kind has this key: {_kinds_with(model, keys)}."
+        deeper = [path for path in _paths(model) if path.split(".")[-1] == location[-1]]  # the right key, elsewhere
+        kinds = _kinds_with(model, keys)
+        if kinds:
+            hint = f"Another kind has this key: {'.'.join(keys[:-1])}.kind={' or '.join(kinds)}."
         elif 0 < len(deeper) <= 2:
             hint = f"Did you mean {' or '.join(map(repr, deeper))}?"
         else:

@@ -16,9 +16,9 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.wording import closest_first
@@ -107,6 +107,11 @@ class Registry(Generic[T]):
             return found[str(name)]
         given = f"there is no {self.what} {name!r}" if name is not None else f"no {self.what} is given"
         raise ConfigError(f"{where}{': ' if where else ''}{given}; valid: {', '.join(closest_first(name, found))}")
+
+
+def one_of(registry: Registry[Any]) -> Any:
+    """The type of a recipe's field that holds one of the registered recipes, told apart by their ``kind``."""
+    return Annotated[Union[tuple(registry.classes())], Field(discriminator="kind")]  # noqa: UP007
 
 
 def load_entry_points(group: str) -> list[Any]:

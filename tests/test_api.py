@@ -94,6 +94,9 @@ def test_mistakes_of_stages_are_said(shapes: Path) -> None:
         mixmask.knn(no_model, shapes)
     with pytest.raises(mixmask.UserError, match=r"overrides: 'k=5' is one text; give a mapping"):
         mixmask.transfer("knn", "k=5")
+    numbers: Any = [5]
+    with pytest.raises(mixmask.UserError, match=r"texts such as 'epochs=10' were expected, got \[5\]"):
+        mixmask.transfer("knn", numbers)
     with pytest.raises(mixmask.UserError, match=r"unknown key 'data\.rot'"):
         mixmask.transfer("knn", {"backbone": "x", "data": {"rot": 1}})
     with pytest.raises(mixmask.UserError, match=r"has no val/; holdout=0\.2"):

@@ -25,7 +25,7 @@ from mixmask.launch.suite.manifest import Cluster, Launch
 from mixmask.launch.suite.suite import Suite
 from mixmask.launch.suite.summary import write_results
 from mixmask.transfer import stage as transfer_stage
-from mixmask.transfer.protocol import TransferRecipe
+from mixmask.transfer.protocol import LABELS, TransferRecipe
 
 SETTLING_SECONDS = 60.0
 LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
@@ -204,10 +204,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
     try:
         plan = make_plan(suite, folder, profile, cluster, runs, check_data)
         say(plan.describe())
-        for cell in plan.finished:
-            if cell.recipe is not None and cell.stage == "transfer":
-                assert isinstance(cell.recipe, TransferRecipe)
-                transfer_stage.relabel(cell.recipe, RunDirectory(cell.run))
+        _relabel(plan.finished)
         record = _record(plan)
         jobs = _jobs(plan, record)
         if cluster == "slurm":
@@ -226,6 +223,16 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         local.run(plan.arrays, jobs, plan.profile, record)
     print(write_results(plan.runs, suite.name))
     return all(cell.is_finished for cell in plan.cells)
+
+
+def _relabel(finished: Sequence[Cell]) -> None:
+    """Give cells that were finished before the labels that the suite has for them now."""
+    for cell in finished:
+        if isinstance(cell.recipe, TransferRecipe) and any(getattr(cell.recipe, key) is not None for key in LABELS):
+            try:
+                transfer_stage.relabel(cell.recipe, RunDirectory(cell.run))
+            except RunDirectoryError as error:  # the report lists it, and the other cells can go on
+                say(f"warning: {cell.id}: its labels stay as they are: {error}")
 
 
 def _record(plan: Plan) -> Launch:

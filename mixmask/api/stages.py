@@ -88,7 +88,10 @@ def _texts(overrides: Overrides) -> list[str]:
         if network is not None:
             raise ConfigError(f"{network}: a file was expected; mixmask.knn and linear_probe take networks in memory")
         return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]  # JSON is YAML
-    return [*overrides]
+    texts = [*overrides]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"overrides: texts such as 'epochs=10' were expected, got {texts!r}")
+    return texts
 
 
 def _require_none(overrides: Overrides) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from mixmask.engine.registry import Registry, literal_of
+from mixmask.engine.registry import Registry, literal_of, one_of
 from mixmask.pretrain.framework import FrameworkRecipe
 
 FRAMEWORKS: Registry[FrameworkRecipe] = Registry(
@@ -16,4 +14,4 @@ FRAMEWORKS: Registry[FrameworkRecipe] = Registry(
 if TYPE_CHECKING:
     AnyFramework = FrameworkRecipe
 else:
-    AnyFramework = Annotated[Union[tuple(FRAMEWORKS.classes())], Field(discriminator="kind")]  # noqa: UP007
+    AnyFramework = one_of(FRAMEWORKS)

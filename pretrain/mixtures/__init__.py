@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from mixmask.engine.registry import Registry, literal_of
+from mixmask.engine.registry import Registry, literal_of, one_of
 from mixmask.pretrain.mixture import MixtureRecipe
 
 MIXTURES: Registry[MixtureRecipe] = Registry(MixtureRecipe, __name__, "mixmask.mixtures", "mixture", literal_of("kind"))
@@ -14,4 +12,4 @@ MIXTURES: Registry[MixtureRecipe] = Registry(MixtureRecipe, __name__, "mixmask.m
 if TYPE_CHECKING:
     AnyMixture = MixtureRecipe
 else:
-    AnyMixture = Annotated[Union[tuple(MIXTURES.classes())], Field(discriminator="kind")]  # noqa: UP007
+    AnyMixture = one_of(MIXTURES)

@@ -79,6 +79,9 @@ def test_a_wrong_key_of_one_of_several_kinds_is_told_that_kinds_keys() -> None:
     assert "Did you mean 'queue_size'?" in message
     assert "Did you mean 'mix.grid'?" in error(CIFAR, "grid=4")
     assert "Did you mean 'augment.crop'" in error(CIFAR, "crop=4")
+    plain = error(CIFAR, "mix.kind=none", "mix.grid=4")
+    assert "Another kind has this key: mix.kind=" in plain
+    assert "Did you mean" not in plain
     assert "bn_splits" in message
     assert "projector" not in message
 

@@ -90,6 +90,11 @@ def test_labels_of_a_suite_reach_cells_that_were_finished_before(
         (record,) = runs.glob("transfer/*/record.json")
         assert json.loads(record.read_text())["method"] == method
     assert "labels updated" in capsys.readouterr().err
+    record.write_text("{")  # a damaged record is listed, and stops no launch
+    launch(suite, runs, profile(), cluster="inline")
+    said = capsys.readouterr()
+    assert "its labels stay as they are" in said.err
+    assert "damaged" in said.out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

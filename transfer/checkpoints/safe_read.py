@@ -119,14 +119,15 @@ def _pickled(path: Path) -> Pickled:
     with path.open("rb") as file:
         if not path.stat().st_size:
             raise Damaged("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            content: Any = mapped  # it reads as a file does, which its type does not say
             if is_legacy(path):
-                return read_legacy(content, path)  # type: ignore[arg-type]  # it reads as a file does
+                return read_legacy(content, path)
             if content[:2] == b"\x1f\x8b":
                 raise Damaged("compressed with gzip; unpack it first")
             if content[257:262] == b"ustar":
                 raise Damaged("a tar archive: unpack it first, or save it again with torch of today")
-            return Pickled(*load(content, embedded=embedded))  # type: ignore[arg-type]
+            return Pickled(*load(content, embedded=embedded))
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:

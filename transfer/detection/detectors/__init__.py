@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Union
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from mixmask.engine.registry import Registry, literal_of
+from mixmask.engine.registry import Registry, literal_of, one_of
 from mixmask.transfer.detection.detector import DetectorRecipe
 
 DETECTORS: Registry[DetectorRecipe] = Registry(
@@ -16,4 +14,4 @@ DETECTORS: Registry[DetectorRecipe] = Registry(
 if TYPE_CHECKING:
     AnyDetector = DetectorRecipe
 else:
-    AnyDetector = Annotated[Union[tuple(DETECTORS.classes())], Field(discriminator="kind")]  # noqa: UP007
+    AnyDetector = one_of(DETECTORS)
