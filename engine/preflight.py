@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixmask.engine.data import KINDS, open_split
+from mixmask.engine.data import KINDS, kind_of, open_split
 from mixmask.engine.data.folder import USUAL_SPLITS, images_in, is_unlabelled
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import DataError
@@ -27,12 +27,14 @@ class SplitReport:
 
     Attributes:
         name: Its folder's name.
+        kind: The kind of data that it was read as.
         images: The images.
         sizes: Count of each (width, height) in pixels.
         damaged: What is wrong with each file that cannot be read.
     """
 
     name: str
+    kind: str
     images: ImageSet
     sizes: Counter[tuple[int, int]]
     damaged: list[str]
@@ -44,6 +46,7 @@ class SplitReport:
         (usual, count), *_ = self.sizes.most_common(1) or [((0, 0), 0)]
         lines = [
             f"{self.name}  {self.images.root}",
+            f"  kind      {self.kind}",
             f"  images    {len(self.images):,} in {len(self.images.classes):,} classes, "
             f"{_range(per_class.tolist())} per class",
         ]
@@ -65,16 +68,22 @@ def _middle(values: Sequence[int]) -> int:
     return sorted(values)[len(values) // 2]
 
 
-def find_splits(root: Path) -> list[str]:
+def find_splits(root: Path, layout: str | None = None) -> list[str]:
     """The splits that lie in ``root``, as the kind of data says that recognises them.
+
+    Args:
+        root: The data set's folder or archive.
+        layout: The kind of data; by default the one that recognises ``root``.
 
     Raises:
         DataError: If there is none.
+        ConfigError: If ``layout`` names no kind of data.
     """
     root = root.expanduser()
     if not root.exists():
         raise DataError(f"{root}: no such folder or archive")
-    kinds = sorted((one() for one in KINDS.classes()), key=lambda one: one.general)
+    known = KINDS.classes() if layout is None else [KINDS.get(layout, "--layout")]
+    kinds = sorted((one() for one in known), key=lambda one: one.general)
     splits = next((found for one in kinds if (found := one.splits(root))), [])
     if not splits and root.is_file():
         raise DataError(f"{root}: is a file and no archive that is known; a folder was expected")
@@ -91,22 +100,25 @@ def find_splits(root: Path) -> list[str]:
     return splits
 
 
-def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
+def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None) -> SplitReport:
     """Read every image of a split, by as many threads as there are cores.
 
     Args:
         root: The data set's folder or archive.
         name: The split's folder.
         quick: Read headers and ends of files only: sizes and truncation, but not damage in the middle.
+        layout: The kind of data; by default the one that recognises ``root``.
 
     Raises:
         DataError: If the split's folder is not one with images in class folders.
     """
-    if not (root / name).exists() and name not in (there := find_splits(root)):
+    if not (root / name).exists() and name not in (there := find_splits(root, layout)):
         raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
     others = [split for split in USUAL_SPLITS if split != name]
     train = name if name == "train" or not (root / "train").is_dir() else "train"
-    data = DataRecipe(name="data", root=str(root), train=train, test=name if name != train else others[0])
+    data = DataRecipe(
+        name="data", root=str(root), train=train, test=name if name != train else others[0], layout=layout
+    )
     images = open_split(data, "train" if name == train else "test")
     sizes: Counter[tuple[int, int]] = Counter()
     damaged: list[str] = []
@@ -126,7 +138,7 @@ def inspect_split(root: Path, name: str, quick: bool) -> SplitReport:
                     damaged.append(item)
                 else:
                     sizes[item] += 1
-    return SplitReport(name, images, sizes, damaged)
+    return SplitReport(name, kind_of(root, data).kind, images, sizes, damaged)
 
 
 def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
@@ -134,7 +146,9 @@ def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
     return width, height
 
 
-def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[SplitReport], list[str], list[str]]:
+def check_data(
+    root: Path, splits: Sequence[str], quick: bool, layout: str | None = None
+) -> tuple[list[SplitReport], list[str], list[str]]:
     """Look at every split, and at what they must have in common.
 
     Returns:
@@ -144,7 +158,7 @@ def check_data(root: Path, splits: Sequence[str], quick: bool) -> tuple[list[Spl
     root = root.expanduser()
     without = [name for name in splits if is_unlabelled(root / name)]
     labelled = [name for name in splits if name not in without]
-    reports = [inspect_split(root, name, quick) for name in labelled]
+    reports = [inspect_split(root, name, quick, layout) for name in labelled]
     if not reports:
         raise DataError(f"{root / without[0]}: holds images without class folders; nothing to train or test with")
     problems = [problem for report in reports for problem in report.damaged]

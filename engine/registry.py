@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         """Every class under each of its names.
 
         Raises:
-            ConfigError: If two have one name, or one that could be used has none.
+            ConfigError: If two have one name, one that could be used has none, or one lacks a method that it must define.
         """
         self.load()
         found: dict[str, type[T]] = {}
@@ -85,6 +85,11 @@ class Registry(Generic[T]):
                 raise ConfigError(
                     f"{one.__module__}.{one.__qualname__}: a {self.what} has a name, and this class gives none "
                     f'(such as kind: Literal["mine"])'
+                )
+            if names and inspect.isabstract(one):
+                missing = ", ".join(sorted(getattr(one, "__abstractmethods__", ())))
+                raise ConfigError(
+                    f"{one.__module__}.{one.__qualname__}: the {self.what} '{names[0]}' does not define {missing}"
                 )
             for name in names:
                 if found.setdefault(name, one) is not one:

@@ -15,7 +15,7 @@ from mixmask.engine.predictions import CLASSES, MATCHES, ClassPredictions, Detec
 from mixmask.engine.wording import printable
 from mixmask.evaluate.average_precision import THRESHOLDS, compare_detectors
 from mixmask.evaluate.collect import Collection, Run, frame, one_run, select
-from mixmask.evaluate.names import METRICS, method_place, name, text_of
+from mixmask.evaluate.names import method_place, name, text_of
 from mixmask.evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
 from mixmask.evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
 
@@ -190,7 +190,13 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         for short in wanted:
             found.append(compare_detectors(f"{kind}/{short}", matches[0], matches[1]))
     if not found:
-        raise UserError(f"{', '.join(metrics or ())}: valid for detectors: {', '.join(METRICS)}")
+        valid = [
+            f"{kind}/{short}"
+            for kind, file in MATCHES.items()
+            for short in THRESHOLDS
+            if all((run.path / file).is_file() for run in runs)
+        ]
+        raise UserError(f"--metric {', '.join(metrics or ())}: valid for these runs: {', '.join(valid)}")
     return found
 
 

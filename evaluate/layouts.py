@@ -9,7 +9,7 @@ from typing import Any
 
 from mixmask.engine.errors import UserError
 from mixmask.evaluate.collect import ABLATED
-from mixmask.evaluate.names import METRICS, OLD_KEYS, epochs_name, method_order, name, setting_name
+from mixmask.evaluate.names import OLD_KEYS, average_precision_name, epochs_name, method_order, name, setting_name
 from mixmask.evaluate.published import Published, PublishedTable, of_table, published_numbers, published_tables
 from mixmask.evaluate.reference import stated
 from mixmask.evaluate.results import Result
@@ -138,7 +138,7 @@ def _shown(key: str, values: Values) -> str:
     if key == "protocol":
         return str(values("title"))
     if key == "metric":
-        return METRICS.get(value, str(value))
+        return average_precision_name(str(value)) or str(value)
     if key == "pretrain_epochs":
         return epochs_name(value)
     return setting_name(key, value) if key in ABLATED else name(value)
@@ -190,7 +190,7 @@ def methods_by_protocols() -> TableLayout:
         "Methods × protocols",
         ("pretrained on", "framework", "method", "arch", "epochs"),
         lambda result: [(row(result.dims), column(result.dims))],
-        order={**method_order(), **{text: number for number, text in enumerate(METRICS.values())}},
+        order=method_order(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 NAMES = {
@@ -40,25 +41,24 @@ OLD_KEYS = {  # what earlier versions called a recipe's keys in tables and queri
     "permutation": "mix.permutation",
     "unmix_prob": "mix.unmix_prob",
 }
-METRICS = {
-    "bbox/AP": "box AP",
-    "bbox/AP50": "box AP50",
-    "bbox/AP75": "box AP75",
-    "segm/AP": "mask AP",
-    "segm/AP50": "mask AP50",
-    "segm/AP75": "mask AP75",
-}
-METHODS = ("random", "vanilla", "mscn", "unmix", "mixmask", "mixmask+unmix", "unknown")
+BASELINES = ("random", "vanilla")  # what every other method is compared with, so tables and legends begin with them
+FOUND = {"bbox": "box", "segm": "mask"}  # COCO's names of what is detected; any other one is shown as it is
 
 
-def method_place(method: str) -> int:
-    """Where a method stands among others: somebody's own ones come last."""
-    return METHODS.index(method) if method in METHODS else len(METHODS)
+def method_place(method: str) -> tuple[int, str]:
+    """Sort key of methods: the baselines first, then the others by name."""
+    return (BASELINES.index(method) if method in BASELINES else len(BASELINES), name(method).lower())
 
 
 def method_order() -> dict[str, int]:
-    """The order of methods in tables, under what they are called there."""
-    return {name(method): number for number, method in enumerate(METHODS)}
+    """The texts that tables put first, and their places."""
+    return {name(method): number for number, method in enumerate(BASELINES)}
+
+
+def average_precision_name(metric: str) -> str | None:
+    """``box AP50`` for ``bbox/AP50``; None if the metric is not an average precision over all classes."""
+    found = re.fullmatch(r"(\w+)/(AP\w*)", metric)
+    return f"{FOUND.get(found[1], found[1])} {found[2]}" if found else None
 
 
 KEYS = {shown.lower(): key for key, shown in NAMES.items()}

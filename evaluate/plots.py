@@ -16,10 +16,10 @@ from mixmask.engine.storage import RunDirectory
 from mixmask.evaluate.collect import Run
 from mixmask.evaluate.drawing import Plot, errorbars, finished_plot, legend, panels, short, style
 from mixmask.evaluate.logs import number_of, read_log
-from mixmask.evaluate.names import METRICS, method_place, name
+from mixmask.evaluate.names import average_precision_name, method_place, name
 from mixmask.evaluate.published import Published
 from mixmask.evaluate.reference import departures, stated
-from mixmask.evaluate.results import DETECTION, Result, backbone_words, results_of, telling_keys
+from mixmask.evaluate.results import Result, backbone_words, results_of, telling_keys
 from mixmask.evaluate.statistics import summarize
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
@@ -252,10 +252,10 @@ def label_efficiency(results: Sequence[Result]) -> list[Plot]:
     shares = [
         r
         for r in results
-        if isinstance(r.run.record.settings.get("labels"), int | float) and r.metric == "semisup/top1"
+        if isinstance(r.run.record.settings.get("labels"), int | float) and r.metric.endswith("/top1")
     ]
     plots = []
-    for dataset, own in _grouped(shares, lambda r: r.run.record.dataset).items():
+    for (dataset, _), own in _grouped(shares, lambda r: (r.run.record.dataset, r.metric)).items():
         lines = _grouped(own, lambda r: _family(r, LABELS))
         if not any(len({_share(r) for r in line}) > 1 for line in lines.values()):
             continue
@@ -283,13 +283,13 @@ def _share(result: Result) -> float:
 
 
 def average_precisions(results: Sequence[Result]) -> list[Plot]:
-    """Bars of box and mask AP with their standard deviations, one figure per data set and way of measuring."""
-    detections = [r for r in results if r.metric in DETECTION]
+    """Bars of average precisions with their standard deviations, one figure per data set and way of measuring."""
+    detections = [r for r in results if average_precision_name(r.metric)]
     plots = []
     measured = _grouped(detections, lambda r: (r.run.record.dataset, r.run.record.protocol, r.measurement))
     for (dataset, protocol, recipe), own in measured.items():
         bars = _grouped(own, lambda r: r.pool[:5])
-        metrics = [metric for metric in DETECTION if any(r.metric == metric for r in own)]
+        metrics = [metric for metric in own[0].run.record.headlines if any(r.metric == metric for r in own)]
         figure, (panel, *_) = panels(1, 1, width=max(5.0, 0.35 * len(metrics) * (len(bars) + 1)))
         for number, (pool, there) in enumerate(
             sorted(bars.items(), key=lambda item: (method_place(item[0][2]), item[0]))
@@ -320,7 +320,9 @@ def average_precisions(results: Sequence[Result]) -> list[Plot]:
                     va="bottom",
                     fontsize=6,
                 )
-        panel.set_xticks(range(len(metrics)), [METRICS[metric] for metric in metrics], fontsize=8)
+        panel.set_xticks(
+            range(len(metrics)), [average_precision_name(metric) or metric for metric in metrics], fontsize=8
+        )
         panel.set_ylabel("average precision (%)")
         panel.margins(y=0.14)
         legend(figure, panel)

@@ -206,9 +206,12 @@ def reproduce(run: Run, recipe_file: str | None = None) -> str:
     recipe = recipe_file or shlex.quote(printable(str(RunDirectory(run.path).recipe_file)))
     again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} --runs again {recipe}"
     commit = record.environment.get("git_commit")
-    lines = [f"git checkout {shlex.quote(printable(str(commit)))}"] if commit else []
+    pure, plus, state = printable(str(commit or "")).partition("+")
+    lines = [f"git checkout {shlex.quote(pure)}"] if pure else []
     if recipe_file is None and (run.path / "changes.patch").is_file():
         lines.append(f"git apply {shlex.quote(printable(str(run.path / 'changes.patch')))}")
+    elif plus and lines:
+        lines[0] += "  # the run had uncommitted changes" if state == "changes" else f"  # state of the files: {state}"
     return "\n".join([*lines, again])
 
 

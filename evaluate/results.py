@@ -13,7 +13,6 @@ from mixmask.engine.records import Record
 from mixmask.evaluate.collect import ABLATED, Run, ablation, ablation_of, flat
 from mixmask.evaluate.names import epochs_name, name
 
-DETECTION = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75")
 SEEDS = ("seed", "pretrain.seed")
 TWICE = ("recipe_iterations", "recipe_batch_size", "num_labelled", "pretrain.backbone.arch", "pretrain.data.name")
 

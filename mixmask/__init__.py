@@ -21,7 +21,8 @@ MixMask in your own loop:
     MixMask, UnMix, MixMaskUnMix    which mixtures
     draw_mixtures, mixture_loss     the mixed images of a batch, and the loss of a mixed query (a `Mixture` has its weights)
 
-`UserError` is a mistake in what you gave, `RunFailure` a run that cannot go on. `help(mixmask.knn)` says more of each. What
+`UserError` is a mistake in what you gave (an option that `MixMask` does not take is pydantic's `ValidationError`),
+`RunFailure` a run that cannot go on. `help(mixmask.knn)` says more of each. What
 is named here is promised to stay; everything else is internal.
 """
 

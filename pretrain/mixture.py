@@ -260,12 +260,12 @@ class Groups(MixtureRecipe):
     def num_mixtures(self) -> int:
         return 1
 
+    @abstractmethod
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
         """What is drawn for a group of ``num`` images of height × width pixels, by the mixture's name in the log.
 
         There are as many as ``num_mixtures`` says.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither draw_group nor draw")
 
     @override
     def draw(self, views: Sequence[Tensor], rng: random.Random, rows: Rows | None = None) -> list[Mixture]:

@@ -65,6 +65,10 @@ def check_data(
     quick: Annotated[
         bool, typer.Option("--quick", help="Read headers and ends of files only; decode what looks damaged.")
     ] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="The kind of data, as data.layout in configs. Default: what recognises the folder."),
+    ] = None,
 ) -> None:
     """Count classes and images, report sizes, and find unreadable files, before a long run does. Uses all cores.
 
@@ -75,7 +79,7 @@ def check_data(
     from mixmask.engine.errors import DataError, listed
     from mixmask.engine.preflight import check_data, find_splits
 
-    reports, problems, remarks = check_data(root, split or find_splits(root), quick)
+    reports, problems, remarks = check_data(root, split or find_splits(root, layout), quick, layout)
     for text in (*(report.describe() for report in reports), *remarks):
         show(text)
     if problems:

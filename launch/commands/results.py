@@ -146,6 +146,9 @@ def tables(
     if out is not None:
         _check_out(out, force)
     _check_templates(templates)
+    if table == "list":
+        show("\n".join(f"{layout.id:<10} {layout.title}" for layout in table_layouts.choose(None, ())))
+        return
     chosen = form or (form_of(out.suffix) if out is not None else "term")
     more = _published(published)
     if (rows is None) != (cols is None) or (metric is not None and rows is None):

@@ -15,7 +15,7 @@ from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 from mixmask.pretrain.mask_options import MaskOptions
-from mixmask.pretrain.mixture import Column, Mixture, Rows, Views, as_stored
+from mixmask.pretrain.mixture import Column, Draw, Mixture, Rows, Views, as_stored
 
 
 class Erase(MaskOptions):
@@ -83,6 +83,10 @@ class Erase(MaskOptions):
         lam, perm = torch.ones(num, device=device), torch.arange(num, device=device)
         hidden = [erase(self, view, rng, rows) for view in views[2:]]
         return [Mixture("small", view, lam, perm, switch=False, weight=self.clean_weight) for view in hidden]
+
+    @override
+    def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
+        return {}  # no image is mixed with another one: `hide` and `draw` erase
 
     @override
     def pictures(self, views: Sequence[Tensor], rng: random.Random) -> Iterator[Column]:

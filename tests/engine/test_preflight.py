@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mixmask.engine.errors import DataError
+from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.preflight import check_data, find_splits
 from mixmask.launch.commands.app import app
 
@@ -28,6 +28,17 @@ def test_a_whole_data_set_is_counted_and_measured(copy: Path) -> None:
     assert "121 in 10 classes, 12 to 13 per class" in train.describe()
     assert "widths 32 to 64, heights 32 to 40; 32 × 32 is the commonest (99 %)" in train.describe()
     assert len(val.images) == 40
+    assert "  kind      folder\n" in train.describe()
+
+
+def test_the_kind_of_data_can_be_named(copy: Path) -> None:
+    done = CliRunner().invoke(app, ["check-data", str(copy), "--quick", "--layout", "folder"])
+    assert done.exit_code == 0
+    assert done.stdout.count("kind      folder") == 2
+    with pytest.raises(ConfigError, match=r"--layout: there is no kind of data 'foldr'; valid: folder, "):
+        find_splits(copy, "foldr")
+    with pytest.raises(DataError):
+        find_splits(copy, "tiny_imagenet")
 
 
 @pytest.mark.parametrize("quick", [False, True])

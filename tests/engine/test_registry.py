@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import pytest
@@ -50,6 +51,20 @@ def test_one_name_for_two_classes_is_a_mistake() -> None:
         kind: Literal["same"] = "same"
 
     with pytest.raises(ConfigError, match=r"the thing 'same' is defined twice: .*First and .*Second"):
+        registry(Thing).by_name()
+
+
+def test_a_class_that_lacks_a_method_is_a_mistake() -> None:
+    class Thing(BaseModel, ABC):
+        kind: str
+
+        @abstractmethod
+        def work(self) -> None: ...
+
+    class Unready(Thing):
+        kind: Literal["unready"] = "unready"
+
+    with pytest.raises(ConfigError, match=r"Unready: the thing 'unready' does not define work$"):
         registry(Thing).by_name()
 
 

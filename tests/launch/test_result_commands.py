@@ -103,6 +103,24 @@ def test_verify_tells_by_its_exit_code(tmp_path: Path) -> None:
     assert "NOT REPRODUCED" in out
 
 
+def test_the_tables_are_listed(lab: Path) -> None:
+    code, out, _ = run("tables", lab, "--table", "list")
+    assert code == 0
+    assert out.splitlines()[0].split() == [
+        "1",
+        "Masks",
+        "of",
+        "MixMask:",
+        "grid",
+        "size,",
+        "strategy,",
+        "ratio,",
+        "switch",
+        "image",
+    ]
+    assert out.splitlines()[-1].startswith("methods ")
+
+
 def test_mistakes_are_answered_and_nothing_is_written(lab: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
