@@ -82,7 +82,8 @@ def draw_crops(
 ) -> Tensor:
     """Random resized crops (torchvision's RandomResizedCrop) for many images at once.
 
-    Up to ten attempts per image: area uniform in ``scale`` times the image's, aspect log-uniform; else the centre.
+    Up to ten attempts per image, with the area uniform in ``scale`` and the aspect ratio log-uniform. If none fits, the
+    largest central crop whose aspect ratio lies in ``aspect``.
 
     Args:
         sizes: (N, 2) height and width of each image.
@@ -102,6 +103,7 @@ def draw_crops(
     w = torch.sqrt(area * ratio).round()
     h = torch.sqrt(area / ratio).round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    # All ten attempts are drawn at once; argmax gives the first one that fits.
     first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
     w, h = w.gather(1, first), h.gather(1, first)
     top = (uniform[2].gather(1, first) * (height - h + 1)).floor()
@@ -118,7 +120,7 @@ def draw_crops(
 
 
 def draw_crop(height: int, width: int, recipe: CropRecipe, rng: random.Random) -> tuple[int, int, int, int, bool]:
-    """As `draw_crops`, for one image and in plain Python: what a loader's worker can afford for every picture.
+    """Like `draw_crops`, for one image and in plain Python, which is cheap enough for a data loader worker.
 
     Returns:
         Top, left, height and width of the crop in pixels, and whether it is flipped.
@@ -160,9 +162,8 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
         rows = _cubic_weights(crops[:, 0], crops[:, 2], height, size)
         columns = _cubic_weights(crops[:, 1], crops[:, 3], width, size)
         columns = torch.where(to_device(flips, images.device)[:, None, None], columns.flip(1), columns)
-        across = torch.einsum("nxw,nchw->nchx", columns, images.float() / 255).clamp_(
-            0, 1
-        )  # Pillow's order, and its clamps
+        # First along rows, then along columns, each with a clamp, as Pillow does it.
+        across = torch.einsum("nxw,nchw->nchx", columns, images.float() / 255).clamp_(0, 1)
         return torch.einsum("nyh,nchx->ncyx", rows, across).clamp_(0, 1)
     centre = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
 
@@ -171,6 +172,7 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
         if mirrored is not None:
             place = torch.where(mirrored[:, None], size - place, place)
         inside = place * (length / size)[:, None] - 0.5
+        # Clamped to the crop, so that pixels outside of it are not blended in at its border.
         return start[:, None] + torch.minimum(inside.clamp(min=0), length[:, None] - 1)
 
     y = positions(crops[:, 0], crops[:, 2], None)
@@ -182,10 +184,10 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
 
 
 def _cubic_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tensor:
-    """(N, size, extent): by how much each pixel along a side counts for each pixel of a crop's enlargement.
+    """(N, size, extent): the weight of each source pixel along one side for each output pixel.
 
-    Keys' cubic kernel with a = -0.5; what lies outside the crop has no weight, and the weights of a pixel sum to 1. A crop
-    larger than ``size`` widens the kernel, which is Pillow's anti-aliasing.
+    Keys' cubic kernel with a = -0.5. Pixels outside the crop have weight 0, and the weights of an output pixel add up
+    to one. A crop larger than ``size`` widens the kernel, which is Pillow's anti-aliasing.
     """
     scale = length / size
     centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]  # (N, size)
@@ -216,7 +218,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Scale towards black; ``factors`` (N,)."""
+    """Multiply each image by its factor; ``factors`` (N,) at least 0."""
     return (images * _factor(factors, images)).clamp_(0, 1)
 
 
@@ -234,7 +236,7 @@ def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
-    """Turn the hue; ``shifts`` (N,) in [-0.5, 0.5], as shares of the colour circle.
+    """Rotate the hue; ``shifts`` (N,) in [-0.5, 0.5], as shares of the colour circle.
 
     RGB to HSV and back collapses to one formula per channel. With V the largest channel, C the spread, and the hue h in
     sixths of the circle, a channel is V - C + C · clamp(2 - d, 0, 1), where d is the distance on the circle between h and
@@ -248,7 +250,7 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
     is_green = (value == green).to(images.dtype).mul_(1 - is_red)
     hue = (red - green).add_(spread, alpha=4).mul_(1 - is_red - is_green)
     hue.addcmul_((blue - red).add_(spread, alpha=2), is_green).addcmul_(green - blue, is_red)
-    hue.div_(spread.clamp(min=1e-12))  # where the spread is 0, so is what it is divided into: grey stays grey
+    hue.div_(spread.clamp(min=1e-12))  # grey pixels: numerator and spread are both 0, so they stay grey
     hue.add_(6 * _factor(shifts, images).squeeze(1))
     hue.sub_((hue / 6).floor_(), alpha=6)  # into [0, 6)
     result = torch.empty_like(images)
@@ -261,7 +263,8 @@ def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Blur each image with its own Gaussian, reflecting at the border.
 
-    The kernel ends at three standard deviations, which hold 99.7 % of a Gaussian, and before the opposite border.
+    The kernel is cut at three standard deviations, which hold 99.7 % of a Gaussian. Its radius stays below the shorter
+    side of the image, as reflection padding requires.
 
     Args:
         images: (N, 3, H, W).
@@ -269,6 +272,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """
     result = images.clone()
     radii = (3 * sigmas).ceil().to(torch.int64).clamp(max=min(images.shape[-2:]) - 1)
+    # Images with the same radius are blurred together, since their kernels have the same size.
     for radius in sorted(set(radii.tolist())):
         _apply(partial(_blur, radius=radius), result, radii == radius, sigmas)
     return result
@@ -282,6 +286,7 @@ def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     kernels = to_device(kernels.to(images.dtype), images.device)  # (N, taps)
     taps = kernels.T.reshape(2 * radius + 1, -1, 1, 1, 1)
     padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    # A Gaussian is separable: one vertical pass, then one horizontal pass.
     rows = padded[:, :, :height] * taps[0]
     for number in range(1, 2 * radius + 1):
         rows.addcmul_(padded[:, :, number : number + height], taps[number])
@@ -293,7 +298,7 @@ def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PhotometricDraws:
-    """What was drawn for a batch, each (N,); ``order`` (N, 4) permutes brightness, contrast, saturation and hue."""
+    """Parameters drawn for a batch, each (N,); ``order`` (N, 4) permutes brightness, contrast, saturation and hue."""
 
     jitter: Tensor
     order: Tensor
@@ -311,7 +316,7 @@ class PhotometricDraws:
 
 
 def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator) -> PhotometricDraws:
-    """Draw the parameters of one batch, each sample on its own."""
+    """Draw the parameters of ``num`` samples, independently for each sample."""
     uniform = torch.rand(8, num, generator=generator)
 
     def factor(row: int, strength: float) -> Tensor:
@@ -350,8 +355,9 @@ def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
 
 
 def _apply(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, chosen: Tensor, values: Tensor) -> None:
-    """Replace the chosen images in place by what the operation makes of them and their values."""
+    """Apply ``operation`` in place to the images where ``chosen`` (N,) is true, with their ``values`` (N,)."""
     which = chosen.nonzero().flatten()
+    # No need to index if all images are chosen.
     if len(which) == len(images):
         images.copy_(operation(images, values))
     elif len(which):
@@ -370,16 +376,17 @@ class Photometric:
 
         Args:
             images: (N, 3, H, W) uint8 or float in [0, 1], the rows ``rows``.
-            generator: Draws for the whole batch, so that a sample's draws do not depend on which process has it.
-            rows: Which rows of the batch these are.
-            total: Rows of the whole batch.
+            generator: Draws for the global batch, so that a sample's draws do not depend on which rank has it.
+            rows: Position of these rows in the global batch.
+            total: Rows of the global batch.
 
         Returns:
             (N, 3, H, W), channels last in memory.
         """
         draws = draw_photometric(self.recipe, total, generator).rows(rows)
         result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
-        together = len(images) if images.device.type != "cpu" else 1  # one image stays in a core's cache all the way
+        # On a CPU one image at a time, which stays in a core's cache through all operations.
+        together = len(images) if images.device.type != "cpu" else 1
         for start in range(0, len(images), together):
             part = slice(start, start + together)
             augmented = apply_photometric(as_float(images[part]), draws.rows(part))

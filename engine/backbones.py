@@ -1,7 +1,8 @@
-"""Backbones: ResNet trunks under torchvision's names, timm's ConvNets, and the file a trunk is kept in.
+"""Backbones: torchvision's ResNets, timm's ConvNets, and the file format in which a trunk is saved.
 
-A trunk is a network without its classifier: images (N, 3, H, W) in, features (N, num_features) out. The state of a ResNet
-has torchvision's names (``conv1.weight`` … ``layer4.2.bn3.running_var``), that of a timm trunk timm's.
+A trunk is a network without its classifier: images (N, 3, H, W) in, features (N, num_features) out. The keys of a
+ResNet's state dict are torchvision's (``conv1.weight`` … ``layer4.2.bn3.running_var``), those of a timm trunk are
+timm's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Stem = Literal["standard", "cifar"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 TIMM = "timm/"
 FORMAT = "mixmask-backbone-1"
-HEAD = "projection_head."  # before the names of the head's tensors in a backbone file
+HEAD = "projection_head."  # prefix of the projection head's tensors in a backbone file
 
 
 def _known_arch(arch: str) -> str:
@@ -51,7 +52,7 @@ Arch = Annotated[str, AfterValidator(_known_arch)]
 
 
 class BackboneRecipe(Recipe):
-    """Which trunk: a ResNet, or ``timm/`` and a name for any of timm's ConvNets (``timm/convnext_tiny``).
+    """The architecture of the trunk: a ResNet, or ``timm/`` and the name of a timm ConvNet (``timm/convnext_tiny``).
 
     ``stem: cifar`` is a 3×3 convolution of stride 1 without max-pooling, for images of about 32 pixels.
     ``zero_init_residual`` starts every residual branch at zero (arXiv:1706.02677, section 5.1). Both are for ResNets.
@@ -75,7 +76,7 @@ def build_trunk(recipe: BackboneRecipe) -> nn.Module:
     """A freshly initialised trunk.
 
     Returns:
-        The trunk, with its feature width in ``trunk.num_features``. The weights come from torch's global generator.
+        The trunk, with its feature width in ``trunk.num_features``. Weights are drawn from torch's global generator.
 
     Raises:
         ConfigError: If the timm model is not a ConvNet.
@@ -101,20 +102,21 @@ def _timm_trunk(arch: str) -> nn.Module:
     layers = {type(module).__name__.lower() for module in trunk.modules()}
     if any("attention" in layer or "crosscovariance" in layer for layer in layers):
         raise ConfigError(f"backbone.arch: {arch} has attention layers; the suite is for ConvNets")
+    # Some timm models (MobileNetV3) keep a layer after pooling even without classes; the output then has its width.
     trunk.num_features = getattr(trunk, "head_hidden_size", None) or trunk.num_features
     built: nn.Module = trunk
     return built
 
 
 def width_of(trunk: nn.Module) -> int:
-    """Features per image of a trunk."""
+    """Feature dimension of a trunk's output."""
     width = trunk.num_features
     assert isinstance(width, int)
     return width
 
 
 def replace_batch_norm(module: nn.Module, build: Callable[[int], nn.BatchNorm2d]) -> None:
-    """Put another BatchNorm2d in the place of every one, in place, with the same weights and statistics.
+    """Replace every BatchNorm2d in place by ``build(num_features)``, keeping weights, statistics, eps and momentum.
 
     Raises:
         ConfigError: If the network fuses batch normalisation with an activation, which cannot be replaced.
@@ -134,12 +136,12 @@ def replace_batch_norm(module: nn.Module, build: Callable[[int], nn.BatchNorm2d]
 
 
 class BackboneInfo(BaseModel):
-    """Where a trunk comes from; stored as metadata in the file.
+    """The origin of a trunk, stored as metadata in its file.
 
     ``lineage`` is the fingerprint without the seed: results of trunks that share it may be pooled into one mean.
     ``pretraining`` is the recipe (`engine.config.identity`), so that a result can say what was pretrained and how.
-    ``head`` describes the projection head, where the file holds it, and ``normalization`` what the images were normalised
-    with.
+    ``head`` describes the projection head if the file holds it. ``normalization`` names the data set whose mean and
+    standard deviation the images were normalised with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -161,19 +163,19 @@ class BackboneInfo(BaseModel):
 
     @property
     def recipe(self) -> BackboneRecipe:
-        """The recipe of the architecture."""
+        """The `BackboneRecipe` that builds this architecture."""
         return BackboneRecipe(arch=self.arch, stem=self.stem)
 
 
 def save_backbone(
     path: Path, state: Mapping[str, Tensor], info: BackboneInfo, head: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write ``backbone.safetensors`` whole or not at all; ``head`` are the tensors that ``info.head`` describes."""
+    """Write ``backbone.safetensors`` atomically; ``head`` holds the tensors that ``info.head`` describes."""
     write_atomic(path, lambda file: file.write(backbone_bytes(state, info, head)))
 
 
 def backbone_bytes(state: Mapping[str, Tensor], info: BackboneInfo, head: Mapping[str, Tensor] | None = None) -> bytes:
-    """The content of a backbone file."""
+    """Serialise a trunk, its head if given, and ``info`` as safetensors."""
     every = {**state, **{f"{HEAD}{name}": tensor for name, tensor in (head or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in every.items()}
     return save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
@@ -189,16 +191,16 @@ def is_backbone_file(path: Path) -> bool:
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneInfo]:
-    """The trunk of a backbone file; see `load_backbone_and_head`."""
+    """Read the trunk and its info from a backbone file; see `load_backbone_and_head`."""
     state, _, info = load_backbone_and_head(path)
     return state, info
 
 
 def load_backbone_and_head(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], BackboneInfo]:
-    """Read a backbone file and check that it holds exactly the trunk, and the head if any, that it says.
+    """Read a backbone file and check that it holds exactly the tensors that its metadata describes.
 
     Returns:
-        The trunk's tensors, the head's (none where the file has no head), and where they come from.
+        The trunk's tensors, the head's tensors (empty if the file has no head), and the metadata.
 
     Raises:
         CheckpointError: If the file is missing, truncated, or its tensors do not fit its architecture.
@@ -236,8 +238,9 @@ def check_trunk_state(state: dict[str, Tensor], recipe: BackboneRecipe, source: 
     """Require exactly the tensors of a trunk, with their shapes.
 
     Raises:
-        CheckpointError: With the first differences.
+        CheckpointError: If any differ; lists the first five.
     """
+    # Only names and shapes are needed: the meta device takes no memory and draws no weights.
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build_trunk(recipe).state_dict().items()}
     problems = [f"missing {name}" for name in expected if name not in state]

@@ -1,4 +1,4 @@
-"""Where the configs that come with the project lie: at the root of a checkout, inside the package when installed."""
+"""Finds the configs that ship with the project: at the root of a checkout, or inside the installed package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("pretrain", "transfer", "suites", "cluster")
 
 
 def configs_folder() -> Path:
-    """The folder ``configs``.
+    """The folder of the shipped configs.
 
     Raises:
         ConfigError: If the installation is incomplete.
@@ -24,29 +24,33 @@ def configs_folder() -> Path:
 
 
 def config_file(given: Path, kind: str | None = None) -> Path:
-    """The config that a user means: a file, or the name of one that comes with the project, from any folder.
+    """The config file that a user means: a path, or the name of a shipped config, which works from any folder.
 
     Args:
-        given: A path, or a name such as ``knn`` or ``cifar100_moco``; ``configs/…`` means the project's where there is no
-            such folder.
-        kind: Where names are looked for: ``pretrain``, ``transfer``, ``suites`` or ``cluster``; by default everywhere.
+        given: A path, or a name such as ``knn`` or ``cifar100_moco``. If ``configs/…`` does not exist here, the shipped
+            config of that path is used.
+        kind: Where names are looked up: ``pretrain``, ``transfer``, ``suites`` or ``cluster``; by default everywhere.
+
+    Returns:
+        The file. A path with folders in it is returned even if it does not exist.
 
     Raises:
-        ConfigError: If it is neither; with the nearest names.
+        ConfigError: If there is no config of that name; suggests the nearest ones.
     """
     if given.is_file() or given.is_absolute():
         return given
     folder = configs_folder()
     if given.parts and given.parts[0] == "configs" and folder.joinpath(*given.parts[1:]).is_file():
         return folder.joinpath(*given.parts[1:])
-    return given if len(given.parts) > 1 else named_config(str(given), kind)  # a path's reader says what is there
+    # A path that does not exist is reported by whoever reads it, together with the configs in that folder.
+    return given if len(given.parts) > 1 else named_config(str(given), kind)
 
 
 def named_config(given: str, kind: str | None = None) -> Path:
-    """A config that comes with the project, by its name.
+    """A shipped config by its name, with or without ``.yaml``.
 
     Raises:
-        ConfigError: If there is none; with the nearest names.
+        ConfigError: If there is none; suggests the nearest names.
     """
     folder = configs_folder()
     name = given.removesuffix(".yaml")
@@ -62,7 +66,7 @@ def named_config(given: str, kind: str | None = None) -> Path:
 
 
 def listed_configs(kind: str | None = None) -> list[tuple[str, str, str]]:
-    """Kind, name and first sentence of every config that comes with the project."""
+    """Kind, name and first sentence of every shipped config, or of those of one kind."""
     folder = configs_folder()
     found = []
     for place in KINDS if kind is None else (kind,):
@@ -72,7 +76,7 @@ def listed_configs(kind: str | None = None) -> list[tuple[str, str, str]]:
 
 
 def _first_sentence(text: str) -> str:
-    """What a config's head begins with, up to its first full stop, its command or an empty line."""
+    """The first sentence of a config's header comment; it also ends before an indented command or an empty line."""
     lines: list[str] = []
     for line in text.splitlines():
         if not line.startswith("# ") or line.startswith("#   "):

@@ -1,4 +1,4 @@
-"""The checkpoint of an unfinished run: everything that has to be there for it to go on as if nothing had happened."""
+"""The checkpoint of an unfinished run: everything it needs to resume as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from mixmask.engine.storage import RunDirectory, disk_problem, write_atomic
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: its step, the seconds behind it, the log window it was in, and whether it was evaluating."""
+    """The point from which a run continues.
+
+    Attributes:
+        step: Number of finished steps.
+        seconds: Time spent on the run so far.
+        window: Sum and count of each scalar since the last log line.
+        to_evaluate: Whether the evaluation after ``step`` is still to be done.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -27,11 +34,12 @@ class Start:
 
 
 def save(job: Job, reached: Start) -> None:
-    """Write the checkpoint whole or not at all; every process must call it, the first one writes.
+    """Write the checkpoint atomically. Every rank must call it; rank 0 writes.
 
     Raises:
-        RunFailure: If a weight is not finite or the file cannot be written; the checkpoint before it stays.
+        RunFailure: If a weight is not finite or the file cannot be written; the previous checkpoint is kept.
     """
+    # After a resume all ranks have the batch statistics of rank 0. An uninterrupted run must continue with the same.
     distributed.broadcast_buffers(job.model, job.not_shared)
     distributed.on_rank0(lambda: _write(job, reached))
 
@@ -40,7 +48,7 @@ def require_finite(job: Job, step: int) -> None:
     """Refuse weights that are not finite after ``step`` steps.
 
     Raises:
-        RunFailure: With the names of the first.
+        RunFailure: If there are any; names the first three parameters.
     """
     broken = [name for name, value in job.model.named_parameters() if not bool(torch.isfinite(value).all())]
     if broken:
@@ -80,11 +88,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training checkpoint written by the loop.
 
     Raises:
-        CheckpointError: If it is truncated or something else.
+        CheckpointError: If it is truncated or not a training checkpoint.
     """
     try:
+        # weights_only, because unpickling can run code. To the CPU, or every rank would put a copy on rank 0's GPU.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises anything at all on a damaged file
+    except Exception as error:  # on a damaged file torch's reader raises many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason}); delete it to start over") from None
     if not isinstance(state, dict) or not {"fingerprint", "step", "model", "optimizer"} <= state.keys():
@@ -93,7 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def resume(job: Job) -> Start:
-    """Put a job where its checkpoint left it, or at its start if there is none; every process must call it.
+    """Restore a job from its checkpoint, or start at step 0 if there is none. Every rank must call it.
 
     Raises:
         UserError: If the checkpoint is damaged, belongs to another run or other data, or is not seen by every process.
@@ -126,10 +135,10 @@ def resume(job: Job) -> Start:
 
 
 def require_same_data(run: RunDirectory, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse to go on with (or to reuse) a run that was made from other images under the same data set name.
+    """Refuse to resume or reuse a run that was made from other images under the same data set name.
 
     Raises:
-        RunDirectoryError: With what differs.
+        RunDirectoryError: If the data differ; lists how.
     """
     differing = [f"{key}: {found.get(key)} -> {given.get(key)}" for key in given if found.get(key) != given.get(key)]
     if differing:

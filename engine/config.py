@@ -24,10 +24,12 @@ from mixmask.engine.texts import read_text
 
 R = TypeVar("R", bound="Recipe")
 
-EXPECTED = "expected"  # holds for the file in which it stands, as it stands there: what extends or changes it has none
+# Expected scores hold for their own file only. A config that extends it, or overrides that change numbers, drop them.
+EXPECTED = "expected"
 
 
-OTHER_FILES = {  # keys by which a config of another kind is recognised, where they mean nothing
+# Top-level keys that show that a file is another kind of config than the one expected.
+OTHER_FILES = {
     "grids": "a suite: `mixmask launch` runs it",
     "framework": "a pretraining recipe: `mixmask pretrain` runs it",
     "protocol": "a transfer recipe: `mixmask transfer` runs it",
@@ -38,7 +40,7 @@ OTHER_FILES = {  # keys by which a config of another kind is recognised, where t
 class Recipe(BaseModel):
     """Base of every typed recipe: frozen, and an unknown key is an error.
 
-    ``moved`` are keys that an earlier version had elsewhere: the old name, and the dotted new one. They are still read.
+    ``moved`` maps keys of an earlier version to their new dotted names, so that old configs can still be read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
@@ -51,23 +53,23 @@ class Recipe(BaseModel):
         return _at_new_places(tree, cls.moved) if cls.moved and isinstance(tree, Mapping) else tree
 
     def first_form(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """The identity as the first version wrote it. Fingerprints are made of it, so that they outlive renamed keys."""
+        """The identity in the layout of the first release; fingerprints use it, so renamed keys do not change them."""
         return identity
 
 
 def operational(default: Any, **kwargs: Any) -> Any:
-    """A field that says where or how conveniently a run happens, and cannot change its numbers.
+    """A field that cannot change a run's numbers, and is therefore left out of the fingerprint.
 
-    Such fields (a data folder's place, the number of workers, how often to log) are left out of the fingerprint.
+    Examples are the folder of the data, the number of workers and how often to log.
     """
     return Field(default, json_schema_extra={"identity": False}, **kwargs)
 
 
 def added(default: Any, **kwargs: Any) -> Any:
-    """A field that came after the first release.
+    """A field that was added after the first release.
 
-    It is part of the identity like any other, but not at its default value: the fingerprint of a run that was made before
-    the field existed stays what it was.
+    At its default value it is left out of the identity, so that runs from before the field existed keep their
+    fingerprint.
     """
     return Field(default, json_schema_extra={"identity": "unless default"}, **kwargs)
 
@@ -78,7 +80,7 @@ MAX_CONFIG, MAX_VALUES = 10_000_000, 100_000  # bytes of a config file, values i
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (PyYAML reads ``1e-4`` as a string) and no duplicate keys."""
+    """A SafeLoader that reads YAML 1.2 numbers (PyYAML reads ``1e-4`` as a string) and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -115,19 +117,21 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 
 def _require_small(text: str, source: str) -> None:
-    """Refuse a text whose references to itself (YAML's aliases) expand to more than anyone writes."""
+    """Refuse YAML whose aliases expand to more than ``MAX_VALUES`` values, or to themselves."""
     if "*" not in text or "&" not in text:
         return
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = MAX_VALUES + 1  # what is met again within itself has no end
+            # Provisional: an alias inside the node that it refers to finds this value, and so counts as too large.
+            sizes[id(node)] = MAX_VALUES + 1
             inner = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
             flat = (one for part in inner for one in (part if isinstance(part, tuple) else (part,)))
             sizes[id(node)] = min(1 + sum(map(size, flat)), MAX_VALUES + 1)
         return sizes[id(node)]
 
+    # compose() only builds the graph of nodes, where aliases share a node: even a "billion laughs" file is small there.
     node = yaml.compose(text, Loader=_Loader)
     if node is not None and size(node) > MAX_VALUES:
         raise ConfigError(
@@ -157,7 +161,7 @@ def _merge(base: Mapping[str, Any], extension: Mapping[str, Any]) -> dict[str, A
 
 
 def _at_new_places(tree: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
-    """A recipe's mapping with its old keys under their new names."""
+    """The mapping with its ``moved`` keys under their new names; an old key wins over its new name."""
     result = {key: value for key, value in tree.items() if key not in moved}
     for old, new in moved.items():
         if old in tree:
@@ -169,7 +173,7 @@ def _at_new_places(tree: Mapping[str, Any], moved: Mapping[str, str]) -> dict[st
 
 
 def _new_name(key: str, moved: Mapping[str, str]) -> str:
-    """A dotted key, or an override that begins with one."""
+    """Rename the first part of a dotted key, or of a ``key=value`` override, if it was moved."""
     first = re.split(r"[.=]", key, maxsplit=1)[0]
     return moved.get(first, first) + key[len(first) :]
 
@@ -181,7 +185,7 @@ def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, An
         The merged mapping, and for every dotted key the file that set it last.
 
     Raises:
-        ConfigError: If a file is missing, is not YAML, is not a mapping, or the bases form a circle.
+        ConfigError: If a file is missing, is not YAML, is not a mapping, or the bases form a cycle.
     """
     path = Path(path)
     if not path.is_file():
@@ -211,6 +215,7 @@ def read_config(path: Path, _chain: tuple[Path, ...] = ()) -> tuple[dict[str, An
     if not found.is_file():
         raise ConfigError(f"{path}: base: {beside}: no such file")
     merged, sources = read_config(found, (*_chain, resolved))
+    # The base's expected scores were measured without this file's changes.
     merged.pop(EXPECTED, None)
     sources.update({key: str(path) for key in _leaves(tree)})
     return _merge(merged, tree), sources
@@ -220,6 +225,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> tuple[dict[str, Any]
     key, equals, text = override.partition("=")
     if not equals or not key or any(not part for part in key.split(".")):
         raise ConfigError(f"override {override!r}: expected key=value, for example epochs=10 or mix.grid=4")
+    # ``key=`` sets the key to null.
     value = _parse_yaml(text, f"override {override!r}") if text else None
     extension: Any = value
     for part in reversed(key.split(".")):
@@ -234,7 +240,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
         model: The recipe's class.
         path: A YAML file.
         overrides: ``key=value`` strings; keys are dotted, values are YAML.
-        origin: Where the overrides stand, for messages.
+        origin: What messages call the source of the overrides.
 
     Raises:
         ConfigError: With one line per problem: the file, the key, what was given and what would be valid.
@@ -257,7 +263,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
     except ValidationError as error:
         found = error.errors(include_url=False)
         inner = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
-        # A list whose entries are wrong is called too short as well, which is a consequence and no second mistake.
+        # pydantic also reports a list with invalid entries as too short. Only the entries are the user's mistake.
         own = [problem for problem in found if problem["loc"] not in inner or problem["type"] != "too_short"]
         problems = [explain(problem, model, sources, str(path), origin) for problem in own]
         raise ConfigError(*dict.fromkeys(problems)) from None
@@ -267,7 +273,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
 
 
 def recipe_of_text(model: type[R], text: str, name: str) -> R:
-    """A recipe from YAML that is no config file: without base and overrides.
+    """Validate YAML text into a recipe, without ``base:`` and overrides.
 
     Raises:
         ConfigError: With ``name``, the key, what was given and what would be valid.
@@ -279,7 +285,7 @@ def recipe_of_text(model: type[R], text: str, name: str) -> R:
 
 
 def checked_recipe(model: type[R], tree: Mapping[str, Any], name: str) -> R:
-    """A recipe from its keys.
+    """Validate a mapping of keys into a recipe.
 
     Raises:
         ConfigError: With ``name``, the key, what was given and what would be valid.
@@ -291,7 +297,8 @@ def checked_recipe(model: type[R], tree: Mapping[str, Any], name: str) -> R:
 
 
 def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]) -> bool:
-    """Whether overrides gave a recipe other numbers than those of its file; another seed is the same recipe."""
+    """Whether overrides changed anything in the recipe's identity other than its seed."""
+    # Required keys that the file leaves open (a backbone, data.root) must be given, and so are not a change.
     open_keys = {
         name: tree[name]
         for name, field in type(recipe).model_fields.items()
@@ -305,7 +312,7 @@ def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]
 
 
 def read_key(path: Path | str, overrides: Sequence[str], key: str) -> Any:
-    """What a config says under a key of its first level, before the rest of it is validated; None if nothing.
+    """The value of a top-level key, read before the config is validated; None if the key is absent.
 
     Raises:
         ConfigError: If the file cannot be read.
@@ -320,7 +327,10 @@ def read_key(path: Path | str, overrides: Sequence[str], key: str) -> Any:
 
 
 def identity(recipe: BaseModel) -> dict[str, Any]:
-    """Everything in a recipe that can change its numbers, as plain JSON values, without `operational` fields."""
+    """The keys of a recipe that can change its numbers, as plain JSON values.
+
+    `operational` fields are left out, and so are `added` fields at their default.
+    """
     result: dict[str, Any] = {}
     plain = recipe.model_dump(mode="json")
     for name, field in type(recipe).model_fields.items():
@@ -334,12 +344,13 @@ def identity(recipe: BaseModel) -> dict[str, Any]:
 
 
 def fingerprinted(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe's fingerprint is made of."""
+    """The mapping that a recipe's fingerprint is computed from."""
     return recipe.first_form(identity(recipe))
 
 
 def fingerprint_of(what: Mapping[str, Any], parent: str | None = None) -> str:
-    """Twelve hexadecimal digits that name ``what`` (JSON values) and the run it builds on."""
+    """Fingerprint of ``what`` (JSON values) and of its parent run: the first twelve hexadecimal digits of a SHA-256."""
+    # Sorted keys: the order of keys in a file must not change the fingerprint.
     text = json.dumps({"parent": parent, "recipe": what}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

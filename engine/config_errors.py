@@ -1,4 +1,4 @@
-"""What is wrong in a config, in the words of its reader: the file, the key, what was given, and what would be valid."""
+"""Turns pydantic's errors into messages for config authors: the file, the key, what was given, what would be valid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe."""
+    """Every dotted key of a recipe, sections included (``mix``, ``mix.grid``)."""
     found = []
     for name, field in model.model_fields.items():
         found.append(f"{prefix}{name}")
@@ -31,7 +31,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _kinds_with(model: type[BaseModel], keys: Sequence[str]) -> list[str]:
-    """The kinds of a mapping that have a key (``mix.grid``: mixmask, mixmask+unmix)."""
+    """The kinds of a section that have a certain key (``mix.grid``: mixmask, mixmask+unmix)."""
     if len(keys) != 2 or keys[0] not in model.model_fields:
         return []
     models = _models_in(model.model_fields[keys[0]].annotation)
@@ -74,8 +74,8 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
         problem: As `pydantic.ValidationError.errors` gives it.
         model: The recipe's class.
         sources: For every dotted key, where it was set last.
-        path: The config.
-        origin: Where overrides stand.
+        path: The config file.
+        origin: What messages call the source of the overrides.
     """
     location, kind = problem["loc"], problem["type"]
     given = problem.get("input")
@@ -94,7 +94,7 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)
-        deeper = [path for path in _paths(model) if path.split(".")[-1] == location[-1]]  # the right key, elsewhere
+        deeper = [path for path in _paths(model) if path.split(".")[-1] == location[-1]]  # same key elsewhere
         kinds = _kinds_with(model, keys)
         if kinds:
             hint = f"Another kind has this key: {'.'.join(keys[:-1])}.kind={' or '.join(kinds)}."
@@ -121,7 +121,7 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
 
 
 def _in_our_words(message: str) -> str:
-    """A message of the validation library, as a user of configs would say it."""
+    """A pydantic message in the terms of a config file: a list and not a tuple, a mapping and not a dictionary."""
     message = (
         message.removeprefix("Value error, ").replace("valid tuple", "valid list").replace("dictionary", "mapping")
     )

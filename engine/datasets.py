@@ -1,4 +1,4 @@
-"""Which images a recipe names, and what a kind of data on disk is."""
+"""The data section of a recipe, and the base class for data layouts on disk."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
 
-# How many classes the data sets of these names have, which published numbers hold for.
+# Number of classes of the data sets that published numbers refer to, by data.name.
 KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet100": 100, "imagenet1k": 1000}
 Part = Literal["train", "test"]
 
 
 class DataRecipe(Recipe):
-    """Which images.
+    """The data set of a recipe.
 
-    ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it lies on this machine. There,
-    ``train`` and ``test`` are folders with one sub-folder per class, unless another kind of data (`engine.data`) recognises
-    what lies there: Tiny-ImageNet's own layout, CIFAR's published archives. ``layout`` names the
-    kind where two do.
+    ``name`` identifies the data set in fingerprints and tables; ``root`` only says where it is on this machine. By
+    default ``train`` and ``test`` are folders in ``root`` with one sub-folder per class. Other layouts (`engine.data`),
+    such as Tiny-ImageNet's own and CIFAR's published archives, are recognised automatically. If two layouts match,
+    ``layout`` names the one to use.
+
     ``storage: stream`` decodes in worker processes at every epoch; ``storage: resident`` decodes a small data set once
     and keeps it on the device (all images must have one size).
 
-    A root that itself holds the class folders is read as its only split. ``holdout`` is the part of every class that makes
-    the test split where the data have none, drawn with ``holdout_seed``; the rest is the training split. ``allow_overlap``
-    lets images be trained and tested on.
+    If ``root`` itself holds the class folders, it is read as a single split. ``holdout`` is the share of every class
+    that is held out as the test split if the data have none. It is drawn with ``holdout_seed``; the rest is the
+    training split. ``allow_overlap`` allows the same images in both splits.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -58,41 +59,41 @@ OpenImages = Callable[[DataRecipe, Part], ImageSet]
 
 
 class DataKind(ABC):
-    """A way in which labelled images lie on disk.
+    """A layout of labelled images on disk.
 
-    A kind is a class derived from this one, in a file of its own in ``engine/data/``. It is found by being there, and opens
+    To add one, derive a class from this one in a new file in ``engine/data/``. It needs no registration, and opens
     every root that it recognises.
     """
 
     kind: ClassVar[str]  # its name
-    general: ClassVar[bool] = False  # takes what no other kind recognises
+    general: ClassVar[bool] = False  # the fallback for roots that no other kind recognises
 
     @abstractmethod
     def recognises(self, root: Path, data: DataRecipe) -> bool:
-        """Whether ``root``, which exists, is of this kind; reads next to nothing."""
+        """Whether ``root``, which exists, has this layout. Must be fast: look for files, do not read them."""
 
     @abstractmethod
     def open(self, root: Path, data: DataRecipe, part: Part) -> ImageSet:
         """List the images of one part.
 
         Raises:
-            DataError: If something is missing or damaged; with the file.
+            DataError: If something is missing or damaged; names the file.
         """
 
     def splits(self, root: Path) -> list[str]:
-        """The names of the splits that lie in ``root``, for ``mixmask check-data``; none if it is not of this kind."""
+        """Names of the splits in ``root``, for ``mixmask check-data``; an empty list for any other layout."""
         return []
 
     def has_test(self, root: Path, data: DataRecipe) -> str | None:
-        """Why ``data.holdout`` is not needed: a sentence, if there is a test part; else None."""
+        """A message that refuses ``data.holdout`` because the data have a test split; None if they have none."""
         return None
 
 
 def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = False) -> None:
-    """Refuse a test split whose class folders differ from the training split's, or that is the same folder by another name.
+    """Refuse a test split with other classes than the training split, or with images of the training split.
 
     Raises:
-        DataError: With the classes that only one of them has, or the folder.
+        DataError: Naming the classes that only one split has, or the shared folder or image.
     """
     if not allow_overlap and train.array() is None and test.root.resolve() == train.root.resolve():
         raise DataError(
@@ -115,8 +116,8 @@ def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = 
 
 
 def other_classes(name: str, num_classes: int) -> str:
-    """What must be said beside an expectation for a data set that has another number of classes than its name says."""
+    """A remark for an expected score if the data have another number of classes than ``name`` implies; else empty."""
     known = KNOWN_CLASSES.get(name)
     if known is None or known == num_classes:
         return ""
-    return f" — holds for the {known:,} classes of {name}; these data have {num_classes:,}, give them another data.name"
+    return f"; holds for the {known:,} classes of {name}; these data have {num_classes:,}, give them another data.name"

@@ -1,7 +1,7 @@
-"""Several processes that train one model: who they are, how they agree, and what they exchange.
+"""Distributed training: rank and world size, agreement between ranks, and collective operations.
 
-A run may be started by torchrun or by SLURM's srun, on one node or many; `session` reads their environment once. Everywhere
-else a process asks `world()`. With one process, every function here is the plain thing: nothing is exchanged.
+A run may be started by torchrun or by SLURM's srun, on one node or many; `session` reads their environment once. All
+other code asks `world()`. With a single process, every function here works without communication.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from mixmask.engine.progress import quieten
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)  # the first process checks files and evaluates while the others wait
+TIMEOUT = timedelta(hours=1)  # rank 0 checks files and evaluates while the others wait
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's number, how many there are, and its number on its node."""
+    """This process's rank, the world size, and its local rank on the node."""
 
     rank: int = 0
     size: int = 1
@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
     def share(self, total: int) -> slice:
-        """This process's consecutive share of ``total`` rows, which the world's size must divide."""
+        """This rank's contiguous share of ``total`` rows, which must be a multiple of the world size."""
         assert total % self.size == 0
         each = total // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
@@ -53,13 +53,13 @@ _world = World()
 
 
 def world() -> World:
-    """The processes of this run."""
+    """This process's rank and the world size; rank 0 of 1 outside a `session`."""
     return _world
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What a launcher's environment says: the world and where its first process listens."""
+    """What the launcher's environment says: the world, and the address and port of rank 0."""
 
     world: World
     address: str
@@ -67,11 +67,11 @@ class Rendezvous:
 
 
 def read_launch(environment: Mapping[str, str]) -> Rendezvous | None:
-    """How this process was started.
+    """Read the rank, the world size and the rendezvous address from the launcher's environment.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun sets SLURM_PROCID, SLURM_LOCALID,
     SLURM_STEP_NUM_TASKS and the node list, from which the first node's name is taken. An sbatch script or an salloc shell
-    that starts one process without srun is one process.
+    that starts one process without srun counts as a single process.
 
     Returns:
         None for a single process.
@@ -98,7 +98,8 @@ def read_launch(environment: Mapping[str, str]) -> Rendezvous | None:
     address = environment.get("MASTER_ADDR") or ("127.0.0.1" if alone else _first_node(nodes))
     if "MASTER_PORT" in environment:
         port = _number(environment, "MASTER_PORT")
-    else:  # steps of one job may run side by side
+    else:
+        # All ranks must compute the same port, and steps of one job may run side by side: use job and step ids.
         port = 15000 + (97 * job + _number(environment, "SLURM_STEP_ID")) % 20000
     return Rendezvous(World(rank, size, local), address, port)
 
@@ -122,7 +123,7 @@ def _first_node(nodes: str) -> str:
 
 @contextlib.contextmanager
 def session() -> Iterator[World]:
-    """Join the other processes, if there are any, and leave them at the end."""
+    """Initialise the process group, if there are several processes, and destroy it at the end."""
     global _world
     launch = read_launch(os.environ)
     if launch is None:
@@ -130,13 +131,15 @@ def session() -> Iterator[World]:
         return
     try:
         socket.getaddrinfo(launch.address, launch.port)
-    except OSError as error:  # the processes would wait for each other for an hour
+    except OSError as error:  # otherwise the ranks would wait an hour for each other
         raise ConfigError(
             f"the first node's name {launch.address} means nothing on this machine ({error}); set MASTER_ADDR"
         ) from None
     cuda = torch.cuda.is_available()
     dist.init_process_group(
+        # gloo for CPU tensors and Python objects, NCCL for tensors on GPUs.
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        # torchrun already runs a store at this address; env:// uses it instead of starting another one.
         init_method=f"tcp://{launch.address}:{launch.port}" if "TORCHELASTIC_RUN_ID" not in os.environ else "env://",
         rank=launch.world.rank,
         world_size=launch.world.size,
@@ -147,8 +150,8 @@ def session() -> Iterator[World]:
     try:
         agreed(_take_device)
         yield _world
-        dist.destroy_process_group()  # not after an error: the others may never come to it
-    except (RunFailure, Interrupted) as end:  # which all processes meet at the same step
+        dist.destroy_process_group()  # not after an error: other ranks may never get here
+    except (RunFailure, Interrupted) as end:  # all ranks raise these at the same step
         stopped = isinstance(end, Interrupted)
         if _world.is_writer:
             print(f"{'interrupted' if stopped else 'failed'}: {end}", file=sys.stderr, flush=True)
@@ -160,7 +163,7 @@ def session() -> Iterator[World]:
 
 
 def _take_device() -> None:
-    """One GPU per process, where there are any; a launcher may show each process its own as the only one."""
+    """Select this rank's GPU, if there are any. A launcher may make only that one visible, which is then GPU 0."""
     count = torch.cuda.device_count()
     if count > 1 and _world.local_rank >= count:
         raise ConfigError(
@@ -171,11 +174,11 @@ def _take_device() -> None:
 
 
 def agreed(call: Callable[[], T]) -> T:
-    """Call on every process, and go on only if it went well on all.
+    """Call on every rank, and continue only if all calls succeed.
 
-    One process alone raises as usual. Of several, the first prints the one message and all end, with exit code 2 for a
-    user's mistake and 1 for a failure: without this, the first to stop would leave the others waiting for it, or make the
-    launcher kill them before anything was said.
+    A single process raises as usual. With several, rank 0 prints the error of the first rank that failed, and all exit,
+    with code 2 for a `UserError` and 1 for a failure. Otherwise a rank that stops alone would leave the others waiting
+    for it, or the launcher would kill them before the message is printed.
     """
     if _world.size == 1:
         return call()
@@ -194,13 +197,14 @@ def agreed(call: Callable[[], T]) -> T:
             code, message = found
             if _world.is_writer:
                 print(message if rank == 0 else f"process {rank}: {message}", file=sys.stderr, flush=True)
+            # Exit only when the message is out: launchers kill the other ranks as soon as one has ended.
             dist.barrier()
             raise SystemExit(code)
     return results[0]
 
 
 def require_same(value: object, what: str) -> None:
-    """Refuse to go on where the processes see different files.
+    """Require the same ``value`` on every rank, for example that all see the same files.
 
     Raises:
         ConfigError: If ``value`` differs between processes; ``what`` names it.
@@ -215,12 +219,12 @@ def require_same(value: object, what: str) -> None:
 
 
 def on_rank0(call: Callable[[], object]) -> None:
-    """Let the first process do something while the others wait; its mistakes are everyone's (see `agreed`)."""
+    """Call on rank 0 while the other ranks wait; an error ends all of them (see `agreed`)."""
     agreed(lambda: call() if _world.is_writer else None)
 
 
 def from_first(value: T) -> T:
-    """The first process's value, on all."""
+    """Broadcast rank 0's value, any object that can be pickled, to all ranks."""
     if _world.size == 1:
         return value
     values = [value]
@@ -229,7 +233,7 @@ def from_first(value: T) -> T:
 
 
 def gather_to_rank0(value: T) -> list[T]:
-    """On the first process every process's value, in the order of their numbers; nothing on the others."""
+    """On rank 0 the values of all ranks, in rank order; an empty list on the others."""
     if _world.size == 1:
         return [value]
     values = [value] * _world.size if _world.is_writer else None
@@ -242,7 +246,7 @@ def gather_to_rank0(value: T) -> list[T]:
 
 @torch.no_grad()
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their numbers, without gradient: (n, …) to (size · n, …)."""
+    """All-gather without gradient, in rank order: (n, …), with the same n on every rank, to (world size · n, …)."""
     if _world.size == 1:
         return rows
     parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(_world.size)]
@@ -251,7 +255,7 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def gather_with_gradient(rows: Tensor) -> Tensor:
-    """As `gather`; the gradient of every process's use of a row flows back to the process that made it."""
+    """Like `gather`, with gradient: the gradients of a row from all ranks are summed on the rank that made it."""
     if _world.size == 1:
         return rows
     return torch.cat(differentiable.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
@@ -259,10 +263,11 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_dealt(rows: Tensor) -> Tensor:
-    """As `gather`, for rows that were dealt out in turn (every n-th to a process): in the order before the deal."""
+    """Gather rows that were distributed round-robin (every n-th to a rank), and restore the order they had before."""
     if _world.size == 1:
         return rows
     counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+    # all_gather needs the same shape on every rank, but the last round may not have reached all of them.
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
     parts = gather(padded).chunk(_world.size)
     together = rows.new_empty(sum(counts), *rows.shape[1:])
@@ -272,7 +277,7 @@ def gather_dealt(rows: Tensor) -> Tensor:
 
 
 def mean(values: Tensor) -> Tensor:
-    """The mean over the processes of each value."""
+    """Mean of each value over all ranks (all-reduce); with several ranks, ``values`` is overwritten."""
     if _world.size > 1:
         dist.all_reduce(values)
         values /= _world.size
@@ -280,9 +285,10 @@ def mean(values: Tensor) -> Tensor:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process raises its flag. Every process must ask."""
+    """Whether ``flag`` is true on any rank. A collective operation: every rank must call it."""
     if _world.size == 1:
         return flag
+    # On the CPU, so that gloo reduces it without waiting for the GPU.
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags)
@@ -290,7 +296,7 @@ def any_of(flag: bool) -> bool:
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module, not_shared: tuple[str, ...]) -> None:
-    """Give every process the first one's buffers (batch statistics differ between processes), except ``not_shared`` ones."""
+    """Broadcast rank 0's buffers (batch statistics differ between ranks), except names that end in ``not_shared``."""
     if _world.size > 1:
         for name, buffer in model.named_buffers():
             if not (not_shared and name.endswith(not_shared)):
@@ -298,15 +304,16 @@ def broadcast_buffers(model: nn.Module, not_shared: tuple[str, ...]) -> None:
 
 
 def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...] = ()) -> nn.Module:
-    """Average the gradients of all processes during the backward pass; the module itself with one process.
+    """Wrap a module in DistributedDataParallel, which averages gradients over ranks; with one process, a no-op.
 
     Args:
         module: Its forward pass computes everything that the loss depends on.
-        device: Where it lies.
-        not_shared: Suffixes of buffers that the processes keep equal themselves (a queue).
+        device: Where it is.
+        not_shared: Name suffixes of buffers that are not broadcast, as every rank computes the same values (a queue).
 
-    DistributedDataParallel regroups gradients after its first step, so the first step after a resume adds them up in
-    another order: with three or more processes a resumed run equals the undisturbed one but for rounding.
+    DistributedDataParallel rebuilds its gradient buckets after its first step, so the first step after a resume sums
+    gradients in another order. With three or more ranks, a resumed run therefore equals an uninterrupted one only up to
+    rounding.
     """
     if _world.size == 1:
         return module
@@ -319,10 +326,10 @@ def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...
 
 
 def convert_sync_batchnorm(model: nn.Module) -> None:
-    """Let batch normalisation see the images of all processes, in place (on GPUs)."""
+    """Replace the BatchNorm layers inside a model by SyncBatchNorm, whose statistics are over all ranks (on GPUs)."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
 
 def environment() -> dict[str, Any]:
-    """What a record says about the processes."""
+    """World size and communication backend, for the record."""
     return {"world_size": _world.size, "backend": dist.get_backend() if _world.size > 1 else None}

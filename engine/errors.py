@@ -1,8 +1,8 @@
-"""The errors that a user meets, and what exit code each one means.
+"""The errors that users see, and the exit code of each.
 
-Everything a user can put right (a path, a key, a value, a damaged file) is a `UserError`: the command line prints its
-message without a traceback and exits with 2. A run that fails for another reason is a `RunFailure`: exit 1. One that
-stops because it was asked to is `Interrupted`.
+Everything a user can fix (a path, a key, a value, a damaged file) is a `UserError`: the command line prints its message
+without a traceback and exits with code 2. A run that fails for another reason raises `RunFailure` (exit code 1). A run
+stopped by a signal raises `Interrupted` (exit code 128 + signal).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from mixmask.engine.wording import printable
 
 
 class Told(Exception):
-    """An error that a user reads.
+    """Base of all errors whose message is written for the user.
 
     Args:
-        lines: The message, one line each. What comes from outside (names of files, keys, classes) may stand in them as it
-            is: control characters and line breaks within a line are shown as codes.
+        lines: The message, one argument per line. Text from outside (names of files, keys, classes) can be included
+            unchanged: control characters and line breaks within a line are escaped when the error is shown.
     """
 
     prefix: ClassVar[str] = "failed"
@@ -28,27 +28,27 @@ class Told(Exception):
         super().__init__(*lines)
 
     def __str__(self) -> str:
-        """The lines, safe to show."""
+        """The message, with control characters escaped."""
         return "\n".join(printable(str(line)) for line in self.args)
 
     def one_line(self) -> str:
-        """The message as a part of another one."""
+        """The message on one line, for use inside another message."""
         return "; ".join(map(str, self.args))
 
     def told(self) -> str:
-        """The message as a command ends with it."""
+        """The message with its prefix, as a command prints it before it exits."""
         return f"{self.prefix}: {self}"
 
 
 class UserError(Told):
-    """Something the user can put right. The message says what was given and what would be valid."""
+    """Something the user can fix. The message says what was given and what would be valid."""
 
     prefix: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 2
 
 
 def listed(problems: Sequence[str], most: int = 10) -> list[str]:
-    """Problems, one line each, the first ``most`` of them."""
+    """The first ``most`` problems, and one more line that counts the rest."""
     rest = len(problems) - most
     return [*problems[:most], *([f"… and {rest} more"] if rest > 0 else [])]
 
@@ -70,24 +70,24 @@ class RunDirectoryError(UserError):
 
 
 class NotWritable(RunDirectoryError):
-    """A folder that runs are to be kept in cannot be written."""
+    """The folder for a run is not writable."""
 
 
 class RunFailure(Told):
-    """A run that started well and cannot go on, for example because its loss is no longer finite."""
+    """A run that started but cannot continue, for example because its loss is no longer finite."""
 
 
 class OwnershipLost(RunFailure):
-    """Another process works in the run directory now, or the folder is gone: nothing more may be written there."""
+    """Another process has taken over the run directory, or it was deleted: this process must not write there again."""
 
 
 class Interrupted(Told):
-    """A run that was asked to stop by a signal and wrote its checkpoint. Exit: 128 + signal."""
+    """A run that a signal stopped after it had written its checkpoint. Exit code: 128 + signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It is pickled when a process tells another one."""
+        """Keep ``signal`` when the error is pickled to be sent to another process."""
         return type(self), (*self.args, self.signal)

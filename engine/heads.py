@@ -15,7 +15,7 @@ class HeadInfo(BaseModel):
         widths: Input, hidden and output widths.
         norm: BatchNorm before each ReLU.
         last_norm: BatchNorm after the last layer.
-        last_affine: Whether that one has weight and bias.
+        last_affine: Whether the last BatchNorm has weight and bias.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +34,7 @@ class Head(nn.Sequential):
         for number, (before, after) in enumerate(itertools.pairwise(info.widths)):
             last = number == len(info.widths) - 2
             followed = info.last_norm if last else info.norm
+            # A bias before BatchNorm would have no effect, because BatchNorm subtracts the mean.
             layers.append(nn.Linear(before, after, bias=not followed))
             if followed:
                 layers.append(nn.BatchNorm1d(after, affine=info.last_affine if last else True))
@@ -44,5 +45,5 @@ class Head(nn.Sequential):
 
 
 def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> Head:
-    """A head from its parts; see `HeadInfo`."""
+    """Build a head; the arguments are the attributes of `HeadInfo`."""
     return Head(HeadInfo(widths=tuple(widths), norm=norm, last_norm=last_norm, last_affine=last_affine))

@@ -1,4 +1,4 @@
-"""Labelled images: what the rest of the project asks of them, in files of their own or in one array."""
+"""Sets of labelled images: their interface, and its two implementations (one file per image, or one array)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,11 +25,21 @@ class ImageSet(Protocol):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """What each image is called: its file; of an archive, the archive's name and the image's file name in it."""
+        """A path for each image: its file, or for an archive the archive's path and the image's file name in it."""
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, indices into ``classes``."""
+        """(N,) int64, indices into ``classes``.
+
+        Of multi-label images (N, C) int8: 1 for a class that is present, 0 for one that is not, -1 if it does not count.
+        """
+
+    @property
+    def validation(self) -> Tensor | None:
+        """(N,) bool: the official validation split among training images, on which hyperparameters are chosen.
+
+        None if the data set has none.
+        """
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -49,40 +59,41 @@ class ImageSet(Protocol):
         """
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height of image ``index`` in pixels, without decoding it; for `mixmask check-data --quick`.
+        """Width and height of image ``index`` in pixels, decoding as little as possible, for ``check-data --quick``.
 
         Raises:
-            DataError: If it is missing, or seen to be damaged.
+            DataError: If it is missing or found to be damaged.
         """
 
     def array(self) -> Tensor | None:
-        """All images as (N, 3, H, W) uint8 where they lie in memory already; else None."""
+        """All images as (N, 3, H, W) uint8 if they are already in memory; else None."""
 
     def subset(self, indices: Sequence[int] | Tensor, root: Path | None = None) -> Self:
-        """The images at ``indices``, in that order, with the same classes; ``root`` replaces what messages call them."""
+        """The images at ``indices``, in that order, with the same classes; ``root`` replaces the name in messages."""
 
     def shard(self) -> Self:
-        """This process's images, where several share a pass over them: every n-th one, in order."""
+        """This rank's images for a pass that all ranks share: with world size n, every n-th one, in order."""
 
     def check(self) -> None:
         """Find damaged images before long work starts.
 
         Raises:
-            DataError: With their names.
+            DataError: Naming the damaged files.
         """
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and under ``listing`` a digest of class and file names that tells two data sets of one name apart."""
+        """Counts, and as ``listing`` a digest of class and file names, which tells data sets of one name apart."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What the two kinds of image sets share; attributes as in `ImageSet`."""
+    """Base class of the two kinds of image sets; attributes as in `ImageSet`."""
 
     paths: tuple[Path, ...]
     labels: Tensor
     classes: tuple[str, ...]
     root: Path
+    validation: Tensor | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,35 +104,41 @@ class Images:
         return self._chosen(chosen, self.root if root is None else root)
 
     def _chosen(self, chosen: list[int], root: Path) -> Self:
-        return type(self)(tuple(self.paths[i] for i in chosen), self.labels[chosen], self.classes, root)
+        held = None if self.validation is None else self.validation[chosen]
+        paths = tuple(self.paths[i] for i in chosen)
+        return replace(self, paths=paths, labels=self.labels[chosen], root=root, validation=held)
 
     def shard(self) -> Self:
-        """This process's images: every n-th one, in order."""
+        """This rank's images: with world size n, every n-th one, in order (`gather_dealt` restores the whole order)."""
         return self if world().size == 1 else self.subset(range(world().rank, len(self), world().size))
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and a digest of the class and file names; of the whole paths below the root where names repeat."""
+        """Counts, and a digest of class and file names; if names repeat, of the paths below the root, too."""
         names = [
-            f"{self.classes[label]}/{path.name}" for path, label in zip(self.paths, self.labels.tolist(), strict=True)
+            f"{self._shown(label)}/{path.name}" for path, label in zip(self.paths, self.labels.tolist(), strict=True)
         ]
-        if len({*names}) < len(
-            names
-        ):  # as of frames of several videos in one class: the names alone do not tell them apart
+        # Names can repeat within a class, as for frames of several videos. The paths then tell two data sets apart.
+        if len({*names}) < len(names):
             names = [f"{name} {os.path.relpath(path, self.root)}" for name, path in zip(names, self.paths, strict=True)]
+        if self.validation is not None:  # it decides what is chosen, and with it numbers
+            names.append(f"validation {self.validation.int().tolist()}")
         digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode())
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
+
+    def _shown(self, label: int | list[int]) -> str:
+        return self.classes[label] if isinstance(label, int) else " ".join(map(str, label))
 
 
 @dataclass(frozen=True)
 class FileImages(Images):
-    """Images in files of their own."""
+    """Images with one file each, decoded whenever they are read."""
 
     def read(self, index: int) -> Tensor:
         """Decode one file; see `decode`."""
         return decode(self.paths[index])
 
     def size(self, index: int) -> tuple[int, int]:
-        """From the file's header; its end is looked at, too."""
+        """Width and height from the header. To find truncation, a JPEG's end is read, and any other file is decoded."""
         path = self.paths[index]
         problem = file_problem(path)
         if problem is not None:
@@ -134,7 +151,7 @@ class FileImages(Images):
             raise DataError(f"{path}: not a readable image ({error})") from None
 
     def array(self) -> None:
-        """They lie on disk."""
+        """None: the images are on disk."""
 
     def check(self) -> None:
         """Find damaged files; see `check_files`."""
@@ -152,24 +169,23 @@ class ArrayImages(Images):
     pixels: Tensor
 
     def read(self, index: int) -> Tensor:
-        """One row of the array."""
+        """Image ``index`` as (3, H, W) uint8, a view of the array."""
         return self.pixels[index]
 
     def size(self, index: int) -> tuple[int, int]:
-        """That of all."""
+        """Width and height, which all images share."""
         return self.pixels.shape[3], self.pixels.shape[2]
 
     def array(self) -> Tensor:
-        """The array."""
+        """``pixels``, not a copy."""
         return self.pixels
 
     def check(self) -> None:
-        """There is nothing left to find: whoever made the array has read everything."""
+        """Nothing to do: every image was read when the array was made."""
 
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
-        paths = tuple(self.paths[i] for i in chosen)
-        return type(self)(paths, self.labels[chosen], self.classes, root, self.pixels[chosen])
+        return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])
 
 
 def decode(path: Path) -> Tensor:
@@ -183,17 +199,19 @@ def decode(path: Path) -> Tensor:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
         raise DataError(f"{path}: not a readable image ({reason})") from None
-    if image.ndim == 4:  # an animation: its first picture
+    if image.ndim == 4:  # an animation: keep the first frame
         image = image[0]
     if image.dtype == torch.uint16:
+        # Keep the high byte. int() first, because torch supports few operations on uint16.
         image = (image.int() >> 8).to(torch.uint8)
     return image
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Find damaged images before long work starts, at the price of two small reads per file.
+    """Find damaged images before long work starts.
 
-    A JPEG that begins and ends with its markers is taken as whole; every other file is decoded to make sure.
+    A JPEG counts as whole if it begins and ends with its markers, which takes two small reads. Every other file is
+    decoded.
 
     Raises:
         DataError: Naming the damaged files (the first ten).
@@ -206,7 +224,7 @@ def check_files(paths: Sequence[Path]) -> None:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with one file, or None; see `check_files`."""
+    """A message about what is wrong with one file, or None; see `check_files`."""
     try:
         with path.open("rb") as file:
             start = file.read(2)

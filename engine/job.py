@@ -26,22 +26,23 @@ class Job:
         fingerprint: Identity of the recipe, kept in the checkpoint.
         data: Identity of the data (`ImageSet.summary`), kept in the checkpoint.
         model: Everything that has state besides the optimizer: weights, buffers, queues.
-        optimizer: Its groups' ``lr`` at the start are the base rates that the schedule scales; a group with
+        optimizer: The initial ``lr`` of each parameter group is its base rate, which the schedule scales; a group with
             ``fixed_lr: True`` keeps its rate.
-        schedule: Step to factor of the base rates.
+        schedule: Maps a step to the factor of the base rates.
         num_steps: Length of the run.
-        images_per_step: For the rate in the log; over all processes.
-        seed: From it, the seed of torch's global generator at every step (dropout and the like).
+        images_per_step: Global batch size, for the throughput in the log.
+        device: Where the model and the batches are.
+        seed: torch's global generator is re-seeded from it at every step, for dropout and the like.
         precision: Number format of the forward pass.
         log_every: Steps between two log lines.
         checkpoint_every: Steps between two checkpoints.
         evaluate: Called after every ``evaluate_every`` steps and after the last, by every process; its values are logged.
         evaluate_every: Steps between two evaluations; 0 means never.
         clip_norm: Largest gradient norm, or None.
-        after_step: Called with the step after the optimizer's step: momentum encoders and queues move here.
-        not_shared: Suffixes of buffers that the processes keep equal themselves.
-        watch: From a log line and its step to a warning, or None.
-        open_sinks: From the first step to places that the log goes to besides ``log.jsonl``.
+        after_step: Called with the step number after each optimizer step; updates momentum encoders and queues.
+        not_shared: Name suffixes of buffers that are not broadcast, as every rank computes the same values (a queue).
+        watch: Given a log line and its step, returns a warning or None.
+        open_sinks: Given the first step, opens the destinations of the log besides ``log.jsonl``.
     """
 
     title: str

@@ -1,8 +1,8 @@
 """Batches of images: streamed from disk by worker processes, or resident on the device.
 
-Both kinds answer the same two calls. The order of the images is a permutation per epoch and every crop is drawn from
-the seed and what it is for, so that a batch depends on its step alone: not on the steps before it, on a restart, or on
-the number of workers.
+Both sources have the same two methods. The images are permuted anew in every epoch, and every crop is drawn from a seed
+of its own, derived from the recipe's seed. A batch therefore depends on its step only: not on earlier steps, a restart,
+or the number of workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,21 +37,22 @@ from mixmask.engine.wording import nearest_multiples
 
 T = TypeVar("T")
 
+Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's rows of one training batch, on the device.
+    """This rank's rows of one global training batch, on the device.
 
     Attributes:
-        views: For each view (B, 3, crop, crop) uint8 (or float in [0, 1]), cropped and flipped, not yet photometrically
-            augmented.
+        views: For each view (B, 3, crop, crop) uint8 (or float in [0, 1]), cropped and flipped, without photometric
+            augmentation.
         labels: (B,) int64.
         step: The step it belongs to, from 0.
-        rows: Which rows of the step's whole batch these are.
-        total: Rows of the whole batch.
-        number: Which part of the step this is, where gradients are accumulated over parts.
+        rows: Position of these rows in the global batch.
+        total: Rows of the global batch.
+        number: Index of this part of the step, if gradients are accumulated over parts.
     """
 
     views: list[Tensor]
@@ -76,10 +77,10 @@ class BatchPlan:
 
     Attributes:
         num_images: Size of the data set.
-        batch_size: Images per step.
-        drop_last: Leave out an epoch's last, smaller batch. If kept, a last batch that would give a process a single image
-            is still left out (batch normalisation has no statistics of one image), and of several processes each gets the
-            same number of its images, so that up to one per process but one are left out.
+        batch_size: Global batch size, in images per step.
+        drop_last: Leave out an epoch's last, smaller batch. If it is kept, every rank gets the same number of its
+            images, so up to world size - 1 images are left out. A last batch with fewer than two images per rank is
+            left out (unless it is the only one), because batch normalisation has no statistics of a single image.
         seed: The recipe's seed.
     """
 
@@ -114,18 +115,19 @@ class BatchPlan:
         return step // self.steps_per_epoch
 
     def indices(self, epoch: int) -> list[list[int]]:
-        """The batches of one epoch."""
+        """The image indices of every global batch of one epoch."""
+        # A generator per epoch: a resumed run gets the order of its epoch without replaying the epochs before it.
         order = torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch)).tolist()
         size = self.batch_size
         return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
 
     def share(self, batch: Sequence[int]) -> slice:
-        """Which rows of a batch are this process's."""
+        """The rows of a global batch that belong to this rank."""
         size = world().size
         return world().share(len(batch) // size * size)
 
     def from_step(self, first: int, num_steps: int) -> Iterator[tuple[int, int, list[int]]]:
-        """(step, epoch, indices) for the steps ``first`` … ``num_steps - 1``, for all processes together."""
+        """Yield (step, epoch, indices of the global batch) for the steps ``first`` … ``num_steps - 1``."""
         step = first
         while step < num_steps:
             epoch = self.epoch_of(step)
@@ -137,34 +139,36 @@ class BatchPlan:
 
 
 class ImageSource(Protocol):
-    """Where batches come from."""
+    """A source of training and evaluation batches."""
 
     images: ImageSet
 
     def training(
         self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
-        """One random view per recipe, for this process's rows of the steps ``first_step`` … ``num_steps - 1``."""
+        """Yield this rank's rows of the steps ``first_step`` … ``num_steps - 1``, with one random view per recipe."""
         ...
 
-    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image once, in order: central crops, uint8, on the device, and their labels."""
+    def evaluation(
+        self, batch_size: int, resize: int | None, crop: int, interpolation: Interpolation = "bilinear"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every image once, in order: central crops (B, 3, crop, crop) uint8 and their labels, on the device."""
         ...
 
 
 def open_source(images: ImageSet, data: DataRecipe, device: torch.device) -> ImageSource:
-    """The source that ``data.storage`` asks for."""
+    """Open the source that ``data.storage`` selects."""
     if data.storage == "resident":
         return ResidentSource(images, device)
     return StreamSource(images, data.num_workers, device)
 
 
 def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
-    """Refuse what resident images cannot give: crops are enlarged there and never shrunk, and all must fit into memory.
+    """Check that ``storage: resident`` is possible: it can only enlarge crops, and all images must fit into memory.
 
     Raises:
-        ConfigError: If a crop of the first image can be larger than what it is resized to, or if all images of its size take
-            more than this machine's memory.
+        ConfigError: If a crop of the first image can be larger than its output, or if all images, at the first one's
+            size, need more than this machine's memory.
     """
     if data.storage != "resident":
         return
@@ -188,10 +192,10 @@ def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
 
 
 def from_workers(batches: Iterable[T]) -> Iterator[T]:
-    """Pass batches on; a damaged file found by a worker process is reported as it would be without workers.
+    """Yield the batches; a `DataError` from a worker process is raised again with its own message.
 
     Raises:
-        DataError: With the worker's message alone (torch puts the worker's traceback before it).
+        DataError: With the worker's message only (torch puts the worker's traceback before it).
     """
     try:
         yield from batches
@@ -200,59 +204,63 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         raise DataError(*said.splitlines()) from None
 
 
-class _Views(Dataset[tuple[list[Tensor], int]]):
-    """Item (epoch, index) is one decoded image as a list of (3, crop, crop) uint8."""
+class _Views(Dataset[tuple[list[Tensor], Tensor]]):
+    """Item ``(epoch, index)`` is a list of random views of one image, each (3, crop, crop) uint8, and its label."""
 
     def __init__(self, images: ImageSet, recipes: Sequence[CropRecipe], seed: int) -> None:
         self.images, self.recipes, self.seed = images, recipes, seed
 
-    def __getitem__(self, key: Any) -> tuple[list[Tensor], int]:
+    def __getitem__(self, key: Any) -> tuple[list[Tensor], Tensor]:
         epoch, index = key
         image = self.images.read(index)
         views = []
         for view, recipe in enumerate(self.recipes):
+            # A generator per crop: the draw does not depend on which worker loads the image, or on its earlier images.
             rng = random.Random(derived_seed(self.seed, "crop", epoch, index, view))
             top, left, height, width, flip = draw_crop(image.shape[1], image.shape[2], recipe, rng)
-            # Decoded images lie with their channels last; a cut that does, too, is resized a third faster.
+            # Decoded images are channels-last in memory; keeping the crop so makes its resize a third faster.
             cut = image[None, :, top : top + height, left : left + width]
             cut = cut.contiguous(memory_format=torch.channels_last)
             cut = TF.resize(cut, [recipe.crop, recipe.crop], INTERPOLATIONS[recipe.interpolation], antialias=True)[0]
             views.append(cut.flip(-1) if flip else cut)
-        return views, int(self.images.labels[index])
+        return views, self.images.labels[index]
 
 
-class _Central(Dataset[tuple[list[Tensor], int]]):
-    """Item i is a list of image i, resized on its short side and cut at the centre, uint8."""
+class _Central(Dataset[tuple[list[Tensor], Tensor]]):
+    """Item i is a list with one view of image i (short side resized, central crop, uint8), and its label."""
 
-    def __init__(self, images: ImageSet, resize: int | None, crop: int) -> None:
-        self.images, self.resize, self.crop = images, resize, crop
+    def __init__(self, images: ImageSet, resize: int | None, crop: int, interpolation: Interpolation) -> None:
+        self.images, self.resize, self.crop, self.interpolation = images, resize, crop, interpolation
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        return [_central(self.images.read(index), self.resize, self.crop)], int(self.images.labels[index])
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor]:
+        image = _central(self.images.read(index), self.resize, self.crop, self.interpolation)
+        return [image], self.images.labels[index]
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-def _central(image: Tensor, resize: int | None, crop: int) -> Tensor:
+def _central(image: Tensor, resize: int | None, crop: int, interpolation: Interpolation) -> Tensor:
     if resize is not None:
-        image = TF.resize(image, [resize], antialias=True)
+        image = TF.resize(image, [resize], INTERPOLATIONS[interpolation], antialias=True)
     return image if tuple(image.shape[-2:]) == (crop, crop) else TF.center_crop(image, [crop, crop])
 
 
-def _collate(items: list[tuple[list[Tensor], int]]) -> tuple[list[Tensor], Tensor]:
+def _collate(items: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
     views, labels = zip(*items)
+    # The images are channels-last. Stacking them in that order costs the loader's cores no transposition.
     stacked = [torch.stack([image.permute(1, 2, 0) for image in view]).permute(0, 3, 1, 2) for view in zip(*views)]
-    return stacked, torch.tensor(labels)  # channels last, as they come: without a transposition on the loader's cores
+    return stacked, torch.stack(labels)
 
 
 @cache
 def useful_workers(num_workers: int) -> int:
-    """As many loader workers as were asked for, or as there are cores; said once where that is less.
+    """``num_workers``, but at most the number of available cores; if that is less, the user is told once.
 
-    The number changes no image and no order.
+    The number of workers changes neither the images nor their order.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    # The cores that this process may use: a SLURM job often gets fewer than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers > cores:
         say(f"data.num_workers={num_workers}: this machine has {cores} cores, so {cores} workers are started")
@@ -260,17 +268,20 @@ def useful_workers(num_workers: int) -> int:
 
 
 class StreamSource(ImageSource):
-    """Images decoded by worker processes at every epoch."""
+    """Images decoded by worker processes in every epoch."""
 
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
         self.images, self.num_workers, self.device = images, useful_workers(num_workers), device
 
-    def _load(self, dataset: Dataset[tuple[list[Tensor], int]], batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def _load(
+        self, dataset: Dataset[tuple[list[Tensor], Tensor]], batches: Any
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_collate,
+            # Only a copy from pinned memory to the GPU is asynchronous (non_blocking below).
             pin_memory=self.device.type == "cuda",
             worker_init_fn=outlive_stop_signals,
         )
@@ -281,6 +292,7 @@ class StreamSource(ImageSource):
     def training(
         self, plan: BatchPlan, views: Sequence[CropRecipe], first_step: int, num_steps: int
     ) -> Iterator[Batch]:
+        # The loader reads these keys ahead of the batches it returns, so the loop below walks the plan a second time.
         keys = (
             [(epoch, index) for index in batch[plan.share(batch)]]
             for _, epoch, batch in plan.from_step(first_step, num_steps)
@@ -290,10 +302,12 @@ class StreamSource(ImageSource):
             yield Batch(images, labels, step, plan.share(batch), len(batch))
 
     @override
-    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(
+        self, batch_size: int, resize: int | None, crop: int, interpolation: Interpolation = "bilinear"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         order = list(range(len(self.images)))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        for images, labels in self._load(_Central(self.images, resize, crop), batches):
+        for images, labels in self._load(_Central(self.images, resize, crop, interpolation), batches):
             yield images[0], labels
 
 
@@ -321,6 +335,7 @@ class ResidentSource(ImageSource):
             size = torch.tensor([height, width]).expand(len(batch), 2)
             cut = []
             for number, recipe in enumerate(views):
+                # Drawn for the global batch and then sliced, so that the crops do not depend on the world size.
                 rng = generator(plan.seed, "crops", step, number)
                 crops = draw_crops(size, recipe.scale, recipe.aspect, rng)
                 flips = torch.rand(len(batch), generator=rng) < recipe.flip
@@ -328,10 +343,12 @@ class ResidentSource(ImageSource):
             yield Batch(cut, self.labels[where], step, rows, len(batch))
 
     @override
-    def evaluation(self, batch_size: int, resize: int | None, crop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(
+        self, batch_size: int, resize: int | None, crop: int, interpolation: Interpolation = "bilinear"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.images), batch_size):
             pixels = self.pixels[start : start + batch_size]
-            yield _central(pixels, resize, crop), self.labels[start : start + batch_size]
+            yield _central(pixels, resize, crop, interpolation), self.labels[start : start + batch_size]
 
 
 def _decoded(images: ImageSet) -> Tensor:
@@ -349,6 +366,7 @@ def _decoded(images: ImageSet) -> Tensor:
         pixels[row] = image
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Iterating over the results raises here what a thread has raised.
         for _ in pool.map(fill, range(len(images))):
             pass
     return pixels

@@ -1,14 +1,14 @@
-"""One process at a time works in a run directory: an owner file with a heartbeat, and when it may be taken over.
+"""Only one process at a time works in a run directory: an owner file with a heartbeat, and when it may be taken over.
 
-The owner writes who it is and, every few seconds, that it still lives. Another process that wants the folder looks at that
-file: if its owner has ended on this machine, or its heartbeat has stopped while it was watched, the folder is taken over; a
-heart that beats is left alone. No decision compares the clocks of different machines.
+The owner writes its identity to the file, and increments a counter in it every few seconds (the heartbeat). Another
+process that wants the directory watches the file. It takes over if the owner ran on this machine and has ended, or if
+the counter stands still while it is watched. No takeover depends on comparing the clocks of different machines.
 
-An owner may be taken for dead and live: it was stopped (SIGSTOP, a suspended machine), or its node lost the cluster and
-not the file system. So before everything that it writes, the owner looks at the file again (`Owner.require`): if the file is
-gone or another's, nothing more is written. If its own heart has been silent for long, it beats once and waits until whoever
-may be taking over has seen that. A heartbeat changes the owner's own file in place and never makes one, so that it cannot
-undo a takeover.
+An owner that counts as dead may still be alive: it was suspended (SIGSTOP, a sleeping machine), or its node lost the
+cluster but not the file system. The owner therefore checks the file before every write (`Owner.require`): if the file
+is gone or belongs to another process, it writes nothing more. If its own heartbeat is very late, it beats once and
+waits until a process that may be taking over has seen that. A heartbeat changes the file in place and never creates it,
+so it cannot undo a takeover.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, guarded
 
 BEAT_SECONDS = 15.0
-PATIENCE_SECONDS = 120.0  # a heart that has not beaten for so long is dead
+PATIENCE_SECONDS = 120.0  # an owner without a heartbeat for this long counts as dead
 
-TAKEN_OVER = threading.Event()  # this process has slept so long that another one does its work
+TAKEN_OVER = threading.Event()  # set when this process has lost its run directory, usually to another process
 
 
 def cluster_job(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The SLURM job that this process belongs to, with its place in an array (``123_4``); None outside SLURM."""
+    """The SLURM job of this process, with its array index if it has one (``123_4``); None outside SLURM."""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     return environment.get("SLURM_JOB_ID")
 
 
 def _machine() -> str:
-    """What a process id means something in: this start of this machine, and the namespace of processes (a container's)."""
+    """The scope in which a process id is unique: this boot of this machine, and the PID namespace (of a container)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
@@ -55,16 +55,18 @@ def _machine() -> str:
 
 def _lives(pid: int) -> bool:
     try:
+        # Signal 0 is not delivered; it only checks that the process exists.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
+        # It exists, but belongs to another user.
         return True
     return True
 
 
 def read_owner(file: Path) -> dict[str, Any] | None:
-    """What an owner file says; None without one, and of one that is empty or damaged."""
+    """The content of an owner file; None if it is missing, empty or damaged."""
     try:
         return _parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -83,20 +85,20 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _clock() -> float:
-    """Seconds that go on while this process, or the whole machine, sleeps."""
+    """Seconds on a clock that also counts while this process, or the whole machine, is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def describe_owner(owner: Mapping[str, Any]) -> str:
-    """Who it is, in words."""
+    """The owner in words, for messages: its job, process, user and host."""
     job = f"job {owner['job']}, " if owner.get("job") else ""
     return f"{job}process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')}"
 
 
 def seems_alive(file: Path) -> bool:
-    """Whether an owner file's owner lives, as far as one can see without waiting.
+    """Whether the owner seems alive, without waiting to see a heartbeat; for status displays only.
 
-    On another machine than this one the age of its last heartbeat decides, by the file system's clock.
+    For an owner on another machine, the age of the file decides: its modification time against this machine's clock.
     """
     found = read_owner(file)
     if found is None:
@@ -110,10 +112,10 @@ def seems_alive(file: Path) -> bool:
 
 
 def _take_name(file: Path, name: Path) -> None:
-    """Give a file a second name, unless something has it.
+    """Hard-link ``file`` to ``name``, in one step, unless that name is taken.
 
-    Where the file system knows no links (exFAT, some network drives), a copy is made under that name; a reader may then find
-    it empty for a moment, which counts as damaged and not as free.
+    On a file system without hard links (exFAT, some network drives) the file is copied. A reader may then find the copy
+    empty for a moment, which counts as damaged and not as free.
 
     Raises:
         FileExistsError: If the name is taken.
@@ -129,7 +131,7 @@ def _take_name(file: Path, name: Path) -> None:
 
 
 class Owner:
-    """The right to work on something, as a file that one process holds.
+    """A lock with a heartbeat: a file whose holder alone may work on something.
 
     Args:
         file: The owner file.
@@ -155,18 +157,18 @@ class Owner:
         self.made_folder = False
         self.lost = False
         self.last_beat = _clock()
-        self.lock = threading.Lock()  # the heart and the guard read and write the file
+        self.lock = threading.Lock()  # the heartbeat thread and `require` both use the file
         self.ended = threading.Event()
         self.heart: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the file, waiting if it must be seen whether its owner lives.
+        """Take the file; if it has an owner, wait until it is clear whether that owner is alive.
 
-        An earlier start of this very cluster job that still lives is waited for, however long: its node was lost to the
-        cluster and not to the file system, and this start has nothing else to do.
+        If the owner is an earlier start of the same cluster job and is alive, wait for it without limit. Its node was
+        lost to the cluster but not to the file system, and this start has nothing else to do.
 
         Raises:
-            RunDirectoryError: If its owner lives, or the folder cannot be written.
+            RunDirectoryError: If the owner is alive, or the folder cannot be written.
         """
         give_up = time.monotonic() + self.wait
         unreadable_since: float | None = None
@@ -201,21 +203,21 @@ class Owner:
         self.heart.start()
 
     def release(self) -> None:
-        """Give the file up."""
+        """Stop the heartbeat and delete the file, and its folder if `acquire` made it and it is empty."""
         self.ended.set()
         if self.heart is not None:
             self.heart.join()
         if not self.lost and self._is_mine():
             self.file.unlink(missing_ok=True)
         if self.made_folder:
-            with contextlib.suppress(OSError):  # work has been left in it
+            with contextlib.suppress(OSError):  # not empty: it holds work
                 self.file.parent.rmdir()
 
     def require(self) -> None:
-        """Make sure that this process still is the owner; called before everything that is written.
+        """Check that this process is still the owner; called before every write.
 
         Raises:
-            OwnershipLost: If the file is gone or another's, now or at any time before.
+            OwnershipLost: If the file is gone or belongs to another process, now or at an earlier check.
         """
         with self.lock:
             if self.lost or not self._holds():
@@ -229,8 +231,8 @@ class Owner:
     def _holds(self) -> bool:
         if _clock() - self.last_beat <= self.patience / 2:
             return self._is_mine()
-        # The heart has been silent so long that somebody may be taking over right now. A beat undoes that, if it comes in
-        # time; whoever watches looks once a second.
+        # The heartbeat is so late that another process may be taking over right now. A beat in time stops that. A
+        # watcher looks at least once a second, so wait for two looks before trusting the file.
         if not self._beat():
             return False
         time.sleep(2 * min(1.0, self.beat))
@@ -251,7 +253,7 @@ class Owner:
             ) from None
 
     def _create(self) -> bool:
-        """Make the file with its content in one step; a link fails where the name is taken, also on NFS."""
+        """Create the file with its content in one step: a hard link fails if the name is taken, also on NFS."""
         self.made_folder = self.made_folder or not self.file.parent.is_dir()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_name(f".{self.file.name}.{self.me['token']}.tmp")
@@ -260,7 +262,7 @@ class Owner:
             _take_name(draft, self.file)
         except FileExistsError:
             return False
-        except FileNotFoundError:  # a releasing process has just removed the folder that it had made
+        except FileNotFoundError:  # another process has just released its lock and removed the folder
             return False
         finally:
             draft.unlink(missing_ok=True)
@@ -268,17 +270,18 @@ class Owner:
 
     def _is_dead(self, found: Mapping[str, Any]) -> bool:
         if found.get("machine") == self.me["machine"]:
+            # Our own pid in a file that we did not write: its owner has ended, and the pid was given out again.
             return found["pid"] == self.me["pid"] or not _lives(int(found["pid"]))
         return False
 
     def _beats(self, found: Mapping[str, Any]) -> bool:
-        """Watch a heart; forget its owner if it stays still."""
+        """Whether a heartbeat is seen within ``patience`` seconds. If the counter stands still, remove the file."""
         end = time.monotonic() + self.patience
         while time.monotonic() < end:
             time.sleep(min(1.0, self.beat))
             now = read_owner(self.file)
             if now is None or now["token"] != found["token"]:
-                return False  # it has ended, or another one was faster: look again
+                return False  # the owner has ended, or another process was faster: look again
             if now["beat"] != found["beat"]:
                 return True
         say(f"{self.file.parent}: {describe_owner(found)} has not been heard of for {self.patience:g} s; taking over")
@@ -286,12 +289,13 @@ class Owner:
         return False
 
     def _remove(self, dead: Mapping[str, Any] | None) -> None:
-        """Take a dead owner's file away (None: a damaged one); of several who try, one does.
+        """Remove the file of a dead owner (None: a damaged file); of several processes that try, one succeeds.
 
-        A file that is another owner's by now, or in which the heart has beaten since it was last looked at, is put back.
+        If the file has a new owner by now, or its heartbeat has moved since it was read, it is put back.
         """
         grave = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}.tmp")
         try:
+            # Renamed, not deleted: only one process can do it, and it can then check what it has removed.
             os.rename(self.file, grave)
         except FileNotFoundError:
             return
@@ -307,7 +311,7 @@ class Owner:
         return found is not None and found["token"] == self.me["token"]
 
     def _beat(self) -> bool:
-        """Count one up in the file, in place; False if the file is not this process's."""
+        """Increment the counter in the file, in place; False if the file is gone or belongs to another process."""
         try:
             with self.file.open("r+", encoding="utf-8") as file:
                 found = _parsed(file.read())
@@ -319,7 +323,7 @@ class Owner:
                 file.truncate()
         except FileNotFoundError:
             return False
-        except OSError:  # a full or vanished disk: the heart is late, and what is written next asks again
+        except OSError:  # a full or unreachable disk: the beat is late, and the next write checks again
             return True
         self.last_beat = _clock()
         return True
@@ -329,35 +333,35 @@ class Owner:
             with self.lock:
                 if self.lost:
                     return
-                if not self._beat():  # this process slept, and was taken for dead; or the folder is gone
+                if not self._beat():  # this process was suspended and counted as dead, or the folder is gone
                     self._lose()
             if self.lost:
                 say(f"{self.file.parent}: another process has taken over, or the folder is gone; stopping")
-                if (
-                    signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-                ):  # the loop's; else what is written next ends it
+                # Only if there is a handler (the training loop's). Without one, the next write raises OwnershipLost.
+                if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return
 
 
 @contextlib.contextmanager
 def owned(run: RunDirectory) -> Iterator[None]:
-    """Work in a run directory while nobody else does; of several processes the first one holds it.
+    """Own a run directory within this context; of several processes, rank 0 holds the owner file.
 
-    Until the end of the context, whatever is written there is checked: the owner file must be this process's, and the run
-    must not have been finished by another.
+    Every write to the directory is checked: the owner file must still be this process's, and no other process may have
+    finished the run.
 
     Raises:
         RunDirectoryError: If another living process works in it.
     """
-    from mixmask.engine import distributed  # and with it torch, which `mixmask status` does without
+    from mixmask.engine import distributed  # here, as it imports torch, which `mixmask status` does without
 
     owner = Owner(run.owner_file)
     distributed.on_rank0(owner.acquire)
     if not distributed.world().is_writer:
         yield
         return
-    finished = run.is_finished  # before: its record may be given other labels
+    # A run that was finished before may still be written to: its record may get new labels.
+    finished = run.is_finished
     try:
         with guarded(run.path, lambda: _require(owner, run, finished)):
             yield

@@ -1,4 +1,4 @@
-"""Devices and number formats."""
+"""Devices, their memory, and number formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """The device a recipe's ``device`` means on this machine; ``auto`` takes a GPU if there is one.
+    """The torch device for a recipe's ``device``; ``auto`` takes a GPU if there is one.
 
     Raises:
         ConfigError: If a GPU was asked for and there is none.
@@ -39,22 +39,23 @@ def check_precision(device: torch.device, precision: Precision) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has: the GPU's own, or this machine's."""
+    """Total memory of a device in bytes: the GPU's, or for the CPU the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def require_memory(parts: Mapping[str, int], device: torch.device, what: str) -> None:
-    """Refuse what needs more memory than there is.
+    """Refuse work that needs more memory than the device has.
 
     Args:
-        parts: Bytes of each thing that must be there at the same time, by its name and the keys it depends on.
-        device: Where it must be.
-        what: For the message.
+        parts: Bytes of everything that must be in memory at the same time. A part's key says what it is, and which
+            config keys determine its size.
+        device: The device whose memory is used.
+        what: What needs the memory, for the message.
 
     Raises:
-        ConfigError: With the largest part and its keys.
+        ConfigError: If it does not fit; names the largest part.
     """
     needed, there = sum(parts.values()), memory_of(device)
     if needed > there:
@@ -70,9 +71,10 @@ def _gib(num_bytes: int) -> str:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on the device, without making the host wait for the device's work so far."""
+    """Copy a small host tensor to the device without waiting for the work that is already queued there."""
     if device.type != "cuda":
         return tensor.to(device)
+    # Only a copy from pinned memory is asynchronous.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -83,7 +85,7 @@ def autocast(device: torch.device, precision: Precision) -> Any:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is computed by the hardware and therefore worth choosing."""
+    """Whether the hardware computes bf16 natively, so that it is worth choosing."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.backends.cpu.get_cpu_capability()

@@ -1,6 +1,6 @@
-"""What a finished run predicted for each test image: what per-image statistics are made from.
+"""Predictions of a finished run for each test image, from which per-image statistics are computed.
 
-Files are NumPy archives in the run directory, written beside the record where the recipe has ``save_predictions``.
+They are NumPy archives in the run directory, beside the record, if the recipe sets ``save_predictions``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mixmask.engine.texts import read_run_file
 MAX_FILE, MAX_UNPACKED = 1 << 32, 1 << 34  # bytes
 CLASSES = "predictions.npz"
 MATCHES = {"bbox": "matches_bbox.npz", "segm": "matches_segm.npz"}
-SHEET = "detections.jpg"  # some test pictures with what a detector found
+SHEET = "detections.jpg"  # some test images with their detections drawn in
 
 
 @dataclass(frozen=True, eq=False)
 class ClassPredictions:
-    """A classifier's answers, in the order of the test split.
+    """A classifier's predictions, in the order of the test split.
 
     Attributes:
         images: Identity of the test split (`ImageSet.summary`).
@@ -58,20 +58,21 @@ class ClassPredictions:
 
 @dataclass(frozen=True, eq=False)
 class DetectionMatches:
-    """A detector's detections, and which of them found an object.
+    """A detector's detections, and which of them are true positives.
 
-    Which object a detection finds depends on its own image only, so the average precision of any resampling of the images
-    can be computed from this.
+    Detections are matched to objects within an image, so the average precision of any resampling of the images can be
+    computed from this file.
 
     Attributes:
         images: Identity of the test split (`DetectionSet.summary`).
-        metric: ``voc`` (11-point interpolation, classes without objects count 0) or ``coco`` (101-point, left out).
-        thresholds: (T,) overlaps (IoU).
+        metric: ``voc`` (11-point interpolation, classes without objects count 0) or ``coco`` (101-point interpolation,
+            classes without objects are left out).
+        thresholds: (T,) IoU thresholds.
         image: (D,) int64 index of each detection's image, in order of confidence within its class.
         label: (D,) int64 class.
         found: (T, D) bool, true positives.
-        ignored: (T, D) bool, counted neither way (difficult objects, crowds).
-        objects: (N, C) int32, objects that count, per image and class.
+        ignored: (T, D) bool, neither true nor false positives (difficult objects, crowds).
+        objects: (N, C) int32, number of ground-truth objects that count, per image and class.
     """
 
     images: str
@@ -113,7 +114,7 @@ class DetectionMatches:
         return num > 0 and shapes and all(bool(((index >= 0) & (index < most)).all()) for index, most in indices)
 
     def is_like(self, other: DetectionMatches) -> bool:
-        """Whether both are of the same images, classes and overlaps, and of one metric."""
+        """Whether both have the same images, object counts, IoU thresholds and metric, and so can be compared."""
         same = self.images == other.images and self.metric == other.metric
         return (
             same and np.array_equal(self.objects, other.objects) and np.array_equal(self.thresholds, other.thresholds)
@@ -132,6 +133,7 @@ def _read(path: Path, form: str, names: tuple[str, ...]) -> dict[str, npt.NDArra
     payload = io.BytesIO(read_run_file(path, MAX_FILE))
     try:
         with zipfile.ZipFile(payload) as archive:
+            # A small archive can unpack to terabytes (a zip bomb), so add up the sizes before NumPy reads it.
             size = sum(info.file_size for info in archive.infolist())
         if size > MAX_UNPACKED:
             raise DataError(f"{path}: unpacks to {size:,} bytes; at most {MAX_UNPACKED:,} are read")
@@ -139,9 +141,9 @@ def _read(path: Path, form: str, names: tuple[str, ...]) -> dict[str, npt.NDArra
             if str(content["format"]) != form:
                 raise DataError(f"{path}: of the format {content['format']}, {form} was expected")
             return {name: content[name] for name in names}
-    except ValueError:  # NumPy would have it loaded as a pickle, which can run code
+    except ValueError:  # NumPy could read it only as a pickle, which can run code
         raise DataError(f"{path}: damaged (not a NumPy archive of numbers)") from None
     except DataError:
         raise
-    except Exception as error:  # NumPy's reader raises anything at all on a damaged file
+    except Exception as error:  # on a damaged file NumPy's reader raises many types
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None

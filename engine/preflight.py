@@ -1,4 +1,4 @@
-"""A look at a whole data set before anything is started on it: counts, sizes, and files that cannot be read."""
+"""Inspects a whole data set before training (``mixmask check-data``): counts, image sizes, and unreadable files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SplitReport:
     damaged: list[str]
 
     def describe(self) -> str:
-        """A few lines for the user."""
+        """A summary in a few lines: images, classes, sizes in pixels, damaged files."""
         per_class = torch.bincount(self.images.labels, minlength=len(self.images.classes))
         widths, heights = ([size[side] for size in self.sizes.elements()] for side in (0, 1))
         (usual, count), *_ = self.sizes.most_common(1) or [((0, 0), 0)]
@@ -69,7 +69,7 @@ def _middle(values: Sequence[int]) -> int:
 
 
 def find_splits(root: Path, layout: str | None = None) -> list[str]:
-    """The splits that lie in ``root``, as the kind of data says that recognises them.
+    """Names of the splits in ``root``, from the first kind of data that finds any.
 
     Args:
         root: The data set's folder or archive.
@@ -101,12 +101,13 @@ def find_splits(root: Path, layout: str | None = None) -> list[str]:
 
 
 def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None) -> SplitReport:
-    """Read every image of a split, by as many threads as there are cores.
+    """Read every image of a split, with one thread per core.
 
     Args:
         root: The data set's folder or archive.
         name: The split's folder.
-        quick: Read headers and ends of files only: sizes and truncation, but not damage in the middle.
+        quick: Read only the header and the end of a JPEG. This finds its size and truncation, but not damage in
+            between. Other files are decoded all the same.
         layout: The kind of data; by default the one that recognises ``root``.
 
     Raises:
@@ -122,6 +123,7 @@ def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None)
     images = open_split(data, "train" if name == train else "test")
     sizes: Counter[tuple[int, int]] = Counter()
     damaged: list[str] = []
+    # In chunks, so that the progress bar moves while the threads read.
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
@@ -149,7 +151,7 @@ def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
 def check_data(
     root: Path, splits: Sequence[str], quick: bool, layout: str | None = None
 ) -> tuple[list[SplitReport], list[str], list[str]]:
-    """Look at every split, and at what they must have in common.
+    """Inspect every split, and check that all have the same classes.
 
     Returns:
         The reports, what is wrong (damaged files, and classes that differ between splits), and remarks on splits without

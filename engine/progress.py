@@ -1,4 +1,4 @@
-"""How far a run is: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _stderr = Console(stderr=True, highlight=False)
 
 
 class _Log:
-    """The log of what this process does now, if it keeps one."""
+    """The log file that `logged` has open, if any."""
 
     file: IO[str] | None = None
     path: Path | None = None
 
 
 class _Copied:
-    """A stream that also writes into the log; a terminal stays one."""
+    """A stream whose text is also written to the log. Everything else, such as ``isatty``, is the stream's own."""
 
     def __init__(self, stream: TextIO, log: IO[str]) -> None:
         self._stream, self._log = stream, log
@@ -47,9 +47,10 @@ class _Copied:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Whatever is said or printed in here is also added to a file, as plain lines; progress bars are not.
+    """Within this context, everything printed is also appended to a log file, as plain lines without progress bars.
 
-    This is the log of what runs without a process of its own. A file that cannot be written is left out.
+    It is the log of work that does not run in a process of its own. If the file cannot be opened, a warning says so,
+    and no log is kept.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -62,7 +63,8 @@ def logged(path: Path) -> Iterator[None]:
         _write(log, f"--- {datetime.now(timezone.utc).isoformat(timespec='seconds')}\n")
         global _stderr
         before = _stderr
-        _stderr = Console(file=sys.stderr, quiet=before.quiet, highlight=False)  # bars go to the terminal alone
+        # Made before stderr is redirected: progress bars go to the terminal, and not to the log.
+        _stderr = Console(file=sys.stderr, quiet=before.quiet, highlight=False)
         _Log.file, _Log.path = log, path
         copied: list[Any] = [_Copied(sys.stdout, log), _Copied(sys.stderr, log)]
         stack.enter_context(contextlib.redirect_stdout(copied[0]))
@@ -76,31 +78,31 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def log_file() -> Path | None:
-    """The file that `logged` writes just now."""
+    """The log file of the enclosing `logged` context; None outside of one."""
     return _Log.path
 
 
 def _keep(line: str) -> None:
-    """Add a line to the log that does not pass through a copied stream."""
+    """Write a line to the log directly, for output that does not go through the copied streams."""
     if _Log.file is not None:
         _write(_Log.file, line + "\n")
 
 
 def _write(log: IO[str], text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk does not end what is logged
+    with contextlib.suppress(OSError, ValueError):  # a full disk must not end the work that is logged
         log.write(text)
         log.flush()
 
 
 def quieten(quiet: bool) -> None:
-    """Say and show nothing from now on: of several processes, one speaks."""
+    """Switch `say` and the progress bars off or on; with several processes, only rank 0 prints."""
     _stderr.quiet = quiet
 
 
 def say(message: str) -> None:
     """Print one line for the user on standard error (standard output is for results).
 
-    Nobody may be listening any more (``mixmask launch … 2>&1 | head``): that ends nothing.
+    A reader that has closed the pipe (``mixmask launch … 2>&1 | head``) does not end the run.
     """
     if _stderr.quiet:
         return
@@ -124,7 +126,7 @@ class StepProgress:
         announce_end: Print a plain line for the last step even if the run was short.
     """
 
-    shown = False  # a terminal has room for one bar: a pass inside another one's step stays silent
+    shown = False  # one bar at a time: a pass inside another one's step shows nothing
 
     def __init__(self, title: str, total: int, first: int, images_per_step: int, announce_end: bool = True) -> None:
         self.announce_end = announce_end
@@ -173,7 +175,7 @@ class StepProgress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in here is no step (an evaluation): it does not count in the rate or the time left."""
+        """Within this context (an evaluation), time does not count towards the rate or the time left."""
         before = time.monotonic()
         try:
             yield
@@ -181,7 +183,7 @@ class StepProgress:
             self.idle += time.monotonic() - before
 
     def advance(self, status: str = "") -> None:
-        """One more step is done."""
+        """Count one more finished step; ``status`` is shown beside the rate."""
         self.done += 1
         rate = f"{self.images_per_second:,.{0 if self.images_per_second >= 10 else 2}f} images/s"
         if self.bar is not None:
@@ -201,7 +203,7 @@ class StepProgress:
 
 
 def track(title: str, batches: Iterable[T], total: int, images_per_batch: int) -> Iterator[T]:
-    """Pass batches on and show how far they are; for passes over data that train nothing."""
+    """Yield the batches and show the progress; for passes over data without training."""
     with StepProgress(title, total, 0, images_per_batch, announce_end=False) as progress:
         for batch in batches:
             yield batch

@@ -1,6 +1,6 @@
-"""Which code runs: its commit, and what was changed and not committed.
+"""The version of the running code: its commit and its uncommitted changes.
 
-A frozen copy of the packages (see `launch.slurm.snapshot`) carries both in files; elsewhere git is asked.
+A frozen copy of the packages (see `launch.slurm.snapshot`) stores both in files; elsewhere they come from git.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 COMMIT_FILE = "COMMIT"
 PATCH_FILE = "changes.patch"
-CODE = ("mixmask", "engine", "pretrain", "transfer", "evaluate", "launch", "configs")  # what can change a number
+CODE = ("mixmask", "engine", "pretrain", "transfer", "evaluate", "launch", "configs")  # may change a number
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Code:
     """The state of the code.
 
     Attributes:
-        commit: With ``+changes`` if it has uncommitted ones (or files that git does not know), ``+unknown`` if git
-            does not answer; None outside a checkout.
-        patch: The uncommitted changes to tracked files, as git applies them; empty without any.
+        commit: The commit hash, with ``+changes`` if there are uncommitted changes or untracked files, or ``+unknown``
+            if git does not answer; None outside a checkout.
+        patch: The uncommitted changes to tracked files, for ``git apply``; empty if there are none.
     """
 
     commit: str | None
@@ -31,7 +31,7 @@ class Code:
 
 @cache
 def code() -> Code:
-    """The state of the code that runs, as it was when it was first asked for."""
+    """The state of the running code, cached at the first call."""
     root = Path(__file__).resolve().parents[1]  # of a checkout; elsewhere it is the package itself
     if not (root / "mixmask").is_dir():
         root = root.parent
@@ -40,7 +40,8 @@ def code() -> Code:
         patch = root / PATCH_FILE
         return Code(commit or None, patch.read_bytes() if patch.is_file() else b"")
     here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:  # installed inside another checkout
+    # Installed inside another project's checkout (in its .venv): that project's commit says nothing about this code.
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return Code(None, b"")
     commit = (_git(root, "rev-parse", "HEAD") or b"").decode().strip()
     if not commit:

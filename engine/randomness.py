@@ -24,6 +24,7 @@ def derived_seed(seed: int, *what: int | str) -> int:
         An integer in [0, 2**63). Equal arguments give equal seeds. torch's CPU generator uses the low 32 bits, so two
         purposes among many may share a stream; that is harmless.
     """
+    # A hash gives neighbouring arguments unrelated streams. Python's own hash() of a string differs between processes.
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -34,5 +35,5 @@ def generator(seed: int, *what: int | str) -> torch.Generator:
 
 
 def python_generator(seed: int, *what: int | str) -> random.Random:
-    """As `generator`, for draws of single numbers in plain Python."""
+    """Like `generator`, for drawing single numbers in plain Python."""
     return random.Random(derived_seed(seed, *what))

@@ -1,4 +1,4 @@
-"""``record.json``: what a finished run says about itself, and the only thing that `evaluate` reads."""
+"""``record.json``: the result of a finished run, from which `evaluate` builds its tables."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ MAX_RECORD = 1 << 26  # bytes
 SCALARS = (str, int, float, bool, type(None))
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Method = Label  # vanilla, mixmask, unmix, mixmask+unmix, mscn, random, unknown, or what somebody calls theirs
+Method = Label  # vanilla, mixmask, unmix, mixmask+unmix, mscn, random, unknown, or any name of the user's own
 Fingerprint = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 def check_recipe_shape(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What others rely on in a recipe that was read from a file: parts are mappings, what is counted is a number.
+    """Check what other code relies on in a recipe read from a file: sections are mappings, ``mix`` holds plain values.
+
+    Returns:
+        The recipe, unchanged.
 
     Raises:
-        ValueError: With the key.
+        ValueError: Naming the offending key.
     """
     try:
+        # NaN and lone surrogates can be read from JSON, but could not be written to a valid file again.
         json.dumps(recipe, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"a recipe that cannot be written again ({str(error) or type(error).__name__})") from None
@@ -54,16 +58,17 @@ def check_recipe_shape(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 class Record(BaseModel):
-    """A finished run.
+    """The result of a finished run.
 
-    ``metrics`` is flat; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``). ``lineage`` and
-    ``protocol_fingerprint`` say which runs may share a cell: the pretraining and the transfer recipe without their seeds.
-    ``recipe`` is the run's own recipe and ``pretraining`` the one that made its backbone, each without what cannot change
-    a number (`engine.config.identity`); empty where it is not known, as for a foreign checkpoint.
+    ``metrics`` is a flat mapping; accuracies and average precisions are in percent (``knn/top1``, ``bbox/AP50``).
+    ``lineage`` and ``protocol_fingerprint`` are the fingerprints of the pretraining and the transfer recipe without
+    their seeds; runs that share both may be pooled in one table cell. ``recipe`` is the run's own recipe and
+    ``pretraining`` the one that made its backbone, both reduced to the keys that can change a number
+    (`engine.config.identity`). They are empty if unknown, as for a foreign checkpoint.
 
-    Whoever reads a record needs no list of protocols: ``title`` is what the protocol is called, ``headlines`` are the
-    metrics that it is run for, the most important first, with what a table's column calls each, and ``task`` is its name on
-    hubs. ``num_seeds`` runs with other seeds make a result, for the reason that ``variation`` gives.
+    A reader of records needs no list of protocols. ``title`` is the protocol's display name. ``headlines`` maps its
+    main metrics, the most important first, to their column names. ``task`` is the task's name on model hubs. A result
+    needs ``num_seeds`` runs with different seeds; ``variation`` says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -113,25 +118,25 @@ class Record(BaseModel):
 
     @property
     def headline(self) -> tuple[str, float] | None:
-        """The first headline that was measured: its metric and value."""
+        """The first headline metric that this run has, with its value; None if it has none."""
         return next(((metric, self.metrics[metric]) for metric in self.headlines if metric in self.metrics), None)
 
     def metric_name(self, metric: str) -> str:
-        """A metric in words, beside the protocol's title: ``top-1``, ``box AP50``."""
+        """A metric in words, without the protocol's title: ``top-1``, ``box AP50``."""
         plain = metric.split("/")[-1].replace("top", "top-")
         return self.headlines.get(metric, plain).removeprefix(f"{self.title} ")
 
     def text(self) -> str:
-        """The record as it is written."""
+        """The record as indented JSON with a final newline, as it is written to disk."""
         return self.model_dump_json(indent=2, by_alias=True) + "\n"
 
     def write(self, path: Path) -> None:
-        """Write the record whole or not at all."""
+        """Write the record atomically (see `write_atomic`)."""
         write_text(path, self.text())
 
     @classmethod
     def read(cls, path: Path) -> Record:
-        """Read a record, of this schema or an older one.
+        """Read a record; one of an older schema is migrated.
 
         Raises:
             ValueError: If the file is truncated, is not a record, or is of a newer schema.
@@ -146,7 +151,8 @@ class Record(BaseModel):
             raise ValueError(f"truncated or not JSON: {error}") from None
         except RecursionError:
             raise ValueError("not a record: nested too deeply") from None
-        if b"\\ud" in content.lower():  # half a character, which no file can be written with
+        # JSON can hold half a surrogate pair, which UTF-8 cannot encode. Refuse it here, not at the next write.
+        if b"\\ud" in content.lower():
             json.dumps(document, ensure_ascii=False).encode()
         if not isinstance(document, dict):
             raise ValueError(f"not a record: a JSON {type(document).__name__}")
@@ -157,13 +163,13 @@ class Record(BaseModel):
 
 
 def migrated(document: dict[str, Any]) -> dict[str, Any]:
-    """A record's document under the present schema.
+    """Migrate a record's JSON document to the current schema.
 
-    Schema 1 kept no recipes, and one expectation or none. Schema 2 did not say what its protocol is called and run for.
-    Schema 3 had the options of the only detector, C4, beside those of its training.
+    Schema 1 had no recipes, and one expectation or none. Schemas 1 and 2 did not store the protocol's title and
+    headlines. Schema 3 kept the options of the detector (C4 was the only one) beside those of its training.
 
     Raises:
-        ValueError: If it is of no known schema.
+        ValueError: If the schema is missing or unknown.
     """
     version = document.get("schema")
     if version == 1:
@@ -186,10 +192,10 @@ def _with_detector(recipe: Any) -> Any:
 
 
 def said_before_schema_3(protocol: str) -> dict[str, Any]:
-    """What records of schema 1 and 2 left to be known of the protocols that there were.
+    """Title, headlines and task of a protocol, which records of schema 1 and 2 did not store.
 
     Raises:
-        ValueError: If the name is that of a share of labels and has none.
+        ValueError: If a name that begins with ``semisup_`` does not end in a percentage.
     """
     family, _, share = protocol.partition("_")
     if family == "semisup":
@@ -226,7 +232,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def finished_record(directory: RunDirectory) -> Record:
-    """The record of a finished run directory.
+    """Read the record of a finished run.
 
     Raises:
         RunDirectoryError: If the file is damaged.
@@ -239,7 +245,7 @@ def finished_record(directory: RunDirectory) -> Record:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device, number of processes and code version of this run."""
+    """Python and torch versions, device, CPU threads, code commit, world size and backend of this run."""
     return {**_machine(), **distributed.environment()}
 
 

@@ -1,8 +1,8 @@
-"""Things that are found by being there: a module in a folder, or an entry point of another package.
+"""Plugins without registration: classes are found in the modules of a folder, or by entry points of other packages.
 
-A framework, a mixture, a transfer protocol, a detector or a kind of data is a class with a base of its own. Write the
-class in a new file of the right folder, and it is found. A lab that keeps it in its own package names the
-module as an entry point:
+A framework, a mixture, a transfer protocol, a detector or a kind of data is a class derived from the base of its kind.
+Put the class in a new file in the right folder, and it is found. If it lives in a package of your own, name its module
+as an entry point:
 
     [project.entry-points."mixmask.protocols"]
     fewshot = "our_lab.fewshot"
@@ -27,19 +27,19 @@ T = TypeVar("T")
 
 
 def literal_of(field: str) -> Callable[[type[BaseModel]], tuple[str, ...]]:
-    """The names of a recipe: the values that its ``field`` (``kind: Literal["moco", "mocov2"]``) may have."""
+    """A function from a recipe class to its names: what its ``field`` (``kind: Literal["moco", "mocov2"]``) allows."""
     return lambda model: tuple(map(str, get_args(model.model_fields[field].annotation)))
 
 
 class Registry(Generic[T]):
-    """The classes derived from a base, by the names they go by.
+    """All classes derived from a base class, by name.
 
     Args:
-        base: What they derive from. A class without a name of its own is a base itself.
-        package: The package whose modules hold them.
-        group: The entry-point group in which other packages name modules of theirs.
-        what: What they are, for messages: ``protocol``.
-        names_of: Gives the names of a class; none for a base.
+        base: The base class. A derived class without a name is a base, too.
+        package: The package whose modules are imported to find the classes.
+        group: The entry-point group in which other packages name their modules.
+        what: What messages call such a class, for example ``protocol``.
+        names_of: Returns the names of a class; none for a base.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Registry(Generic[T]):
         """Import every module of the folder and every entry point, once.
 
         Raises:
-            ConfigError: If an entry point cannot be imported; with its name and the package that has it.
+            ConfigError: If an entry point cannot be imported; names it and its package.
         """
         if self._loaded:
             return
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
         """Every class, in the order in which they were defined.
 
         Raises:
-            ConfigError: If two have one name.
+            ConfigError: If two classes share a name.
         """
         return list(dict.fromkeys(self.by_name().values()))
 
@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         """Every class under each of its names.
 
         Raises:
-            ConfigError: If two have one name, one that could be used has none, or one lacks a method that it must define.
+            ConfigError: If two classes share a name, a concrete class has no name, or a class with a name is abstract.
         """
         self.load()
         found: dict[str, type[T]] = {}
@@ -98,14 +98,14 @@ class Registry(Generic[T]):
         return found
 
     def get(self, name: object, where: str = "") -> type[T]:
-        """The class of a name.
+        """The class with a given name.
 
         Args:
-            name: What was given.
-            where: What stands before the message: the file and the key.
+            name: The name that the user gave; None if none was given.
+            where: Prefix of the error message, such as the file and the key.
 
         Raises:
-            ConfigError: If there is none; with all names, the closest first.
+            ConfigError: If there is none; lists all names, the closest first.
         """
         found = self.by_name()
         if name in found:
@@ -115,15 +115,15 @@ class Registry(Generic[T]):
 
 
 def one_of(registry: Registry[Any]) -> Any:
-    """The type of a recipe's field that holds one of the registered recipes, told apart by their ``kind``."""
+    """The type of a field that takes any of the registered recipes, discriminated by their ``kind``."""
     return Annotated[Union[tuple(registry.classes())], Field(discriminator="kind")]  # noqa: UP007
 
 
 def load_entry_points(group: str) -> list[Any]:
-    """What other packages name in a group of entry points, loaded.
+    """Load all entry points of a group, and return what they name.
 
     Raises:
-        ConfigError: If one cannot be imported; with its name and the package that has it.
+        ConfigError: If one cannot be imported; names it and its package.
     """
     found = []
     for entry in entry_points(group=group):

@@ -1,6 +1,6 @@
-"""The life of a run: finished before? own the directory, prepare it, work, record.
+"""The life cycle of a run: is it finished? If not: own its directory, prepare it, do the work, write the record.
 
-Pretraining, transfer and conversion are this life with other work in it.
+Pretraining, transfer and conversion share this life cycle and differ in the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ P = TypeVar("P")
 
 
 class Checked(Protocol):
-    """Images that can be looked at before long work starts."""
+    """Images that can be checked before long work starts."""
 
     def __len__(self) -> int: ...
 
@@ -31,24 +31,24 @@ class Checked(Protocol):
 
 
 class Work(ABC, Generic[P]):
-    """What a run does; `carry_out` calls it. ``P`` is what it gives: a record, or the path of a product."""
+    """The work of a run, called by `carry_out`. ``P`` is the type of its result: a record, or the path of a product."""
 
     run: RunDirectory  # where it is kept
 
     @abstractmethod
     def finished(self) -> P | None:
-        """The product of an earlier run, if it is finished; every process calls this, and all get the same answer.
+        """The result of an earlier, finished run, or None. Called on every rank; all get the same answer.
 
         Raises:
-            RunDirectoryError: If the directory is that of other work.
+            RunDirectoryError: If the directory belongs to other work.
         """
 
     def prepare(self) -> None:
-        """Check what is left to be checked, and make the directory; only the first process does."""
+        """Do the remaining checks and create the directory. Called on rank 0 only."""
 
     @abstractmethod
     def work(self) -> P:
-        """Do the work, from a checkpoint if there is one; every process calls this."""
+        """Do the work, resuming from a checkpoint if there is one. Called on every rank."""
 
 
 class RecordedWork(Work[P]):
@@ -60,7 +60,7 @@ class RecordedWork(Work[P]):
     @property
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """Identity of the data."""
+        """Identity of the data, compared with the record's before a finished run is reused."""
 
     @property
     @abstractmethod
@@ -69,7 +69,7 @@ class RecordedWork(Work[P]):
 
     @abstractmethod
     def product(self, record: Record) -> P:
-        """What a finished run gives."""
+        """The result of a finished run, from its record."""
 
     @override
     def finished(self) -> P | None:
@@ -86,6 +86,7 @@ class RecordedWork(Work[P]):
     @override
     def prepare(self) -> None:
         """Look at every image before long work starts, and make the run directory."""
+        # A run that resumes has checked its images when it started.
         if not self.run.checkpoint_file.exists():
             say(f"{self.recipe.name}: checking {sum(map(len, self.images)):,} images")
             for images in self.images:
@@ -93,23 +94,23 @@ class RecordedWork(Work[P]):
         self.run.create(self.recipe, self.fingerprint)
 
     def finish(self, record: Record) -> None:
-        """Write the record, and with it the run is finished; only the first process does."""
+        """Write the record, which marks the run as finished, and delete its checkpoints. Called on rank 0 only."""
         self.run.finish(record.text())
         self.run.discard_checkpoints()
 
 
 def carry_out(work: Work[P]) -> P:
-    """Do the work, unless it is done: one process, or one group of processes, at a time has the directory.
+    """Do the work unless it is finished. Only one process (or one group of ranks) at a time owns the directory.
 
     Raises:
-        UserError: If the directory is that of other work, or cannot be written.
+        UserError: If the directory belongs to other work, or cannot be written.
         OwnershipLost: If another process takes the directory over.
     """
     product = work.finished()
     if product is not None:
         return product
     with owned(work.run):
-        product = work.finished()  # somebody else may have finished it while this one waited
+        product = work.finished()  # another process may have finished it while this one waited
         if product is None:
             distributed.on_rank0(work.prepare)
             product = work.work()

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop: what the loop does on them, and why its workers do not die of them."""
+"""Stop signals: how the training loop reacts to them, and how its data loader workers survive them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class StopNow(BaseException):
 
 
 class StopSignals:
-    """Turns the signals that ask a process to stop into a question that the loop asks after every step.
+    """Records stop signals, so that the loop can ask after every step whether to stop (`asked`).
 
-    With several processes all get the same answer, whichever of them was signalled. A second Ctrl-C is a KeyboardInterrupt.
+    All ranks get the same answer, whichever of them was signalled. A second Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,8 @@ class StopSignals:
         self.urgent = False
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other thread
+            # A signal that is ignored stays ignored: scripts start background jobs with SIGINT ignored.
             asked = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self.previous = {number: signal.signal(number, self._note) for number in asked}
         return self
@@ -50,22 +51,24 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one ends everything at once
             if not self.urgent and distributed.world().is_writer:
                 with contextlib.suppress(OSError):
+                    # Not print(): the signal may have interrupted a print, which cannot be entered twice.
                     os.write(2, PATIENCE)
         if self.urgent:
             raise StopNow
 
     def asked(self) -> signal.Signals | None:
-        """The signal that asked for a stop, or None. Every process must ask."""
+        """The signal that asked for a stop, or None. A collective operation: every rank must call it."""
         if distributed.any_of(bool(self.received)):
+            # Ranks exchange only whether a signal came, so a rank that got none itself assumes SIGTERM.
             return signal.Signals(self.received[0] if self.received else signal.SIGTERM)
         return None
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Do not wait for the end of what runs in here, which changes no state.
+        """Within this context, stop at once, not after the step; for work that changes no state (an evaluation).
 
-        One process alone leaves with `StopNow`. Several cannot agree in the middle of it: the handlers of whoever runs them
-        (a cluster's requeue) are put back for the time.
+        A single process raises `StopNow`. Several ranks cannot agree on a stop in the middle of the work, so the
+        handlers that were installed before (a cluster's requeue) are put back for its duration.
         """
         if distributed.world().size > 1:
             theirs = {number: handler for number, handler in self.previous.items() if callable(handler)}
@@ -88,9 +91,9 @@ class StopSignals:
 
 @contextlib.contextmanager
 def lost_on_one_of_several() -> Iterator[None]:
-    """Where the first of several processes finds that the run is no longer its own, let all find it at the next checkpoint.
+    """Ignore `OwnershipLost` on rank 0 of several: all ranks meet it together at the next checkpoint.
 
-    The heart has signalled the process, so a checkpoint is due after this step; raising here would leave the others waiting.
+    Raising it here, on one rank only, would leave the others waiting in their next collective operation.
     """
     try:
         yield
@@ -100,7 +103,7 @@ def lost_on_one_of_several() -> Iterator[None]:
 
 
 def stopped(title: str, step: int, num_steps: int, number: signal.Signals, checkpoint: Path) -> Interrupted:
-    """How a run ends that was asked to stop and has written its checkpoint."""
+    """The error that ends a run which was asked to stop and has written its checkpoint."""
     return Interrupted(
         f"{title}: stopped at step {step} of {num_steps} by {number.name}; the same command resumes from {checkpoint}",
         number,
@@ -108,17 +111,19 @@ def stopped(title: str, step: int, num_steps: int, number: signal.Signals, check
 
 
 def outlive_stop_signals(worker: int) -> None:
-    """Let a worker process live through the signals that ask the run to stop, unless its own parent sends them.
+    """Make a data loader worker ignore stop signals, unless its parent process sends them.
 
-    Launchers signal whole groups of processes; a worker that died of it would take the run down before its checkpoint is
-    written. The parent ends its workers with SIGTERM, too, so the sender decides.
+    Launchers signal whole process groups. A worker that died of such a signal would end the run before its checkpoint
+    is written. But the parent also ends its workers with SIGTERM, so the sender of the signal decides.
     """
     parent = os.getppid()
 
     def wait() -> None:
         while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
             pass
+        # sys.exit() would end this thread only.
         os._exit(0)
 
+    # sigwaitinfo() receives blocked signals only. Threads inherit the mask, so block them before the thread starts.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=wait, daemon=True).start()

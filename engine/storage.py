@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and the run directory built from them.
+"""Atomic file writes, and the run directory built on them.
 
-The new file is written beside the old one, flushed to the disk, and then takes its name in one step (`os.replace`). A
-process killed at any moment leaves either the old file or the new one, never half of one.
+A new file is written beside the old one, flushed to disk, and then renamed over it in one step (`os.replace`). If the
+process is killed at any moment, either the old file or the new one is there, never half of one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from mixmask.engine.errors import DataError, RunDirectoryError, UserError
 from mixmask.engine.provenance import code
 from mixmask.engine.texts import open_run_file
 
-UMASK = os.umask(0)  # asked once, before there are threads: it can only be asked by changing it
+# The umask can only be read by changing it. Read it once, before there are threads that could create files meanwhile.
+UMASK = os.umask(0)
 os.umask(UMASK)
 
 
-_guards: dict[Path, Callable[[], None]] = {}  # folders that one process may write to, and what it checks first
+_guards: dict[Path, Callable[[], None]] = {}  # folders that this process owns, and the check before each write
 
 
 @contextlib.contextmanager
 def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Within this context, nothing of a folder is written (by this module's functions) unless ``check`` lets it pass."""
+    """Within this context, this module calls ``check`` before each write in ``folder``; ``check`` raises to refuse
+    it."""
     place = folder.resolve()
     _guards[place] = check
     try:
@@ -42,7 +44,7 @@ def guarded(folder: Path, check: Callable[[], None]) -> Iterator[None]:
 
 
 def require_right_to_write(path: Path) -> None:
-    """Ask the guards of the folders that a file lies in.
+    """Run the checks of all guarded folders that contain ``path``.
 
     Raises:
         OwnershipLost: If the right to write there is lost.
@@ -55,10 +57,10 @@ def require_right_to_write(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all; where its folder is `guarded`, the check comes right before it takes its name.
+    """Write a file atomically. If its folder is `guarded`, the check runs first, and again right before the rename.
 
     Args:
-        path: The file; its folder is made if needed.
+        path: The file; its folder is created if needed.
         write: Called with a binary file open for writing.
 
     Raises:
@@ -67,14 +69,17 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     require_right_to_write(path)  # before a folder that was deleted is made again
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
+            # Before the rename: after a power failure, the new name must not point to data that never reached the disk.
             os.fsync(file.fileno())
+        # Again: a large checkpoint takes long to write, and the directory may have been taken over meanwhile.
         require_right_to_write(path)
-        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -83,13 +88,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def disk_problem(error: OSError | RuntimeError) -> str:
-    """What the system said when a file could not be written; torch's writer wraps it in an error of its own."""
+    """The system's reason why a file could not be written, also if torch's writer has wrapped it in a RuntimeError."""
     cause = error if isinstance(error, OSError) else error.__context__ or error
     return str(cause).splitlines()[0]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text atomically (see `write_atomic`)."""
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -97,11 +102,11 @@ def require_output_file(path: Path, force: bool = True) -> None:
     """Refuse an output path that cannot become a file, before any work is done for it.
 
     Args:
-        path: Where something is to be written.
-        force: Whether a file that stands there may be replaced.
+        path: The output path.
+        force: Whether an existing file may be replaced.
 
     Raises:
-        UserError: If the path is a folder, a parent of it is a file, or it is there and may not be replaced.
+        UserError: If the path is a folder, one of its parents is a file, or it exists and may not be replaced.
     """
     if not force and (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(
@@ -118,12 +123,12 @@ def require_own_file(path: Path, mark: bytes, force: bool) -> None:
     """Refuse to replace a file that was not written by this project.
 
     Args:
-        path: What is to be written.
-        mark: What stands in the first 2,000 bytes of such a file of ours.
-        force: Replace it all the same.
+        path: The output path.
+        mark: Bytes that stand in the first 2,000 bytes of every file of this kind that this project writes.
+        force: Replace the file even without the mark.
 
     Raises:
-        UserError: If another file stands there.
+        UserError: If a file without the mark exists there, or as `require_output_file`.
     """
     require_output_file(path)
     if force or not (path.exists() or path.is_symlink()):
@@ -147,9 +152,9 @@ def require_output_folder(path: Path) -> None:
 
 
 def last_lines(path: Path, size: int = 20_000) -> list[str]:
-    """The lines in the last ``size`` bytes of a text file, the first of them perhaps cut; none if it cannot be read.
+    """The lines in the last ``size`` bytes of a text file, or an empty list if it cannot be read.
 
-    A pipe or a device is not read, nor a link that leads out of the file's folder.
+    The first line may be cut off. Pipes, devices, and links that lead out of the file's folder are not read.
     """
     try:
         with open_run_file(path) as file:
@@ -161,7 +166,7 @@ def last_lines(path: Path, size: int = 20_000) -> list[str]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what `write_atomic` leaves when its process is killed in the middle of a write."""
+    """Whether a file is a temporary one, as `write_atomic` leaves behind if its process is killed during a write."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
@@ -180,8 +185,8 @@ class RunDirectory:
         self.record_file = path / "record.json"
         self.owner_file = path / "owner.json"  # who works here now
         self.attempts_file = path / "attempts.jsonl"  # which jobs have worked here, and how they ended
-        self.patch_file = path / "changes.patch"  # of the code, where it had uncommitted changes
-        self.scratch = path / "scratch"  # of an engine with files of its own
+        self.patch_file = path / "changes.patch"  # uncommitted changes of the code, if any
+        self.scratch = path / "scratch"  # for an engine that keeps files of its own (Detectron2)
         self.is_recorded = False  # whether this process has written the record
 
     @property
@@ -231,7 +236,7 @@ class RunDirectory:
             )
 
     def create(self, recipe: BaseModel, fingerprint: str) -> None:
-        """Make the folder and write the resolved recipe, after `check`; what a crash left half written goes."""
+        """Run `check`, create the folder, delete temporary files that a crash left, and write the resolved recipe."""
         self.check(recipe, fingerprint)
         require_right_to_write(self.recipe_file)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -244,25 +249,26 @@ class RunDirectory:
             write_text(self.recipe_file, f"{_header(fingerprint)}\n{to_yaml(recipe)}")
 
     def finish(self, record: str) -> None:
-        """Write the record, with which the run is finished."""
+        """Write the record; from then on the run counts as finished."""
         write_text(self.record_file, record)
         self.is_recorded = True
 
     def discard_checkpoints(self) -> None:
-        """Delete what a finished run needs no more; the record must have been written."""
+        """Delete the checkpoint and the scratch folder, which a finished run no longer needs; the record must exist."""
         assert self.is_finished
         require_right_to_write(self.checkpoint_file)
         self.checkpoint_file.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Append one line to ``log.jsonl``."""
+        """Append ``entry`` to ``log.jsonl`` as one line of JSON."""
         require_right_to_write(self.log_file)
+        # A crash can leave half a line at the end; `rewind_log` drops it when the run resumes.
         with self.log_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def rewind_log(self, step: int) -> None:
-        """Drop the lines after ``step``: a resumed run writes them again. A half-written last line goes too."""
+        """Drop the log lines after ``step``, which a resumed run writes again, and a half-written last line."""
         if not self.log_file.is_file():
             return
         kept = []
@@ -276,7 +282,7 @@ class RunDirectory:
 def locate_run(runs: Path, stage: str, name: str, fingerprint: str, explicit: Path | None = None) -> RunDirectory:
     """``runs/<stage>/<name>-<fingerprint>``, unless the user named a folder.
 
-    A name changes no numbers: where the same work lies under another name already, that is the place.
+    A run's name changes no numbers. If a run with the same fingerprint exists under another name, its folder is used.
     """
     if explicit is not None:
         return RunDirectory(explicit)

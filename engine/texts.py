@@ -1,4 +1,4 @@
-"""Reading files that others wrote: lists, annotations, configs, what lies in run folders."""
+"""Reads files that others wrote (lists, annotations, configs, files of run folders), with limits on kind and size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ LARGEST = 1 << 32
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file; a pipe, which would never end, or a device is not opened.
+    """Open a regular file for reading. Pipes, which may never end, and devices are refused.
 
     Raises:
-        DataError: If it is missing, no regular file, or not readable.
+        DataError: If it is missing, not a regular file, or not readable.
     """
     try:
+        # O_NONBLOCK, because opening a pipe that nobody writes to would wait forever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    # fstat looks at the file that was opened; the path could point to another one by now.
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
@@ -32,7 +34,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def open_run_file(path: Path) -> BinaryIO:
-    """Open a file of somebody's run folder: a regular one that lies in it.
+    """Open a regular file of a run folder; a link must not lead out of the folder.
 
     Raises:
         DataError: As `open_regular`, or if it is a link that leads out of the folder.
@@ -50,14 +52,14 @@ def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
     """The content of a regular file; a ``.gz`` is unpacked.
 
     Raises:
-        DataError: As `open_regular`; also if it is larger than ``limit`` bytes, or a ``.gz`` that is none.
+        DataError: As `open_regular`; also if the content exceeds ``limit`` bytes, or a ``.gz`` is not valid gzip.
     """
     with open_regular(path) as file:
         return _content(file, path, limit)
 
 
 def read_run_file(path: Path, limit: int) -> bytes:
-    """As `read_bytes`, of what `open_run_file` opens."""
+    """Like `read_bytes`, but opens the file with `open_run_file`."""
     with open_run_file(path) as file:
         return _content(file, path, limit)
 
@@ -70,6 +72,7 @@ def _content(file: BinaryIO, path: Path, limit: int) -> bytes:
         if path.suffix != ".gz":
             return file.read()
         with gzip.open(file) as unpacked:
+            # One byte more than allowed shows that the limit is exceeded, without unpacking the rest (a gzip bomb).
             content = unpacked.read(limit + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: truncated or not a gzip file ({error})") from None
@@ -88,6 +91,7 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
     """
     content = read_bytes(path, limit)
     try:
+        # utf-8-sig drops the byte order mark that some Windows editors write.
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

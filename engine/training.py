@@ -26,7 +26,7 @@ B = TypeVar("B")
 
 
 class _Losses(nn.Module):
-    """A part of the loss as one forward pass, which is what gradients are averaged over processes for."""
+    """One part of the loss as a forward pass: DistributedDataParallel averages gradients of what `forward` computes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ def train(
 
     Args:
         job: What is trained.
-        batches: From the first step to do, an iterator over the remaining batches.
-        losses: From a batch and its step to the parts of the step's loss. Each part gives named scalars: ``loss`` is the one
-            that is minimised, all are logged. The gradient of a part is computed before the next one is called, and the
-            gradients and the scalars of the parts are added.
+        batches: Given the first step, returns an iterator over the remaining batches.
+        losses: Given a batch and its step, returns the parts of the step's loss. Each part is called without arguments
+            and returns named scalars: ``loss`` is minimised, all are logged. The backward pass of a part runs before
+            the next part is called; gradients and scalars are summed over the parts.
 
     Returns:
-        ``seconds`` over all processes that worked on the run one after another, the mean ``images_per_second`` of this
-        one, and the last values that ``job.evaluate`` gave.
+        ``seconds`` of this run including earlier, interrupted starts, the mean ``images_per_second`` of this start, and
+        the values of the last evaluation in it.
 
     Raises:
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
@@ -79,12 +79,14 @@ def train(
         def evaluate(done: int) -> dict[str, float]:
             assert job.evaluate is not None
             window.settle()
-            # Several processes cannot leave in the middle, and at the end a stop shall cost no training.
+            # Several ranks cannot leave in the middle of an evaluation, so they ask before it. And a stop during the
+            # last evaluation must not cost any training.
             if distributed.world().size > 1 or done == job.num_steps:
                 asked = stop.asked()
                 save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
                 if asked is not None:
                     raise _stopped(job, done, asked)
+            # Batch statistics differ between ranks: all evaluate with those of rank 0, as the checkpoint holds them.
             distributed.broadcast_buffers(job.model, job.not_shared)
             with progress.paused():
                 try:
@@ -106,12 +108,13 @@ def train(
             before = time.monotonic()
             batch = next(remaining)
             waited += time.monotonic() - before
-            # What a network draws (dropout) depends on the step, not on what was run before: a resumed step draws the same.
+            # Re-seed at every step: what the network draws (dropout) depends on the step and the rank only, so a
+            # resumed run draws the same.
             torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
             window.add(step, _backward(job, compute, losses(batch, step)))
             if job.clip_norm is not None:
-                job.scaler.unscale_(job.optimizer)  # the norm is that of the gradients, not of fp16's scaled ones
+                job.scaler.unscale_(job.optimizer)  # clip the true gradients, not those scaled for fp16
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
             job.scaler.step(job.optimizer)
             job.scaler.update()
@@ -130,17 +133,20 @@ def train(
                 }
                 _log(job, sinks, done, line)
                 warning = job.watch(line, done) if job.watch is not None else None
-                if warning is not None and not warned:  # said again only if it had stopped
+                if warning is not None and not warned:  # repeated only if it had disappeared in between
                     say(f"{job.title}: step {done}: warning: {warning}")
                 warned = warning is not None
             due = job.evaluate_every and (done % job.evaluate_every == 0 or done == job.num_steps)
             if due and job.evaluate is not None:
                 evaluated = evaluate(done)
-            elif done == job.num_steps:  # the caller's test may take long, and a stop in it shall cost no training
+            elif done == job.num_steps:
+                # The caller's final evaluation may take long, and a stop during it must not cost any training.
                 window.settle()
                 save(job, Start(done, elapsed(), window.sums))
+            # Not after the last step: the training is complete and saved.
             stopped_by = stop.asked() if done < job.num_steps else None
             if stopped_by is not None or (done % job.checkpoint_every == 0 and done < job.num_steps):
+                # Read pending values first: the checkpoint holds them, and a loss that is not finite must stop here.
                 window.settle()
                 save(job, Start(done, elapsed(), window.sums))
             if stopped_by is not None:
@@ -153,11 +159,12 @@ def train(
 
 
 def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Forward and backward over the parts of a step; of several processes, the last part's backward averages gradients."""
+    """Forward and backward over the parts of a step; returns each scalar, detached and summed over the parts."""
     job.optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
+        # Gradients add up locally; only the last part's backward averages them over ranks, one all-reduce per step.
         local = compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) and not last else None
         with local or contextlib.nullcontext():
             with autocast(job.device, job.precision):
@@ -169,15 +176,15 @@ def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> dict[str, 
 
 
 class _Window:
-    """The means of the terms since the last log line, and the check that the loss is finite.
+    """The means of the logged scalars since the last log line, and the check that the loss is finite.
 
-    On a GPU a step's values are read while the next step already runs: asking for them at once would make the device wait
-    for the host at every step. `settle` reads what is still on its way.
+    On a GPU a step's values are read one step later, while the next step already runs. Reading them at once would leave
+    the device idle at every step. `settle` reads the values that are still pending.
     """
 
     def __init__(self, job: Job, sums: Mapping[str, tuple[float, int]]) -> None:
         self.job = job
-        self.sums = dict(sums)  # of an interrupted window, so that a resumed run logs the same means
+        self.sums = dict(sums)  # not empty after a resume: the next log line has the same means
         self.status = ""
         self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
 
@@ -189,6 +196,7 @@ class _Window:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self.pending.append((step, [*terms], values, event))
+        # On a GPU the newest step stays pending until the next one has been queued.
         while len(self.pending) > (0 if event is None else 1):
             self._take()
 

@@ -1,4 +1,4 @@
-"""Where a run's log goes besides ``log.jsonl``: TensorBoard and Weights & Biases, if they are asked for."""
+"""Optional destinations for a run's log besides ``log.jsonl``: TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mixmask.engine.storage import RunDirectory
 
 
 class WatchRecipe(Recipe):
-    """Optional places for the log: TensorBoard event files in the run directory, or a Weights & Biases project."""
+    """Optional destinations of the log: TensorBoard files in the run directory, or a Weights & Biases project."""
 
     tensorboard: bool = operational(False)
     wandb_project: str | None = operational(None)
 
 
 class Sink(Protocol):
-    """One such place."""
+    """A destination for the log."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take one line of the log."""
+        """Write one line of the log: named values at a step."""
         ...
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still buffered, and close the destination."""
         ...
 
 
@@ -33,6 +33,7 @@ class _TensorBoard:
     def __init__(self, run: RunDirectory, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        # A resumed run logs its steps again, so hide the events after its checkpoint.
         self.writer = SummaryWriter(log_dir=str(run.path / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -47,6 +48,7 @@ class _WandB:
     def __init__(self, run: RunDirectory, project: str, title: str, fingerprint: str, settings: dict[str, Any]) -> None:
         import wandb
 
+        # With the fingerprint as id, a resumed run continues its own curves on W&B.
         self.session = wandb.init(
             project=project, name=title, id=fingerprint, dir=str(run.path), config=settings, resume="allow"
         )
@@ -59,10 +61,10 @@ class _WandB:
 
 
 def check_watch(recipe: WatchRecipe) -> None:
-    """Refuse a place whose package is not installed.
+    """Check that the packages of the chosen destinations can be imported.
 
     Raises:
-        ConfigError: With the line that installs it.
+        ConfigError: If one cannot; with the command that installs it.
     """
     for wanted, key, package in (
         (recipe.tensorboard, "watch.tensorboard", "tensorboard"),
@@ -81,7 +83,11 @@ def check_watch(recipe: WatchRecipe) -> None:
 def open_sinks(
     recipe: WatchRecipe, run: RunDirectory, title: str, fingerprint: str, settings: dict[str, Any], first_step: int
 ) -> list[Sink]:
-    """Open what the recipe asks for; ``first_step`` is where a resumed run goes on."""
+    """Open the destinations that the recipe asks for; ``first_step`` is the step from which a resumed run continues.
+
+    Raises:
+        ConfigError: If wandb cannot start.
+    """
     sinks: list[Sink] = []
     if recipe.tensorboard:
         sinks.append(_TensorBoard(run, first_step))

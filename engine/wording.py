@@ -10,12 +10,12 @@ HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # control, direction, surro
 
 
 def printable(text: str) -> str:
-    """A text without line breaks, control and direction characters, which are shown as their codes."""
+    """The text with line breaks, control and text-direction characters replaced by their hexadecimal codes."""
     return "".join(f"\\x{ord(one):02x}" if unicodedata.category(one) in HIDDEN else one for one in text)
 
 
 def printable_lines(text: str) -> str:
-    """As `printable`, for a text of several lines."""
+    """Like `printable`, but line breaks are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -26,13 +26,13 @@ def did_you_mean(given: object, valid: Iterable[str], most: int = 1) -> str:
 
 
 def closest_first(given: object, valid: Iterable[str]) -> list[str]:
-    """Valid names, those first that are near what was given."""
+    """All valid names; up to three that resemble what was given come first."""
     names = list(valid)
     near = difflib.get_close_matches(str(given), names, n=3)
     return [*near, *(name for name in names if name not in near)]
 
 
 def nearest_multiples(value: int, of: int) -> str:
-    """Multiples that are valid where ``value`` is none: ``valid: 48, 64, …``."""
+    """A hint for a ``value`` that is not a multiple of ``of``: ``valid: 48, 64, …``."""
     near = max(value // of, 1) * of
     return f"valid: {near}, {near + of}, …"

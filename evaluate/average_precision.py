@@ -11,6 +11,7 @@ from mixmask.evaluate.statistics import CONFIDENCE, PairOfRuns
 
 Floats = npt.NDArray[np.float64]
 
+# The recalls at which precision is read: 11 points for VOC, 101 for COCO.
 LEVELS = {"voc": np.arange(0.0, 1.1, 0.1), "coco": np.linspace(0.0, 1.0, 101)}
 RESAMPLES = 1_000
 
@@ -23,8 +24,14 @@ class AveragePrecision:
     """
 
     def __init__(self, matches: DetectionMatches, threshold: float | None = None) -> None:
-        """Args: the matches; ``threshold``, one overlap, or None for the mean over all."""
+        """Prepare the matches.
+
+        Args:
+            matches: The matches of a run.
+            threshold: One of its IoU thresholds; None averages over all.
+        """
         self.levels = LEVELS[matches.metric]
+        # A class without objects counts 0 in VOC (as in Detectron2), and is left out in COCO.
         self.absent_is_zero = matches.metric == "voc"
         self.objects = matches.objects.astype(np.float64)  # (N, C)
         rows = np.arange(len(matches.thresholds))
@@ -45,7 +52,11 @@ class AveragePrecision:
         self.num_thresholds = len(rows)
 
     def __call__(self, drawn: Floats) -> float:
-        """Args: (N,) how often each image was drawn."""
+        """AP of a bootstrap sample, in percent.
+
+        Args:
+            drawn: (N,) how often each image was drawn.
+        """
         totals = drawn @ self.objects  # (C,)
         per_class = []
         for total, (image, found, wrong) in zip(totals, self.classes, strict=True):
@@ -56,13 +67,14 @@ class AveragePrecision:
         return 100.0 * float(np.mean(per_class)) if per_class else 0.0
 
     def _class_ap(self, weight: Floats, found: Floats, wrong: Floats, total: float) -> Floats:
-        """(T,) AP in [0, 1]."""
+        """(T,) interpolated AP of one class in [0, 1], at each IoU threshold."""
         if not len(weight):
             return np.zeros(self.num_thresholds)
         hits = (found * weight).cumsum(axis=1)
         misses = (wrong * weight).cumsum(axis=1)
         recall = hits / total
         precision = hits / np.maximum(hits + misses, np.finfo(np.float64).eps)
+        # The best precision at this recall or beyond.
         best_beyond = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         result = np.empty(self.num_thresholds)
         for row in range(self.num_thresholds):
@@ -94,6 +106,7 @@ def compare_detectors(
     generator = np.random.default_rng(seed)
     gaps = np.empty(RESAMPLES)
     for number in track(f"{metric}: resampling {num:,} images", range(RESAMPLES), RESAMPLES, num):
+        # Counts instead of images: matches within an image do not change, only their weight does.
         drawn = np.bincount(generator.integers(num, size=num), minlength=num).astype(np.float64)
         gaps[number] = both[0](drawn) - both[1](drawn)
     low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

@@ -23,6 +23,7 @@ from mixmask.evaluate.results import Result, results_of
 from mixmask.evaluate.statistics import summarize
 
 LICENSES = re.compile(r"^[a-z0-9][a-z0-9.\-]*$")
+# The card has a code sample with the architecture, so only plain names are accepted.
 ARCH = re.compile(r"^(timm/)?[A-Za-z0-9_.]+$")
 CITED = ("mixmask", "mixmask+unmix")
 CITATION = """@article{vishniakov2022mixmask,
@@ -38,7 +39,7 @@ def write_card(run: Path, runs: Path | None, license: str) -> str:
 
     Args:
         run: The folder of a finished pretraining run.
-        runs: Where transfer runs of it are looked for; by default beside it, where it lies in a folder of runs.
+        runs: The folder in which its transfer runs are looked for; by default, the folder of runs that holds it.
         license: As hubs name them, such as ``mit`` or ``cc-by-nc-4.0``; ``unknown`` if nobody has said.
 
     Raises:
@@ -60,7 +61,7 @@ def write_card(run: Path, runs: Path | None, license: str) -> str:
 
 
 def render_card(run: Run, collection: Collection, license: str) -> str:
-    """The card's text."""
+    """The card as Markdown, with its YAML metadata."""
     record = run.record
     measured = [
         other
@@ -120,7 +121,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
 
 
 def _normalization(recipe: Mapping[str, Any]) -> Normalization:
-    """Whose mean and deviation the images were normalised with: ImageNet's, unless the recipe says otherwise."""
+    """The data set whose mean and standard deviation normalised the images: ImageNet, or the one in the recipe."""
     augment = recipe.get("augment")
     named = augment.get("normalization") if isinstance(augment, dict) else None
     return next((name for name in STATISTICS if name == named), "imagenet")
@@ -136,12 +137,12 @@ def _recipe_file(path: Path) -> dict[str, Any]:
 
 
 def _fenced(text: str) -> str:
-    """Text that cannot end the fence it stands in."""
+    """Text for a code fence, which cannot end the fence."""
     return "\n".join(map(printable, text.rstrip().splitlines())).replace("```", "'''")
 
 
 def _pooled(results: Sequence[Result]) -> list[list[Result]]:
-    """Results that differ in seeds only, together; in the order of protocols, data and metrics."""
+    """Group the results that differ in seeds only, in the order of protocols and data sets."""
     pools: dict[tuple[str, ...], list[Result]] = {}
     for result in sorted(results, key=lambda result: (result.run.record.protocol, result.run.record.dataset)):
         pools.setdefault(result.pool, []).append(result)
@@ -149,7 +150,7 @@ def _pooled(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def _table(pools: Sequence[Sequence[Result]]) -> str:
-    """One line per number, each with the settings without which it means little."""
+    """A Markdown table with one line per number, each with the settings that a reader needs to interpret it."""
     lines = ["| protocol | data | metric | value (%) | runs | settings |", "|---|---|---|---:|---:|---|"]
     for pool in pools:
         record = pool[0].run.record

@@ -1,4 +1,4 @@
-"""From a folder of runs to their records, and to one DataFrame with a row per run."""
+"""Read the records in a folder of runs, and make one DataFrame with a row per run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Collection:
 
     @cached_property
     def _of_each(self) -> dict[tuple[str, str], list[Run]]:
-        """The runs of each fingerprint, in an order that does not depend on where they lie."""
+        """The runs of each stage and fingerprint, in an order that does not depend on their folders."""
         found: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in sorted(self.runs, key=lambda run: (json.dumps(run.record.metrics, sort_keys=True), run.record.name)):
             found[run.record.stage, run.record.fingerprint].append(run)
@@ -96,7 +96,7 @@ class Collection:
 
     @cached_property
     def distinct(self) -> tuple[Run, ...]:
-        """The runs, each piece of work once: a copied folder, or the same work under two names, counts once."""
+        """One run per stage and fingerprint: a copied folder, or the same run under two names, counts once."""
         kept = {same[0] for same in self._of_each.values()}
         return tuple(run for run in self.runs if run in kept)
 
@@ -117,7 +117,7 @@ def collection_of(folder: Path, places: Iterable[tuple[Path, bool]]) -> Collecti
     """The runs in some run directories.
 
     Args:
-        folder: What the collection is called by.
+        folder: The folder that messages name.
         places: Each directory, and whether it should hold a record.
     """
     runs, damaged, unfinished = [], [], []
@@ -169,6 +169,7 @@ def collect(folder: Path) -> Collection:
 def _run_directories(folder: Path, unreadable: Callable[[OSError], None]) -> Iterator[tuple[Path, bool]]:
     """Folders with a record or a recipe, in order, and whether there is a record."""
     for place, folders, files in os.walk(folder, onerror=unreadable):
+        # In place: os.walk then visits the folders in this order.
         folders.sort()
         here = {*files, *folders}
         run = RunDirectory(Path(place))
@@ -177,7 +178,7 @@ def _run_directories(folder: Path, unreadable: Callable[[OSError], None]) -> Ite
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys; lists and other containers become JSON text, so that values can be compared and shown."""
+    """Flatten nested mappings to dotted keys; lists and tuples become JSON text, which can be compared and shown."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -188,7 +189,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def ablation(record: Record) -> dict[str, Any]:
-    """What the paper's tables 1 to 3 vary, under its names; None where the method has no such thing or it is unknown."""
+    """The keys that the paper's tables 1 to 3 vary; None if the method has no such key or its value is unknown."""
     return ablation_of(record.recipe if record.stage == "pretrain" else record.pretraining, record.method)
 
 
@@ -259,9 +260,9 @@ def frame(runs: Sequence[Run], per_class: bool = False) -> pd.DataFrame:
 
 
 def select(table: pd.DataFrame, query: str) -> pd.DataFrame:
-    """The rows of which a condition holds; see `evaluate.query`.
+    """The rows that satisfy a condition; see `evaluate.query`.
 
-    Names with slashes stand in backticks: ```knn/top1` > 60``.
+    Names with slashes are written in backticks: ```knn/top1` > 60``.
 
     Raises:
         UserError: If the condition cannot be read, or names a column that is not there.
@@ -287,7 +288,7 @@ def as_text(table: pd.DataFrame, form: Literal["csv", "json"]) -> str:
 
 
 def overview(runs: Sequence[Run], kept: set[str]) -> str:
-    """The main columns, for a terminal: which run, and the metrics that it was made for.
+    """A table for the terminal: each run with its headline metrics.
 
     Args:
         runs: Finished runs.
@@ -324,6 +325,7 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
     for name in plain.columns:
         values = [value for value in plain[name] if not _is_empty(value)]
         kinds = {type(value) for value in values}
+        # A Parquet column has one type, and no integers beyond 64 bits.
         mixed = len(kinds - {int, float}) > (0 if kinds & {int, float} else 1)
         if mixed or any(isinstance(value, int) and abs(value) >= 2**63 for value in values):
             plain[name] = [None if _is_empty(value) else str(value) for value in plain[name]]

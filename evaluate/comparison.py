@@ -1,4 +1,4 @@
-"""Is one way of pretraining better than another: over seeds, or image by image for a single pair of runs."""
+"""Compare two ways of pretraining: over seeds, or image by image for a single pair of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Comparison:
         what: Data set, protocol and metric.
         first, second: What is compared, in words.
         result: The first minus the second.
-        one_backbone: Whether several runs of each are of a single backbone.
+        one_backbone: Whether each group has one backbone only, so that the noise of pretraining is not in the result.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Comparison:
     one_backbone: bool = False
 
     def words(self) -> str:
-        """For people."""
+        """The comparison as one line of text."""
         text = f"{self.what}: {self.first} against {self.second}: {self.result.words()}"
         return text + (", all on one backbone each: pretraining does not vary" if self.one_backbone else "")
 
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def chosen(collection: Collection, which: str) -> list[Run]:
-    """The transfer runs of a method, or those of which a condition holds.
+    """The transfer runs of a method, or those that satisfy a condition.
 
     Raises:
         UserError: If there are none, or the condition cannot be read.
@@ -75,12 +75,14 @@ def chosen(collection: Collection, which: str) -> list[Run]:
 
 
 def compare(first: Sequence[Run], second: Sequence[Run], metrics: Sequence[str] | None = None) -> list[Comparison]:
-    """Compare every pair of backbones that were measured by one protocol; of one framework, where the groups share one.
+    """Compare the backbones of two groups, pair by pair, where both were measured with the same protocol.
+
+    Pairs of the same framework and training budget come first; only if there are none, other pairs are compared.
 
     Args:
-        first: Transfer runs of one group.
-        second: Of the other.
-        metrics: The headline ones of each protocol if None.
+        first: Transfer runs of the first group.
+        second: Transfer runs of the second group.
+        metrics: The metrics to compare; None takes the headline metrics of each protocol.
 
     Raises:
         UserError: If a backbone recipe is in both groups.
@@ -107,7 +109,7 @@ Pool = tuple[str, ...]
 
 
 def _closest(pairs: Sequence[tuple[Pool, Pool]], groups: Mapping[Pool, Sequence[Result]]) -> list[tuple[Pool, Pool]]:
-    """Pairs of one framework and one training budget, where there are such; else of one framework; else all."""
+    """The pairs of the same framework and pretraining epochs; if there are none, of the same framework; else all."""
 
     def alike(pair: tuple[Pool, Pool], *names: str) -> bool:
         records = [groups[pool][0].run.record for pool in pair]
@@ -129,6 +131,7 @@ def _pools(results: Sequence[Result]) -> dict[Any, dict[tuple[str, ...], list[Re
 
 def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequence[Sequence[Result]]) -> Comparison:
     seeds = [[result.seeds for result in group] for group in (first, second)]
+    # Pairs need the same seeds in both groups, each once.
     paired = sorted(map(repr, seeds[0])) == sorted(map(repr, seeds[1])) and len({*seeds[0]}) == len(seeds[0])
     parents = [{result.run.record.parent for result in group} for group in (first, second)]
     fixed = all(len(own) == 1 for own in parents) and max(len(first), len(second)) > 1
@@ -141,7 +144,7 @@ def _compared(first: Sequence[Result], second: Sequence[Result], groups: Sequenc
 
 
 def _backbone(result: Result, all_results: Sequence[Result]) -> str:
-    """What was pretrained; with whatever tells it from others that would have the same words."""
+    """A backbone in words, with the keys that distinguish it from others that have the same words."""
     words = backbone_words(result.run.record)
     alike = [other for other in all_results if backbone_words(other.run.record) == words]
     telling = [
@@ -201,7 +204,7 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
 
 
 def differences(first: Path, second: Path) -> str:
-    """In what two runs were measured differently, besides their backbones and seeds; empty if in nothing."""
+    """The keys in which the measurement of two runs differs, besides backbone and seeds; empty if none does."""
     results = [results_of([_one(folder)])[:1] for folder in (first, second)]
     keys = [key for key in telling_keys([one for found in results for one in found]) if not of_backbone(key)]
     pairs = [(key, *(found[0].known.get(key) for found in results)) for key in keys] if all(results) else []

@@ -1,4 +1,4 @@
-"""Figures for people who cannot tell some colours apart, too."""
+"""Figures that colour-blind readers can read, too."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from mixmask.engine.storage import require_own_file, write_atomic
 
-CREATOR = "mixmask plots"  # stands in every file, so that it is known as ours
+CREATOR = "mixmask plots"  # in the metadata of every file, so that only our own files are replaced
 
-# Okabe and Ito's palette, and a marker and a dash for each: nothing is told by colour alone
+# Okabe and Ito's palette, with a marker and a line style for each: nothing is shown by colour alone.
 STYLES: dict[str, tuple[str, str, str]] = {
     "random": ("#3a3a3a", "x", ":"),
     "vanilla": ("#0072b2", "o", "-"),
@@ -38,16 +38,17 @@ OTHERS = (
 
 
 def style(method: str) -> tuple[str, str, str]:
-    """Colour, marker and dash of a method; somebody's own method has those that its name falls on."""
+    """Colour, marker and line style of a method; for a method of your own, a hash of its name picks one of `OTHERS`."""
     if method in STYLES:
         return STYLES[method]
+    # Not hash(), which differs between Python processes.
     number = zlib.crc32(method.encode("utf-8", "replace"))
     return OTHERS[number % len(OTHERS)]
 
 
 @dataclass(frozen=True, eq=False)
 class Plot:
-    """A figure, the file's name without suffix, what it shows, and a text for those who do not see it."""
+    """A figure, its file name without suffix, its title, and an alternative text."""
 
     id: str
     title: str
@@ -55,7 +56,7 @@ class Plot:
     text: str
 
     def render(self, form: Literal["png", "svg"]) -> bytes:
-        """The same bytes for the same runs."""
+        """The content of an image file; the same runs give the same bytes."""
         buffer = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": self.id, "svg.fonttype": "none" if form == "svg" else "path"}):
             self.figure.savefig(
@@ -92,7 +93,7 @@ def _write(payload: bytes, file: BinaryIO) -> None:
 
 
 def panels(columns: int, rows: int, width: float = 4.6, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure of equal panels; width and height in inches, of a single one."""
+    """A grid of equal panels; ``width`` holds for one column and ``height`` for one row, in inches."""
     across = width if columns == 1 else 3.4 * columns
     figure = Figure(figsize=(across, height if rows == 1 else 2.8 * rows), layout="constrained")
     axes = [panel for line in figure.subplots(rows, columns, squeeze=False) for panel in line]
@@ -134,7 +135,7 @@ def legend(figure: Figure, *axes: Axes) -> None:
 
 
 def finished_plot(id: str, title: str, figure: Figure, text: str) -> Plot:
-    """Title and layout, once; the id becomes a file name."""
+    """Set the title, fix the layout, and make the id safe as a file name."""
     figure.suptitle(short(title, 90), fontsize=10)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, so that every file of it is the same
@@ -143,5 +144,5 @@ def finished_plot(id: str, title: str, figure: Figure, text: str) -> Plot:
 
 
 def short(text: str, most: int) -> str:
-    """At most so many characters."""
+    """Cut a text to ``most`` characters, with an ellipsis at the end."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""Plain text made safe for a format: nothing in it is markup."""
+"""Escape plain text for Markdown, HTML and LaTeX, so that nothing in it acts as markup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
-    "[": "{[}",  # after the end of a row these two would be taken for its options
+    "[": "{[}",  # after the end of a row, LaTeX takes this and * for its options
     "*": "{*}",
     "±": r"$\pm$",
     "×": r"$\times$",
@@ -34,7 +34,7 @@ LATEX = {
 
 
 def escape_markdown(text: str) -> str:
-    """For a cell or a line: nothing in it is markup, and it stays in its cell."""
+    """Escape text for a Markdown line or table cell."""
     escaped = html.escape(printable(text), quote=False)
     escaped = re.sub(r"([\\`*_|~$\[\]])", r"\\\1", escaped)
     for link, code in (
@@ -47,12 +47,12 @@ def escape_markdown(text: str) -> str:
 
 
 def escape_html(text: str) -> str:
-    """For text and attributes."""
+    """Escape text for HTML content and attribute values."""
     return html.escape(printable(text))
 
 
 def escape_latex(text: str) -> str:
-    """For pdfLaTeX: what its fonts have not is written as its code point."""
+    """Escape text for pdfLaTeX; a character that its fonts lack is written as its code point, ``[U+4E2D]``."""
 
     def one(letter: str) -> str:
         if letter in LATEX:

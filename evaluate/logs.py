@@ -11,11 +11,11 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.texts import read_run_file
 
 MAX_LOG = 1 << 28  # bytes
-LARGEST = 1e12  # what is larger is damage
+LARGEST = 1e12  # a larger value is taken for damage
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``log.jsonl`` that are whole; none if there is no such file."""
+    """The entries of a ``log.jsonl`` that are whole and have a ``step``; an empty list if the file cannot be read."""
     entries = []
     try:
         lines = read_run_file(path, MAX_LOG).decode(errors="replace").splitlines()
@@ -32,7 +32,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def number_of(entry: Mapping[str, Any], key: str) -> float | None:
-    """A number that can be drawn, or None."""
+    """The value of a key, if it is a finite number that can be plotted; else None."""
     value = entry.get(key)
     plottable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
     return float(value) if plottable and value is not None else None

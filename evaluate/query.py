@@ -1,4 +1,7 @@
-"""Conditions on the columns of a table: comparisons joined by ``and``, ``or`` and ``not``, and nothing that acts."""
+"""Conditions on the columns of a table: comparisons joined by ``and``, ``or`` and ``not``.
+
+A condition is parsed and interpreted here. Unlike ``DataFrame.query``, nothing of it is run as Python.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def holds(table: pd.DataFrame, query: str) -> pd.Series:
     ``dataset == 'cifar100' and 60 < `knn/top1` <= 70``. ``&``, ``|`` and ``~`` mean ``and``, ``or`` and ``not``.
 
     Args:
-        table: The columns; names that are no Python names stand in backticks in the condition.
+        table: The columns; the condition has names that are no Python identifiers in backticks.
         query: The condition.
 
     Returns:
@@ -81,7 +84,7 @@ def holds(table: pd.DataFrame, query: str) -> pd.Series:
 
 
 def _in_words(query: str) -> str:
-    """``&``, ``|`` and ``~`` as words, which bind less tightly than comparisons."""
+    """Write ``&``, ``|`` and ``~`` as words: the symbols would bind more tightly than comparisons."""
     tokens = tokenize.generate_tokens(io.StringIO(query.strip()).readline)
     return tokenize.untokenize(
         (tokenize.NAME, WORDS[token.string]) if token.type == tokenize.OP and token.string in WORDS else token[:2]
@@ -95,7 +98,7 @@ class _Condition:
         self.table, self.quoted = table, quoted
 
     def truth(self, node: ast.expr) -> pd.Series:
-        """Truth values of a condition."""
+        """Evaluate a condition: one bool per row."""
         if isinstance(node, ast.BoolOp):
             parts = [self.truth(part) for part in node.values]
             joined = parts[0]
@@ -140,6 +143,7 @@ class _Condition:
         return self.quoted[int(place[1])] if place and int(place[1]) < len(self.quoted) else node.id
 
     def _column(self, name: str) -> pd.Series:
+        # Names of earlier versions are still understood, and so is ``pretrain.mix.grid`` for ``mix.grid``.
         for known in (name, OLD_KEYS.get(name), name.removeprefix("pretrain.") if "mix." in name else None):
             if known in self.table.columns:
                 found: pd.Series = self.table[known]

@@ -1,7 +1,8 @@
-"""What a published number of the paper must be compared with: the recipes that come with this project for its row.
+"""The shipped recipes behind each row of the paper: only results that follow them meet its published numbers.
 
-``reference.json`` holds their identities (`engine.config.identity`); ``python -m launch.reference`` writes it. A result
-stands beside a published number only if every key of its own recipe and of its backbone's is the same, but for `MAY_DIFFER`.
+``reference.json`` holds their identities (`engine.config.identity`); ``make reference`` writes it. A result is shown
+beside a published number only if its recipe and its backbone's equal the shipped ones in every key, except those in
+`MAY_DIFFER`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ MAY_DIFFER = {
     "data.storage": "how images are kept: crops are drawn alike, and their pixels differ by rounding",
     "engine": "both detection engines are proven equal; a footnote names the engine",
 }
-UNSTATED = {  # what the paper does not say although it matters: protocol and data set to keys
+UNSTATED = {  # (protocol, data set): keys that matter, but that the paper does not state
     ("linear", "cifar100"): ("lr", "epochs", "batch_size"),
     ("linear", "tiny_imagenet"): ("lr", "epochs", "batch_size"),
     ("detect_voc", "voc2007"): ("pretrain.epochs",),
     ("detect_coco", "coco2017"): ("pretrain.epochs",),
 }
 FOREIGN = ("pretrain.arch", "pretrain.dataset", "pretrain.epochs")  # known of a backbone whose recipe is not
-MOST = 6  # departures in a footnote
+MOST = 6  # the most departures that a footnote lists
 
 
 @cache
@@ -60,7 +61,7 @@ def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = tuple(str(dims.get(name)) for name in ("dataset", "framework", "method", "protocol"))
     row = _rows().get(key)
-    if row is None:  # a backbone that this project has no recipe for: how it is measured is known
+    if row is None:  # no recipe for the backbone, but one for how it is measured
         row = next((one for place, one in _rows().items() if (place[0], place[3]) == (key[0], key[3])), None)
         if row is None:
             return {}
@@ -77,20 +78,20 @@ def stated(dims: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstated(dims: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys that the paper says nothing of although they matter."""
+    """Keys that matter, but that the paper does not state."""
     return UNSTATED.get((str(dims.get("protocol")), str(dims.get("dataset"))), ())
 
 
 def departures(result: Result, usual: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, str]:
-    """In what a result departs from what is stated, in words, by key.
+    """The keys in which a result departs from the stated recipe, each with a text.
 
-    What is not recorded of a run does not count as departing: the recipe of a foreign checkpoint, and everything that
-    records of the first schema did not hold.
+    What was not recorded is no departure: the recipe of a foreign checkpoint, and everything that records of the first
+    schema did not hold.
 
     Args:
-        result: The number.
-        usual: What is stated, as `stated` gives it; of nothing, nothing departs.
-        ignored: Keys that the number's place in the table already says.
+        result: The result.
+        usual: The stated recipe, as `stated` gives it; if it is empty, there are no departures.
+        ignored: Keys that the result's place in the table already shows.
     """
     record, own = result.run.record, result.facts
     found: dict[str, str] = {}
@@ -122,7 +123,7 @@ def may_differ(key: str) -> bool:
 
 
 def in_words(texts: Collection[str]) -> str:
-    """Departures as one text, the first of many."""
+    """Departures as one text; of more than `MOST`, the first ones and a count."""
     listed = list(texts)
     rest = len(listed) - MOST
     return "; ".join([*listed[:MOST], *([f"and {rest} more keys"] if rest > 0 else [])])

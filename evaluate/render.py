@@ -25,14 +25,14 @@ from mixmask.evaluate.wording import MARKS, MISSING, heading, numbers, remarks
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}
 
-GAP = 3  # what a column takes in a terminal beside its text: rich pads it on both sides and puts a blank between
+GAP = 3  # characters that rich adds to a column: padding on both sides and a blank between columns
 
 
 def form_of(path_suffix: str) -> TableFormat:
     """The format that a file's suffix asks for.
 
     Raises:
-        UserError: If it is none of those known.
+        UserError: If no format has this suffix.
     """
     if path_suffix not in SUFFIXES:
         raise UserError(
@@ -47,8 +47,8 @@ def render(table: Table, form: TableFormat, width: int | None = None, templates:
     Args:
         table: What to show.
         form: CSV has one line per cell, in full precision; the others are laid out.
-        width: Of the terminal, in characters; as wide as it is if None.
-        templates: A folder of templates for Markdown, LaTeX and HTML that come before ours.
+        width: The terminal's width in characters; None asks the terminal.
+        templates: A folder of templates for Markdown, LaTeX and HTML that are used instead of ours.
     """
     if form == "term":
         return _term(table, width)
@@ -102,8 +102,9 @@ def _term(table: Table, width: int | None) -> str:
     stub_widths = [
         max(map(_width, [Text(printable(name)), *(stub[n] for stub in stubs)])) for n, name in enumerate(stub_names)
     ]
+    # Row labels may take half of the width, or all that the widest column leaves.
     most = max(limit // 2, limit - max(widths, default=0) - GAP)
-    if sum(stub_widths) + GAP * len(stub_widths) > most:  # what names a row becomes one text that wraps between words
+    if sum(stub_widths) + GAP * len(stub_widths) > most:  # then the row labels become one column, which wraps
         stub_names = [" · ".join(filter(None, stub_names))]
         stubs = [[Text(" · ").join(text for text in stub if text)] for stub in stubs]
         stub_widths = [min(most - GAP, max(map(_width, [Text(stub_names[0]), *(stub[0] for stub in stubs)])))]
@@ -139,7 +140,7 @@ def _width(text: Text) -> int:
 
 
 def _blocks(widths: list[int], room: int) -> list[list[int]]:
-    """Columns shared out to as many tables, one below the other, as it takes for them to fit."""
+    """Split the columns into blocks that fit into ``room``; each block is printed as a table below the last."""
     blocks: list[list[int]] = [[]]
     used = 0
     for number, width in enumerate(widths):

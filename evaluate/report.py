@@ -1,4 +1,4 @@
-"""All results on one HTML page that needs nothing else: no network, no other file."""
+"""All results on one self-contained HTML page: no network, no other files."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def write_report(
     Args:
         collection: What to report.
         out: The folder.
-        published: Numbers besides the paper's.
-        force: Replace an ``index.html`` that is no report, too.
-        templates: A folder whose ``table.html.j2`` comes before ours.
+        published: Published numbers in addition to the paper's.
+        force: Also replace an ``index.html`` that is not a report.
+        templates: A folder whose ``table.html.j2`` is used instead of ours.
 
     Returns:
         The file.
@@ -105,7 +105,7 @@ def render_report(
 
 
 def run_id(run: Run) -> str:
-    """A run's place on the page: its fingerprint, or a digest of one that is no plain word."""
+    """The HTML id of a run: its fingerprint, or a digest if the fingerprint is not a plain word."""
     fingerprint = run.record.fingerprint
     plain = re.fullmatch(r"[A-Za-z0-9_-]{1,40}", fingerprint) is not None
     word = fingerprint if plain else hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -123,7 +123,7 @@ def _sources(tables: Sequence[Table]) -> str:
 
 
 def _linked(cell: TableCell, text: str) -> str:
-    """A cell's number as a link to its run, or as the list of its runs."""
+    """A cell's text as a link to its run or, of several runs, as an expandable list of links."""
     links = [
         f'<a href="#{run_id(result.run)}">{_seeds(result.seeds)}: {result.value:.2f}</a>' for result in cell.results
     ]
@@ -143,7 +143,7 @@ def _drawn(plot: Plot) -> dict[str, str]:
 
 
 def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
-    """Every run with all that its page shows."""
+    """What the template needs of every run, sorted by stage, name and seed."""
     known = {run.record.fingerprint: run_id(run) for run in runs if run.record.stage == "pretrain"}
     children: dict[str, list[dict[str, str]]] = {}
     for run in runs:
@@ -193,7 +193,7 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
 
 
 def _settings(run: Run) -> str:
-    """What tells a run from others of its method: the mask, and how it was measured."""
+    """The settings that distinguish runs of one method: those of the mixture and of the protocol."""
     record = run.record
     varied = {key: value for key, value in ablation(record).items() if value is not None}
     varied |= {key: record.settings[key] for key in ("k", "lr", "engine", "iterations") if key in record.settings}
@@ -201,7 +201,7 @@ def _settings(run: Run) -> str:
 
 
 def reproduce(run: Run, recipe_file: str | None = None) -> str:
-    """The commands that do a run again, from the recipe that lies in its folder or is called otherwise."""
+    """The shell commands that repeat a run, from the recipe in its folder or from ``recipe_file``."""
     record = run.record
     recipe = recipe_file or shlex.quote(printable(str(RunDirectory(run.path).recipe_file)))
     again = f"mixmask {'pretrain' if record.stage == 'pretrain' else 'transfer'} --runs again {recipe}"
@@ -216,7 +216,7 @@ def reproduce(run: Run, recipe_file: str | None = None) -> str:
 
 
 def _images(run: Run) -> list[dict[str, str]]:
-    """Pictures that lie in the folder: what a detector found."""
+    """The images to embed: a detector's sheet of sample detections, if there is one."""
     path = run.path / SHEET
     try:
         payload = read_run_file(path, MOST_IMAGE_BYTES)

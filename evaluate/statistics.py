@@ -1,4 +1,4 @@
-"""Means over seeds, differences between them, and how sure they are."""
+"""Means over seeds, differences between groups of runs, and their confidence intervals."""
 
 from __future__ import annotations
 
@@ -28,32 +28,34 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Of one or more values; the order does not matter."""
+    """Mean and sample standard deviation of one or more values; their order does not matter."""
     ordered = sorted(values)
     return Summary(statistics.fmean(ordered), statistics.stdev(ordered) if len(ordered) > 1 else None, len(ordered))
 
 
 def within_noise(one: Summary, best: Summary) -> bool:
-    """Whether Welch's t-test at 5 % cannot tell two means apart. Of fewer than three runs the noise is not known: never."""
+    """Whether two means do not differ significantly at 5 % (Welch's t-test); False with fewer than three runs each."""
     if one.std is None or best.std is None or min(one.n, best.n) < 3:
         return False
+    # Without any variance, the t-test is undefined.
     if one.std == best.std == 0:
         return one.mean == best.mean
+    # Welch's and not the pooled test: two groups need not have equal variances.
     test = stats.ttest_ind_from_stats(one.mean, one.std, one.n, best.mean, best.std, best.n, equal_var=False)
     return bool(test.pvalue > 1 - CONFIDENCE)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher one group of runs is than another, in points.
+    """The difference between the means of two groups of runs, in percentage points.
 
     Attributes:
         value: Difference of the means.
         error: Its standard error; None where a group has one run.
         low, high: Confidence interval; None with fewer than three seeds in a group.
         n: Runs in each group; the number of pairs if ``paired``.
-        paired: Whether the runs pair by their seeds.
-        p: Of the paired t-test, if the runs pair and differ in their differences.
+        paired: Whether the runs are paired by seed.
+        p: p-value of the paired t-test; None if the runs are unpaired, too few, or all pairs differ equally.
     """
 
     value: float
@@ -65,7 +67,7 @@ class Difference:
     p: float | None
 
     def words(self) -> str:
-        """For people, such as ``+0.9 (SE 0.2), 5 seeds, 95 % CI [0.6, 1.2] (paired t interval), p = 0.004``."""
+        """In words: ``+0.9 (SE 0.2), 5 seeds, 95 % CI [0.3, 1.5] (paired t interval), paired t-test p = 0.011``."""
         first, second = self.n
         num = f"{first} seeds" if first == second else f"{first} and {second} seeds"
         if max(self.n) == 1:
@@ -93,18 +95,18 @@ def _p_words(p: float) -> str:
 def difference(first: Sequence[float], second: Sequence[float], paired: bool) -> Difference:
     """Compare two groups of runs.
 
-    The interval is Student's t interval of the pairs' differences, or Welch's of two independent groups, so that it leaves
-    out 0 exactly where the t-test has p < 0.05. A bootstrap over so few seeds is too narrow: with 3 to 5 pairs it covers 74
+    The interval is Student's t interval of the paired differences, or Welch's for two independent groups. It excludes 0
+    exactly if the t-test has p < 0.05. A bootstrap over so few seeds is too narrow: with 3 to 5 pairs it covers 74
     to 91 %. Simulated coverage with 3 to 20 pairs: 95 % for normal differences, 93 to 94 % for skewed ones (skewness 1), 88
     to 92 % for exponential ones (skewness 2).
 
     Args:
         first: Values of the first group.
-        second: Of the second; in the same order of seeds if ``paired``.
-        paired: Take the differences of pairs.
+        second: Values of the second group, in the same order of seeds if ``paired``.
+        paired: Compare run by run, each with that of the same seed.
 
     Raises:
-        ValueError: If a group is empty, or pairs are of unequal number.
+        ValueError: If a group is empty, or ``paired`` groups have different sizes.
     """
     if not first or not second or (paired and len(first) != len(second)):
         raise ValueError(f"groups of {len(first)} and {len(second)} runs cannot be compared{' in pairs' * paired}")
@@ -118,7 +120,7 @@ def difference(first: Sequence[float], second: Sequence[float], paired: bool) ->
         gaps = a - b
         spread = float(gaps.std(ddof=1))
         error, freedom = spread / math.sqrt(len(gaps)), len(gaps) - 1.0
-        # equal differences leave rounding noise, of which no test should be made
+        # If all pairs differ equally, what is left is rounding noise, which must not be tested.
         varied = spread > 1e-9 * max(1.0, float(np.abs(gaps).max()))
         p = float(stats.ttest_rel(a, b).pvalue) if varied else None
     else:
@@ -141,7 +143,7 @@ class PairOfRuns:
         values: Of the first and the second run.
         low, high: 95 % confidence interval of the difference over images.
         images: Number of test images.
-        p: Of McNemar's exact test, for classifiers.
+        p: p-value of McNemar's exact test; None for detectors.
     """
 
     metric: str
@@ -153,11 +155,11 @@ class PairOfRuns:
 
     @property
     def value(self) -> float:
-        """The difference."""
+        """The first minus the second, in points."""
         return self.values[0] - self.values[1]
 
     def words(self) -> str:
-        """For people."""
+        """The comparison as one line of text."""
         text = (
             f"{self.metric} {self.values[0]:.1f} against {self.values[1]:.1f}: {self.value:+.1f}, "
             f"95 % CI [{self.low:.1f}, {self.high:.1f}] over {self.images:,} images (another training may differ more)"
@@ -170,8 +172,8 @@ def compare_classifiers(
 ) -> PairOfRuns:
     """Per-image bootstrap of the difference of two accuracies, and McNemar's exact test.
 
-    A resampling of the images changes the difference only through the numbers of images on which exactly one of the two
-    is right, so those numbers are drawn.
+    The difference depends only on the numbers of images on which exactly one of the two is right, so a bootstrap sample
+    draws these numbers instead of images.
 
     Args:
         metric: Its name.
@@ -186,6 +188,7 @@ def compare_classifiers(
     gaps = 100.0 * (resampled[:, 0] - resampled[:, 1]) / total
     low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     discordant = only_first + only_second
+    # McNemar: if the two are equally good, either is right on half of the images on which they disagree.
     p = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     values = (100.0 * float(first.mean()), 100.0 * float(second.mean()))
     return PairOfRuns(metric, values, float(low), float(high), total, p)

@@ -1,4 +1,4 @@
-"""Tables of results: what is put where, what may share a cell, and what a footnote has to say."""
+"""Tables of results: where each result goes, which runs share a cell, and what the footnotes say."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TableCell:
 
     Attributes:
         results: One per run, ordered by seed; empty where there is only a published number.
-        published: The number that was made the same way, if there is one.
-        best: Whether its mean is the highest of those it may be compared with.
-        near_best: Whether it cannot be told from the best (`within_noise`).
+        published: The published number with the same recipe, if there is one.
+        best: Whether its mean is the highest of the comparable ones in its column.
+        near_best: Whether it is not significantly different from the best (`within_noise`).
         marks: The letters of its footnotes.
     """
 
@@ -46,7 +46,7 @@ class TableCell:
 
     @property
     def few(self) -> str:
-        """What must be said of so few runs, if the protocol asks for more: of VOC with fewer than five."""
+        """A remark if there are fewer runs than the protocol asks for (five on VOC); else empty."""
         record = self.results[0].run.record if self.results else None
         if record is None or len(self.results) >= record.num_seeds:
             return ""
@@ -63,7 +63,7 @@ class TableCell:
 class Line:
     """A line of a table. ``marks`` are the letters of its footnotes, on the backbone.
 
-    A cell that is None is empty; what is missing from a row is a `TableCell` without results on its first line.
+    None is an empty cell. A result that is missing is a `TableCell` without results, on the first line of its row.
     """
 
     row: Key
@@ -95,13 +95,13 @@ class Table:
 
     @property
     def num_runs(self) -> int:
-        """Runs with a number in it."""
+        """The number of runs that the table shows."""
         runs = {result.run for line in self.lines for cell in line.cells if cell for result in cell.results}
         return len(runs)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where its published numbers stand."""
+        """The sources of its published numbers."""
         cells = [cell for line in self.lines for cell in line.cells if cell is not None]
         return tuple(dict.fromkeys(cell.published.where for cell in cells if cell.published is not None))
 
@@ -112,12 +112,12 @@ class TableLayout:
 
     Attributes:
         id, title, row_names: As in `Table`.
-        places: Where a result stands: several places for an ablation's default, none if it does not belong.
+        places: The places of a result: several for an ablation's default, none if it does not belong here.
         published: Published numbers and their places, in the order of rows and columns.
-        stated: How the number at a result's place was made; of nothing, nothing departs.
-        said: Keys that a place itself says.
-        sections: Whether the first level of a row is a section, within which the best is looked for.
-        order: Of texts that have another order than that of letters and numbers.
+        stated: The recipe of the published number at a result's place; if it is empty, there are no departures.
+        said: Keys that a place itself already shows.
+        sections: Whether the first level of a row is a section, with a best result of its own.
+        order: Positions of texts that are not sorted alphabetically or by number.
         notes: As in `Table`.
     """
 
@@ -135,7 +135,7 @@ class TableLayout:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What footnotes say: of the backbone, beside the line; of the measurement and what else to know, beside the cell."""
+    """Footnote texts: on the backbone (beside the line), and on the measurement and all else (beside the cell)."""
 
     backbone: tuple[str, ...] = ()
     measurement: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class _Texts:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The results of one pool at one place, in what they depart from what the publication states, and what else to say."""
+    """The results of one pool at one place, their departures from the stated recipe, and further remarks."""
 
     place: Place
     results: tuple[Result, ...]
@@ -156,12 +156,12 @@ class _Group:
 
 
 def build(layout: TableLayout, results: Sequence[Result]) -> Table:
-    """Fill a layout.
+    """Fill a layout with results.
 
-    Results share a cell only if they differ in nothing but seeds. Others at the same place stand on lines of their own;
-    footnotes say in what they differ from the published protocol, or from each other: beside the line what is of the
-    backbone, beside the cell what is of the measurement. A published number stands beside every result that departs in
-    nothing that the publication states.
+    Results share a cell only if they differ in nothing but seeds. Others at the same place get lines of their own, and
+    footnotes say how they differ from the published protocol or from each other: on the backbone beside the line, on
+    the measurement beside the cell. A published number is shown beside every result that has no departure from the
+    publication's recipe.
     """
     groups = _groups(layout, results)
     published = dict(layout.published)
@@ -198,7 +198,7 @@ _Line = tuple[Key, tuple[str, ...], dict[Key, _Noted]]  # row, texts on the back
 
 
 def _noted(cell: TableCell, texts: tuple[str, ...]) -> _Noted:
-    """A cell with its footnotes: whose number stands there if not the paper's, and that the runs are few."""
+    """A cell with its footnotes, among them the source of a number that is not the paper's, and too few runs."""
     number = cell.published
     source = (f"published by {number.source}",) if number is not None and number.added else ()
     return cell, (*texts, *source, *((cell.few,) if cell.few else ()))
@@ -219,7 +219,7 @@ def _unstacked(
 
 
 def _lettered(layout: TableLayout, columns: Sequence[Key], lines: Sequence[_Line]) -> Table:
-    """The table with a letter for every text, in the order in which a reader meets them."""
+    """The finished table, with a letter for every footnote in reading order."""
     letters: dict[str, str] = {}
     for _, backbone, cells in lines:
         met = [*backbone, *(text for column in columns if column in cells for text in cells[column][1])]
@@ -260,7 +260,7 @@ def _groups(layout: TableLayout, results: Sequence[Result]) -> list[_Group]:
 
 
 def _remarks(results: Sequence[Result], stated: Mapping[str, Any], said: Sequence[str]) -> tuple[str, ...]:
-    """What a reader must know although nothing departs: what is not stated, not recorded, or strange about the runs."""
+    """Remarks that are no departures: what is not stated, not recorded, or unusual about the runs."""
     known, record = results[0].known, results[0].run.record
     foreign = not record.pretraining and record.method != "random"
     silent = [
@@ -286,13 +286,13 @@ def _remarks(results: Sequence[Result], stated: Mapping[str, Any], said: Sequenc
 
 
 def _by_side(texts: Mapping[str, str]) -> _Texts:
-    """Texts about keys, those of the backbone and those of the measurement each as one."""
+    """Join the texts by key: one text for the backbone's keys, one for the measurement's."""
     sides = [in_words([text for key, text in texts.items() if of_backbone(key) == side]) for side in (True, False)]
     return _Texts(*((side,) if side else () for side in sides))
 
 
 def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
-    """Departures, and what tells groups apart that would else look alike: backbones in a row, measurements in a column."""
+    """The footnotes of each group: departures, and the keys that distinguish it from groups that look the same."""
     backbone = _telling(groups, of_backbones=True)
     measurement = _telling(groups, of_backbones=False)
     texts = {
@@ -311,7 +311,7 @@ def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
 
 
 def _telling(groups: Sequence[_Group], of_backbones: bool) -> dict[_Group, tuple[str, ...]]:
-    """Of each group, what tells it from others: backbones in a row where some share a place, measurements in a column."""
+    """The keys that distinguish each group: of backbones in a row where some share a place, or of measurements."""
     lines: dict[Any, list[_Group]] = defaultdict(list)
     for group in groups:
         row, column = group.place
@@ -331,7 +331,7 @@ def _telling(groups: Sequence[_Group], of_backbones: bool) -> dict[_Group, tuple
 
 
 def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool, bool]]:
-    """Whether each group is the best, or within noise of it, of those in its column that were measured alike."""
+    """Whether each group is (the best, not significantly different from it), among comparable ones in its column."""
     marks: dict[_Group, tuple[bool, bool]] = dict.fromkeys(groups, (False, False))
     rivals: dict[Any, list[_Group]] = defaultdict(list)
     for group in groups:
@@ -359,7 +359,7 @@ def _ordered(layout: TableLayout, first: Iterable[Key], rest: Iterable[Key], sec
 
 
 def _natural(key: Key, layout: TableLayout) -> tuple[Any, ...]:
-    """Numbers by size, texts by letters, unless they have an order of their own."""
+    """A sort key: numbers by value, other texts alphabetically, unless the layout gives them an order."""
 
     def part(text: str) -> tuple[int, float, str]:
         if text in layout.order:
@@ -374,6 +374,6 @@ def _natural(key: Key, layout: TableLayout) -> tuple[Any, ...]:
 
 
 def _letter(number: int) -> str:
-    """a … z, aa, ab …"""
+    """The footnote letter of a number from 0 on: a … z, aa, ab …"""
     letters = string.ascii_lowercase
     return letters[number] if number < 26 else _letter(number // 26 - 1) + letters[number % 26]

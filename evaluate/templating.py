@@ -1,6 +1,6 @@
-"""Tables through Jinja templates: Markdown, HTML and LaTeX. The templates lie in ``evaluate/templates``.
+"""Render tables as Markdown, HTML and LaTeX, with the Jinja templates in ``evaluate/templates``.
 
-Anyone may lay out tables otherwise: a folder with templates of the same names comes before ours.
+To change the layout, give a folder with templates of the same names: they are used instead of ours.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def templated(
     Args:
         table: What to show.
         form: Which template.
-        templates: A folder whose templates come before ours.
-        link: For HTML: given a cell and its text, the text with whatever it leads to.
+        templates: A folder whose templates are used instead of ours.
+        link: For HTML: turns a cell and its text into the text with its link.
 
     Raises:
-        UserError: If the folder's template is not one: with the file and the line.
+        UserError: If the folder's template is broken; the message names the file and, for syntax errors, the line.
     """
     try:
         return _environment(form, templates).get_template(FILES[form]).render(**_values(table, link))
@@ -58,6 +58,7 @@ def templated(
 def _environment(form: Templated, templates: Path | None) -> jinja2.Environment:
     own = [] if templates is None else [jinja2.FileSystemLoader(templates)]
     loaders = [*own, jinja2.PackageLoader("mixmask.evaluate", "templates")]
+    # LaTeX is full of braces, so its templates have other delimiters.
     latex: dict[str, Any] = {
         "variable_start_string": "((",
         "variable_end_string": "))",
@@ -79,7 +80,7 @@ def _environment(form: Templated, templates: Path | None) -> jinja2.Environment:
 
 
 def _values(table: Table, link: Callable[[TableCell, str], str]) -> dict[str, Any]:
-    """What a template may use."""
+    """The variables of a template."""
     return {
         "id": table.id,
         "title": table.title,

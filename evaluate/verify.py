@@ -1,4 +1,4 @@
-"""Which finished runs reproduce what their configs expect of them."""
+"""Check which finished runs reproduce the scores that their configs expect."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mixmask.evaluate.results import Result, of_backbone
 
 @dataclass(frozen=True)
 class Check:
-    """An expectation and what came of it.
+    """An expected score, and the run that is checked against it.
 
     Attributes:
         expectation: From the recipe of ``origin``.
         origin: The run that expects it.
-        run: The run whose number it is about, which may be a transfer of the origin's backbone; None if there is none yet.
-        otherwise: In what that run was measured otherwise than the paper did, so that nothing follows from it.
+        run: The run that is checked: the origin, or a transfer run of its backbone; None if there is none yet.
+        otherwise: How that run's protocol departs from the paper's; if not empty, nothing is concluded.
     """
 
     expectation: Expectation
@@ -30,18 +30,18 @@ class Check:
 
     @property
     def value(self) -> float | None:
-        """What was measured."""
+        """The measured metric; None without a run."""
         return None if self.run is None else self.run.record.metrics[self.expectation.metric]
 
     @property
     def reproduced(self) -> bool | None:
-        """Whether the value lies within the tolerance, on either side; None if nothing was measured yet, or otherwise."""
+        """Whether the value lies within the tolerance, on either side; None without a value or with ``otherwise``."""
         if self.value is None or self.otherwise:
             return None
         return abs(self.value - self.expectation.value) <= self.expectation.tolerance + 1e-9  # decimal fractions round
 
     def words(self) -> str:
-        """For people."""
+        """The check as one line of text."""
         wanted = self.expectation.describe()
         if self.run is None or self.value is None:
             return f"not measured yet  {self.origin.record.name}: {wanted}"
@@ -55,10 +55,10 @@ class Check:
 
 
 def verify(collection: Collection) -> list[Check]:
-    """Every expectation of every finished run.
+    """Check every expectation of every finished run.
 
-    A pretraining run's expectation is about transfer runs of its backbone that have the metric (and, where it names them,
-    the protocol and the data set); about its own metric, if no such run is there.
+    A pretraining run's expectation is checked on the transfer runs of its backbone that have the metric (and the
+    protocol and the data set, if it names them). If there are none, it is checked on the pretraining run's own metric.
 
     Raises:
         UserError: If no run expects anything.
@@ -83,6 +83,7 @@ def expectations(collection: Collection) -> list[Check]:
         transfers = on.get(origin.record.fingerprint, []) if origin.record.stage == "pretrain" else []
         for expectation in origin.record.expected:
             measured = [run for run in (origin, *transfers) if _concerns(expectation, run)]
+            # Transfer runs count more than what the pretraining run measured itself.
             if len(measured) > 1 and origin in measured:
                 measured.remove(origin)
             found = [Check(expectation, origin, run, _otherwise(expectation, origin, run)) for run in measured]
@@ -91,7 +92,7 @@ def expectations(collection: Collection) -> list[Check]:
 
 
 def _otherwise(expectation: Expectation, origin: Run, run: Run) -> str:
-    """In what a transfer run departs from the paper's protocol, where a backbone expects something of it."""
+    """How a transfer run departs from the paper's protocol; empty for a run's expectation of itself."""
     if run is origin:
         return ""
     result = Result(run, expectation.metric)

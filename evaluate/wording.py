@@ -1,4 +1,4 @@
-"""What every format of a table says in the same words."""
+"""The texts that all formats of a table share."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def numbers(cell: TableCell) -> tuple[str, str]:
 
 
 def heading(table: Table) -> str:
-    """What stands over a table."""
+    """The heading above a table."""
     return f"Table {table.id}: {table.title}" if table.id.isdigit() else table.title
 
 
 def remarks(table: Table) -> list[str]:
-    """What stands under a table; an empty text is where a format explains its marks."""
+    """The remarks below a table; where one is empty, the format explains its own marks."""
     published = f" [published, difference]. Published: {'; '.join(table.sources)}" if table.sources else ""
     lines = [f"Cells: {READING}{published}."]
     if any(cell.best for line in table.lines for cell in line.cells if cell):

@@ -6,7 +6,7 @@
     mixmask.knn(model, "photos/")                                       # top-1 in percent
 
 Networks:
-    load_backbone       the trunk of a checkpoint, this project's or anyone's
+    load_backbone       the trunk of a checkpoint, of this project or any other
     convert             write it for Detectron2, torchvision or timm
     knn, linear_probe   top-1 in percent of any network
     extract_features    features, labels and paths of a folder of images
@@ -18,11 +18,11 @@ Studies, as the command line does them:
     compare             two methods, with intervals and tests
 
 MixMask in your own loop:
-    MixMask, UnMix, MixMaskUnMix    which mixtures
+    MixMask, UnMix, MixMaskUnMix    the kinds of mixture, with their options
     draw_mixtures, mixture_loss     the mixed images of a batch, and the loss of a mixed query (a `Mixture` has its weights)
 
 `UserError` is a mistake in what you gave (an option that `MixMask` does not take is pydantic's `ValidationError`),
-`RunFailure` a run that cannot go on. `help(mixmask.knn)` says more of each. What
+`RunFailure` a run that cannot continue. `help(mixmask.knn)` and so on give the details. What
 is named here is promised to stay; everything else is internal.
 """
 
@@ -62,7 +62,7 @@ _HOMES = {
     "MixMaskUnMix": "pretrain.mixtures.mixmask_unmix",
     "UnMix": "pretrain.mixtures.unmix",
 }
-_STAGES = ("pretrain", "transfer")  # packages of whose names the API has functions, too
+_STAGES = ("pretrain", "transfer")  # packages that are also functions of the API
 
 __all__ = [
     "Features",
@@ -86,6 +86,7 @@ __all__ = [
 ]
 
 
+# Names are imported when they are first used, so that ``import mixmask`` does not load torch.
 def __getattr__(name: str) -> Any:
     if name in _STAGES:
         return importlib.import_module(f"mixmask.{name}")
@@ -99,7 +100,7 @@ def __dir__() -> list[str]:
 
 
 class _Stage(ModuleType):
-    """``mixmask.pretrain(recipe)`` is `mixmask.api.stages.pretrain`, and ``mixmask.pretrain`` a package all the same."""
+    """A package that can be called: ``mixmask.pretrain(recipe)`` runs `mixmask.api.stages.pretrain`."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._function(*arguments, **named)
@@ -115,11 +116,11 @@ class _Stage(ModuleType):
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _STAGES and isinstance(
-            value, ModuleType
-        ):  # the import of the package sets it, whoever asks for that
+        # Python sets this attribute when the package is first imported, by whatever code.
+        if name in _STAGES and isinstance(value, ModuleType):
             value.__class__ = _Stage
         super().__setattr__(name, value)
 
 
+# A module can define __getattr__, but not __setattr__: that takes a class.
 sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""What shows, while a run goes on, whether its embeddings are any good: spread, effective rank, alignment, uniformity."""
+"""Metrics of embedding quality during training: spread, effective rank, alignment, uniformity."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Below either of these values of `feature_std` and `rank_me`, a run is reported as collapsed.
 COLLAPSED_STD = 0.05
 COLLAPSED_RANK = 1.5
-SETTLED = 100  # before this step, embeddings are still close to each other from their initialisation
+SETTLED = 100  # before this step, the embeddings are still close to each other from the initialisation
 
 
 @torch.no_grad()
@@ -33,6 +34,7 @@ def rank_me(embedding: Tensor) -> Tensor:
     if not bool(torch.isfinite(embedding).all()):
         return embedding.new_tensor(torch.nan)
     values = torch.linalg.svdvals(embedding.float())
+    # 1e-7 is the ε of equation 1; it keeps the logarithm finite.
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(shares * shares.log()).sum())
 
@@ -50,7 +52,7 @@ def uniformity(embedding: Tensor) -> Tensor:
 
 
 def diagnose(query: Tensor, key: Tensor) -> dict[str, Tensor]:
-    """All of them, from (N, dim) queries and their keys, of any length."""
+    """All metrics of (N, dim) queries and their keys; the rows are normalised to unit length first."""
     query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
     return {
         "feature_std": feature_std(query),
@@ -61,7 +63,7 @@ def diagnose(query: Tensor, key: Tensor) -> dict[str, Tensor]:
 
 
 def collapse_warning(line: Mapping[str, float], step: int) -> str | None:
-    """What to say of the log line of a step that shows a collapsed encoder, or None."""
+    """A warning if the log line of ``step`` shows a collapsed encoder, else None."""
     std, rank = line.get("feature_std"), line.get("rank_me")
     if step < SETTLED or std is None or rank is None or (std >= COLLAPSED_STD and rank >= COLLAPSED_RANK):
         return None

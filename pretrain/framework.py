@@ -1,4 +1,4 @@
-"""What a self-supervised framework is to the pretraining stage: an encoder, and the loss of one query against its key."""
+"""The interface of a self-supervised framework: an encoder, and the loss of one query against its key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixmask.engine.heads import Head
 
 Views = tuple[Tensor, Tensor]
 
-MAX_WIDTH = 2**17  # of an embedding or a hidden layer: what is wider fits no machine
+MAX_WIDTH = 2**17  # of an embedding or a hidden layer: a wider one does not fit into any machine's memory
 
 
 class FrameworkRecipe(Recipe, ABC):
@@ -27,34 +27,34 @@ class FrameworkRecipe(Recipe, ABC):
 
     @abstractmethod
     def build(self, backbone: BackboneRecipe) -> Framework:
-        """The framework with fresh weights from torch's global generator."""
+        """Build the framework; its initial weights are drawn from torch's global generator."""
 
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         """Refuse a batch that the framework cannot use.
 
         Args:
             batch_size: Images per step.
-            accumulate: In how many parts each process computes a step.
-            processes: How many processes share a step.
+            accumulate: Gradient accumulation parts per step.
+            processes: World size.
 
         Raises:
-            ValueError: With what would be valid.
+            ValueError: If the batch does not fit; the message says what would.
         """
 
     def remarks(self, num_images: int) -> list[str]:
-        """What is odd about it and no error, for so many training images; said before the run starts."""
+        """Warnings about unusual but valid settings, for ``num_images`` training images; shown before the run."""
         return []
 
 
 @dataclass(frozen=True)
 class Clean:
-    """What the two clean views of a batch give.
+    """Output of `Framework.forward_views` for the two clean views of a batch.
 
     Attributes:
-        losses: (N,) the framework's loss of each image.
-        query: (N, dim) embeddings of the first query view, for watching.
-        keys: (N, dim) embeddings of key views, unit vectors: what mixtures of the first view are compared with, each of
-            them with every one. The first is that of the second view.
+        losses: (N,) loss of each image.
+        query: (N, dim) queries of the first view, used for diagnostics only.
+        keys: Keys, each (N, dim) unit vectors. Every mixture of the first view is compared with each of them. The first
+            entry is the key of the second view.
         metrics: Further scalars for the log.
     """
 
@@ -65,42 +65,42 @@ class Clean:
 
 
 class Framework(nn.Module, ABC):
-    """An encoder and its similarity.
+    """A network and its loss of a query against a key.
 
-    A step calls `forward_views` with two views of the batch, `query` and `mixed_loss` for every mixture, and after
-    the optimizer's step `after_step`. Mixing the query side alone thus works the same way for every framework.
+    A training step calls `forward_views` with two views of the batch, then `query` and `mixed_loss` for each mixture,
+    and `after_step` after the optimizer step. Only queries are mixed, so a mixture works with every framework.
     """
 
-    not_shared: tuple[str, ...] = ()  # buffers that several processes keep equal themselves
-    keys_have_gradient = False
-    asks_with_both_views = True
+    not_shared: tuple[str, ...] = ()  # buffers that the framework keeps equal on all ranks; they are not broadcast
+    keys_have_gradient = False  # whether the loss also trains through the keys, as in SimCLR
+    asks_with_both_views = True  # whether both views serve as queries, or only the first
 
     @property
     @abstractmethod
     def trunk(self) -> nn.Module:
-        """The part that is kept after pretraining."""
+        """The encoder without its heads: the part that is kept for transfer."""
 
     @property
     @abstractmethod
     def head(self) -> Head:
-        """The projection head behind the trunk, which is exported beside it."""
+        """The projector on top of the trunk; it is saved in the same file."""
 
     @abstractmethod
     def query(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) to what `loss` takes as its query, (N, dim) unit vectors, with gradient."""
+        """(N, 3, H, W) images to queries for `loss`: (N, dim) unit vectors with gradient."""
 
     @abstractmethod
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
-        """(N, dim) queries and (N, dim) keys, row i of both from image i, to (N,) losses on the scale of the clean loss."""
+        """(N,) losses of (N, dim) queries against (N, dim) keys of the same images, on the scale of the clean loss."""
 
     def mixed_loss(self, query: Tensor, key: Tensor, lam: Tensor) -> Tensor:
-        """A mixed query's loss, weighed by area: the mean of λ · L(q, k) over the batch (a term of equation 6).
+        """The loss of mixed queries, weighted by area: the mean of λ · L(q, k) over the batch (a term of equation 6).
 
-        A framework whose loss is not one of single images overrides this.
+        Override it if the framework's loss is not a mean over single images.
 
         Args:
-            query: (N, dim) embeddings of mixed images.
-            key: (N, dim) embeddings of the images that they show with the shares ``lam``.
+            query: (N, dim) queries of mixed images.
+            key: (N, dim) keys; mixture i shows the image of key i with the area share ``lam[i]``.
             lam: (N,) λ, in [0, 1].
 
         Returns:
@@ -113,20 +113,20 @@ class Framework(nn.Module, ABC):
         """The framework's loss on a batch.
 
         Args:
-            queries: Two views (N, 3, H, W) for the query side; only the first is looked at unless `asks_with_both_views`.
-            keys: The same two views for the key side; the same tensors, unless the query side is erased.
-            rng: For what the framework draws itself; equal on all processes.
+            queries: Two views (N, 3, H, W) for the query side; only the first is used unless `asks_with_both_views`.
+            keys: The two views for the key side: the same tensors, unless a mixture erases parts of the queries.
+            rng: For the framework's own draws; in the same state on every rank.
         """
 
     def after_step(self, progress: float) -> None:
-        """What moves after the optimizer's step; ``progress`` is the share of the run that is done, in (0, 1]."""
+        """Update momentum encoder and queue after the optimizer step; ``progress`` is the finished share, in (0, 1]."""
 
     def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters whose learning rate the schedule does not change."""
+        """Parameters whose learning rate the schedule leaves constant, such as SimSiam's predictor."""
         return ()
 
     def encoders(self) -> Iterable[nn.Module]:
-        """The modules that images go through, for `torch.compile`."""
+        """The modules that `torch.compile` is applied to: every trunk that images pass through."""
         return (self.trunk,)
 
 
@@ -142,14 +142,16 @@ class Encoder(nn.Module):
         self.projector: Head = projector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embed."""
+        """(N, 3, H, W) images to (N, dim) embeddings."""
         embedding: Tensor = self.projector(self.trunk(images))
+        # Under autocast the projector returns half precision, which is too coarse for the losses.
         return embedding.float()
 
 
 @torch.no_grad()
 def move_average(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """slow ← momentum · slow + (1 - momentum) · fast, over the parameters."""
+    # Buffers are left out: the slow network collects batch statistics of its own.
     torch._foreach_lerp_([*slow.parameters()], [*fast.parameters()], 1 - momentum)
 
 
@@ -159,5 +161,5 @@ def cosine_momentum(base: float, progress: float) -> float:
 
 
 def unit(embedding: Tensor) -> Tensor:
-    """L2-normalised rows."""
+    """(N, dim) rows scaled to unit L2 norm."""
     return F.normalize(embedding, dim=1)

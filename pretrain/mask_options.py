@@ -1,4 +1,4 @@
-"""What every masking mixture has: the grid, the ratio, and how masks are drawn."""
+"""The options that all masking mixtures share: the grid, the ratio, and how masks are drawn."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _checked_ratio(ratio: float | tuple[float, float]) -> float | tuple[float, f
 
 
 class MaskOptions(Groups):
-    """What every masking mixture has.
+    """The options that all masking mixtures share.
 
-    ``grid`` is in cells per side (2 for CIFAR, 4 for Tiny-ImageNet, 8 for ImageNet, table 1). ``ratio`` is the nominal share
-    of cells that keep the image itself, or a range [a, b] from which it is drawn uniformly for each mask; λ is always the
-    area of the mask that was drawn. ``exact_ratio`` sets exactly round(ratio · grid²) cells. ``mask_per: sample`` draws a
-    mask for each image instead of one for the batch, or for each of ``mask_groups`` (both are ours).
+    ``grid`` is in cells per side (2 for CIFAR, 4 for Tiny-ImageNet, 8 for ImageNet, table 1). ``ratio`` is the nominal
+    share of cells that keep the image itself, or a range [a, b] from which it is drawn uniformly for each mask; λ is
+    always the area of the mask as drawn. ``exact_ratio`` sets exactly round(ratio · grid²) cells. ``mask_per: sample``
+    draws a mask for each image instead of one per batch or mask group. The last two are not in the paper.
     """
 
     grid: int = Field(8, ge=2, le=4096)
@@ -57,10 +57,10 @@ class MaskOptions(Groups):
         Args:
             pattern: A key of `pretrain.masks.PATTERNS`.
             num: Number of images.
-            height: Of an image.
-            width: Of an image.
-            rng: Where the draws come from.
-            channels: How many masks each image gets, one for each colour channel, or 1.
+            height: Image height in pixels.
+            width: Image width in pixels.
+            rng: Source of all draws.
+            channels: Masks per image: 3 for one per colour channel, 1 for a shared one.
 
         Returns:
             (B, channels, height, width) bool, True where the image itself is kept, and (B,) λ; B is ``num`` or, for one

@@ -1,7 +1,8 @@
-"""What a mixture is to pretraining: a recipe that says which images a step mixes, and with which weights.
+"""The interface of a mixture: a recipe that decides which images a step mixes, and with which weights.
 
-A mixture is a class derived from `MixtureRecipe`, or from `Groups` if it mixes images of one batch, in a file of its own in
-``pretrain/mixtures/``. Its fields are the keys under ``mix:`` in configs, ``kind: Literal["…"]`` is its name there.
+A mixture is a class derived from `MixtureRecipe`, or from `Groups` if it mixes images of one batch, in a file of its
+own in ``pretrain/mixtures/``. Its fields are the keys under ``mix:`` in configs; ``kind: Literal["…"]`` is its name
+there.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ Views = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Mixture:
-    """Mixed images and what the loss needs to know of them.
+    """Mixed images, and what the loss needs to know about them.
 
     Attributes:
-        name: Of its loss in the log.
+        name: Key of its loss in the log.
         images: (N, 3, H, W); image i shows a share ``lam[i]`` of i and the rest of image ``perm[i]``.
         lam: (N,) λ, in [0, 1].
-        perm: (N,) int64: of these rows, a permutation p; with ``across``, of the rows of all processes.
-        switch: Whether the switch image's loss counts, too (equation 5).
-        mask: (B, 1, H, W) bool, True where image i shows itself, B being N or 1; None where images are blended.
-        across: Whether ``perm`` names rows of other processes.
-        weight: Of its term in the step's loss.
-        title: What pictures call it.
+        perm: (N,) int64 row of each image's partner: a permutation p of these rows, or with ``across``, rows of the
+            global batch.
+        switch: Whether the loss of the switch image is added (equation 5).
+        mask: (B, 1, H, W) bool, True where image i shows itself, with B = N or 1; None if images are blended.
+        across: Whether ``perm`` refers to the rows of all ranks.
+        weight: Weight of its term in the step's loss.
+        title: Its name in the pictures of ``mixmask show-views``.
     """
 
     name: str
@@ -54,14 +56,14 @@ class Mixture:
 
     @property
     def inverse_perm(self) -> Tensor:
-        """(N,) int64, p⁻¹: the mixture that shows i as the other image is number ``inverse_perm[i]``."""
+        """(N,) int64, p⁻¹: mixture ``inverse_perm[i]`` is the one that has image i as its partner."""
         assert not self.across
         return torch.argsort(self.perm)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a batch this process has: ``num`` from ``start`` on, of ``total`` of all processes."""
+    """This rank's rows of the global batch: ``num`` rows from ``start`` on, of ``total``."""
 
     start: int
     num: int
@@ -69,7 +71,7 @@ class Rows:
 
     @classmethod
     def all(cls, num: int) -> Rows:
-        """Of one process, every row."""
+        """All ``num`` rows of a batch, for a single process."""
         return cls(0, num, num)
 
     def groups(self, count: int) -> list[range]:
@@ -79,7 +81,7 @@ class Rows:
         return [range(start, start + each) for start in range(0, self.total, each)]
 
     def hold(self, group: range) -> range:
-        """The rows of a group that this process has."""
+        """This rank's rows of a group, as rows of the global batch; empty if it has none."""
         return range(max(group.start, self.start), min(group.stop, self.start + self.num))
 
 
@@ -88,20 +90,20 @@ class Column:
     """A column of ``mixmask show-views``: one picture and one caption for each image."""
 
     heading: str
-    images: Tensor  # (N, 3, H, W), normalised as the views are; of masks, in [0, 1]
+    images: Tensor  # (N, 3, H, W), normalised like the views; masks are in [0, 1]
     captions: Sequence[str]
     is_mask: bool = False
 
 
 class MixtureRecipe(Recipe, ABC):
-    """A mixture and what it is told.
+    """Base of the mixtures' recipes.
 
-    A step's loss is ``clean_weight`` · L(q, k) plus a term for each mixture that `draw` gives (`pretrain.step`).
+    A step's loss is ``clean_weight`` · L(q, k) plus a term for each mixture that `draw` returns (`pretrain.step`).
     """
 
     kind: str
 
-    clean_name: ClassVar[str] = "clean"  # of the first term in the log
+    clean_name: ClassVar[str] = "clean"  # key of the clean term in the log
 
     @property
     @abstractmethod
@@ -110,37 +112,37 @@ class MixtureRecipe(Recipe, ABC):
 
     @property
     def num_mixtures(self) -> int:
-        """How many mixtures `draw` gives."""
+        """Number of mixtures that `draw` returns."""
         return 0
 
     @property
     def clean_weight(self) -> float:
-        """Weight of the first term."""
+        """Weight of the clean term."""
         return 1.0
 
     def check(self, augment: AugmentRecipe, rows: int) -> None:
         """Refuse sizes that do not fit.
 
         Args:
-            augment: The training view.
-            rows: Images whose loss is computed at once, over all processes.
+            augment: The augmentation of the full views.
+            rows: Images whose loss is computed at once, summed over all ranks.
 
         Raises:
-            ValueError: With the key and what would be valid.
+            ValueError: If a size does not fit; the message names the key.
         """
 
     def extra_views(self, augment: AugmentRecipe) -> list[AugmentRecipe]:
-        """How further views of an image are drawn, besides the two full ones."""
+        """The augmentations of further views, besides the two full ones."""
         return []
 
     def hide(self, views: Views, both: bool, rng: random.Random, rows: Rows | None = None) -> Views:
-        """What the query side sees of the two views, (N, 3, H, W) each; by default all of them.
+        """The two views as the query side sees them, (N, 3, H, W) each; unchanged by default.
 
         Args:
-            views: The views.
-            both: Whether the framework asks with both of them, or with the first.
-            rng: In the same state on every process.
-            rows: Which rows of the whole batch these are; all of it by default.
+            views: The two full views.
+            both: Whether both views serve as queries, or only the first.
+            rng: In the same state on every rank.
+            rows: Which rows of the global batch these are; all of them by default.
         """
         return views
 
@@ -149,9 +151,9 @@ class MixtureRecipe(Recipe, ABC):
 
         Args:
             views: (N, 3, H, W) augmented, normalised views: two full ones, then the extra ones.
-            rng: Where masks, coefficients and permutations come from; in the same state on every process.
-            rows: Which rows of the whole batch the images are; all of it by default. Where a group's rows lie on several
-                processes, the images are gathered from all of them, so every process must call this.
+            rng: Source of masks, coefficients and permutations; in the same state on every rank.
+            rows: Which rows of the global batch the images are; all of them by default. If a group spans several ranks,
+                the images of all ranks are gathered, so every rank must call this.
         """
         return []
 
@@ -172,16 +174,16 @@ class MixtureRecipe(Recipe, ABC):
 
 
 def draw_mixtures(recipe: MixtureRecipe, images: Tensor, rng: random.Random, rows: Rows | None = None) -> list[Mixture]:
-    """The mixtures of (N, 3, H, W) images, as a step of pretraining draws them from its first view.
+    """Mix (N, 3, H, W) images as a pretraining step mixes its first view.
 
     Args:
-        recipe: Such as `mixmask.MixMask`.
-        images: Augmented, normalised.
-        rng: Where masks, coefficients and permutations come from.
-        rows: Which rows of a batch that several processes share these are; all of it by default.
+        recipe: A mixture, such as `mixmask.MixMask`.
+        images: Augmented and normalised.
+        rng: Source of masks, coefficients and permutations.
+        rows: With several processes, which rows of the global batch these are; all of them by default.
 
     Raises:
-        ConfigError: If the recipe is none, or ``rng`` is no `random.Random`.
+        ConfigError: If ``recipe`` is not a mixture or ``rng`` is not a `random.Random`.
     """
     if not isinstance(recipe, MixtureRecipe) or not isinstance(rng, random.Random):
         given = f"{type(recipe).__name__} and {type(rng).__name__}"
@@ -192,8 +194,8 @@ def draw_mixtures(recipe: MixtureRecipe, images: Tensor, rng: random.Random, row
 def mixture_loss(own_losses: Tensor, switched_losses: Tensor | None, mixture: Mixture) -> Tensor:
     """λ · L(q_mix, k) + (1 - λ) · L(q_mix[p⁻¹], k), averaged over the batch (equation 6).
 
-    The second term's sum over the batch is taken in the order of the mixtures: mixture i against the key of the
-    other image p(i) is the pair that the equation calls mixture p⁻¹(j) against key j.
+    The second term is summed in the order of the mixtures: mixture i is compared with the key of its partner p(i). With
+    j = p(i) this is the equation's pair of mixture p⁻¹(j) and key j.
 
     Args:
         own_losses: (N,) loss of mixture i against key i.
@@ -201,7 +203,7 @@ def mixture_loss(own_losses: Tensor, switched_losses: Tensor | None, mixture: Mi
         mixture: The mixture that the queries were made from.
 
     Raises:
-        ConfigError: If the losses are not one per image, as those are that a loss has averaged already.
+        ConfigError: If there is not one loss per image, for example because the loss was averaged already.
     """
     for losses in (own_losses, switched_losses):
         if losses is not None and losses.shape != mixture.lam.shape:
@@ -220,14 +222,14 @@ def mixture_loss(own_losses: Tensor, switched_losses: Tensor | None, mixture: Mi
 
 @dataclass(frozen=True)
 class Draw:
-    """How one group of images is mixed: by a mask (True keeps the image itself), or blended; and with whom.
+    """How one group of images is mixed: the partners, and a mask (True keeps the image itself) or a blend.
 
     Attributes:
-        perm: The other image of each, a permutation of the group.
+        perm: Partner of each image, a permutation of the group.
         lam: (1,) or one λ for each image of the group.
-        mask: (B, 1, H, W), B as in ``lam``; None blends.
-        switch: Whether the switch image's loss counts, too.
-        title: What pictures call the mixture.
+        mask: (B, 1, H, W) bool, with B as in ``lam``; None blends the images.
+        switch: Whether the loss of the switch image is added.
+        title: The mixture's name in the pictures of ``mixmask show-views``.
     """
 
     perm: list[int]
@@ -238,11 +240,11 @@ class Draw:
 
 
 class Groups(MixtureRecipe):
-    """A mixture of images of one batch. A subclass says in `draw_group` how.
+    """Base of mixtures of the images of one batch; a subclass implements `draw_group`.
 
-    ``mask_groups``: into how many groups of consecutive rows a batch is split, each with draws and partners of its own.
-    They are drawn for the whole batch, so that the number of processes does not change them. The authors' code draws on
-    each of eight devices: 8 groups of a batch of 256.
+    ``mask_groups`` is the number of groups of consecutive rows, each with its own draws and partners. They are drawn
+    for the global batch, so they do not depend on the number of processes. The authors' code draws on each of eight
+    devices: 8 groups of a batch of 256.
     """
 
     mask_groups: int = added(1, ge=1, le=4096)
@@ -262,9 +264,10 @@ class Groups(MixtureRecipe):
 
     @abstractmethod
     def draw_group(self, num: int, height: int, width: int, rng: random.Random) -> dict[str, Draw]:
-        """What is drawn for a group of ``num`` images of height × width pixels, by the mixture's name in the log.
+        """Draw how to mix one group of ``num`` images of height × width pixels.
 
-        There are as many as ``num_mixtures`` says.
+        Returns:
+            ``num_mixtures`` draws, by the mixture's name in the log.
         """
 
     @override
@@ -273,7 +276,9 @@ class Groups(MixtureRecipe):
         rows = rows or Rows.all(len(images))
         height, width = images.shape[-2:]
         groups = rows.groups(self.mask_groups)
+        # Every rank draws for all groups, also those of other ranks, so that `rng` stays in the same state everywhere.
         drawn = [self.draw_group(len(group), height, width, rng) for group in groups]
+        # If every rank holds whole groups, all partners are local and no images are exchanged.
         across = rows.num % len(groups[0]) != 0
         everyone, first = (gather(images), 0) if across else (images, rows.start)
         return [
@@ -290,7 +295,7 @@ def _mixture(
     everyone: Tensor,
     first: int,
 ) -> Mixture:
-    """Mix this process's rows; ``everyone`` are the images from row ``first`` of the whole batch on."""
+    """Mix this rank's rows; ``everyone`` holds the images of the global batch from row ``first`` on."""
     mixed, lams, perms, masks = [], [], [], []
     for group, draw in zip(groups, drawn, strict=True):
         own = rows.hold(group)
@@ -301,7 +306,11 @@ def _mixture(
         lam = (draw.lam.expand(len(group)) if len(draw.lam) == 1 else draw.lam).float()
         mine = images[own.start - rows.start : own.stop - rows.start]
         if draw.mask is None:
-            keep = float(draw.lam[0])
+            keep = (
+                float(draw.lam[0])
+                if len(draw.lam) == 1
+                else to_device(draw.lam[inside], mine.device)[:, None, None, None]
+            )
             mixed.append(keep * mine + (1 - keep) * everyone[perm])
         else:
             mask = draw.mask if len(draw.mask) == 1 else draw.mask[inside]
@@ -315,6 +324,7 @@ def _mixture(
         to_device(torch.cat(lams), images.device),
         torch.cat(perms),
         drawn[0].switch,
+        # Un-Mix may blend some groups and mask others; then there is no mask for all rows.
         torch.cat(masks) if len(masks) == len(mixed) else None,
         across=len(everyone) > len(images),
         title=drawn[0].title,
@@ -322,12 +332,12 @@ def _mixture(
 
 
 def reverse_permutation(num: int) -> list[int]:
-    """N-1, …, 1, 0: the partner that the paper gives each image by default (equation 1)."""
+    """N-1, …, 1, 0: the paper's default partners, the batch in reverse order (equation 1)."""
     return list(range(num - 1, -1, -1))
 
 
 def random_permutation(num: int, rng: random.Random) -> list[int]:
-    """A uniform permutation."""
+    """A uniformly random permutation of 0, …, ``num`` - 1."""
     order = list(range(num))
     rng.shuffle(order)
     return order
@@ -339,15 +349,17 @@ def mix_by_mask(images: Tensor, mask: Tensor, perm: Tensor, everyone: Tensor | N
     Args:
         images: (N, 3, H, W).
         mask: (H, W), (1, 1, H, W) or (N, 1, H, W) bool, True keeps the image itself.
-        perm: (N,) permutation; or rows of ``everyone``.
-        everyone: Where the other images come from, if not from ``images``.
+        perm: (N,) int64 row of each image's partner in ``everyone``.
+        everyone: The images that partners are taken from; ``images`` by default.
     """
     others = images if everyone is None else everyone
     return as_stored(torch.where(to_device(mask, images.device), images, others[perm]), images)
 
 
 def as_stored(mixed: Tensor, images: Tensor) -> Tensor:
-    """In the memory order of the images that went in: `torch.where` and indexing may change it, and convolutions would
-    change it back at a cost."""
+    """``mixed`` in the memory format of ``images``.
+
+    `torch.where` and indexing may change the format, and convolutions would convert it back at a cost.
+    """
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     return mixed.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

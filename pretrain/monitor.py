@@ -1,4 +1,4 @@
-"""kNN accuracy of the trunk while it trains."""
+"""kNN accuracy during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mixmask.pretrain.recipe import PretrainRecipe
 
 
 class Monitor:
-    """kNN accuracy of the trunk (or of its head's output) as it stands, on the test split against the training split."""
+    """kNN accuracy of the current trunk or projector: test images are the queries, training images the bank."""
 
     def __init__(
         self,
@@ -28,9 +28,8 @@ class Monitor:
         assert recipe.monitor is not None
         self.recipe, self.settings = recipe, recipe.monitor
         self.network = nn.Sequential(trunk, head) if recipe.monitor.features == "head" else trunk
-        whole = (
-            recipe.monitor.max_bank is None and world().size == 1
-        )  # then what is resident already serves as the bank
+        # One process that uses all training images needs no second copy of them for the bank.
+        whole = recipe.monitor.max_bank is None and world().size == 1
         self.bank = training if whole else self._open(training.images, recipe.monitor.max_bank, device)
         self.queries = self._open(test, recipe.monitor.max_queries, device)
 
@@ -40,8 +39,9 @@ class Monitor:
         return open_source(images.shard(), self.recipe.data, device)
 
     def __call__(self) -> dict[str, float]:
-        """``knn/top1`` in percent."""
-        predicted, labels = knn_of_sources(
+        """Returns ``knn/top1`` in percent. Every rank must call this."""
+        k, temperature = self.settings.k, self.settings.temperature
+        votes, labels = knn_of_sources(
             self.recipe.name,
             self.network,
             self.bank,
@@ -50,8 +50,8 @@ class Monitor:
             resize=self.settings.resize,
             crop=self.recipe.augment.crop,
             precision=self.recipe.precision,
-            k=self.settings.k,
-            temperature=self.settings.temperature,
+            ks=[k],
+            temperatures=[temperature],
             normalization=self.recipe.augment.normalization,
         )
-        return {"knn/top1": top1(predicted, labels)}
+        return {"knn/top1": top1(votes[k, temperature], labels)}

@@ -13,11 +13,11 @@ from mixmask.pretrain.framework import Framework
 
 
 class OptimizerRecipe(Recipe):
-    """What every optimizer has.
+    """The keys that all optimizers share.
 
-    ``lr`` holds at ``reference_batch_size``; another batch scales it linearly (arXiv:1706.02677). Without a reference it
-    is taken as it stands. ``decay_norm_and_bias: false`` leaves biases and the weights of normalisation layers out of the
-    weight decay, as SimCLR and BYOL do.
+    ``lr`` is the learning rate at ``reference_batch_size`` and is scaled linearly to other batch sizes
+    (arXiv:1706.02677). Without a reference it is used as given. ``decay_norm_and_bias: false`` leaves biases and the
+    weights of normalisation layers out of the weight decay, as SimCLR and BYOL do.
     """
 
     lr: float = Field(gt=0, le=1e30)
@@ -26,7 +26,7 @@ class OptimizerRecipe(Recipe):
     decay_norm_and_bias: bool = True
 
     def rate(self, batch_size: int) -> float:
-        """The learning rate for a global batch."""
+        """Base learning rate for a global batch of ``batch_size``, by the linear scaling rule."""
         return self.lr * batch_size / (self.reference_batch_size or batch_size)
 
 
@@ -38,7 +38,7 @@ class SGDRecipe(OptimizerRecipe):
 
 
 class AdamRecipe(OptimizerRecipe):
-    """Adam with L2 regularisation (weight decay in the gradient, arXiv:1412.6980), not AdamW's."""
+    """Adam with L2 regularisation (weight decay added to the gradient, arXiv:1412.6980), not decoupled as in AdamW."""
 
     kind: Literal["adam"] = "adam"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -48,7 +48,7 @@ AnyOptimizer = Annotated[SGDRecipe | AdamRecipe, Field(discriminator="kind")]
 
 
 def build_optimizer(recipe: SGDRecipe | AdamRecipe, framework: Framework, batch_size: int) -> torch.optim.Optimizer:
-    """The optimizer of a framework's trained parameters, for a global batch of ``batch_size``."""
+    """The optimizer of a framework's trainable parameters; ``batch_size`` is global and scales the learning rate."""
     groups = parameter_groups(recipe, framework)
     rate = recipe.rate(batch_size)
     if isinstance(recipe, AdamRecipe):
@@ -57,8 +57,9 @@ def build_optimizer(recipe: SGDRecipe | AdamRecipe, framework: Framework, batch_
 
 
 def parameter_groups(recipe: OptimizerRecipe, framework: Framework) -> list[dict[str, Any]]:
-    """Trained parameters by whether the schedule moves their rate and whether they decay; empty groups are left out."""
+    """Trainable parameters, grouped by fixed or scheduled learning rate and by weight decay; no group is empty."""
     fixed = {id(parameter) for parameter in framework.fixed_rate_parameters()}
+    # Biases and the parameters of normalisation layers, which ``decay_norm_and_bias: false`` leaves out.
     vectors = {
         id(parameter)
         for module in framework.modules()

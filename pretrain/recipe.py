@@ -22,13 +22,14 @@ from mixmask.pretrain.mixtures.none import NoMix
 from mixmask.pretrain.optimizers import AnyOptimizer
 from mixmask.pretrain.schedules import AnySchedule, CosineRecipe
 
-SMALL = 48  # pixels of a crop, at which the standard stem leaves next to nothing
+# Largest crop in pixels that counts as small: a ResNet with the standard stem divides its sides by 32.
+SMALL = 48
 
 
 class MonitorRecipe(Recipe):
-    """kNN accuracy on the test split while it trains, on the trunk's output or on the projection head's.
+    """kNN accuracy on the test split during training, with the features of the trunk or of the projection head.
 
-    ``max_bank`` and ``max_queries`` bound the images used (spread evenly over the split); null uses all.
+    ``max_bank`` and ``max_queries`` limit the bank and query images (spread evenly over their split); null uses all.
     """
 
     every_epochs: int = Field(10, ge=1)
@@ -44,8 +45,8 @@ class MonitorRecipe(Recipe):
 class PretrainRecipe(Recipe):
     """A pretraining run.
 
-    ``batch_size`` is global: over all processes and all parts of an accumulated gradient. ``epochs: 0`` trains nothing and
-    gives the trunk as the seed initialises it: the random baseline of a recipe.
+    ``batch_size`` is global: the sum over all processes and all gradient accumulation parts. ``epochs: 0`` trains
+    nothing and saves the trunk as the seed initialises it: the random baseline of the recipe.
     """
 
     name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
@@ -83,6 +84,7 @@ class PretrainRecipe(Recipe):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         self.mix.check(self.augment, self.batch_size // self.accumulate)
         if self.epochs:
+            # The recipe does not know the world size; `stage.check_inputs` repeats the check with the real one.
             self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
         if self.sync_bn and isinstance(self.framework, MoCoRecipe):
             raise ValueError(
@@ -98,7 +100,7 @@ class PretrainRecipe(Recipe):
         return self
 
     def remarks(self, num_images: int) -> list[str]:
-        """What is odd about it and no error, for so many training images; said before the run starts."""
+        """Warnings about unusual but valid settings, for ``num_images`` training images; shown before the run."""
         remarks = self.framework.remarks(num_images)
         if self.backbone.stem == "standard" and self.augment.crop <= SMALL and not self.backbone.arch.startswith(TIMM):
             side = math.ceil(self.augment.crop / 32)
@@ -110,23 +112,23 @@ class PretrainRecipe(Recipe):
 
     @property
     def method(self) -> Method:
-        """The method's name in records and tables."""
+        """Name of the method in records and tables; ``random`` for a run of 0 epochs."""
         return "random" if self.epochs == 0 else self.mix.method
 
     @property
     def views(self) -> list[AugmentRecipe]:
-        """How each view of an image is drawn: two full ones, then what the mixture asks for."""
+        """The augmentation of each view of an image: two full views, then the extra views of the mixture."""
         return [self.augment, self.augment, *self.mix.extra_views(self.augment)]
 
     def num_steps(self, steps_per_epoch: int) -> int:
-        """Length of the run."""
+        """Optimizer steps of the run, after the cut by ``max_steps``."""
         steps = self.epochs * steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def trained_epochs(self, steps_per_epoch: int) -> float:
-        """Epochs that are really trained, which `max_steps` may cut."""
+        """Number of epochs trained, to 4 decimals; less than ``epochs`` if ``max_steps`` cuts the run."""
         return round(self.num_steps(steps_per_epoch) / steps_per_epoch, 4)
 
     def warmup_steps(self, steps_per_epoch: int) -> int:
-        """Length of the warm-up."""
+        """Length of the warm-up in steps; ``warmup_epochs`` is rounded down to whole steps."""
         return self.schedule.warmup(math.floor(self.warmup_epochs * steps_per_epoch))

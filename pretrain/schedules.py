@@ -1,4 +1,4 @@
-"""How the learning rate of a pretraining run changes over its steps."""
+"""Learning-rate schedules of pretraining."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ class CosineRecipe(Recipe):
     kind: Literal["cosine"] = "cosine"
 
     def factor(self, step: int, num_steps: int, steps_per_epoch: int, warmup_steps: int) -> float:
-        """Of the base rate, at ``step`` of ``num_steps``."""
+        """Factor of the base learning rate at ``step``, which counts from 0; in [0, 1]."""
         return cosine_factor(step, num_steps, warmup_steps)
 
     def warmup(self, warmup_steps: int) -> int:
-        """Length of the warm-up in steps, given that of ``warmup_epochs``."""
+        """Length of the warm-up in steps; ``warmup_steps`` is ``warmup_epochs`` in steps, used as it is."""
         return warmup_steps
 
 
 class StepsRecipe(Recipe):
     """Constant, with drops near the end: the schedule of W-MSE's code (arXiv:2007.06346, `htdt/self-supervised`).
 
-    The rate is multiplied by ``gamma`` when so many epochs are left as ``epochs_before_end`` says, each time. It rises
-    linearly over the first ``warmup_steps``, to the full rate at the last of them.
+    The learning rate is multiplied by ``gamma`` each time the number of epochs left reaches an entry of
+    ``epochs_before_end``. It rises linearly over the first ``warmup_steps`` and is at its full value in the last of
+    them.
     """
 
     kind: Literal["steps"] = "steps"
@@ -39,15 +40,16 @@ class StepsRecipe(Recipe):
     warmup_steps: int = Field(500, ge=0)
 
     def factor(self, step: int, num_steps: int, steps_per_epoch: int, warmup_steps: int) -> float:
-        """Of the base rate, at ``step`` of ``num_steps``."""
+        """Factor of the base learning rate at ``step``, which counts from 0; in (0, 1]."""
         warmup = self.warmup(warmup_steps)
         if step < warmup:
             return (step + 1) / warmup
+        # Epochs left, the current one included; if max_steps cuts the last epoch, it counts as a whole one.
         left = -(-num_steps // steps_per_epoch) - step // steps_per_epoch
         return float(self.gamma ** sum(left <= drop for drop in self.epochs_before_end))
 
     def warmup(self, warmup_steps: int) -> int:
-        """Length of the warm-up in steps: ``warmup_epochs``, where the recipe has them, come before ``warmup_steps``."""
+        """Length of the warm-up in steps: the recipe's ``warmup_epochs`` if not 0, else ``self.warmup_steps``."""
         return warmup_steps or self.warmup_steps
 
 

@@ -23,10 +23,10 @@ def draw_views(recipe: PretrainRecipe, out: Path, num: int) -> str:
     """Draw the first ``num`` images of the run's first epoch as its first step would see them, and write a PNG.
 
     Returns:
-        What was drawn, in words.
+        A line that names the file and its columns.
 
     Raises:
-        UserError: If the data cannot be read or are fewer.
+        UserError: If the data cannot be read, or there are fewer than ``num`` images.
     """
     columns = _columns(recipe, num)
     _paint(recipe, columns, num, out)
@@ -39,6 +39,7 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
         check_crop(images, recipe.data, view)
     plan = BatchPlan(len(images), num, drop_last=True, seed=recipe.seed)
     chosen = images.subset(plan.indices(0)[0])
+    # A data set of the chosen images alone, so that nothing else is decoded; its single batch shuffles them again.
     alone = BatchPlan(num, num, drop_last=True, seed=recipe.seed)
     source = open_source(chosen, recipe.data.model_copy(update={"num_workers": 0}), torch.device("cpu"))
     batch = next(iter(source.training(alone, recipe.views, 0, 1)))
@@ -63,7 +64,7 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
 
 
 def _shown(views: Tensor, normalization: Normalization) -> list[Tensor]:
-    """Normalised images back to [0, 1]."""
+    """Undo the normalisation: one (3, H, W) image in [0, 1] per view."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in STATISTICS[normalization])
     return list((views * std + mean).clamp(0, 1))
 

@@ -1,4 +1,4 @@
-"""Batch normalisation in groups, which on one device does what several devices do: it hides the batch from the key."""
+"""BatchNorm in groups: it gives MoCo on one device the separate batch statistics of several devices."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose statistics are taken over consecutive groups of the batch.
 
-    With statistics over the whole batch, a query and its key share information through them, and MoCo's pretext task
-    leaks (arXiv:1911.05722, section 3.3). In eval mode, and in its state, it is an ordinary BatchNorm2d; the running
-    statistics are the mean over the groups'.
+    With statistics over the whole batch, a query and its key share information through them, and the model can cheat on
+    MoCo's pretext task (arXiv:1911.05722, section 3.3). The state dict and the eval mode are those of BatchNorm2d. The
+    running statistics are the mean over the groups.
 
     Args:
         num_features: Channels.
@@ -30,6 +30,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
+        # F.batch_norm updates running statistics in place, so each group gets a copy of its own.
         means = self.running_mean.repeat(self.num_splits, 1)
         variances = self.running_var.repeat(self.num_splits, 1)
         groups = [

@@ -43,7 +43,7 @@ BACKBONE_FILE = "backbone.safetensors"
 
 @dataclass(frozen=True)
 class PretrainPlan(RecordedWork[Path]):
-    """A checked pretraining run: the data has been listed, nothing has been trained or written."""
+    """A checked pretraining run: its data is listed, nothing is trained or written yet."""
 
     recipe: PretrainRecipe
     fingerprint: str
@@ -55,17 +55,17 @@ class PretrainPlan(RecordedWork[Path]):
 
     @property
     def num_steps(self) -> int:
-        """Length of the run in steps."""
+        """Optimizer steps of the run."""
         return self.recipe.num_steps(self.batches.steps_per_epoch)
 
     @property
     def lineage(self) -> str:
-        """The fingerprint without the seed: runs that may be pooled into one mean share it."""
+        """The fingerprint without the seed: runs of one lineage differ in their seed only and may be averaged."""
         return fingerprint_of({**fingerprinted(self.recipe), "stage": "pretrain", "seed": None})
 
     @property
     def backbone_file(self) -> Path:
-        """What it makes."""
+        """Path of ``backbone.safetensors`` in the run directory."""
         return self.run.path / BACKBONE_FILE
 
     @property
@@ -85,6 +85,7 @@ class PretrainPlan(RecordedWork[Path]):
     @override
     def work(self) -> Path:
         recipe, data = self.recipe, self.data
+        # Weights come from torch's global generator: with the same seed, all ranks start from the same weights.
         torch.manual_seed(derived_seed(recipe.seed, "init"))
         model = recipe.framework.build(recipe.backbone).to(self.device).to(memory_format=torch.channels_last)
         metrics: dict[str, float] = {}
@@ -96,7 +97,7 @@ class PretrainPlan(RecordedWork[Path]):
         return self.backbone_file
 
     def describe(self) -> str:
-        """What would run, in words."""
+        """A summary of the run, one fact per line."""
         recipe = self.recipe
         rate = recipe.optimizer.rate(recipe.batch_size)
         size = distributed.world().size
@@ -141,12 +142,12 @@ class PretrainPlan(RecordedWork[Path]):
 
 
 def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> PretrainPlan:
-    """Check everything that can be checked before long work.
+    """Check everything that can be checked before training.
 
     Args:
         recipe: What to run.
         runs: Folder of all runs.
-        explicit: The run directory, if the user wants another than the fingerprint's.
+        explicit: Run directory to use instead of the one that the fingerprint gives.
 
     Raises:
         UserError: If the data, the sizes or the run directory do not fit.
@@ -171,11 +172,11 @@ def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> 
 def check_inputs(
     recipe: PretrainRecipe, processes: int, open_images: OpenImages = open_split
 ) -> tuple[ImageSet, ImageSet | None, BatchPlan]:
-    """List the data, and refuse sizes that do not fit them or the number of processes.
+    """List the data, and check that the recipe's sizes fit the data and the number of processes.
 
     Args:
-        recipe: What is to run.
-        processes: How many will share the batch.
+        recipe: What to run.
+        processes: World size of the run.
         open_images: Lists a split; the default reads the folders.
 
     Returns:
@@ -204,7 +205,7 @@ def check_inputs(
 
 
 def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
-    """Refuse a batch that processes, parts or the framework cannot share."""
+    """Check that the batch divides into processes and accumulation parts and fits the framework."""
     parts = processes * recipe.accumulate
     if recipe.batch_size % parts:
         raise ConfigError(
@@ -223,8 +224,9 @@ def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
 
 
 def _check_network(recipe: PretrainRecipe, device: torch.device) -> None:
-    """Build the network without its weights, so that what cannot be built or used is said now."""
+    """Build the network without its weights, so that errors in it are reported before training."""
     with torch.device("meta"), torch.no_grad():
+        # In eval mode, because two images are too few for the groups of `SplitBatchNorm2d`.
         model = recipe.framework.build(recipe.backbone).eval()
         for view in recipe.views:
             try:
@@ -246,11 +248,12 @@ def _check_network(recipe: PretrainRecipe, device: torch.device) -> None:
 
 
 def _check_memory(recipe: PretrainRecipe, model: Framework, device: torch.device) -> None:
-    """Refuse what cannot fit: weights with gradients and momenta, the queue, and the images of a step."""
+    """Check that weights, gradients, momenta, queue and the images of a step fit into memory."""
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
     rows = recipe.batch_size // (recipe.accumulate * distributed.world().size)
     images = sum(3 * view.crop**2 for view in recipe.views) * max(rows, 1)
+    # Bytes in fp32. Activations are not counted, so this finds only what can never fit.
     parts = {
         "weights, buffers and queue (backbone.arch; framework.dim, queue_size, projector_width)": 4 * kept,
         "gradients and momenta (the same keys)": 8 * weights,
@@ -263,7 +266,7 @@ def run(plan: PretrainPlan) -> Path:
     """Carry out a plan, from its checkpoint if there is one.
 
     Returns:
-        The path of ``backbone.safetensors``. A finished run is returned as it is.
+        The path of ``backbone.safetensors``. A finished run is not trained again.
     """
     return carry_out(plan)
 
@@ -271,7 +274,7 @@ def run(plan: PretrainPlan) -> Path:
 def _finish(
     plan: PretrainPlan, model: Framework, data: dict[str, Any], metrics: dict[str, float], seconds: float
 ) -> None:
-    """Write the products; the record comes last, and with it the run is finished."""
+    """Write the backbone, then the record: a run with a record counts as finished."""
     recipe = plan.recipe
     save_backbone(plan.backbone_file, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
     record = Record(
@@ -360,12 +363,14 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         return source.training(plan.batches, recipe.views, first, plan.num_steps)
 
     def losses(batch: Batch, step: int) -> list[Part]:
+        # The diagnostics need singular values, so they are computed for logged steps only.
         logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
         return batch_parts(model, recipe, batch, step, diagnosed=logged)
 
     started = time.monotonic()
     result = train(job, batches, losses)
     say(f"{recipe.name}: trained in {time.monotonic() - started:,.0f} s")
+    # Only rank 0 writes the log.
     last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}
     return {**last, **result}
 

@@ -1,4 +1,4 @@
-"""One step's losses: the term of the two clean views, and a term for every mixture."""
+"""The loss of one training step: a term for the two clean views and a term for each mixture."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Term:
     """One term of a step's loss.
 
     Attributes:
-        name: In the log.
-        loss: A scalar, not weighted.
-        weight: In the sum that is minimised.
-        clean: What the clean views gave, with the term that comes from them.
+        name: Key in the log.
+        loss: Scalar, before weighting.
+        weight: Factor of ``loss`` in the sum that is minimised.
+        clean: Output of `Framework.forward_views`; set for the clean term only.
     """
 
     name: str
@@ -48,21 +48,22 @@ def step_terms(
 ) -> Iterator[Term]:
     """Yield the terms of L = L(q, k) + Σ over mixtures of λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6).
 
-    A term's gradients can be computed before the next one is asked for, so that memory for one forward pass is enough. Where
-    the keys have a gradient themselves, the terms must be summed first.
+    Call backward on a term before you ask for the next one, and memory for one forward pass is enough. If the keys have
+    a gradient (`Framework.keys_have_gradient`), the terms share a graph: sum them before the backward pass.
 
     Args:
         framework: The framework.
         mix: The mixture.
         views: (N, 3, H, W) each, augmented and normalised: two full views of the same images, then those of
             `MixtureRecipe.extra_views`.
-        rng: Masks and permutations; in the same state on every process.
-        shuffle: What the framework draws itself; equal on all processes.
-        rows: Which rows these are of those that all processes compute at once; all of them by default.
+        rng: For masks and permutations; in the same state on every rank.
+        shuffle: For the framework's own draws, such as MoCo's shuffled batches; in the same state on every rank.
+        rows: Which rows these are, among the rows that all ranks compute at once; all of them by default.
     """
     x1, x2 = views[0], views[1]
 
-    # Equation 4: L(q, k). Clean and mixed queries go through the encoder apart, so that batch statistics do not mix them.
+    # Equation 4: L(q, k). Clean and mixed queries are encoded in separate passes, so they do not share batch
+    # statistics.
     queries = mix.hide((x1, x2), framework.asks_with_both_views, rng, rows)
     clean = framework.forward_views(queries, (x1, x2), shuffle)
     yield Term(mix.clean_name, clean.losses.mean(), mix.clean_weight, clean)
@@ -72,11 +73,11 @@ def step_terms(
         q_mix = framework.query(mixture.images)
         loss = torch.zeros((), device=q_mix.device)
         for k in clean.keys:
-            # Equation 6, first part: what the image itself contributes, by its area λ.
+            # Equation 6, first part: the image's own key, weighted by the image's area λ.
             loss = loss + framework.mixed_loss(q_mix, k, mixture.lam)
             if mixture.switch:
-                # Second part. The mean over the batch is taken in the order of the mixtures: mixture i against the key of
-                # the other image that it shows, p(i), is the pair that the equation calls mixture p⁻¹(j) against key j.
+                # Second part, summed in the order of the mixtures: mixture i also shows image p(i), so it meets key
+                # p(i). With j = p(i) this is the equation's pair of mixture p⁻¹(j) and key j.
                 others = _everyones(k) if mixture.across else k
                 loss = loss + framework.mixed_loss(q_mix, others[mixture.perm], 1 - mixture.lam)
         yield Term(mixture.name, loss, mixture.weight)
@@ -89,17 +90,17 @@ def _everyones(key: Tensor) -> Tensor:
 def batch_parts(
     framework: Framework, recipe: PretrainRecipe, batch: Batch, step: int, diagnosed: bool = False
 ) -> list[Part]:
-    """The parts of a step's loss on this process's rows of a batch, to be called one after another.
+    """Split a step's loss on this rank's rows of a batch into parts, to be called in order.
 
-    A sample's photometric augmentation, mask and partner depend on its row of the step's whole batch (of one part of it,
-    where gradients are accumulated over parts), whichever process has it.
+    A sample's photometric augmentation, mask and partner depend on its row of the global batch (of one part of it, with
+    gradient accumulation), not on the rank that holds the row.
 
     Args:
         framework: The framework.
         recipe: The run's recipe.
-        batch: This process's rows.
-        step: The step, from which everything is drawn.
-        diagnosed: Add `pretrain.diagnostics` to what is logged.
+        batch: This rank's rows of the global batch.
+        step: The step's number; with the recipe's seed it determines every draw.
+        diagnosed: Also log the metrics of `pretrain.diagnostics`.
     """
 
     def logged(number: int) -> Iterator[dict[str, Tensor]]:
@@ -108,6 +109,7 @@ def batch_parts(
             Photometric(view)(images, generator(recipe.seed, "photometric", step, place), rows.rows, rows.total)
             for place, (view, images) in enumerate(zip(recipe.views, rows.views, strict=True))
         ]
+        # Mixtures are drawn over the same part of all ranks; `each` is this rank's number of rows in it.
         each = batch.total // (recipe.accumulate * world().size)
         terms = step_terms(
             framework,
@@ -124,14 +126,16 @@ def batch_parts(
     for number in range(recipe.accumulate):
         terms = logged(number)
         if framework.keys_have_gradient:
+            # The first backward pass would free the graph of the keys, which all terms share: sum the terms first.
             parts.append(partial(sum_of, terms))
         else:
+            # The same call each time: every call takes the next term from the generator.
             parts += [partial(next, terms)] * (1 + recipe.mix.num_mixtures)
     return parts
 
 
 def _logged(term: Term, share: float, diagnosed: bool) -> dict[str, Tensor]:
-    """What is minimised (``loss``) and what is logged of a term; ``share`` is that of one accumulated part."""
+    """The weighted ``loss`` to minimise and the values to log of a term, all times ``share`` (1 / accumulate)."""
     values = {"loss": term.loss * term.weight * share, term.name: term.loss.detach() * share}
     if term.clean is not None:
         clean = term.clean
@@ -141,7 +145,7 @@ def _logged(term: Term, share: float, diagnosed: bool) -> dict[str, Tensor]:
 
 
 def sum_of(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All parts as one: the sum of every term."""
+    """Merge parts into one: values of the same name are added."""
     terms: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mixmask.engine.augment import CropRecipe
 from mixmask.engine.backbones import build_trunk, width_of
-from mixmask.engine.config import Recipe, operational
+from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.distributed import gather_dealt, on_rank0
@@ -23,7 +23,7 @@ from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.knn import top1
-from mixmask.engine.loader import Batch, BatchPlan, ImageSource, check_crop, num_batches, open_source
+from mixmask.engine.loader import Batch, BatchPlan, ImageSource, Interpolation, check_crop, num_batches, open_source
 from mixmask.engine.normalization import Normalization, normalize
 from mixmask.engine.precision import autocast
 from mixmask.engine.predictions import CLASSES, ClassPredictions
@@ -38,10 +38,14 @@ MOST_APART = 1.5  # times larger than the other may the crop of training or test
 
 
 class EvaluationRecipe(Recipe):
-    """Test-time view: short side to ``resize`` pixels (null leaves the image), then the central ``crop``."""
+    """Test-time view: short side to ``resize`` pixels (null leaves the image), then the central ``crop``.
+
+    ``interpolation`` is how the image is resized.
+    """
 
     resize: int | None = Field(256, ge=8, le=8192)
     crop: int = Field(224, ge=8, le=8192)
+    interpolation: Interpolation = added("bilinear")
     batch_size: int = operational(256, ge=1)
 
     @model_validator(mode="after")
@@ -73,7 +77,6 @@ class TrainedRecipe(ClassifyRecipe):
 
     augment: CropRecipe | None = CropRecipe()
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, le=1e6)
     batch_size: int = Field(256, ge=2, le=2**22)
     epochs: int = Field(ge=1, le=10**6)
     milestones: tuple[Epoch, ...]
@@ -81,8 +84,8 @@ class TrainedRecipe(ClassifyRecipe):
 
     @property
     @abstractmethod
-    def slower(self) -> str:
-        """The override that takes a tenth of the classifier's learning rate."""
+    def slower(self) -> str | None:
+        """The override that takes a tenth of the classifier's learning rate; None if it has several."""
 
     @property
     def in_steps(self) -> bool:
@@ -181,9 +184,38 @@ def finetune(
     schedule: Callable[[int, int, int], float],
 ) -> dict[str, float]:
     """Train on augmented images, and test after the last epoch."""
-    plan = batch_plan(recipe, setting.train)
-    source = open_source(setting.train, recipe.data, setting.device)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images).float(), labels)
+
+    result = train_on_views(recipe, setting, setting.train, model, optimizer, schedule, loss)
     test_source = open_source(setting.test.shard(), recipe.data, setting.device)
+    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
+    return {**scored(recipe, setting, ranked, labels), **result}
+
+
+def train_on_views(
+    recipe: TrainedRecipe,
+    setting: Images,
+    images: ImageSet,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int, int, int], float],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, float]:
+    """Train on augmented views of the images.
+
+    Args:
+        recipe: The training view, the batch size and the length.
+        setting: Where.
+        images: What to train on.
+        model: What has state.
+        optimizer: With the base learning rates.
+        schedule: From the step, the steps of an epoch and all steps to a factor of the base learning rates.
+        loss: From (N, 3, H, W) normalised images and their labels to a scalar.
+    """
+    plan = batch_plan(recipe, images)
+    source = open_source(images, recipe.data, setting.device)
     total = recipe.epochs * plan.steps_per_epoch
     job = new_job(recipe, setting, model, optimizer, schedule, plan)
     assert recipe.augment is not None  # else the classifier learns from features
@@ -193,15 +225,13 @@ def finetune(
         return source.training(plan, views, first, total)
 
     def losses(batch: Batch, step: int) -> list[Part]:
-        def cross_entropy() -> dict[str, Tensor]:
-            images = normalize(batch.views[0], setting.normalization).contiguous(memory_format=torch.channels_last)
-            return {"loss": F.cross_entropy(model(images).float(), batch.labels)}
+        def part() -> dict[str, Tensor]:
+            views = normalize(batch.views[0], setting.normalization).contiguous(memory_format=torch.channels_last)
+            return {"loss": loss(views, batch.labels)}
 
-        return [cross_entropy]
+        return [part]
 
-    result = train(job, batches, losses)
-    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
-    return {**scored(recipe, setting, ranked, labels), **result}
+    return train(job, batches, losses)
 
 
 def scored(recipe: TrainedRecipe, setting: Images, ranked: Tensor, labels: Tensor) -> dict[str, float]:
@@ -216,7 +246,7 @@ def scored(recipe: TrainedRecipe, setting: Images, ranked: Tensor, labels: Tenso
 def new_job(
     recipe: TrainedRecipe,
     setting: Images,
-    model: Classifier,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int, int, int], float],
     plan: BatchPlan,
@@ -239,7 +269,9 @@ def new_job(
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
-        watch=_DivergenceWatch(len(setting.train.classes), total // 5, recipe.slower),
+        watch=None
+        if recipe.slower is None
+        else _DivergenceWatch(len(setting.train.classes), total // 5, recipe.slower),
     )
 
 
@@ -299,7 +331,7 @@ def rank_classes(
     model.eval()
     device = next(model.parameters()).device
     ranked, answers = [], []
-    batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop)
+    batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop, evaluation.interpolation)
     total = num_batches(len(source.images), evaluation.batch_size)
     for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
         with autocast(device, recipe.precision):

@@ -1,7 +1,7 @@
-"""What a transfer protocol is to the transfer stage: a recipe that says what it does.
+"""The base class of transfer protocols: a typed recipe whose methods carry it out.
 
-A protocol is a class derived from `TransferRecipe`, in a file of its own in ``transfer/protocols/``. Its fields are the keys
-of its configs, ``protocol: Literal["…"]`` is its name there, and its methods do the work.
+A protocol is a class derived from `TransferRecipe`, in a file of its own in ``transfer/protocols/``. Its fields are the
+keys of its configs, ``protocol: Literal["…"]`` is its name in configs, and its methods do the work.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from mixmask.engine.records import Label, Method
 from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.checkpoints.source import Source
 
-LABELS = ("framework", "method", "pretrain_epochs", "pretrain_data")  # what a user may say of a foreign checkpoint
+LABELS = ("framework", "method", "pretrain_epochs", "pretrain_data")  # keys that label a foreign checkpoint
 
 
 class Split(Protocol):
-    """The images of one part of a data set, as the stage sees them."""
+    """One split of a data set, as the transfer stage sees it."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
+        """Class names; label ``i`` means ``classes[i]``."""
 
     def __len__(self) -> int: ...
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and under ``listing`` a digest that tells two data sets of one name apart."""
+        """Counts, and under ``listing`` a digest that identifies the data (two data sets may share a name)."""
 
     def check(self) -> None:
-        """Find damaged files before long work starts.
+        """Look for damaged files before training starts.
 
         Raises:
-            DataError: With their names.
+            DataError: If there are any; the message names them.
         """
 
 
@@ -52,17 +52,17 @@ S = TypeVar("S", bound=Split)
 
 @dataclass(frozen=True)
 class Setting(Generic[S]):
-    """What a protocol is given to measure with.
+    """Everything that `TransferRecipe.measure` is given.
 
     Attributes:
-        run: The run directory; it exists and is owned.
+        run: The run directory; it exists and belongs to this run.
         fingerprint: Identity of the recipe and the backbone.
-        data: Identity of the data: a digest for ``train`` and ``test``.
-        device: This process's device.
-        source: The backbone: its weights and what is known of it.
+        data: Digests that identify the data, under ``train`` and ``test``.
+        device: The device of this rank.
+        source: The backbone: its weights and its metadata.
         train: The training images, as `TransferRecipe.open` gave them.
         test: The test images.
-        normalization: Whose mean and deviation the images are normalised with.
+        normalization: The data set whose mean and standard deviation normalise the images.
     """
 
     run: RunDirectory
@@ -76,12 +76,12 @@ class Setting(Generic[S]):
 
 
 class TransferRecipe(Recipe, ABC):
-    """A transfer protocol and what it is told.
+    """The keys that all transfer protocols share, and the methods that each implements.
 
     ``backbone`` is a file: this project's ``backbone.safetensors`` or a checkpoint of a known layout. ``framework``,
-    ``method``, ``pretrain_epochs`` and ``pretrain_data`` label the result when the file cannot say (a foreign checkpoint):
-    any names, shown in tables as they are given. ``normalization`` names the data set whose
-    mean and deviation the trunk was trained with; null takes what the file says, and ImageNet's where it does not.
+    ``method``, ``pretrain_epochs`` and ``pretrain_data`` label the result if the file does not (a foreign checkpoint);
+    tables show them as given. ``normalization`` names the data set whose mean and standard deviation the trunk was
+    trained with; null takes the file's, or ImageNet's if the file does not say.
     """
 
     protocol: str
@@ -101,7 +101,7 @@ class TransferRecipe(Recipe, ABC):
 
     data: Any  # a recipe with a ``name`` and a ``root``
 
-    # --- what it says ------------------------------------------------------------------------------------------------
+    # --- labels --------------------------------------------------------------------------------------------------
 
     @property
     def record_name(self) -> str:
@@ -116,56 +116,56 @@ class TransferRecipe(Recipe, ABC):
     @property
     @abstractmethod
     def headlines(self) -> Mapping[str, str]:
-        """The metrics for which it is run, the most important first, and what a table's column calls each."""
+        """The headline metrics, the most important first, and the column heading of each in tables."""
 
-    depends_on_seed: ClassVar[bool] = True  # else several seeds give one number, and no deviation
+    depends_on_seed: ClassVar[bool] = True  # False: every seed gives the same number
     task: ClassVar[str] = "image-classification"  # its name on hubs
 
     @property
     def num_seeds(self) -> int:
-        """Runs, with other seeds, that make a result."""
+        """How many runs, each with its own seed, a result should average."""
         return 1
 
     @property
     def variation(self) -> str:
-        """Why so many: by how much such runs differ, in words."""
+        """Why `num_seeds` runs are needed: how much single runs differ, in words. Empty if one is enough."""
         return ""
 
     @abstractmethod
     def settings(self, train: Any) -> dict[str, Any]:
-        """What must be printed with the number for it to mean something. ``precision`` is added to it.
+        """The settings that a reader needs to interpret the number. The stage adds ``precision``.
 
         Args:
             train: The training images.
         """
 
     def remarks(self) -> list[str]:
-        """What is odd about the recipe and no error, one sentence each."""
+        """Warnings about the recipe that are not errors, one sentence each."""
         return []
 
     def one_task_per_node(self) -> bool:
-        """Whether a cluster starts one task per node, which starts that node's processes itself."""
+        """Whether a cluster job has one task per node, which starts the ranks of its node itself."""
         return False
 
     # --- what it does ------------------------------------------------------------------------------------------------
 
     def check(self, source: Source, device: torch.device) -> None:
-        """Refuse a backbone or a device that the recipe cannot be carried out with.
+        """Refuse a backbone or a device that this recipe does not support.
 
         Raises:
-            ConfigError: With the key to change.
+            ConfigError: The message names the key to change.
         """
 
     def check_processes(self, processes: int) -> None:
-        """Refuse a number of processes that cannot share the work.
+        """Refuse a world size that cannot share the work.
 
         Raises:
-            ConfigError: With what would be valid.
+            ConfigError: The message says what would be valid.
         """
 
     @abstractmethod
     def open(self, open_images: OpenImages = open_split) -> tuple[Any, Any]:
-        """The training and the test images, and that the recipe's sizes fit them.
+        """Open the training and the test split, and check that the recipe's sizes fit them.
 
         Args:
             open_images: Lists a split of labelled images; the default reads the folders.
@@ -176,15 +176,16 @@ class TransferRecipe(Recipe, ABC):
 
     @abstractmethod
     def measure(self, setting: Setting[Any]) -> dict[str, float]:
-        """Carry out the protocol, from its checkpoint if there is one; every process calls this.
+        """Run the protocol, resuming from its checkpoint if there is one. Every rank calls this.
 
         Returns:
-            Flat metrics, accuracies and average precisions in percent. ``seconds`` of training may be among them.
+            Flat metrics; accuracies and average precisions in percent. ``seconds`` and ``images_per_second`` of
+            training may be among them.
         """
 
 
 def beyond_end(milestones: Sequence[int], length: float, unit: str) -> list[str]:
-    """A sentence if milestones of a schedule lie at or after its end."""
+    """A warning if milestones of a schedule lie at or after its end; empty if none do."""
     late = [milestone for milestone in milestones if milestone >= length]
     if not late:
         return []

@@ -1,4 +1,4 @@
-"""Reading a transfer config: its ``protocol`` decides what else it may say."""
+"""Load a transfer config; its ``protocol`` decides which other keys are valid."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mixmask.transfer.protocols import PROTOCOLS
 
 
 def protocol_of(path: Path | str, overrides: Sequence[str] = ()) -> type[TransferRecipe]:
-    """The protocol that a config names.
+    """The recipe class of the protocol that a config names.
 
     Raises:
-        ConfigError: If the file cannot be read, or names none that exists.
+        ConfigError: If the file cannot be read, or its ``protocol`` is missing or unknown.
     """
     return PROTOCOLS.get(read_key(path, overrides, "protocol"), f"{path}: the key 'protocol'")
 

@@ -38,13 +38,13 @@ class TransferPlan(RecordedWork[Record]):
 
     @property
     def normalization(self) -> Normalization:
-        """Whose mean and deviation the images are normalised with."""
+        """The data set whose mean and standard deviation normalise the images: the recipe's, else the backbone's."""
         return self.recipe.normalization or self.source.info.normalization
 
     @property
     @override
     def data(self) -> dict[str, Any]:
-        """Identity of the data."""
+        """Digests that identify the training and the test split."""
         return {"train": self.train.summary()["listing"], "test": self.test.summary()["listing"]}
 
     @property
@@ -90,6 +90,7 @@ class TransferPlan(RecordedWork[Record]):
             parent=info.fingerprint,
             pretrain_seed=info.seed,
             lineage=info.lineage,
+            # Without the seed: runs that differ in nothing but seeds are averaged.
             protocol_fingerprint=fingerprint_of({**fingerprinted(recipe), "seed": None}),
             title=recipe.title,
             task=recipe.task,
@@ -128,7 +129,7 @@ class TransferPlan(RecordedWork[Record]):
 
 
 def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> TransferPlan:
-    """Check everything that can be checked before long work.
+    """Read the backbone, open the data, and check everything that can be checked before training.
 
     Raises:
         UserError: If the backbone, the data, the sizes or the run directory do not fit.
@@ -145,10 +146,10 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
 
 
 def check_labels(labels: Mapping[str, Any], source: Source) -> None:
-    """Refuse labels that contradict a file which says what it is.
+    """Refuse labels that contradict the metadata of the backbone file.
 
     Raises:
-        ConfigError: With the key, and what the file says.
+        ConfigError: The message names the key and what the file says.
     """
     info = source.info
     known = {
@@ -169,12 +170,16 @@ def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | Non
 
 
 def run(plan: TransferPlan) -> Record:
-    """Carry out a plan, from its checkpoint if there is one; a finished run is returned as it is."""
+    """Carry out a plan, resuming from its checkpoint if there is one. A finished run is not run again."""
     return carry_out(plan)
 
 
 def _labels(plan: TransferPlan) -> dict[str, Any]:
-    """Framework, method, epochs and data: what is known, or what the user says, who must not contradict a file."""
+    """The labels of the result, from the recipe and the backbone file.
+
+    Framework and method of the recipe override the file's, which are a guess for foreign checkpoints. Epochs and data
+    set of the recipe fill in what the file does not say. `check_labels` has refused contradictions.
+    """
     info, recipe = plan.source.info, plan.recipe
     return {
         "framework": recipe.framework or info.framework,
@@ -190,7 +195,10 @@ def relabel(recipe: TransferRecipe, run: RunDirectory) -> None:
 
 
 def _relabelled(record: Record, recipe: TransferRecipe, run: RunDirectory) -> Record:
-    """The record of a finished run under the labels that the user gives now; what is not given stays as it is."""
+    """Update the labels of a finished run; what is not given stays as it is.
+
+    Labels are not part of the fingerprint, so they can change without a new measurement.
+    """
     given = {
         "framework": recipe.framework,
         "method": recipe.method,

@@ -14,34 +14,38 @@ from mixmask.engine.texts import read_text
 
 
 def balanced_subset(images: ImageSet, percent: float, seed: int) -> ImageSet:
-    """The same share of every class, at least one image each; a smaller share is contained in a larger one.
+    """Draw the same share of every class, at least one image each.
+
+    With the same seed, a smaller share is a subset of a larger one.
 
     Args:
         images: The full training set.
         percent: Share in percent, in (0, 100].
-        seed: Seed of the choice; per class it orders the images, and a share takes the first of them.
+        seed: Shuffles the images of each class; a share takes the first of them.
     """
     chosen: list[int] = []
     for label in range(len(images.classes)):
         members = (images.labels == label).nonzero().flatten()
         order = torch.randperm(len(members), generator=generator(seed, "subset", label))
+        # Half up: round() would take halves to the even number.
         count = max(1, math.floor(len(members) * percent / 100 + 0.5))
         chosen += members[order[:count]].tolist()
     return images.subset(sorted(chosen))
 
 
 def listed_subset(images: ImageSet, listing: Path) -> ImageSet:
-    """The images that a list names, one file name per line (SimCLR's ``1percent.txt``; ``.gz`` is read too).
+    """Read a list of labelled images: one file name per line, as in SimCLR's ``1percent.txt`` (``.gz`` works, too).
 
     Raises:
-        DataError: If the list is missing, empty or not readable, names files that the data set does not have, or cannot name
-            an image because file names repeat.
+        DataError: If the list is missing, empty or not readable, names files that the data set does not have, or
+            if file names repeat in the data set, so that a name is ambiguous.
     """
     if not listing.is_file():
         raise DataError(f"{listing}: no such list of labelled images")
     names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
     if not names:
         raise DataError(f"{listing}: empty")
+    # SimCLR's lists hold bare file names, which are unique in ImageNet but not in every data set.
     where = {path.name: index for index, path in enumerate(images.paths)}
     if len(where) < len(images):
         raise DataError(f"{listing}: cannot be used with {images.root}, where one file name stands in several classes")

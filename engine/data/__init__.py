@@ -1,4 +1,4 @@
-"""Labelled images on disk, one module for each kind; a module that is put here is found, and opens what it recognises."""
+"""Labelled images on disk, one module per layout. A module added here is found, and opens the roots it recognises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS: Registry[DataKind] = Registry(
 
 
 def open_split(data: DataRecipe, part: Part) -> ImageSet:
-    """List one part of a data set.
+    """Open the training or the test part of a data set.
 
     Raises:
         DataError: If it is missing, empty or damaged, or no kind of data recognises it.
@@ -37,10 +37,10 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
 
 
 def kind_of(root: Path, data: DataRecipe) -> DataKind:
-    """The kind of data that lies in ``root``.
+    """The layout of the data in ``root``; plain class folders if no other layout recognises it.
 
     Raises:
-        DataError: If two kinds recognise it; ``data.layout`` decides.
+        DataError: If two layouts recognise it; set ``data.layout`` to choose.
         ConfigError: If ``data.layout`` names none that exists.
     """
     if data.layout is not None:
@@ -54,11 +54,12 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
 
 
 def _held_out(data: DataRecipe, root: Path, part: Part) -> ImageSet:
-    """A share of the training images for testing, of every class alike, or what is left of them for training."""
+    """The held-out share of every class of the training images (``test``), or the remaining images (``train``)."""
     reason = kind_of(root, data).has_test(root, data)
     if reason is not None:
         raise DataError(reason)
     images = open_split(data.model_copy(update={"holdout": 0.0}), "train")
+    # Both parts repeat the same draws, so they share no image. The seed is not the run's: all runs share a test split.
     generator = torch.Generator().manual_seed(data.holdout_seed)
     chosen: list[int] = []
     for label, name in enumerate(images.classes):

@@ -24,7 +24,7 @@ from mixmask.engine.images import ArrayImages
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the two data sets.
+    """File names, keys and checksums of CIFAR-10 or CIFAR-100.
 
     Attributes:
         folder: What the archive unpacks to.
@@ -87,7 +87,7 @@ class Archive:
         return torch.from_numpy(pixels), torch.tensor(labels, dtype=torch.int64), names, classes
 
     def _contents(self, wanted: Mapping[str, str]) -> dict[str, bytes]:
-        """The wanted files' bytes, after their checksums have been compared."""
+        """The bytes of the wanted files, verified against their published checksums."""
         files: dict[str, bytes] = {}
         if self.path.is_dir():
             for name in wanted:
@@ -149,7 +149,8 @@ class Cifar(DataKind):
                 f"{root}: no CIFAR archive; valid: {', '.join(kind.tarball for kind in KINDS)}, or unpacked"
             )
         pixels, labels, names, classes = archive.read(part)
-        order = sorted(range(len(classes)), key=classes.__getitem__)  # as sorted folders would be numbered
+        # Number the classes alphabetically, as ImageFolder does, and not in the archive's order.
+        order = sorted(range(len(classes)), key=classes.__getitem__)
         rank = torch.tensor(order).argsort()
         paths = tuple(archive.path / part / name for name in names)
         return ArrayImages(paths, rank[labels], tuple(classes[i] for i in order), archive.path / part, pixels)
@@ -173,6 +174,7 @@ def _compare(path: Path, content: bytes, published_checksum: str) -> None:
 
 
 def _unpickled(content: bytes) -> dict[str, Any]:
-    """A batch file; only read after its checksum has shown that it is the published one."""
+    """Unpickle a batch file. Unpickling can run code, so this is called only after the checksum has been verified."""
+    # The archives were pickled by Python 2, whose byte strings need an encoding.
     batch: dict[str, Any] = pickle.loads(content, encoding="latin1")
     return batch

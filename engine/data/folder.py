@@ -18,7 +18,7 @@ USUAL_SPLITS = ("train", "val", "test")
 
 
 class Folders(DataKind):
-    """Any tree of class folders; taken where no other kind recognises its own layout."""
+    """Any tree of class folders; the fallback if no other layout matches."""
 
     kind: ClassVar[str] = "folder"
     general: ClassVar[bool] = True
@@ -73,7 +73,7 @@ def is_only_split(root: Path) -> bool:
 
 
 def is_unlabelled(path: Path) -> bool:
-    """Whether a folder holds images and says nothing of their classes, as Tiny-ImageNet's ``test``."""
+    """Whether a folder holds images without class labels, like Tiny-ImageNet's ``test``."""
     if not path.is_dir() or (path / "val_annotations.txt").is_file():
         return False
     folders = class_folders(path)
@@ -91,7 +91,7 @@ def images_in(folder: Path) -> list[str]:
 
 
 def image_folder(path: Path) -> FileImages:
-    """The images of one split.
+    """List the images of one split, sorted by class and file name.
 
     Raises:
         DataError: If there are no class folders, or one of them has no images.

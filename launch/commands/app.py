@@ -1,6 +1,6 @@
 """The console command ``mixmask``.
 
-Commands import what they need when they run: ``mixmask --help`` answers without loading torch. A user's mistake ends with
+Commands import what they need inside the function, so ``mixmask --help`` does not load torch. A user error ends with
 one message and exit code 2, a failed run with exit code 1.
 """
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# A path that cannot be read or written as it was given: not a failure of the run.
+# Errors of a path that the user gave, which are not a failure of the run.
 USERS_MISTAKES = (
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS
 )  # fmt: skip
@@ -153,7 +153,7 @@ def show_detections(
     score: Annotated[float, typer.Option(help="Leave out detections with a lower score.", min=0, max=1)] = 0.3,
     force: Force = False,
 ) -> None:
-    """Draw test pictures with the boxes, masks, names and scores that a run found, beside what is there.
+    """Draw test pictures with the boxes, masks, names and scores that a run found, beside the ground truth.
 
     \b
     Example:
@@ -222,14 +222,14 @@ def doctor() -> None:
 
 
 def _typed() -> str:
-    """What was typed, to be typed again."""
+    """The command line as it was typed, quoted for the shell."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def main() -> None:
     """Entry point of the console command."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without ± shows its code, and nothing is lost
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show ± prints its code
             stream.reconfigure(errors="backslashreplace")
     try:
         app()

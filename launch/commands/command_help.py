@@ -18,7 +18,7 @@ GROUPS = {
 
 
 class GroupedCommands(TyperGroup):
-    """Commands under headings; one that no group names stands under a heading of its own."""
+    """Lists the commands under headings; commands without a group come under "Others"."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write every group with the first sentence of each command's help."""
@@ -41,7 +41,7 @@ class GroupedCommands(TyperGroup):
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version of the project, and of what numbers depend on most."""
+    """Print the versions of mixmask, torch and torchvision, and exit; without ``--version`` do nothing."""
     if not wanted:
         return
     from importlib.metadata import PackageNotFoundError, version

@@ -31,7 +31,7 @@ PACKAGES = (
 
 
 def examine() -> str:
-    """A report in plain lines: one fact each, and for what is missing the line that gets it."""
+    """A report with one fact per line; where something is missing, the line says how to get it."""
     return "\n".join([*_versions(), *_devices(), *_engines(), *_cluster(), *_data()])
 
 

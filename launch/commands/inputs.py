@@ -1,4 +1,4 @@
-"""The commands for a look at what a run is given: configs, show-views, check-data."""
+"""The commands that inspect the inputs of a run: configs, show-views, check-data."""
 
 from __future__ import annotations
 

@@ -327,7 +327,7 @@ def card(
 
 
 def _collect(runs: Path) -> Collection:
-    """The finished runs; what was left out is said on standard error."""
+    """The finished runs; those that are left out are reported on standard error."""
     from mixmask.evaluate.collect import collect
 
     collection = collect(runs)

@@ -125,7 +125,7 @@ def status(
             remark = ""
             try:
                 found = look()
-            except RunFailure as error:  # slurmctld is busy or restarts: the table before stays
+            except RunFailure as error:  # slurmctld is busy or restarting: keep the previous table
                 remark = f"not asked at {time.strftime('%H:%M:%S')}, shown as before: {error}"
             live.update(draw(newest, found, rows, remark), refresh=True)
 
@@ -175,7 +175,7 @@ def logs(
 
 
 def _name(suite: str) -> str:
-    """A suite's name, given it or its file."""
+    """A suite's name, from the name itself or from the suite's file."""
     from mixmask.engine.config import read_config
 
     path = Path(suite)

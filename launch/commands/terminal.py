@@ -1,4 +1,4 @@
-"""What a command says on standard output."""
+"""Output of the commands to the terminal."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from mixmask.engine.wording import printable_lines
 
 
 def show(text: object, err: bool = False, nl: bool = True) -> None:
-    """Print lines; what came from outside (names, keys) cannot move the cursor, change colours or hide."""
+    """Print lines, control characters as codes: names and keys from outside cannot move the cursor or hide text."""
     typer.echo(printable_lines(str(text)), err=err, nl=nl)

@@ -1,4 +1,4 @@
-"""The demo: the whole road on synthetic pictures, with the same functions that the commands call."""
+"""The demo: the whole pipeline on synthetic pictures, with the same functions that the commands call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw_data(out: Path) -> None:
 
 
 def run_demo(out: Path, dry_run: bool) -> None:
-    """Pretrain, convert, transfer and tabulate; what is finished in ``out`` already is not done again.
+    """Pretrain, convert, transfer and tabulate; runs that are already finished in ``out`` are skipped.
 
     Args:
         out: Folder for data, runs and the table.
@@ -97,6 +97,7 @@ def _command(line: str) -> None:
 
 def _write_data(config: Path, root: Path) -> None:
     sizes, _ = read_config(config)
+    # The file holds the config that the pictures were drawn with: after a change they are drawn again.
     if (root / "done").exists() and (root / "done").read_text() == config.read_text():
         return
     say(f"drawing pictures into {root}")

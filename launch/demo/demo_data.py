@@ -25,7 +25,7 @@ Points = npt.NDArray[np.float64]
 SHAPES = ("disk", "star")
 TEXTURES = ("checked", "plain", "ringed", "spotted", "striped")
 CLASSES = tuple(f"{texture}-{shape}" for texture in TEXTURES for shape in SHAPES)
-TINT = 0.12
+TINT = 0.12  # a colour channel deviates from grey by at most this
 OVERSAMPLING = 2  # edges are drawn at twice the resolution and averaged
 
 
@@ -134,6 +134,7 @@ def detection_image(rng: np.random.Generator, width: int, height: int) -> tuple[
     objects: list[Object] = []
     for _ in range(int(rng.integers(1, 4))):
         radius = rng.uniform(0.25, 0.48) * min(width, height)
+        # An object without a free place after 20 attempts is left out.
         for _ in range(20):
             centre = (
                 rng.uniform(0.6 * radius, width - 0.6 * radius),
@@ -159,6 +160,7 @@ def write_classification(root: Path, *, size: int, train_per_class: int, val_per
     for split, count in (("train", train_per_class), ("val", val_per_class)):
         for label, name in enumerate(CLASSES):
             for number in range(count):
+                # A generator per image: its content does not depend on how many others are drawn.
                 rng = np.random.default_rng([seed, split == "val", label, number])
                 _save(classification_image(rng, label, size), root / split / name / f"{number:05d}.jpg")
 
@@ -221,6 +223,7 @@ def write_coco(root: Path, *, size: tuple[int, int], train: int, val: int, seed:
     for split, count in (("train2017", train), ("val2017", val)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
+        # The demo's config gives VOC and COCO one seed; + 1 makes their images differ.
         for image, objects in _detection_set(seed + 1, int(split == "val2017"), count, size):
             image_id = len(images) + 1
             file_name = f"{image_id:012d}.jpg"

@@ -19,7 +19,7 @@ from mixmask.engine.progress import log_file
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job runs: its id, the number of this process, and its log. Outside submitit: this process."""
+    """The job, rank and log of a process; outside submitit, host and process id stand for the job."""
 
     cluster: str
     job: str
@@ -28,7 +28,7 @@ class Place:
 
     @classmethod
     def here(cls) -> Place:
-        """Of this process."""
+        """The place of the calling process."""
         if "SUBMITIT_EXECUTOR" not in os.environ:
             log = log_file()
             return cls("inline", f"{socket.gethostname()}:{os.getpid()}", 0, None if log is None else str(log))
@@ -43,12 +43,13 @@ class Attempts:
         self.file = file
 
     def write(self, place: Place, event: str, message: str = "") -> None:
-        """Add a line; only a job's first process does.
+        """Append an event; only rank 0 writes.
 
         Raises:
             UserError: If the folder cannot be written.
         """
-        if place.rank or ownership.TAKEN_OVER.is_set():  # who has lost the run leaves no word in it
+        # After a takeover, the run directory belongs to another process.
+        if place.rank or ownership.TAKEN_OVER.is_set():
             return
         line = {
             "event": event,
@@ -65,7 +66,7 @@ class Attempts:
             raise UserError(f"{self.file.parent}: cannot be written ({error.strerror or error})") from None
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; one that a crash left half written, or that is something else, is left out."""
+        """All events, oldest first; damaged lines, such as one half written in a crash, are skipped."""
         if not self.file.is_file():
             return []
         found = []
@@ -83,5 +84,5 @@ class Attempts:
         return next((str(line["event"]) for line in reversed(self.read()) if line["job"] == job), None)
 
     def starts(self, job: str) -> int:
-        """How often a job has started; after the first time it had been queued again."""
+        """How often a job has started; every start after the first follows a requeue."""
         return sum(1 for line in self.read() if line["event"] == "started" and line["job"] == job)

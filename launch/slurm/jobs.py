@@ -1,11 +1,11 @@
 """What runs in a job: one cell, the check of the shared folder, and the last job that writes the tables.
 
-submitit pickles these objects and starts them on the node, one task per process. submitit answers SLURM's signal by calling
-`checkpoint` and queueing the job again. While a cell trains, the training loop has put its own handler there, which only
-sets a flag; the loop saves at the next step and ends with `Interrupted`, and then the first process hands the signal on to
-submitit.
+submitit pickles these objects and starts them on the node, one task per process. On SLURM's signal, submitit calls
+`checkpoint` and requeues the job. During training, the training loop replaces that handler by its own, which only sets
+a flag: the loop finishes the step, saves a checkpoint and raises `Interrupted`. Rank 0 then raises the signal once
+more, for submitit.
 
-Nothing here imports torch before it must: a cell that is finished ends at once.
+torch is imported as late as possible, so that the job of a finished cell ends at once.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from mixmask.launch.slurm import slurm_cli
 from mixmask.launch.slurm.attempts import Attempts, Place
 from mixmask.launch.slurm.spawn import run_on_node
 
-REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds between attempts to be queued again
+REQUEUE_PATIENCE = (2, 5, 10, 20)  # seconds to wait after each failed attempt to requeue
 
 
 @dataclass(frozen=True)
 class CellJob:
-    """A cell, as a job runs it.
+    """The job of one cell.
 
     Attributes:
-        cell: Its id.
-        work: What it does.
+        cell: The cell's id.
+        work: What it does; can be pickled.
         run: The run directory.
-        done: Files whose presence says that it is finished.
-        folder: The user's folder at the launch, which relative paths in recipes start from.
-        traces: Where the job leaves a mark that it has started.
-        max_requeues: How often it may be queued again.
-        processes: How many this task starts; 1 is the task itself.
-        local_cache: The node's folder for temporary files.
+        done: Files that exist once the cell is finished.
+        folder: Working directory of the launch; relative paths in recipes start there.
+        traces: Folder in which a job leaves a file when it starts.
+        max_requeues: Largest number of requeues.
+        processes: Processes that this task starts; with 1, the task does the work itself.
+        local_cache: Folder on the node for temporary and compiled files.
     """
 
     cell: str
@@ -61,14 +61,14 @@ class CellJob:
 
     @property
     def attempts(self) -> Attempts:
-        """What is known of earlier jobs."""
+        """The log of all jobs of this cell."""
         return Attempts(RunDirectory(self.run).attempts_file)
 
     def __call__(self) -> None:
-        """Do the work, or go on with it.
+        """Do the work, from its checkpoint if there is one.
 
         Raises:
-            SystemExit: 2 for a user's mistake, 1 for a failure, 128 + signal if it was stopped for good.
+            SystemExit: 2 for a user error, 1 for a failure, 128 + signal if the job was stopped for good.
         """
         place = Place.here()
         try:
@@ -82,6 +82,7 @@ class CellJob:
             print(f"error: {self.cell}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         try:
+            # SLURM's own requeues, after a preemption, do not call `checkpoint`; this limit holds for them, too.
             if self.attempts.starts(place.job) - 1 > self.max_requeues:
                 raise RunFailure(f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)")
             _use_local_cache(self.local_cache)
@@ -100,10 +101,11 @@ class CellJob:
             self.stopped(place, stop.signal, str(stop))
         except (UserError, RunFailure) as error:
             self.failed(place, error.told(), error.exit_code)
-        except SystemExit as end:  # several processes have agreed on it, and the first has said why
+        except SystemExit as end:  # the processes have agreed to end, and rank 0 has printed why
             code = end.code if isinstance(end.code, int) else 1
             if code <= 128:
-                if self.attempts.last(place.job) != "stopped":  # by submitit, which has queued it again
+                # submitit exits this way after a requeue, too; `checkpoint` has then written "stopped".
+                if self.attempts.last(place.job) != "stopped":
                     self.attempts.write(place, "failed")
                 raise
             self.stopped(place, code - 128, "")
@@ -111,9 +113,8 @@ class CellJob:
             self.attempts.write(place, "failed", traceback.format_exception_only(error)[-1].strip())
             raise
         else:
-            if (
-                place.cluster == "slurm"
-            ):  # a signal that comes now has nothing to stop, and nothing is to be queued again
+            # The work is done: a signal that arrives from now on must not requeue the job.
+            if place.cluster == "slurm":
                 signal.signal(submitit.JobEnvironment()._usr_sig(), signal.SIG_IGN)
             self.attempts.write(place, "done")
 
@@ -124,26 +125,29 @@ class CellJob:
         raise SystemExit(code)
 
     def stopped(self, place: Place, number: int, message: str) -> None:
-        """After a checkpoint: queue the job again, if nobody else does.
+        """Requeue the job after its checkpoint, unless it was cancelled or SLURM requeues it.
 
-        A job that is being cancelled, or that SLURM queues again itself (preemption), is no longer RUNNING. One that is
-        has been told to stop before its time limit or within a preemption's grace time; its first process hands the
-        signal on to submitit, which counts timeouts and calls `checkpoint`.
+        A job that is being cancelled, or that SLURM requeues itself (preemption), is no longer RUNNING. A job that is
+        still RUNNING got the signal before its time limit or in the grace time of a preemption. Its rank 0 raises the
+        signal once more, for submitit, which counts timeouts and calls `checkpoint`.
         """
         print(message or f"{self.cell}: stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         self.attempts.write(place, "stopped")
         if place.cluster == "inline":
             raise Interrupted(message, number)
+        # A requeue restarts all processes of the job, so rank 0 alone decides on it.
         if place.rank:
             return
         if ownership.TAKEN_OVER.is_set():
             self.failed(place, f"failed: {self.cell}: another job has taken it over", 1)
         if place.cluster == "local" and number != submitit.JobEnvironment()._usr_sig():  # the user, not the time limit
             raise SystemExit(128 + number)
+        # If the controller does not answer, the job counts as RUNNING, so that it is requeued rather than lost.
         if place.cluster == "slurm" and (slurm_cli.state_of(place.job) or "RUNNING") != "RUNNING":
             raise SystemExit(128 + number)
         for patience in REQUEUE_PATIENCE:
             try:
+                # submitit's handler is back in place; if the requeue succeeds, it ends this process.
                 signal.raise_signal(submitit.JobEnvironment()._usr_sig())
             except UncompletedJobError as error:
                 self.failed(place, f"failed: {self.cell}: {error}", 1)
@@ -155,7 +159,7 @@ class CellJob:
         self.failed(place, f"failed: {self.cell}: saved, but scontrol cannot queue it again; launch the suite again", 1)
 
     def checkpoint(self) -> DelayedSubmission | None:
-        """What submitit queues again; None after too many times, and the job fails."""
+        """What submitit requeues. None if the cell is done or the limit is reached; submitit then ends the job."""
         place = Place.here()
         if self.attempts.last(place.job) == "done":
             return None
@@ -164,13 +168,13 @@ class CellJob:
                 f"{self.cell}: given up after {self.max_requeues} requeues (max_requeues)", file=sys.stderr, flush=True
             )
             return None
-        if self.attempts.last(place.job) != "stopped":  # the signal came before training or after it
+        if self.attempts.last(place.job) != "stopped":  # the signal came outside the training loop
             self.attempts.write(place, "stopped")
         return DelayedSubmission(self)
 
 
 def _use_local_cache(folder: str | None) -> None:
-    """Point what writes temporary files or compiles at the node's own disk; before torch is imported."""
+    """Put temporary and compiled files on the node's own disk. Must be called before torch is imported."""
     if folder is None:
         return
     place = Path(os.path.expandvars(folder))
@@ -187,10 +191,11 @@ def _use_local_cache(folder: str | None) -> None:
 
 
 def _name_local_processes(place: Place) -> None:
-    """Give the processes of a local job the names that torchrun would give them."""
+    """Set torchrun's environment variables (RANK, WORLD_SIZE, …) in a process of ``--cluster local``."""
     count = int(os.environ.get("SUBMITIT_LOCAL_NTASKS", "1"))
     if place.cluster != "local" or count == 1:
         return
+    # All processes derive the same port from the job id, without talking to each other.
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK=str(place.rank),
@@ -201,19 +206,19 @@ def _name_local_processes(place: Place) -> None:
 
 
 def leave_trace(traces: Path, place: Place, text: str = "") -> None:
-    """A file that shows to those who see the folder that a job has started."""
+    """Leave a file which shows that the job has started and that the node can write to the folder."""
     if place.rank == 0:
         write_text(traces / place.job, text)
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Shows that the nodes write to the folder that the launching machine reads, and that jobs there can talk to SLURM."""
+    """Checks that the nodes share the folder with the launching machine, and that jobs can talk to SLURM."""
 
     traces: Path
 
     def __call__(self) -> None:
-        """Leave a trace, and in it what is wrong."""
+        """Write the trace; its text is the problem found, empty if there is none."""
         place = Place.here()
         problem = ""
         if slurm_cli.state_of(place.job) is None:
@@ -225,13 +230,13 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class FinishJob:
-    """The last job of a launch: the tables, and which cells have none to show."""
+    """The last job of a launch: it writes the tables and lists the unfinished cells."""
 
     runs: Path
     suite: str
 
     def __call__(self) -> None:
-        """Write them."""
+        """Write the tables, and print the report."""
         from mixmask.launch.suite.summary import write_results
 
         print(write_results(self.runs, self.suite), flush=True)

@@ -1,4 +1,4 @@
-"""Cluster profiles: what a lab's cluster wants to be asked for, and how; nothing about anyone's cluster is in code."""
+"""Cluster profiles: what jobs request from a lab's cluster, and how. All of it is in YAML files, nothing in code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mixmask.engine.config import Recipe, load_recipe
 
 
 class Resources(Recipe):
-    """What a job asks for; a key that is left out is taken from the suite's stage, then from the cluster's profile.
+    """Resources of a job; a missing key is taken from the suite's stage, then from the cluster's profile.
 
-    There is one process per GPU, or ``tasks_per_node`` of them where there are no GPUs, and each is a task of SLURM's
-    unless ``one_task_per_node`` is set.
+    There is one process per GPU, or ``tasks_per_node`` processes on nodes without GPUs. Each is a SLURM task of its
+    own, unless ``one_task_per_node`` is set.
     """
 
     nodes: int | None = Field(None, ge=1, le=10**7)
@@ -34,7 +34,7 @@ class Resources(Recipe):
     )
 
     def over(self, other: Resources) -> Resources:
-        """These, and where they say nothing the other's."""
+        """These resources, with missing keys taken from ``other``."""
         return Resources(**{**other.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
 
     @property
@@ -44,12 +44,12 @@ class Resources(Recipe):
 
     @property
     def tasks(self) -> int:
-        """Processes on a node."""
+        """Processes per node."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
     def processes(self) -> int:
-        """Processes of a job."""
+        """World size: the processes of a job on all nodes."""
         return self.num_nodes * self.tasks
 
     @property
@@ -64,7 +64,7 @@ class Resources(Recipe):
 
     @property
     def minutes(self) -> int:
-        """Time limit."""
+        """Time limit in minutes."""
         return self.time_min or DEFAULTS.time_min or 60
 
     def describe(self) -> str:
@@ -85,12 +85,12 @@ DEFAULTS = Resources(nodes=1, gpus_per_node=0, cpus_per_task=1, time_min=60)
 class Profile(Recipe):
     """A cluster.
 
-    ``data`` says where data sets lie, by their ``data.name``. ``setup`` lines run in the batch script before Python; a job
-    in which one of them fails ends there, unless ``setup_may_fail``;
-    ``container`` stands before Python (``apptainer exec --nv image.sif``); ``local_cache`` is a folder on the node for
-    temporary and compiled files, in which ``$VARIABLES`` are replaced on the node. ``sbatch`` holds any other flag.
-    ``max_timeouts`` and ``max_requeues`` bound how often a job is queued again after its time limit and in all.
-    ``shared_check_s`` is how long `mixmask launch` waits for a job's proof that the nodes see the folder of runs.
+    ``data`` maps the ``data.name`` of a data set to its folder. ``setup`` lines run in the batch script before Python;
+    if one fails, the job ends, unless ``setup_may_fail`` is set. ``container`` is put before the Python command
+    (``apptainer exec --nv image.sif``). ``local_cache`` is a folder on the node for temporary and compiled files;
+    ``$VARIABLES`` in it are expanded on the node. ``sbatch`` holds any other flag. ``max_timeouts`` limits the requeues
+    after a time limit, ``max_requeues`` all requeues. ``shared_check_s`` is how many seconds `mixmask launch` waits for
+    a test job that shows that the nodes see the folder of runs.
     """
 
     partition: str | None = None
@@ -118,18 +118,19 @@ class Profile(Recipe):
         return resources.over(self.resources).over(DEFAULTS)
 
     def command(self, python: str) -> str:
-        """Python as a shell starts it on a node."""
+        """The shell command that starts Python on a node, inside the container if there is one."""
         interpreter = shlex.quote(self.python or python)
         return f"{self.container} {interpreter}" if self.container else interpreter
 
     def setup_lines(self, snapshot: Path, batch_script: bool = True) -> list[str]:
-        """Shell lines before Python: the profile's, its environment, and the frozen code first on the path.
+        """Shell lines to run before Python: setup, environment variables, and the code snapshot first on PYTHONPATH.
 
         Args:
-            snapshot: The folder of the frozen code.
-            batch_script: For bash, one line after another; else for ``--cluster local``, which joins them by ``&&``.
+            snapshot: The folder of the code snapshot.
+            batch_script: True for a bash script; False for ``--cluster local``, which joins the lines with ``&&``.
         """
         setup = list(self.setup)
+        # With &&, a failing line would stop the chain; in a script, set -e ends the job and the trap names the line.
         if self.setup_may_fail and not batch_script:
             setup = [f"{{ {line}; true; }}" for line in setup]
         elif setup and not self.setup_may_fail and batch_script:
@@ -138,14 +139,16 @@ class Profile(Recipe):
         return [*setup, *exports, f"export PYTHONPATH={shlex.quote(str(snapshot))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
     def sbatch_parameters(self, resources: Resources, snapshot: Path, dependency: str | None) -> dict[str, Any]:
-        """What submitit is told of a job.
+        """submitit's parameters for a job.
 
         Args:
             resources: After `resolve`.
-            snapshot: The folder of the frozen code, where the job starts.
-            dependency: As sbatch writes it, such as ``aftercorr:12``.
+            snapshot: The folder of the code snapshot, where the job starts.
+            dependency: In sbatch's syntax, such as ``aftercorr:12``.
         """
+        # A single task needs the CPUs of all processes that it starts.
         cpus = (resources.cpus_per_task or 1) * (resources.tasks if resources.one_task_per_node else 1)
+        # Without kill-on-invalid-dep, a job whose parent has failed would stay in the queue for ever.
         extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes", "chdir": str(snapshot), **self.sbatch}
         named = {
             "partition": resources.partition or self.partition,
@@ -166,8 +169,8 @@ class Profile(Recipe):
             "signal_delay_s": self.signal_delay_s,
             "stderr_to_stdout": True,
             "setup": self.setup_lines(snapshot),
-            # A killed process takes the others with it, which would wait for it. Since SLURM 22.05 srun must be told the
-            # CPUs again, or each process is bound to one.
+            # If one process is killed, the others would wait for it, so they are killed, too. Since SLURM 22.05 srun
+            # does not take over the number of CPUs from sbatch; without it, each process is bound to one CPU.
             "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
             "additional_parameters": {key: value for key, value in extra.items() if value is not False},
             **{key: value for key, value in named.items() if value is not None},
@@ -175,7 +178,7 @@ class Profile(Recipe):
 
 
 def load_profile(path: Path | None) -> Profile:
-    """Read a profile; None is a cluster that wants nothing special.
+    """Read a profile; None gives the defaults.
 
     Raises:
         ConfigError: As `load_recipe`.

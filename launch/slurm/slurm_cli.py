@@ -1,4 +1,4 @@
-"""What SLURM says: its commands and how their output is read. With accounting or without."""
+"""SLURM's commands and the parsing of their output; works with and without accounting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIVE = frozenset(
     | {"STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 )
 SECONDS = 60
-NOT_CONFIGURED = (  # what SLURM's commands say where they have no configuration
+NOT_CONFIGURED = (  # error messages of SLURM's commands on a machine without a configuration
     r"could not establish a configuration source",
     r"unable to process configuration file",
     r"no such file or directory.*slurm\.conf|slurm\.conf.*no such file or directory",
@@ -87,7 +87,7 @@ def queued() -> dict[str, JobState]:
 
 
 def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
-    """What accounting knows of jobs that the queue has forgotten; nothing where accounting is off."""
+    """States from accounting (sacct) of jobs that squeue no longer lists; empty without accounting."""
     ids = sorted({job.split("_")[0] for job in jobs}, key=int)
     if not ids:
         return {}
@@ -112,7 +112,7 @@ def accounted(jobs: Iterable[str]) -> dict[str, JobState]:
 
 
 def state_of(job: str) -> str | None:
-    """A job's state as the controller sees it now, or None if it does not answer or know the job."""
+    """A job's current state from the controller, or None if it does not answer or does not know the job."""
     try:
         text = run(["scontrol", "show", "job", job])
     except (UserError, RunFailure):
@@ -134,7 +134,7 @@ def cancel_named(names: Sequence[str]) -> None:
 
 
 def largest_array() -> int:
-    """Most tasks that an array may have."""
+    """Largest number of tasks in an array; 1000 if SLURM's configuration does not say."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]), re.MULTILINE)
     return max(int(match.group(1)) - 1, 1) if match else 1000
 

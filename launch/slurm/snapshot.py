@@ -41,8 +41,9 @@ def freeze(folder: Path) -> Path:
     (draft / COMMIT_FILE).write_text(f"{state.commit or ''}\n", encoding="utf-8")
     if state.patch:
         (draft / PATCH_FILE).write_bytes(state.patch)
-    draft.chmod(0o755)
+    draft.chmod(0o755)  # mkdtemp makes folders that only their owner can read
     try:
+        # Renamed in one step, so that no job can import a copy that is not complete.
         os.rename(draft, target)
     except OSError:  # another launch was faster
         shutil.rmtree(draft)

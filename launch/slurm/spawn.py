@@ -14,9 +14,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 def run_on_node(work: Callable[[], None], count: int) -> None:
-    """Do ``work`` in ``count`` processes of this node, which find each other and those of the other nodes.
+    """Do ``work`` in ``count`` processes on this node, in one process group with those of the other nodes.
 
-    The signals that ask a run to stop are passed on to them; they end when a checkpoint is written.
+    Signals that ask a run to stop are forwarded to the processes, which write a checkpoint and end.
 
     Args:
         work: Can be pickled; calls `engine.distributed.session`.
@@ -38,7 +38,7 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in context.processes:
             if process.is_alive():
-                # a terminal has sent Ctrl-C to them, too, and a second one would end them at once
+                # Ctrl-C in a terminal reaches them, too, and a second SIGINT would end them at once: send SIGTERM.
                 os.kill(process.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
     before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
@@ -47,7 +47,7 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
             pass
     except ProcessExitedException as error:
         if error.exit_code < 0:
-            if -error.exit_code in STOP_SIGNALS:  # before training could answer it, or after
+            if -error.exit_code in STOP_SIGNALS:  # the signal came outside the training loop
                 raise SystemExit(128 - error.exit_code) from None
             name = signal.Signals(-error.exit_code).name
             raise RunFailure(f"process {node * count + error.error_index} was killed by {name}") from None
@@ -58,7 +58,7 @@ def run_on_node(work: Callable[[], None], count: int) -> None:
 
 
 def _rendezvous(count: int) -> tuple[dict[str, str], int]:
-    """The variables that torchrun would set, but for the ranks; and the number of this node."""
+    """torchrun's environment variables except the ranks, and the index of this node."""
     from mixmask.engine.distributed import read_launch
 
     launch = read_launch(os.environ)

@@ -25,19 +25,19 @@ from mixmask.launch.suite.arrays import Array
 from mixmask.launch.suite.manifest import Launch, launches
 from mixmask.launch.suite.suite import Suite
 
-APPEARING_SECONDS = 30.0  # which a network file system may take to show a new file
+APPEARING_SECONDS = 30.0  # how long a network file system may take to show a new file
 
 
 def header(suite: str, array: Array, profile: Profile, folder: Path, snapshot: Path, dependency: str | None) -> str:
     """The ``#SBATCH`` lines of an array, as submitit would write them.
 
     Args:
-        suite: Its name is part of the job's.
+        suite: Name of the suite, part of the job's name.
         array: What is submitted.
-        profile: Of the cluster.
-        folder: Of the launch.
-        snapshot: Of the code.
-        dependency: As sbatch writes it, or words that stand for it.
+        profile: The cluster's profile.
+        folder: Folder of the launch.
+        snapshot: Folder of the code snapshot.
+        dependency: In sbatch's syntax, with job ids or placeholders.
     """
     parameters = profile.sbatch_parameters(array.resources, snapshot, dependency)
     text = submitit_slurm._make_sbatch_string(
@@ -53,10 +53,10 @@ def header(suite: str, array: Array, profile: Profile, folder: Path, snapshot: P
 def submit(
     arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, suite: Suite, record: Launch
 ) -> None:
-    """Submit every array and the last job, and write their ids down; if one is refused, cancel the others.
+    """Submit every array and the finish job, and record their ids; if one is refused, cancel the others.
 
-    The launch's file goes only when all that had been submitted is cancelled: otherwise `status` and `cancel` would not know
-    of it, and the same command would submit everything twice.
+    The launch's file is deleted only after all submitted jobs are cancelled. Otherwise `status` and `cancel` would not
+    know them, and the same command would submit everything twice.
 
     Raises:
         UserError: If sbatch is missing, or the nodes do not see the folder of runs.
@@ -77,11 +77,13 @@ def submit(
             ids[array.name] = submitted[0].job_id.split("_")[0]
             for cell, job in zip(array.cells, submitted, strict=True):
                 cells[cell.id] = cells[cell.id].model_copy(update={"job": job.job_id, "log": Path(job.paths.stdout)})
+            # Written after each array, so that the file lists every submitted job if this process is killed.
             record.cells = tuple(cells.values())
             record.jobs = tuple(ids.values())
             record.write()
             say(f"submitted {array.name}: job {ids[array.name]}, {len(work)} tasks")
         waits = sorted({*ids.values(), *(cell.job for cell in record.cells if cell.job is not None)})
+        # A dependency on an array covers all its tasks; single tasks are listed only if their array is not.
         parents = {job for job in waits if "_" not in job}
         after = ":".join(job for job in waits if job in parents or job.split("_")[0] not in parents)
         resources = profile.resolve(suite.resources.finish)
@@ -98,20 +100,20 @@ def submit(
 
 
 def _finish_waits(record: Launch) -> bool:
-    """Whether the last job of an earlier launch of the suite is still to come; it reads the newest launch."""
+    """Whether the finish job of an earlier launch is still queued or running; it reports on the newest launch."""
     states = slurm_cli.queued()
     earlier = (launch.finish_job for launch in launches(record.folder.parents[3], record.suite))
     return any(job in states and states[job].is_active for job in earlier if job is not None)
 
 
 def job_name(suite: str, array: str, folder: Path) -> str:
-    """What a job is called in the queue; of one launch only."""
+    """An array's job name in the queue; a random suffix of the launch's folder tells launches apart."""
     return f"{suite}.{array}.{folder.name[-4:]}"
 
 
 @contextlib.contextmanager
 def _all_or_none(ids: Mapping[str, str], names: Sequence[str], record: Launch) -> Iterator[None]:
-    """Cancel by name, too: sbatch may have taken a job whose number was never heard."""
+    """On any error, cancel all jobs by id and by name: sbatch may have accepted a job without returning its id."""
     try:
         yield
     except BaseException:
@@ -166,10 +168,10 @@ def _sbatch(
 
 
 def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
-    """Let a small job write a file, and see that it appears here; once for each profile and folder of runs.
+    """Check with a small job that the nodes share the folder of runs; once per profile and folder.
 
     Raises:
-        UserError: If the job has run and the file is not seen.
+        UserError: If the job has ended and its file does not appear here, or if it reports a problem.
     """
     runs = record.folder.parents[3]
     digest = hashlib.sha256(profile.model_dump_json().encode()).hexdigest()[:12]
@@ -189,6 +191,7 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
     end = time.monotonic() + profile.shared_check_s
     ended_at: float | None = None
     try:
+        # A job that has ended keeps its APPEARING_SECONDS, even beyond the time for the check.
         while time.monotonic() < end or ended_at is not None:
             if job.job_id in _listed(traces):
                 problem = trace.read_text(encoding="utf-8")
@@ -216,7 +219,7 @@ def _check_shared(profile: Profile, suite: Suite, record: Launch) -> None:
 
 
 def _listed(folder: Path) -> list[str]:
-    """The names in a folder, asked of the file system anew; a network file system may remember that a name was not there."""
+    """The names in a folder, listed anew: a network file system may have cached that a name does not exist."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageWork:
-    """Pretraining or transfer, in this process and those that share it.
+    """Pretraining or transfer, on all ranks of the job.
 
     Attributes:
         stage: ``pretrain`` or ``transfer``.
@@ -27,7 +27,7 @@ class StageWork:
     run: Path
 
     def __call__(self) -> None:
-        """Do it, or go on with it."""
+        """Run the stage, from its checkpoint if there is one."""
         from mixmask.engine.config import load_recipe
         from mixmask.engine.distributed import agreed, session
         from mixmask.engine.progress import say
@@ -36,6 +36,7 @@ class StageWork:
         from mixmask.transfer import stage as transfer_stage
         from mixmask.transfer.recipe import load_transfer_recipe
 
+        # A run directory is <runs>/<stage>/<name>-<fingerprint>.
         recipe, runs = self.recipe, self.run.parents[1]
         with session():
             if self.stage == "pretrain":
@@ -50,7 +51,7 @@ class StageWork:
 
 @dataclass(frozen=True)
 class ConversionWork:
-    """A backbone in another format, read back by the library it is for.
+    """Conversion of a backbone to another format, verified by reading it back with the library it is for.
 
     Attributes:
         run: The run directory.
@@ -65,7 +66,7 @@ class ConversionWork:
     target: Target
 
     def __call__(self) -> None:
-        """Do it."""
+        """Convert and verify."""
         from mixmask.engine.run import carry_out
         from mixmask.transfer.checkpoints.conversion import Conversion
 

@@ -1,8 +1,8 @@
 """From cells to job arrays: which cells go together, and what each array waits for.
 
-A task of an array starts when the task with the same number of the array that it depends on has ended well (SLURM's
-``aftercorr``). So pretraining cells that the same kinds of job wait for make one array, and what waits for them makes
-arrays of the same length and order: the k-th child of every parent is in the k-th of them.
+With SLURM's ``aftercorr``, task i of an array starts when task i of its parent array has succeeded. So pretraining
+cells whose children are of the same kinds (stage and resources) form one array. Their children form arrays of the same
+length and order: the k-th child of a kind goes into the k-th array of that kind.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Array:
 
     Attributes:
         name: Shown in the queue, unique in a launch.
-        resources: Of every cell.
-        cells: In the order of the tasks.
-        after: The array whose tasks these wait for, one for one.
-        after_jobs: Jobs submitted earlier that all of these wait for.
+        resources: Resources of each task.
+        cells: The cells in the order of the tasks.
+        after: Parent array: task i waits for its task i.
+        after_jobs: Ids of earlier jobs that all tasks wait for.
     """
 
     name: str
@@ -34,8 +34,9 @@ class Array:
     after_jobs: tuple[str, ...] = field(default=())
 
     def dependency(self, job_ids: Mapping[str, str]) -> str | None:
-        """As sbatch writes it, once the arrays before it have job ids (by name)."""
+        """The dependency in sbatch's syntax, or None; ``job_ids`` holds the ids of earlier arrays by name."""
         if self.after is not None:
+            # A single cell is submitted as a plain job, which has no task numbers to match.
             kind = "aftercorr" if len(self.cells) > 1 else "afterok"
             return f"{kind}:{job_ids[self.after.name]}"
         return f"afterok:{':'.join(self.after_jobs)}" if self.after_jobs else None
@@ -46,8 +47,8 @@ def plan_arrays(cells: Sequence[Cell], queued: Mapping[str, str], limit: int) ->
 
     Args:
         cells: What is to be submitted.
-        queued: Job ids of cells that are submitted already, by cell id: a child waits for that job.
-        limit: Most tasks in an array.
+        queued: Job ids of cells that are submitted already, by cell id; their children wait for these jobs.
+        limit: Largest number of tasks in an array.
     """
     names: dict[str, int] = defaultdict(int)
 

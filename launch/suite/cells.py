@@ -1,4 +1,4 @@
-"""The cells of work that a suite comes to, and whether their data and sizes are right."""
+"""Expand a suite into its cells, and check their data and sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mixmask.transfer.checkpoints.source import Source, read_source
 from mixmask.transfer.protocol import LABELS, TransferRecipe
 from mixmask.transfer.recipe import load_transfer_recipe, protocol_of
 
-ORIGIN = "the suite"  # where a cell's overrides stand, for messages
+ORIGIN = "the suite"  # the source of a cell's overrides, for error messages
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Cell:
     """One run.
 
     Attributes:
-        stage: What kind of work.
-        name: Readable; varied values and seeds are part of it.
+        stage: Kind of work.
+        name: Readable name with varied values and seeds.
         fingerprint: Identity of the work.
         run: Its run directory.
-        resources: With the cluster's defaults.
+        resources: Resources of its job, with the cluster's defaults.
         protocol: As in records; for conversions the target.
         dataset: Name of the data set; empty for conversions.
-        seed: Of the run.
-        recipe: Of pretraining and transfer.
-        source: The backbone's file, of conversions.
-        target: The format, of conversions.
-        parent: Id of the pretraining cell whose backbone it needs, if one of this suite makes it.
+        seed: Seed of the run.
+        recipe: Recipe of pretraining or transfer; None for conversions.
+        source: File of the backbone to convert; None otherwise.
+        target: Format to convert to; None otherwise.
+        parent: Id of the pretraining cell whose backbone it needs, if that cell is part of this suite.
     """
 
     stage: Stage
@@ -73,7 +73,7 @@ class Cell:
 
     @property
     def done(self) -> tuple[Path, ...]:
-        """The files whose presence says that the work is done."""
+        """The files that exist once the work is done."""
         if self.target is not None:
             return (self.run / f"backbone{SUFFIXES[self.target][0]}",)
         record = RunDirectory(self.run).record_file
@@ -85,7 +85,7 @@ class Cell:
         return all(file.is_file() for file in self.done)
 
     def launched(self) -> LaunchedCell:
-        """What is written down of it."""
+        """The cell as it is stored in the launch's file."""
         return LaunchedCell(
             id=self.id,
             stage=self.stage,
@@ -100,12 +100,12 @@ class Cell:
 
 
 def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Cell, ...]:
-    """The cells of a suite, each pretraining before what needs its backbone.
+    """The cells of a suite; a pretraining cell comes before the cells that need its backbone.
 
     Args:
         suite: What to run.
         folder: What its paths are relative to.
-        profile: Gives the defaults of resources and the places of data.
+        profile: Gives default resources and the folders of data sets.
         runs: Folder of all runs.
 
     Raises:
@@ -185,7 +185,8 @@ class _Expansion:
     def _variants(
         self, entry: Entry, common: Mapping[str, Any], forced: Mapping[str, Any]
     ) -> Iterator[tuple[str, list[str], int]]:
-        """(suffix of the name, overrides, seed) of every combination."""
+        """Yield (name suffix, overrides, seed) for every combination of varied values and seeds."""
+        # Later overrides win: keys of the suite, of the entry, varied values, then keys from the command line.
         fixed = [_override(key, value) for key, value in {**common, **entry.set}.items()]
         last = [_override(key, value) for key, value in forced.items()]
         for values in itertools.product(*entry.vary.values()):
@@ -197,13 +198,13 @@ class _Expansion:
                 yield suffix + which, [*fixed, *varied, *last, f"seed={seed}"], seed
 
     def _config(self, entry: Entry, kind: str) -> Path:
-        """A recipe's config: a file, relative to the suite's, or one that comes with the project, by its name."""
+        """Path of a recipe's config: a file relative to the suite's, or a config of the project by its name."""
         beside = self.folder / entry.config
         given = Path(entry.config)
         return beside if beside.exists() or len(given.parts) > 1 else config_file(given, kind)
 
     def _data(self, name: str, entry: Entry) -> list[str]:
-        """Where a data set lies, unless the entry says it itself."""
+        """The override of ``data.root`` from suite or profile; empty if they have none or the entry sets it itself."""
         self.datasets.add(name)
         place = {**self.profile.data, **self.suite.data}.get(name)
         said = "data.root" in entry.set or "root" in (entry.set.get("data") or {})
@@ -214,6 +215,7 @@ class _Expansion:
         return self.profile.resolve(own.over(common))
 
     def _pretrain(self, entry: Entry, suffix: str, overrides: list[str], seed: int) -> Cell:
+        # Read twice: the data set and name of the first recipe decide on further overrides of the second.
         config = self._config(entry, "pretrain")
         recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
         overrides = [
@@ -300,7 +302,7 @@ def _readable(value: object) -> str:
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Open the data of every recipe once, and refuse sizes that do not fit them or the number of processes.
+    """Open each data set once, and check that the recipes' sizes fit the data and the number of processes.
 
     Raises:
         UserError: With the cell's name.
@@ -317,6 +319,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if cell.recipe is None:
             continue
+        # Cells that differ in these keys only have the same data and sizes, so one of them is checked.
         labels = {"name", "seed"} | ({"backbone", *LABELS} if cell.stage == "transfer" else set())
         key = f"{cell.recipe.model_dump_json(exclude=labels)} {cell.resources.processes}"
         if key not in seen:

@@ -1,4 +1,4 @@
-"""``mixmask launch``: from a suite to what is submitted, or said in a dry run."""
+"""``mixmask launch``: submit the jobs of a suite, or describe them in a dry run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from mixmask.launch.suite.summary import write_results
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.protocol import LABELS, TransferRecipe
 
-SETTLING_SECONDS = 60.0
-LAUNCHING_SECONDS = 600.0  # for which a launch waits for another one to be through
-LARGEST_ARRAY = 1000  # SLURM's default, where it cannot be asked
+SETTLING_SECONDS = 60.0  # longest wait for jobs that are COMPLETING
+LAUNCHING_SECONDS = 600.0  # longest wait for another launch into the same folder of runs
+LARGEST_ARRAY = 1000  # tasks of an array, where SLURM cannot be asked
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Plan:
 
     Attributes:
         suite: What was asked for.
-        profile: Of the cluster.
+        profile: The cluster's profile.
         cluster: Where it would run.
         runs: Folder of all runs, absolute.
-        cells: Of the suite.
-        queued: Job ids of cells that wait or run already, by cell id.
-        arrays: What is left, in the order of submission.
-        orphans: Jobs that wait in vain, and are cancelled before their cells are submitted again.
+        cells: All cells of the suite.
+        queued: Job ids of cells that are already pending or running, by cell id.
+        arrays: The remaining cells as arrays, in the order of submission.
+        orphans: Ids of jobs whose parent nobody computes any more; cancelled before their cells are submitted again.
     """
 
     suite: Suite
@@ -62,7 +62,7 @@ class Plan:
         return tuple(cell for cell in self.cells if cell.is_finished)
 
     def describe(self) -> str:
-        """The graph, the counts and what is asked for, in words."""
+        """A summary: number of cells, arrays with their dependencies, and the requested hours."""
         new = sum(len(array.cells) for array in self.arrays)
         lines = [
             f"suite     {self.suite.name}: {len(self.cells)} cells, {len(self.finished)} finished, "
@@ -96,7 +96,7 @@ def make_plan(
     check_data: bool,
     dry: bool = False,
 ) -> Plan:
-    """Expand a suite and see what is left of it.
+    """Expand a suite and find the cells that are left to do.
 
     Args:
         suite: What is asked for.
@@ -105,10 +105,10 @@ def make_plan(
         cluster: Where it is to run.
         runs: Folder of all runs.
         check_data: Open every data set once.
-        dry: Only to be looked at: where SLURM does not answer, that is said, and the plan is made without it.
+        dry: For a dry run: if SLURM does not answer, say so and plan without it.
 
     Raises:
-        UserError: If the suite, a recipe, a checkpoint or data are not right, or SLURM is not there.
+        UserError: If the suite, a recipe, a checkpoint or the data are invalid, or SLURM is not installed.
         RunFailure: If SLURM does not answer.
     """
     runs = runs.resolve()
@@ -139,13 +139,14 @@ def make_plan(
 
 
 def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
-    """Jobs of earlier launches, of this or another suite, that still have a cell to do."""
+    """Active jobs of unfinished cells, by cell id; launches of other suites are included."""
     known: dict[str, list[str]] = {}
     for launch in manifest.launches(runs):
         for launched in launch.cells:
             if launched.job is not None and launch.cluster == "slurm":
                 known.setdefault(launched.id, []).append(launched.job)
     for cell in cells:
+        # A SLURM job that no launch has recorded may work on the run; its owner file names it.
         owner = read_owner(RunDirectory(cell.run).owner_file)
         if owner is not None and owner.get("job"):
             known.setdefault(cell.id, []).append(str(owner["job"]))
@@ -159,7 +160,7 @@ def _queued(cells: Sequence[Cell], runs: Path) -> dict[str, str]:
 
 
 def _settled(jobs: Set[str]) -> dict[str, slurm_cli.JobState]:
-    """The queue, once none of these jobs is about to end: whether such a one has done its work is not known yet."""
+    """The queue after these jobs have left COMPLETING; until then it is not known whether they did their work."""
     end = time.monotonic() + SETTLING_SECONDS
     while True:
         states = slurm_cli.queued()
@@ -171,7 +172,7 @@ def _settled(jobs: Set[str]) -> dict[str, slurm_cli.JobState]:
 
 
 def _orphans(cells: Sequence[Cell], waiting: Mapping[str, str]) -> dict[str, str]:
-    """Queued cells whose backbone nobody makes any more: SLURM has not noticed yet that they wait in vain."""
+    """Queued cells, by id, whose pretraining is neither finished nor queued; SLURM has not cancelled them yet."""
     by_id = {cell.id: cell for cell in cells}
     return {
         cell.id: waiting[cell.id]
@@ -194,6 +195,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         RunFailure: If SLURM refuses; nothing is left submitted then.
     """
     runs = runs.resolve()
+    # Two launches at the same time would both submit the same unfinished cells.
     lock = Owner(runs / ".launching.json", wait=LAUNCHING_SECONDS)
     try:
         lock.acquire()
@@ -212,7 +214,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
                 slurm_cli.cancel(plan.orphans)
                 submission.submit(plan.arrays, jobs, plan.profile, suite, record)
             except BaseException:
-                if not record.jobs:  # nothing was submitted, and status goes on showing the launch before
+                if not record.jobs:  # nothing was submitted: status keeps showing the previous launch
                     record.file.unlink(missing_ok=True)
                 raise
     finally:
@@ -226,7 +228,7 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
 
 
 def _relabel(finished: Sequence[Cell]) -> None:
-    """Give cells that were finished before the labels that the suite has for them now."""
+    """Update the labels of finished transfer cells to those that the suite gives them now."""
     for cell in finished:
         if isinstance(cell.recipe, TransferRecipe) and any(getattr(cell.recipe, key) is not None for key in LABELS):
             try:
@@ -236,7 +238,7 @@ def _relabel(finished: Sequence[Cell]) -> None:
 
 
 def _record(plan: Plan) -> Launch:
-    """Write down what is about to be launched, with the code that it runs frozen."""
+    """Write the launch's file, and freeze the code that its jobs will run."""
     folder, now = manifest.new_launch_folder(plan.runs, plan.suite.name)
     cells = tuple(
         cell.launched().model_copy(update={"job": plan.queued.get(cell.id), "log": None}) for cell in plan.cells
@@ -258,15 +260,14 @@ def _record(plan: Plan) -> Launch:
 
 
 def _jobs(plan: Plan, record: Launch) -> dict[str, CellJob]:
-    """What each cell's job is to do, with its resolved recipe written down."""
+    """The job of each cell, by cell id; the resolved recipes are written to the launch's folder."""
     from mixmask.engine.config import to_yaml
 
     found = {}
     for array in plan.arrays:
         for cell in array.cells:
-            cell.run.mkdir(
-                parents=True, exist_ok=True
-            )  # another suite with the same work finds it, whatever its name there
+            # Made now, so that another suite with the same work finds it by the fingerprint, under any name.
+            cell.run.mkdir(parents=True, exist_ok=True)
             work: StageWork | ConversionWork
             if cell.recipe is not None:
                 recipe = record.folder / "recipes" / cell.stage / f"{cell.run.name}.yaml"

@@ -27,7 +27,7 @@ from mixmask.launch.suite.manifest import Launch
 
 
 def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, record: Launch) -> None:
-    """Run every array in turn; a cell without its backbone is left out, and a failed one does not stop the others.
+    """Run the arrays one after another. A cell without its backbone is skipped; a failed cell does not stop the others.
 
     Raises:
         Interrupted: If this process was asked to stop.
@@ -52,12 +52,13 @@ def run(arrays: Sequence[Array], jobs: Mapping[str, CellJob], profile: Profile, 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the suite, and not a cell alone; a second Ctrl-C ends it at once."""
+    """Let SIGTERM and Ctrl-C stop the whole suite, not only one cell; a second Ctrl-C stops it at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise Interrupted("stopped; the same command continues with what is missing", number)
 
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,7 +75,7 @@ def _stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf_to_the_terminal() -> Iterator[None]:
-    """What is started in here does not hear Ctrl-C: it is told to stop with SIGTERM, once."""
+    """Processes that are started in this context ignore Ctrl-C; `_stop` sends them one SIGTERM instead."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -83,7 +84,7 @@ def _deaf_to_the_terminal() -> Iterator[None]:
 
 
 def _note(record: Launch, cell: Cell, **found: object) -> None:
-    """Keep where a cell runs and what it writes."""
+    """Store a cell's job and log in the launch's file."""
     record.cells = tuple(one.model_copy(update=found) if one.id == cell.id else one for one in record.cells)
     record.write()
 
@@ -108,7 +109,7 @@ def _in_this_process(job: CellJob) -> None:
 
 @contextlib.contextmanager
 def _unchanged() -> Iterator[None]:
-    """Leave the folder and the environment as they were."""
+    """Restore the working directory and the environment variables at the end."""
     folder, environment = os.getcwd(), dict(os.environ)
     try:
         yield
@@ -121,10 +122,11 @@ def _unchanged() -> Iterator[None]:
 def _as_processes(
     array: Array, cells: Sequence[Cell], jobs: Mapping[str, CellJob], profile: Profile, record: Launch
 ) -> None:
-    """One after another; those without GPUs as many at a time as the profile says (``array_parallelism``)."""
+    """Run cells one after another; without GPUs, as many at a time as the profile says (``array_parallelism``)."""
     assert record.snapshot is not None
     if array.resources.num_nodes > 1:
         raise UserError(f"{array.name}: asks for {array.resources.num_nodes} nodes; --cluster local has this one")
+    # submitit gives every local job the same first GPUs, so jobs with GPUs run one at a time.
     several = "array_parallelism" in profile.model_fields_set and not array.resources.gpus
     width = profile.array_parallelism if several else 1
     executor = submitit.LocalExecutor(
@@ -142,9 +144,10 @@ def _as_processes(
         setup=[
             *profile.setup_lines(record.snapshot, batch_script=False),
             f"cd {shlex.quote(str(record.snapshot))}",
+            # The shell must survive SIGTERM, to wait for the processes that write their checkpoints.
             "trap : TERM",
         ],
-    )  # the shell outlives what it is told to end: it waits for the checkpoint
+    )
     for start in range(0, len(cells), width):
         chosen = cells[start : start + width]
         with _deaf_to_the_terminal():
@@ -163,10 +166,11 @@ def _as_processes(
 
 
 def _stop(cells: Sequence[Cell], jobs: Sequence[submitit.Job[Any]]) -> None:
-    """End processes with a checkpoint, and wait for it."""
+    """Let running processes write a checkpoint and end, and wait for them."""
     running = [(cell, job) for cell, job in zip(cells, jobs, strict=True) if not job.done()]
     say(f"waiting for {len(running)} processes to write their checkpoints; Ctrl-C again does not wait")
     for cell, _ in running:
+        # The owner is rank 0; the other ranks agree with it on the stop.
         owner = read_owner(RunDirectory(cell.run).owner_file)
         if owner is not None and isinstance(owner.get("pid"), int):
             with contextlib.suppress(ProcessLookupError):

@@ -17,14 +17,14 @@ from mixmask.engine.storage import write_text
 
 Stage = Literal["pretrain", "convert", "transfer"]
 Cluster = Literal["slurm", "local", "inline"]
-SEED = re.compile(r"_seed-([0-9]+)")  # what a suite adds to the names of cells with several seeds
+SEED = re.compile(r"_seed-([0-9]+)")  # added to a cell's name if its entry has several seeds
 
 
 class LaunchedCell(BaseModel):
     """A cell as it was launched.
 
-    ``done`` are the files whose presence says that it is finished; ``job`` is its SLURM job (``12_3``), or the process
-    that `--cluster local` started, and None if it was finished before.
+    ``done`` lists the files that exist once the cell is finished. ``job`` is its SLURM job (``12_3``) or the process
+    that `--cluster local` started; None without either, for example if the cell was finished before the launch.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,12 +43,12 @@ class LaunchedCell(BaseModel):
 
     @property
     def recipe(self) -> str:
-        """What all seeds of a recipe are called: ``transfer/cifar100-moco-knn``."""
+        """The name that all seeds of a recipe share, such as ``transfer/cifar100-moco-knn``."""
         return f"{self.stage}/{SEED.sub('', self.name)}"
 
     @property
     def seeds(self) -> str:
-        """``0``, or ``0/1`` where the backbone and the cell have several; empty where there is one."""
+        """The seed, such as ``0``, or ``0/1`` if backbone and cell both have several; empty with a single seed."""
         return "/".join(SEED.findall(self.name))
 
     @property
@@ -74,7 +74,7 @@ class Launch(BaseModel):
 
     @property
     def file(self) -> Path:
-        """Where it is kept."""
+        """Path of the launch's file."""
         return self.folder / "launch.json"
 
     def write(self) -> None:
@@ -83,12 +83,12 @@ class Launch(BaseModel):
 
 
 def suite_folder(runs: Path, suite: str) -> Path:
-    """What belongs to a suite: its launches, the frozen code, the tables."""
+    """The folder of a suite: its launches, code snapshots and tables."""
     return runs / "suites" / suite
 
 
 def new_launch_folder(runs: Path, suite: str) -> tuple[Path, datetime]:
-    """A folder for a launch that begins now; names sort by time."""
+    """The path of a new launch's folder and the present time; the folder's name sorts by time."""
     now = datetime.now(timezone.utc)
     stamp = now.strftime("%Y%m%d-%H%M%S-%f")
     return suite_folder(runs, suite) / "launches" / f"{stamp}-{secrets.token_hex(2)}", now

@@ -1,4 +1,4 @@
-"""``mixmask status`` at a glance: recipes × seeds, and under it what runs or needs somebody; 80 columns are enough."""
+"""``mixmask status`` in 80 columns: recipes × seeds, then the cells that are running or need attention."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from mixmask.launch.suite.status import COLOURS, FIRST, CellStatus
 
 SHORT = {"not started": "–", "pending": "waits", "cancelled": "cancelled", "suspended": "susp."}
 DETAILED = ("running", "failed", "suspended", "stopped", "cancelled")
-MOST_SEEDS = 5  # side by side; more seeds stand in further lines of their recipe
+MOST_SEEDS = 5  # per line; a recipe with more seeds takes several lines
 
 
 def overview(launch: Launch, found: Sequence[CellStatus], rows: int | None = None, remark: str = "") -> RenderableType:
     """The matrix, then the details of every cell that runs or did not end well.
 
     Args:
-        launch: Whose cells they are.
-        found: Their states.
-        rows: Most lines in all, as on a short screen: details go first, and what is left out is counted.
-        remark: For the end.
+        launch: The launch that the cells belong to.
+        found: The states of its cells.
+        rows: Largest number of lines, for a short screen: details are cut first, and omitted cells are counted.
+        remark: Text for the end.
     """
     details = [one for one in found if one.state in DETAILED]
     matrix = _matrix(found)
+    # The details of a cell take up to three lines.
     room = len(details) if rows is None else max((rows - len(matrix) - 4) // 3, 1)
     hint = (
         ("a cell's log: mixmask logs CELL", f"every cell: mixmask status {launch.suite} --cells")
@@ -74,12 +75,12 @@ def _details(found: Sequence[CellStatus], room: int, what: str) -> list[Text]:
 
 
 def _near(path: Path) -> str:
-    """As short as it can be typed here."""
+    """A path relative to the current folder if it lies inside, else as it is."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _line(text: str, style: str) -> Text:
-    """A line that is never broken: what stands in it is copied and pasted."""
+    """A line that is never wrapped, so that it can be copied and pasted."""
     return Text(printable(text), style=style, no_wrap=True, overflow="ignore")
 
 
@@ -88,7 +89,7 @@ def _requeues(one: CellStatus) -> str:
 
 
 def _matrix(found: Sequence[CellStatus]) -> list[Text]:
-    """A heading for every recipe with the name of its metric, and under it its seeds."""
+    """For each recipe a heading with the name of its metric, then its seeds."""
     lines: dict[str, list[CellStatus]] = {}
     twice = {of for of, count in Counter((one.recipe, one.seeds) for one in found).items() if count > 1}
     for one in found:

@@ -1,7 +1,7 @@
-"""Writes ``evaluate/reference.json``: the recipes, as shipped, that the paper's numbers are compared with.
+"""Writes ``evaluate/reference.json``: the shipped recipes behind each row of the paper's tables.
 
-``make reference`` (``python -m mixmask.launch.suite.reference``) after a recipe or a suite was changed; a test compares the
-file.
+Run ``make reference`` (``python -m mixmask.launch.suite.reference``) after you change a recipe or a suite; a test
+compares the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ FILE = Path(__file__).resolve().parents[2] / "evaluate" / "reference.json"
 
 
 def reference() -> dict[str, Any]:
-    """Every row of the paper's tables with the identities of the recipes that come with this project for it.
+    """Every row of the paper's tables with the identities of the shipped recipes for it.
 
-    Recipes are listed once, by a name; a pretraining recipe of a mixture says only in what it differs from the plain one.
+    Each recipe is listed once, by name. A pretraining recipe holds only its differences from the first one with the
+    same data set and framework.
     """
     folder = configs_folder() / "suites"
     pretrain: dict[str, dict[str, Any]] = {}
@@ -67,7 +68,7 @@ def _without_seed(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compact(recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each recipe as what it has besides the first of its data set and framework (``like``)."""
+    """Each recipe as its differences from the first one of its data set and framework, which ``like`` names."""
     firsts: dict[tuple[str, str], str] = {}
     result = {}
     for name, recipe in sorted(recipes.items()):

@@ -1,4 +1,4 @@
-"""``mixmask status``: how far every cell of a suite is, from the run directories and SLURM's queue."""
+"""``mixmask status``: the state of every cell of a suite, from the run directories and SLURM's queue."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ COLOURS = {
     "failed": "red",
     "cancelled": "magenta",
 }
-UNSEEN_SECONDS = 60  # after which a running job without a trace means that its folder is not this one
-CAUSES = (  # of an end, in the order of what they tell
+UNSEEN_SECONDS = 60  # a job that runs longer without leaving a trace here does not share this folder
+CAUSES = (  # log lines that say why a job ended, the most informative first
     r"^(error|failed): ",
     r"execve\(\): ",  # srun could not start the program: no such container, no such Python
     r": No module named ",
@@ -42,16 +42,16 @@ CAUSES = (  # of an end, in the order of what they tell
 
 @dataclass(frozen=True)
 class CellStatus:
-    """A cell, and how far it is.
+    """The state of a cell.
 
     Attributes:
-        cell: Its id.
-        recipe: What all seeds of its recipe are called.
-        seeds: Which of them it is; empty where there is one.
+        cell: The cell's id.
+        recipe: Name that all seeds of its recipe share.
+        seeds: Its seed; empty if the recipe has a single one.
         stage: pretrain, convert or transfer.
-        state: One word.
-        detail: Progress, the reason of a wait, the last error line, or the headline metric.
-        requeues: How often its job has been queued again.
+        state: What `State` lists.
+        detail: Progress, the reason for waiting, the last error line, or the headline metric.
+        requeues: Number of requeues of its job.
         job: Its SLURM job.
         log: The log of its first process.
         run: The run directory.
@@ -80,6 +80,7 @@ def status(launch: Launch) -> list[CellStatus]:
     if launch.cluster == "slurm" and any(not cell.is_finished for cell in launch.cells):
         states = slurm_cli.queued()
         unknown = [c.job for c in launch.cells if not c.is_finished and c.job is not None and c.job not in states]
+        # sacct answers for whole arrays; for tasks that are in the queue as well, the queue is right.
         states = slurm_cli.accounted(unknown) | states
     found: dict[str, CellStatus] = {}
     for cell in launch.cells:
@@ -96,6 +97,7 @@ def _status(
     log = log or (str(cell.log) if cell.log is not None else None)
     state, detail = _state(cell, launch, states, before, lines, log)
     starts = attempts.starts(cell.job) if cell.job is not None else 0
+    # A pending job that has started before is waiting for its next start.
     requeues = starts if state == "pending" else max(starts - 1, 0)
     return CellStatus(
         cell.id, cell.recipe, cell.seeds, cell.stage, state, detail, requeues, cell.job, log, str(cell.run)
@@ -126,6 +128,7 @@ def _state(
             return "running", f"on {job.node}, but its files are not seen in {launch.folder}: is that folder shared?"
         return "running", progress(cell.run)
     owner = read_owner(RunDirectory(cell.run).owner_file)
+    # No SLURM job, but a living process works on the run: local, inline or started by hand.
     if job is None and owner is not None and seems_alive(RunDirectory(cell.run).owner_file):
         return "running", f"{progress(cell.run)} ({describe_owner(owner)})".strip()
     parent = before.get(cell.parent) if cell.parent is not None else None
@@ -155,7 +158,7 @@ def _state(
 
 
 def headline(cell: LaunchedCell) -> str:
-    """The number that a finished cell is read for, or the file that a conversion has written."""
+    """The headline metric of a finished cell, such as ``knn/top1 68.30``, or the file name of a conversion."""
     if cell.stage == "convert":
         return cell.done[0].name
     try:
@@ -185,7 +188,7 @@ def progress(run: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In words."""
+    """Seconds as text: ``20 s``, ``5 min``, ``2 h 05 min``, ``3 days``."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return f"{seconds:.0f} s"
@@ -195,7 +198,7 @@ def duration(seconds: float) -> str:
 
 
 def last_error(log: str | None) -> str:
-    """The line of a log that says why it ended; a launcher's remarks only if there is nothing else."""
+    """The log line that best explains the end: the last one with the first of `CAUSES` found, else the last line."""
     if log is None:
         return ""
     lines = [printable(line.strip()) for line in last_lines(Path(log))]
@@ -207,15 +210,15 @@ def last_error(log: str | None) -> str:
 
 
 def as_json(suite: str, found: Sequence[CellStatus]) -> str:
-    """For scripts."""
+    """The states of all cells as JSON, for scripts."""
     return json.dumps({"suite": suite, "cells": [asdict(one) for one in found]}, indent=1)
 
 
 def cancel(launches: Sequence[Launch]) -> list[str]:
-    """Cancel every job of a suite that waits or runs; the last job of each launch, too.
+    """Cancel all pending and running jobs of a suite, the finish job of each launch included.
 
     Returns:
-        The ids.
+        The ids of the cancelled jobs.
 
     Raises:
         UserError: If nothing of it runs on SLURM.
@@ -233,7 +236,7 @@ def cancel(launches: Sequence[Launch]) -> list[str]:
 
 
 def find_cell(launches: Sequence[Launch], wanted: str) -> tuple[Launch, LaunchedCell]:
-    """The cell that its id, its recipe's name or a part of these names, in the newest launch that has it.
+    """Find a cell by its id, job, run directory, or a part of its id or name; ``launches`` are newest first.
 
     Raises:
         UserError: If none or several do; they are listed.

@@ -1,4 +1,4 @@
-"""A suite as it is asked for: backbones × transfer recipes × seeds."""
+"""The config of a suite: backbones × transfer recipes × seeds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SUITE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"  # the name of a folder: neither 
 class Entry(Recipe):
     """A recipe of the suite.
 
-    ``config`` is relative to the suite's file, or the name of a config that comes with the project. ``set`` replaces keys;
-    each key of ``vary`` takes every value of its list, in all combinations; ``seeds`` are the runs of each.
+    ``config`` is a path relative to the suite's file, or the name of a config of the project. ``set`` replaces keys.
+    The keys of ``vary`` take all combinations of the values in their lists, and each combination runs once per seed.
     """
 
     config: str = Field(min_length=1)
@@ -48,7 +48,7 @@ class Entry(Recipe):
 
 
 class CheckpointEntry(Recipe):
-    """A backbone that exists: this project's file or a checkpoint of a known layout, relative to the suite's file."""
+    """An existing backbone: this project's file or a checkpoint of a known layout, relative to the suite's file."""
 
     path: str = Field(min_length=1)
     name: str = Field(pattern=NAME)
@@ -59,7 +59,7 @@ class CheckpointEntry(Recipe):
 
 
 class ConvertEntry(Recipe):
-    """Formats that every backbone is written in, verified."""
+    """Formats that every backbone is converted to, with verification."""
 
     to: tuple[Target, ...] = Field(min_length=1)
     resources: Resources = Resources()
@@ -95,9 +95,11 @@ class StageResources(Recipe):
 
 
 class Settings(Recipe):
-    """Keys that every recipe of a stage takes, then those of a protocol; a recipe's own ``set`` comes after them.
+    """Keys for all recipes of a stage or of one protocol.
 
-    Besides ``pretrain`` and ``transfer``, every protocol that exists is a key here.
+    Keys of a protocol win over those of ``transfer``; an entry's own ``set`` wins over both.
+
+    Besides ``pretrain`` and ``transfer``, the name of every protocol is a key here.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -123,7 +125,7 @@ class Settings(Recipe):
 
 
 class Suite(Recipe):
-    """A table's worth of work. ``data`` says where data sets lie, by their ``data.name``, before the cluster's profile."""
+    """All runs for a table. ``data`` maps a ``data.name`` to its folder and wins over the cluster's profile."""
 
     name: str = Field(pattern=SUITE_NAME)
     data: dict[str, str] = Field({})
@@ -137,7 +139,8 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     """Read a suite.
 
     Raises:
-        ConfigError: As `load_recipe`; a ``base:`` that leads back to itself is said so.
+        ConfigError: As `load_recipe`, for example for a ``base:`` that leads back to itself.
     """
+    # ``set`` on the command line becomes ``force``, which also wins over the ``set`` of the entries.
     forced = [f"force.{text.removeprefix('set.')}" if text.startswith("set.") else text for text in overrides]
     return load_recipe(Suite, path, forced)

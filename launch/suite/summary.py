@@ -1,4 +1,4 @@
-"""What a suite ends with: its tables, its page, and which cells are missing from them."""
+"""The results of a suite: its tables, its HTML page, and a list of unfinished cells."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ from mixmask.launch.suite.status import headline
 
 
 def write_results(runs: Path, suite: str) -> str:
-    """Write ``tables.md``, ``tables.csv``, ``report.md`` and ``report/index.html`` of a suite's cells.
-
-    The cells are those that its newest launch lists.
+    """Write ``tables.md``, ``tables.csv``, ``report.md`` and ``report/index.html`` for the cells of the newest launch.
 
     Returns:
-        The report: the table, every finished cell's result, and why each of the others is not.
+        The report as text: the tables, the result of each finished cell, and the reason for each unfinished one.
     """
     launch = latest(runs, suite)
     folder = suite_folder(runs, suite)
@@ -62,7 +60,7 @@ def _collect(launch: Launch, folder: Path) -> Collection:
 
 
 def _why(cell: LaunchedCell, launch: Launch) -> str:
-    """What is known of a cell without a result, from its folder alone."""
+    """Why a cell has no result, as far as its run directory tells."""
     lines = Attempts(RunDirectory(cell.run).attempts_file).read()
     if not lines:
         parent = next((other for other in launch.cells if other.id == cell.parent), None)

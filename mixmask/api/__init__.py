@@ -1,4 +1,4 @@
-"""The Python API, for notebooks and other people's code: `mixmask.__all__` names what is promised to stay."""
+"""The Python API, for notebooks and your own code. The names in `mixmask.__all__` are stable."""
 
 from __future__ import annotations
 

@@ -22,23 +22,23 @@ from mixmask.transfer.checkpoints.tensor_report import Reading
 def load_backbone(
     path: Place, *, layout: str | None = None, prefix: str | None = None, arch: str | None = None
 ) -> nn.Module:
-    """Load the trunk of a checkpoint, this project's or anyone's, in eval mode.
+    """Load the trunk of a checkpoint, of this project or any other, in eval mode.
 
     Args:
         path: ``backbone.safetensors``, or a checkpoint of a known layout (``mixmask inspect`` lists what is in it).
-        layout: Its layout, where its keys do not tell it: ``moco``, ``simsiam``, ``swav`` …
-        prefix: What stands before the trunk's names in the file.
+        layout: Its layout, if it cannot be recognised by its keys: ``moco``, ``simsiam``, ``swav`` …
+        prefix: Prefix of the trunk's keys in the file.
         arch: ``timm/`` and a name, if it is a ConvNet of timm; ResNets are recognised.
 
     Returns:
         A network from (N, 3, H, W) images to (N, ``num_features``) features. Its ``normalization`` is the data set whose
-        mean and deviation it was trained with.
+        mean and standard deviation it was trained with.
 
     Warns:
-        UserWarning: Where the file is odd, for example if its batch normalisations have no statistics.
+        UserWarning: If something in the file is suspicious, such as batch normalisations without statistics.
 
     Raises:
-        UserError: If the file is damaged, or a tensor is missing or not explained.
+        UserError: If the file is damaged, or a tensor is missing or unexpected.
 
     >>> model = load_backbone(backbone)
     >>> model(torch.zeros(2, 3, 64, 64)).shape
@@ -55,17 +55,17 @@ def load_backbone(
 
 
 def convert(source: Place, out: Place, *, to: Target, force: bool = False, verify: bool = True) -> Path:
-    """Write a backbone in another format, read back by the library it is for.
+    """Write a backbone in the format of another library, and check that the library reads it.
 
     Args:
         source: As `load_backbone` takes it.
         out: The file to write: ``.pkl`` for Detectron2, else ``.safetensors`` or ``.pth``.
         to: ``detectron2``, ``torchvision``, ``timm`` or ``mixmask``.
-        force: Replace a file that is there.
-        verify: Read it back and compare the features.
+        force: Replace an existing file.
+        verify: Read the file back and compare the features.
 
     Raises:
-        UserError: If the source cannot be read, or ``out`` is there.
+        UserError: If the source cannot be read, or ``out`` exists and ``force`` is not set.
 
     >>> convert(backbone, folder / "r18.pth", to="torchvision").name
     'r18.pth'

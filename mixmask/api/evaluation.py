@@ -1,7 +1,7 @@
-"""Measuring any network: kNN, a linear probe, or the bare features.
+"""Evaluate any network: kNN, a linear probe, or the features themselves.
 
 A network is any `torch.nn.Module` that maps (N, 3, H, W) normalised images to (N, D) features, or to (N, D, h, w) maps,
-which are averaged. A mistake raises `mixmask.UserError` with what would be valid.
+which are averaged. Invalid arguments or data raise `mixmask.UserError`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mixmask.engine.config import checked_recipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.features import extract_features as features_of
 from mixmask.engine.images import ImageSet
-from mixmask.engine.knn import extract_features as features_of
 from mixmask.engine.knn import knn_predict, top1
 from mixmask.engine.loader import open_source
 from mixmask.engine.normalization import Normalization
@@ -58,7 +58,7 @@ class Features:
 
 @contextlib.contextmanager
 def _measured(model: nn.Module, size: int) -> Iterator[_Pooled]:
-    """The network as it is measured; afterwards every part of it is in the mode it was in, with or without gradients."""
+    """Wrap a network for evaluation; afterwards the mode of every module and each ``requires_grad`` are restored."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model: a torch.nn.Module was expected, got {type(model).__name__}; mixmask.load_backbone(path) loads a file"
@@ -75,12 +75,13 @@ def _measured(model: nn.Module, size: int) -> Iterator[_Pooled]:
 
 
 class _Pooled(nn.Module):
-    """Any network, giving one row per image, and saying how wide it is."""
+    """Wraps any network: averages feature maps to one (D,) row per image, and finds D with a trial forward pass."""
 
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
         self.network = network
         weight = next(network.parameters(), torch.zeros(()))
+        # The engine takes the device from a network's parameters, and a network may have none of its own.
         self.place = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
         with torch.no_grad():
             self.num_features = self.eval()(torch.zeros(2, 3, size, size, device=weight.device)).shape[1]
@@ -105,17 +106,19 @@ def extract_features(
     normalization: Normalization | None = None,
     precision: Precision = "fp32",
 ) -> Features:
-    """Features of every image's central crop; the model is in eval mode meanwhile.
+    """Features of every image's central crop, computed in eval mode.
 
     Args:
         model: Any network; see the module.
         data: A folder of class folders, alone or in ``train/`` and ``val/``, or an archive that is known; or images.
         split: ``train``, or the name of the test folder.
-        holdout: Where there is no test folder: the share of every class that ``test`` is, and that ``train`` is without.
+        holdout: If there is no test folder, the share of every class that is held out as ``test``; ``train`` is the
+            rest.
         resize: Short side in pixels before the crop; None leaves the image.
         crop: Side of the central crop.
         batch_size: Images per forward pass.
-        normalization: Whose mean and deviation; by default the model's own (`load_backbone`), else ImageNet's.
+        normalization: Data set whose mean and standard deviation are used; by default the model's own
+            (`load_backbone`), else ImageNet's.
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
     >>> found = extract_features(mixmask.load_backbone(backbone), photos, resize=None, crop=32)
@@ -155,7 +158,7 @@ def knn(
         root: A folder of class folders, alone or in ``train/`` and ``val/`` (or ``test/``), or an archive that is known.
         k: Number of neighbours.
         temperature: Softness of the weights.
-        holdout: The share of every class that is tested on where there is no test folder.
+        holdout: The share of every class that is held out for testing if there is no test folder.
         resize, crop, batch_size, normalization, precision: As `extract_features` takes them.
 
     Raises:
@@ -196,17 +199,18 @@ def linear_probe(
 ) -> float:
     """Top-1 in percent of a linear classifier on a network's features, which are computed once.
 
-    The classifier is trained with SGD as the protocol ``linear`` trains it, on the central crop of every image; the rate
-    falls to a tenth after 60 and after 80 % of the epochs.
+    The classifier is trained with SGD as in the protocol ``linear``, on the central crop of every image. The learning
+    rate is divided by 10 after 60 % and after 80 % of the epochs.
 
     Args:
         model: Any network; see the module. It is not changed.
         root: As `knn` takes it.
         lr: Learning rate. MoCo's published 30 suits normalised networks and long training.
         epochs: Length of the training.
-        seed: Of the classifier's start and the order of the images.
+        seed: Seed of the classifier's initial weights and of the order of the images.
         holdout: As `knn` takes it.
-        resize, crop, batch_size, normalization, precision: As `extract_features` takes them; batches of training, too.
+        resize, crop, batch_size, normalization, precision: As in `extract_features`. ``batch_size`` is also
+            used for the training.
 
     >>> 0 <= linear_probe(mixmask.load_backbone(backbone), photos, epochs=2, resize=None, crop=32) <= 100
     True
@@ -244,7 +248,7 @@ def _recipe_of(
     crop: int,
     batch_size: int,
 ) -> R:
-    """The arguments as the command line would check them.
+    """Validate the arguments as the command line does.
 
     Raises:
         ConfigError: With the argument, what was given and what would be valid.
@@ -283,7 +287,7 @@ def _recipe(root: Path, test: str | None = None, holdout: float = 0.0) -> DataRe
 
 
 def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]:
-    """Training and test images: the folders that there are, or a part of the only one."""
+    """Open the training and test images: separate folders, or the only one with a part of it held out."""
     splits = find_splits(root)
     test = next((name for name in ("val", "test") if name in splits), None)
     if test is not None and "train" not in splits:

@@ -30,7 +30,7 @@ def pretrain(
 
     Args:
         recipe: The name of a config, a YAML file, or a recipe.
-        overrides: What to set in place of what the config says, with dotted keys: ``{"mix.grid": 4}``, or texts as on the
+        overrides: Values that replace those of the config, with dotted keys: ``{"mix.grid": 4}``, or strings as on the
             command line: ``["mix.grid=4"]``.
         runs: Folder of all runs.
         run_dir: The run's directory; by default named by the recipe's fingerprint.
@@ -39,8 +39,8 @@ def pretrain(
         The path of ``backbone.safetensors``.
 
     Raises:
-        UserError: If the recipe, the data or the directory are not right.
-        RunFailure: If the run cannot go on.
+        UserError: If the recipe, the data or the directory is invalid.
+        RunFailure: If the run cannot continue.
 
     >>> small = {"max_steps": 1, "batch_size": 8, "framework.queue_size": 8, "framework.bn_splits": 1, "monitor": None}
     >>> where = {"data.root": photos, "augment.crop": 32, "warmup_epochs": 0}
@@ -69,7 +69,7 @@ def transfer(
         The record; ``record.metrics`` are in percent.
 
     >>> where = [f"backbone={backbone}", f"data.root={photos}", "evaluation.crop=32", "k=5"]
-    >>> sorted(mixmask.transfer(demo / "knn.yaml", where, runs=folder).metrics)
+    >>> sorted(mixmask.transfer(demo / "knn.yaml", where, runs=folder).headlines)
     ['knn/top1']
     """
     if isinstance(recipe, TransferRecipe):
@@ -80,7 +80,7 @@ def transfer(
 
 
 def _texts(overrides: Overrides) -> list[str]:
-    """``key=value`` each."""
+    """The overrides as ``key=value`` strings."""
     if isinstance(overrides, str):
         raise ConfigError(f"overrides: {overrides!r} is one text; give a mapping, {{'epochs': 10}}, or a list of texts")
     if isinstance(overrides, Mapping):

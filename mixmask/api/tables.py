@@ -30,15 +30,15 @@ def results(runs: Place = "runs", query: str | None = None) -> pd.DataFrame:
 
 
 def compare(first: str, second: str, runs: Place = "runs") -> list[Comparison]:
-    """How much better the first is, with a 95 % interval and a test, for everything that both were measured on.
+    """The difference between two groups of runs, with a 95 % interval and a test, wherever both have results.
 
     Args:
         first: A method, or a condition on the columns of `results`.
-        second: Another.
+        second: The method or condition to compare it with.
         runs: Folder of all runs.
 
     Returns:
-        One comparison each, which `print` shows in words.
+        One comparison for each data set, protocol and metric that both have; `print` shows it in words.
     """
     from mixmask.evaluate.collect import collect
     from mixmask.evaluate.comparison import chosen

@@ -1,4 +1,4 @@
-"""The frameworks, one module each; a module that is put here is found, and its recipe's ``kind`` can be used in configs."""
+"""The frameworks, one per module. A module in this folder is found by itself, and its ``kind`` is valid in configs."""
 
 from __future__ import annotations
 

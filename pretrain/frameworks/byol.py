@@ -45,7 +45,7 @@ class BYOLRecipe(FrameworkRecipe):
 
 
 class BYOL(Framework):
-    """Online encoder and predictor, and the target encoder."""
+    """Online encoder with a predictor, and the target encoder, which is the moving average of the online encoder."""
 
     def __init__(self, recipe: BYOLRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class BYOL(Framework):
         return self.online.trunk, self.target.trunk
 
     def query(self, images: Tensor) -> Tensor:
-        """The prediction."""
+        """The predictor's output, (N, dim) unit vectors."""
         return unit(self.predictor(self.online(images)).float())
 
     @torch.no_grad()
@@ -82,16 +82,17 @@ class BYOL(Framework):
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """Twice the squared distance of unit vectors (arXiv:2006.07733, equation 2), 4 - 4 · cos, in [0, 8].
 
-        The paper's loss is the sum over both directions. `clean` is the mean of two of these, so that one query against its
-        key weighs as much as the clean loss, as it does in the other frameworks: mixing an image with itself gives it.
+        The paper adds the squared distances of both directions. The clean loss is the mean of two of these values,
+        which is the same sum. So the loss of one query has the scale of the clean loss, as in the other frameworks.
         """
         return 4 - 4 * (query * key).sum(dim=1)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
-        """The sum of both directions' squared distances (section 3.1, "we symmetrize the loss")."""
+        """The squared distances of both directions, added (section 3.1, "we symmetrize the loss")."""
         first, second = self.query(queries[0]), self.query(queries[1])
         key_first, key_second = self.key(keys[0]), self.key(keys[1])
         losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
+        # A mixture of the first view is compared with the key of the second.
         return Clean(losses, first, (key_second,))
 
     def after_step(self, progress: float) -> None:

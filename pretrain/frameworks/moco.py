@@ -25,12 +25,13 @@ from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 class MoCoRecipe(FrameworkRecipe):
     """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
 
-    ``bn_splits`` is the number of groups of a batch in which batch statistics are taken (1 switches it off on one device).
-    With P processes each uses bn_splits / P groups, so results do not depend on P as long as P <= bn_splits; with more
-    processes each takes its own statistics.
+    ``bn_splits`` is the number of groups per batch with BatchNorm statistics of their own (1 on one device: ordinary
+    BatchNorm). With P processes each uses bn_splits / P groups, so results are the same for every P <= bn_splits; with
+    more processes, each rank is one group.
 
-    ``symmetric``: both views ask and both answer, the two losses are added, a mixture of the first view meets both keys, and
-    both views' keys enter the queue. It is how Un-Mix's published CIFAR code trains MoCo (arXiv:2003.05438).
+    ``symmetric``: each view is the query once and the key once, and the two losses are added. A mixture of the first
+    view is compared with both keys, and the keys of both views enter the queue. Un-Mix's published CIFAR code trains
+    MoCo this way (arXiv:2003.05438).
     """
 
     kind: Literal["mocov2", "moco"] = "mocov2"
@@ -81,8 +82,9 @@ class MoCoRecipe(FrameworkRecipe):
 
 
 class MoCo(Framework):
-    """Query encoder, its momentum copy for the keys, and the queue of negative keys."""
+    """Query encoder, momentum encoder for the keys, and the queue of negative keys."""
 
+    # Every rank writes the same gathered keys, so the queue stays equal without a broadcast.
     not_shared = ("queue", "queue_position")
     queue: Tensor
     queue_position: Tensor
@@ -92,6 +94,7 @@ class MoCo(Framework):
         self.recipe = recipe
         self.asks_with_both_views = recipe.symmetric
         trunk = build_trunk(backbone)
+        # Each rank has batch statistics of its own already, so the groups are shared out among the ranks.
         groups = max(recipe.bn_splits // world().size, 1)
         if groups > 1:
             replace_batch_norm(trunk, partial(SplitBatchNorm2d, num_splits=groups))
@@ -99,10 +102,11 @@ class MoCo(Framework):
         head = mlp([width, width, recipe.dim] if recipe.kind == "mocov2" else [width, recipe.dim], norm=False)
         self.query_encoder = Encoder(trunk, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        # Random unit vectors are the negatives until real keys have replaced them.
         self.register_buffer("queue", unit(torch.randn(recipe.queue_size, recipe.dim)))  # (K, dim)
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
-        self.fresh: list[Tensor] = []  # this step's keys, which enter the queue when its gradients are done
-        self.position: int | None = None  # the host's copy: reading the buffer would make it wait for the device
+        self.fresh: list[Tensor] = []  # this step's keys; they enter the queue after the optimizer step
+        self.position: int | None = None  # host copy of queue_position: reading the buffer would wait for the GPU
         self.register_load_state_dict_post_hook(_forget_position)  # type: ignore[no-untyped-call]
 
     @property
@@ -125,19 +129,21 @@ class MoCo(Framework):
 
     @torch.no_grad()
     def key(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Embed the keys in shuffled order, over all processes (arXiv:1911.05722, section 3.3).
+        """Encode the keys with shuffled BatchNorm over all ranks (arXiv:1911.05722, section 3.3).
 
-        A key is normalised together with other images than its query, on another process or in another group
-        (`SplitBatchNorm2d`), so that batch statistics do not give the pair away.
+        The shuffle gives a key and its query batch statistics of different images, on another rank or in another group
+        of `SplitBatchNorm2d`, so that the statistics do not reveal which key belongs to which query.
 
         Returns:
             (N, dim) unit vectors, in the order of ``images``, without gradient.
         """
         everyone = gather(images)
+        # `rng` is in the same state on every rank, so all ranks draw the same permutation without exchanging it.
         order = torch.randperm(len(everyone), generator=rng)
         mine = world().share(len(everyone))
         shuffled = everyone[to_device(order[mine], images.device)].contiguous(memory_format=torch.channels_last)
         embedding = gather(unit(self.key_encoder(shuffled)))
+        # The inverse permutation puts the keys back into the order of their queries.
         return embedding[to_device(torch.argsort(order)[mine], images.device)]
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
@@ -145,7 +151,8 @@ class MoCo(Framework):
         return self._contrast(query, key)[0]
 
     def _contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) losses, and whether the key is more similar to its query than every negative."""
+        """(N,) InfoNCE losses, and (N,) bool: whether the positive is more similar to the query than every negative."""
+        # In fp32: the division by a small temperature would enlarge the rounding errors of half precision.
         with torch.autocast(query.device.type, enabled=False):
             positive = (query * key).sum(dim=1) / self.recipe.temperature  # (N,)
             negative = query @ self.queue.T / self.recipe.temperature  # (N, K)
@@ -154,7 +161,7 @@ class MoCo(Framework):
             return losses, positive.detach() > negative.detach().amax(dim=1)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
-        """Unless ``symmetric``, only the first view asks and only the second one answers."""
+        """The first view is the query and the second the key; with ``symmetric`` also the other way round."""
         query = self.query(queries[0])
         answers = [self.key(keys[1], rng)]
         losses, first = self._contrast(query, answers[0])
@@ -162,16 +169,19 @@ class MoCo(Framework):
             answers.append(self.key(keys[0], rng))
             losses = losses + self.loss(self.query(queries[1]), answers[1])
         if self.training:
-            self.fresh += [
-                gather(key) for key in reversed(answers)
-            ]  # those of the first view first, as Un-Mix has them
+            # They enter the queue in `after_step`: the backward pass needs the queue unchanged, and a mixture of this
+            # step must not meet its own image's key as a negative. Those of the first view come first, as in Un-Mix's
+            # code.
+            self.fresh += [gather(key) for key in reversed(answers)]
         return Clean(losses, query, tuple(answers), {"contrast_accuracy": 100 * first.float().mean()})
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Replace the oldest keys of the queue, and move the key encoder towards the query encoder.
+        """Write this step's keys over the oldest ones in the queue, and update the momentum encoder.
 
-        The paper moves it before the keys are computed; the first step's move changes nothing, and every later one is this.
+        The paper's algorithm 1 has this order. MoCo's code updates the momentum encoder before it computes the keys,
+        which gives the same keys: its extra update in the first step changes nothing, because both encoders start
+        equal.
         """
         if self.position is None:
             self.position = int(self.queue_position)
@@ -185,4 +195,5 @@ class MoCo(Framework):
 
 def _forget_position(module: nn.Module, incompatible: object) -> None:
     assert isinstance(module, MoCo)
+    # After a checkpoint is loaded, the host copy of queue_position is out of date.
     module.position = None

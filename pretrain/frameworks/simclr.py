@@ -16,7 +16,7 @@ from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Fra
 
 
 class SimCLRRecipe(FrameworkRecipe):
-    """NT-Xent between two views, negatives from the batch (of all processes; with ``accumulate``, of one part).
+    """NT-Xent between two views, with negatives from the global batch (with ``accumulate``, from one part of it).
 
     The projector has BatchNorm after every linear layer, the last one included.
     """
@@ -70,20 +70,22 @@ class SimCLR(Framework):
         return torch.logsumexp(logits, dim=1) - logits.gather(1, self._own(query))[:, 0]
 
     def _own(self, query: Tensor) -> Tensor:
-        """(N, 1) column of each query's own key."""
+        """(N, 1) column of each query's own key among the keys of all ranks."""
         first = world().rank * len(query)
         return torch.arange(first, first + len(query), device=query.device)[:, None]
 
     def _logits(self, query: Tensor, key: Tensor) -> Tensor:
-        """(N, 2M) similarities with the keys and the queries of all M images, itself left out."""
+        """(N, 2M) logits against the keys and the queries of all M images of all ranks; -inf for the query itself."""
         with torch.autocast(query.device.type, enabled=False):
+            # Every embedding is trained as anchor and as negative, so its gradient flows back to the rank that made it.
             with_keys = query @ gather_with_gradient(key).T
             with_queries = query @ gather_with_gradient(query).T
+            # An anchor is not a negative of itself.
             with_queries = with_queries.scatter(1, self._own(query), -torch.inf)
             return torch.cat([with_keys, with_queries], dim=1) / self.recipe.temperature
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
-        """Each view is an anchor for the other."""
+        """Each view is the anchor once: the mean of both directions."""
         query, key = self.query(queries[0]), self.query(keys[1])
         losses = (self.loss(query, key) + self.loss(key, query)) / 2
         with torch.no_grad():

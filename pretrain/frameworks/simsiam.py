@@ -16,11 +16,11 @@ from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Fra
 
 
 class SimSiamRecipe(FrameworkRecipe):
-    """Two views, a predictor and a stopped gradient; neither negatives nor a moving average.
+    """Two views, a predictor and a stop-gradient, without negatives or a momentum encoder.
 
-    The projector's hidden layers have the trunk's width and its output a BatchNorm without weight and bias; the predictor
-    is a bottleneck of a quarter of ``dim`` (section 3 of the paper). ``fixed_predictor_lr`` keeps the predictor's learning
-    rate constant (table 1c of the paper).
+    The projector's hidden layers have the trunk's width, and its last BatchNorm has no weight and bias. The predictor's
+    hidden layer is a bottleneck of ``dim`` / 4 (section 3 of the paper). ``fixed_predictor_lr`` keeps the predictor's
+    learning rate constant (table 1c of the paper).
     """
 
     kind: Literal["simsiam"] = "simsiam"
@@ -37,7 +37,7 @@ class SimSiamRecipe(FrameworkRecipe):
 
 
 class SimSiam(Framework):
-    """Encoder and predictor."""
+    """One encoder for both views, and a predictor on the query side."""
 
     def __init__(self, recipe: SimSiamRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SimSiam(Framework):
         return self.predictor.parameters() if self.recipe.fixed_predictor_lr else ()
 
     def query(self, images: Tensor) -> Tensor:
-        """The prediction."""
+        """The predictor's output, (N, dim) unit vectors."""
         return self._predict(self.encoder(images))
 
     def _predict(self, embedding: Tensor) -> Tensor:
@@ -75,8 +75,9 @@ class SimSiam(Framework):
         return -(query * key.detach()).sum(dim=1)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
-        """Half of each direction (equation 2)."""
+        """The mean of both directions (equation 2)."""
         asked = [self.encoder(view) for view in queries]
+        # One forward pass serves both sides, unless a mixture erased parts of the queries.
         answered = asked
         if keys[0] is not queries[0]:
             with torch.no_grad():
@@ -84,4 +85,5 @@ class SimSiam(Framework):
         first, second = (self._predict(embedding) for embedding in asked)
         key_first, key_second = (unit(embedding.detach()) for embedding in answered)
         losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
+        # A mixture of the first view is compared with the key of the second.
         return Clean(losses, first, (key_second,))

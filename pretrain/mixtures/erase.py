@@ -1,4 +1,4 @@
-"""Erasing (MSCN, arXiv:2206.07700), which mixes nothing and hides a part of the query's image."""
+"""Erasing (MSCN, arXiv:2206.07700): no images are mixed, a part of the query image is hidden."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mixmask.pretrain.mixture import Column, Draw, Mixture, Rows, Views, as_stor
 
 
 class Erase(MaskOptions):
-    """The query's image loses its masked area (MSCN, arXiv:2206.07700): the baseline that filling is compared with.
+    """Erase the masked area of the query image (MSCN, arXiv:2206.07700), the baseline for MixMask's filling.
 
-    The erased view takes the clean one's place on the query side and counts fully, whatever its area: the "symmetric" loss
-    of the paper's footnote 1. ``mask`` names the patterns of which one is drawn at each step: ``random`` cells, ``focal``
-    (one rectangle kept), ``channelwise`` (random cells, for each colour channel on its own). ``fill`` is standard normal
-    noise or zero (the mean colour). ``extra_crops`` small views, erased too, are further queries; the loss is the mean over
-    the query views.
+    The erased view replaces the clean one on the query side and has full weight, whatever its area: the "symmetric"
+    loss of the paper's footnote 1. ``mask`` lists patterns, one of which is drawn for each view and mask group:
+    ``random`` cells, ``focal`` (one rectangle is kept) or ``channelwise`` (random cells, drawn separately for each
+    colour channel). ``fill`` is standard normal noise or zero (the mean colour). ``extra_crops`` is a number of small
+    views, also erased, which are further queries; the loss is the mean over the query views.
     """
 
     clean_name: ClassVar[str] = "erased"
@@ -78,7 +78,7 @@ class Erase(MaskOptions):
 
     @override
     def draw(self, views: Sequence[Tensor], rng: random.Random, rows: Rows | None = None) -> list[Mixture]:
-        """Nothing is mixed: each small view, erased, is one more query, and counts fully against its image's key."""
+        """Each erased small view as one more query, with full weight against its own image's key; nothing is mixed."""
         num, device = len(views[0]), views[0].device
         lam, perm = torch.ones(num, device=device), torch.arange(num, device=device)
         hidden = [erase(self, view, rng, rows) for view in views[2:]]
@@ -99,10 +99,10 @@ def erase(recipe: Erase, images: Tensor, rng: random.Random, rows: Rows | None =
     """Hide the masked area of (N, 3, H, W) normalised images behind zeros or standard normal noise.
 
     Args:
-        recipe: What to hide.
+        recipe: The patterns and the filling.
         images: The images.
-        rng: In the same state on every process.
-        rows: Which rows of the whole batch the images are; all of it by default.
+        rng: In the same state on every rank.
+        rows: Which rows of the global batch the images are; all of them by default.
     """
     rows = rows or Rows.all(len(images))
     num, channels, height, width = images.shape
@@ -117,10 +117,12 @@ def erase(recipe: Erase, images: Tensor, rng: random.Random, rows: Rows | None =
         if own:
             inside = slice(own.start - group.start, own.stop - group.start)
             mask = mask if len(mask) == 1 else mask[inside]
+            # Groups differ in their number of masks and channels: expanded, they can be concatenated.
             masks.append(mask if recipe.mask_groups == 1 else mask.expand(len(own), channels, -1, -1))
     mask = torch.cat(masks)
     if recipe.fill == "noise":
         generator = torch.Generator(images.device).manual_seed(rng.getrandbits(63))
+        # Noise for the global batch, so that a row's noise does not depend on the number of ranks.
         whole = torch.randn(
             (rows.total, channels, height, width), generator=generator, device=images.device, dtype=images.dtype
         )

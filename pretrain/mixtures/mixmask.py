@@ -13,10 +13,10 @@ from mixmask.pretrain.mixture import Draw, random_permutation, reverse_permutati
 
 
 class MixMask(MaskOptions):
-    """Masked regions filled with another image (section 3.1).
+    """Fill the masked area of an image with another image (section 3.1).
 
-    ``switch: false`` drops the loss of the switch image, ``mask: discrete`` sets each cell on its own (ablations of table
-    1); ``partner: random`` takes a random permutation instead of the reverse order.
+    ``switch: false`` drops the loss of the switch image and ``mask: discrete`` sets each cell independently (ablations
+    of table 1). ``partner: random`` takes a random permutation instead of the reverse order.
     """
 
     kind: Literal["mixmask"] = "mixmask"

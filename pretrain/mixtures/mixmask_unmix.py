@@ -1,4 +1,4 @@
-"""MixMask upon Un-Mix, the paper's MixMask∗ (arXiv:2210.11456, section 3.4)."""
+"""MixMask on top of Un-Mix, the paper's MixMask∗ (arXiv:2210.11456, section 3.4)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mixmask.pretrain.mixtures.unmix import draw_unmix
 
 
 class MixMaskUnMix(MaskOptions):
-    """MixMask upon Un-Mix, the paper's MixMask∗: five terms, L(q, k), two of Un-Mix's mixture and two of MixMask's.
+    """MixMask on top of Un-Mix, the paper's MixMask∗. The loss is L(q, k), two terms for Un-Mix and two for MixMask.
 
-    Un-Mix mixes in reverse order; MixMask takes a random permutation (``permutation: different``), or the reverse order too
-    (``same``, the ablation of table 2).
+    Un-Mix's partners are the batch in reverse order. MixMask takes a random permutation (``permutation: different``),
+    or the reverse order as well (``same``, the ablation of table 2).
     """
 
     kind: Literal["mixmask+unmix"] = "mixmask+unmix"

@@ -14,7 +14,7 @@ from mixmask.pretrain.mixture import Draw, Groups, reverse_permutation
 
 
 class UnMix(Groups):
-    """Mixup with probability ``unmix_prob``, else CutMix, one draw for the batch or group (arXiv:2003.05438, section 3)."""
+    """Mixup with probability ``unmix_prob``, else CutMix; one draw per batch or group (arXiv:2003.05438, section 3)."""
 
     kind: Literal["unmix"] = "unmix"
     unmix_prob: float = Field(0.5, ge=0, le=1)
@@ -30,12 +30,13 @@ class UnMix(Groups):
 
 
 def draw_unmix(probability: float, num: int, height: int, width: int, rng: random.Random) -> Draw:
-    """Mixup with this probability, else CutMix, of ``num`` images in reverse order."""
+    """Draw Mixup with this probability, else CutMix, for ``num`` images with partners in reverse order."""
     keep = rng.random()  # Beta(1, 1) is the uniform distribution
     perm = reverse_permutation(num)
     if rng.random() < probability:
         return Draw(perm, torch.tensor([keep], dtype=torch.float64), title="Un-Mix")
     centre = rng.randrange(height), rng.randrange(width)
+    # The box may be clipped at the border, so λ becomes the area that is really kept.
     top, bottom, left, right, keep = cut_box(height, width, keep, *centre)
     mask = torch.ones(1, 1, height, width, dtype=torch.bool)
     mask[:, :, top:bottom, left:right] = False

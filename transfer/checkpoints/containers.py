@@ -1,4 +1,4 @@
-"""The way through nested containers to every tensor in them."""
+"""Walk nested containers, and name every tensor in them by its path."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ MAX_NAME = 1000
 
 
 def every_tensor(content: object) -> Iterator[tuple[str, Stored]]:
-    """Every tensor and array in nested containers, with its way through them: keys, and places in lists, joined by dots.
+    """Every tensor and array in nested containers with its name: keys and list indices, joined by dots.
 
-    Dictionaries of other libraries are read as dictionaries, and networks that were pickled whole as their state dicts. Of
-    another object that holds tensors, the object is given as one odd tensor: what they are in it is not known.
+    Dictionaries of other libraries count as dictionaries, and a network that was pickled whole counts as its state
+    dict. Any other object that holds tensors is given as one odd tensor, because their meaning in it is not known.
 
     Raises:
-        Damaged: If the containers are nested too deeply, or expand to too many tensors (one that is referred to twice
-            counts twice), or a name is too long.
+        Damaged: If the containers are nested too deeply or hold too many tensors (a shared one counts once per
+            reference), or a name is too long.
     """
     yield from _Walk().leaves(content, "", 0)
 
 
 def joined(where: str, key: object) -> str:
-    """The way to what stands under a key.
+    """The name of what is stored under ``key`` in the container named ``where``.
 
     Raises:
-        Damaged: If it is longer than anyone writes.
+        Damaged: If the name has more than `MAX_NAME` characters, or the key is an integer beyond 64 bits.
     """
     if isinstance(key, int) and not isinstance(key, bool) and abs(key) >= 1 << 63:
         raise Damaged(f"an integer of {key.bit_length():,} bits as a key")
@@ -43,7 +43,7 @@ def joined(where: str, key: object) -> str:
 
 class _Walk:
     def __init__(self) -> None:
-        self.known: dict[int, bool] = {}  # whether a container holds a tensor, looked at once however often it is met
+        self.known: dict[int, bool] = {}  # id of a container: whether it holds a tensor; each is visited once
         self.num = 0
 
     def holds(self, content: object, depth: int) -> bool:
@@ -55,12 +55,12 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise Damaged(f"containers nested more than {MAX_DEPTH} deep")
         if id(content) not in self.known:
-            self.known[id(content)] = False  # a container within itself adds nothing
+            self.known[id(content)] = False  # until it is known: ends the recursion if it contains itself
             self.known[id(content)] = any(self.holds(part, depth + 1) for part in _parts(content))
         return self.known[id(content)]
 
     def leaves(self, content: object, where: str, depth: int) -> Iterator[tuple[str, Stored]]:
-        """The tensors below a place."""
+        """The tensors in ``content``, whose own name is ``where``."""
         tensor = _tensor(content)
         if tensor is not None:
             self.num += 1
@@ -84,7 +84,7 @@ class _Walk:
             yield from self.leaves(part, joined(where, key), depth + 1)
 
     def _entries(self, content: object, depth: int) -> Iterable[tuple[object, object]] | None:
-        """Keys and values of a container; None where they mean nothing."""
+        """Keys and values of a container; None for an object whose contents have no known meaning."""
         if isinstance(content, list | tuple):
             return enumerate(content)
         if isinstance(content, dict):
@@ -111,7 +111,7 @@ def _parts(content: object) -> Iterable[object]:
 
 
 def _without_none(items: dict[object, object]) -> Iterator[tuple[object, object]]:
-    """The entries of a dictionary; where most of them are tensors, a None stands where a tensor should be."""
+    """The entries of a dictionary without its None values; if most values are tensors, a None becomes an odd tensor."""
     tensors = sum(_tensor(value) is not None for value in items.values())
     for key, value in items.items():
         if value is not None:
@@ -121,7 +121,7 @@ def _without_none(items: dict[object, object]) -> Iterator[tuple[object, object]
 
 
 def _of_network(state: object) -> list[tuple[object, object]] | None:
-    """The parts of a network that was pickled whole, as its ``state_dict()`` has them."""
+    """Parameters, buffers and children of a pickled ``nn.Module``, as ``state_dict()`` has them; None for others."""
     if not isinstance(state, dict):
         return None
     parts = [state.get(name) for name in ("_parameters", "_buffers", "_modules")]

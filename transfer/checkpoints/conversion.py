@@ -15,13 +15,13 @@ from mixmask.transfer.checkpoints.source import read_source
 
 @dataclass(frozen=True)
 class Conversion(Work[Path]):
-    """One backbone in one format, read back by the library it is for.
+    """The conversion of one backbone to one format; the target library reads the result back.
 
     Attributes:
-        run: Its directory.
+        run: The run directory.
         source: The backbone's file.
-        out: What is written.
-        target: The format.
+        out: The file to write.
+        target: The format, one of `export.TARGETS`.
     """
 
     run: RunDirectory

@@ -1,4 +1,4 @@
-"""Writing a trunk in the formats of other libraries, and reading it back with them to be sure."""
+"""Write a trunk in the formats of other libraries, and verify each file by loading it with that library."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ SUFFIXES = {
     "mixmask": (".safetensors",),
 }
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # relative to the largest feature (or to 1, if that is larger)
 
 
 def check_export(source: Source, out: Path, target: Target) -> None:
     """Refuse what `export` could not write.
 
     Raises:
-        UserError: If the suffix does not fit, the file is a folder or the source, or the stem cannot be expressed.
+        UserError: If the suffix does not fit the target, the file is a folder or the source itself, or the target has
+            no such stem or architecture.
     """
     if out.suffix not in SUFFIXES[target]:
         raise CheckpointError(f"{out}: --to {target} writes {' or '.join(SUFFIXES[target])} files")
@@ -48,15 +49,15 @@ def check_export(source: Source, out: Path, target: Target) -> None:
 
 
 def require_known_network(backbone: BackboneRecipe, target: Target, where: str) -> None:
-    """Refuse a network that another library does not have.
+    """Refuse a network that the target library does not have.
 
     Args:
         backbone: The network.
         target: The library.
-        where: What holds or makes the network, for the message.
+        where: The file or config that the network comes from, for the message.
 
     Raises:
-        CheckpointError: If its stem or its architecture cannot be expressed.
+        CheckpointError: If the target has no such stem or architecture.
     """
     if target == "mixmask":
         return
@@ -70,10 +71,10 @@ def require_known_network(backbone: BackboneRecipe, target: Target, where: str) 
 
 
 def export(source: Source, out: Path, target: Target, verify: bool = True) -> str:
-    """Write a trunk for another library; the file takes its name when that library has read it back.
+    """Write a trunk for another library. The file gets its final name only after that library has read it back.
 
     Args:
-        source: What was read.
+        source: The checkpoint that was read.
         out: The file to write; its suffix must fit the target.
         target: ``detectron2`` (a pickle of numpy arrays under Detectron2's names), ``torchvision`` (a state dict for
             ``torchvision.models``, without ``fc``), ``timm`` (the same tensors as safetensors, for ``num_classes=0``) or
@@ -88,6 +89,7 @@ def export(source: Source, out: Path, target: Target, verify: bool = True) -> st
     """
     check_export(source, out, target)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         written = Path(folder) / out.name
         said = WRITERS[target](source, written)
@@ -100,8 +102,9 @@ def export(source: Source, out: Path, target: Target, verify: bool = True) -> st
 
 
 def write_detectron2(path: Path, state: Mapping[str, Tensor]) -> int:
-    """Write a trunk as Detectron2's ``MODEL.WEIGHTS``; gives the number of tensors, which are all but the batch counters."""
+    """Write a trunk as Detectron2's ``MODEL.WEIGHTS``, without the batch counters; returns the number of tensors."""
     model = {to_detectron2(name): tensor.numpy() for name, tensor in state.items() if not name.endswith(COUNTER)}
+    # Makes Detectron2 match names by suffix: ``res5.…`` then finds ``roi_heads.res5.…`` in a C4 detector.
     content = {"model": model, "__author__": "mixmask", "matching_heuristics": True}
     write_atomic(path, lambda file: pickle.dump(content, file, protocol=4))
     return len(model)
@@ -139,6 +142,7 @@ WRITERS: dict[Target, Callable[[Source, Path], str]] = {
 
 def _verify_torchvision(source: Source, written: Path) -> str:
     theirs: Any = getattr(torchvision.models, source.info.arch)(weights=None)
+    # The file has no classifier; features are compared, not logits.
     theirs.fc = nn.Identity()
     state = load_file(written) if written.suffix == ".safetensors" else torch.load(written, weights_only=True)
     theirs.load_state_dict(state, strict=True)
@@ -177,6 +181,7 @@ def _verify_detectron2(source: Source, written: Path) -> str:
     depth = int(source.info.arch.removeprefix("resnet"))
     theirs = ResNet(
         BasicStem(norm="BN"),
+        # torchvision's bottlenecks have the stride in the 3×3 convolution. Basic blocks do not take the option.
         ResNet.make_default_stages(depth, norm="BN", **({} if depth < 50 else {"stride_in_1x1": False})),
         out_features=["res2", "res3", "res4", "res5"],
     )
@@ -216,6 +221,7 @@ def _require_same_features(source: Source, theirs: nn.Module, written: Path) -> 
 
 def _require_close(found: Tensor, wanted: Tensor, written: Path, where: str) -> None:
     difference, scale = float((found - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
+    # `not <=` instead of `>`: NaN is refused, too.
     if not difference <= TOLERANCE * scale:
         raise CheckpointError(
             f"{written.name}: {where} gives other features than the source (largest difference {difference:g}, largest "

@@ -1,6 +1,6 @@
-"""The layouts of the checkpoints of self-supervised methods, as data: what stands before the trunk, and what beside it.
+"""Checkpoint layouts of self-supervised frameworks, as data: the prefix of the trunk, and why all else is left out.
 
-A tensor is called by its whole way through the file's containers: ``state_dict.module.encoder_q.conv1.weight``.
+A tensor's name is its full path through the file's containers: ``state_dict.module.encoder_q.conv1.weight``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from mixmask.engine.errors import ConfigError
 from mixmask.engine.registry import load_entry_points
 from mixmask.transfer.checkpoints.names import DETECTRON2, SEQUENTIAL, TORCHVISION, TRANSFORMERS, Names
 
-# Containers that the training scripts put a state dict in, and what wrappers put before every name.
+# C: containers that training scripts put a state dict in. W: the prefix of (Distributed)DataParallel, once per wrapper.
 C = r"(?:(?:state_dict|model_state_dict|model_state|state\.model|model|network)\.)?"
 W = r"(?:module\.)*"
 
@@ -24,17 +24,17 @@ STUDENT = "student network"
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which a framework names its tensors.
+    """How a framework names the tensors of its checkpoints.
 
     Attributes:
         name: What ``--as`` takes.
-        about: Whose it is, in words.
-        trunk: Regular expression of all that stands before the trunk's names.
+        about: The framework or library that writes it, in words.
+        trunk: Regular expression of the prefix before the trunk's names.
         signs: Regular expressions, each of which some tensor must match for the layout to be recognised.
-        others: (regular expression, reason) of tensors that are left out; of whole names. Where the reason is `TWIN`, the
-            group ``same`` is the tensor's name behind the trunk's prefix.
-        namings: How the trunk's tensors may be named after ``trunk``.
-        framework: The method's name in tables.
+        others: (regular expression, reason) of tensors that are left out. The expression must match the full name. With
+            the reason `TWIN`, the group ``same`` captures the tensor's name without the trunk's prefix.
+        namings: The naming schemes that the trunk may use after the prefix.
+        framework: The framework's name in tables.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Layout:
     framework: str = "unknown"
 
 
+# Tried in this order, the specific before the general: several of them keep the trunk under ``backbone.``.
 LAYOUTS = (
     Layout(
         "mixmask-checkpoint",
@@ -60,6 +61,7 @@ LAYOUTS = (
         rf"{C}{W}(?:learner\.)?net\.",
         signs=(rf"{C}{W}(?:learner\.)?online_encoder\.net\..*",),
         others=(
+            # byol-pytorch registers the network twice: as ``net``, and inside ``online_encoder``.
             (rf"{C}{W}(?:learner\.)?online_encoder\.net\.(?P<same>.*)", TWIN),
             (rf"{C}{W}(?:learner\.)?target_encoder\..*", EMA),
         ),
@@ -71,6 +73,7 @@ LAYOUTS = (
         rf"{C}{W}backbone\.",
         signs=(rf"{C}{W}(?:neck|encoder_q\.0|online_net\.0)\..*",),
         others=(
+            # The encoder is Sequential(backbone, neck), and its first child is registered as ``backbone``, too.
             (rf"{C}{W}(?:encoder_q|online_net|encoder|base_encoder)\.0\.(?P<same>.*)", TWIN),
             (rf"{C}{W}(?:encoder_q|online_net|encoder|base_encoder)\.1\..*", HEAD),
             (rf"{C}{W}(?:encoder_k|target_net|target|momentum_\w+|teacher)\..*", EMA),
@@ -92,6 +95,7 @@ LAYOUTS = (
         others=((rf"{C}{W}momentum_encoder\..*", EMA),),
         framework="mocov3",
     ),
+    # DINO's own evaluation takes the teacher, too (``--checkpoint_key teacher``).
     Layout(
         "dino",
         "DINO's full checkpoint, of which the teacher is taken",
@@ -215,7 +219,7 @@ LAYOUTS = (
     Layout("averaged", "a file of an averaged network alone", rf"(?:state_dict_ema|model_ema|ema_state_dict|ema)\.{W}"),
 )
 
-# What may stand in any file beside the trunk; looked at after a layout's own.
+# Tensors that any file may hold beside the trunk. Tried after the layout's own rules.
 ANYWHERE = (
     (r"(state_dict_ema|model_ema|ema_state_dict|ema)\..*", EMA),
     (
@@ -246,7 +250,7 @@ def known_layouts() -> tuple[Layout, ...]:
     An entry point of the group ``mixmask.layouts`` names a module with ``LAYOUTS``.
 
     Raises:
-        ConfigError: If one cannot be loaded, or has a name that is there already.
+        ConfigError: If an entry point cannot be loaded, or two layouts have the same name.
     """
     theirs = [layout for module in load_entry_points("mixmask.layouts") for layout in module.LAYOUTS]
     names = [layout.name for layout in (*theirs, *LAYOUTS)]

@@ -1,4 +1,4 @@
-"""How other libraries name the tensors of a ResNet trunk, and the way to torchvision's names and back."""
+"""Convert the tensor names of a ResNet trunk between torchvision and other libraries."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ def from_detectron2(name: str) -> str:
 
 
 class Names(ABC):
-    """A way to name the tensors of a trunk.
+    """A naming scheme for the tensors of a trunk.
 
     Attributes:
-        anchor: The name of its first tensor, by which it is found.
+        anchor: The name of the first tensor (a convolution's weight), by which the trunk is located.
     """
 
     anchor: str
 
     @abstractmethod
     def trunk_name(self, name: str) -> str | None:
-        """Our name of a source's tensor (what stands before it cut off), or None if it is no trunk tensor."""
+        """Our name for a tensor, given the source's name without its prefix; None if it is not part of the trunk."""
 
     def among(self, names: Iterable[str]) -> Names:
-        """The same scheme for a file that holds ``names`` (what stands before them cut off)."""
+        """The same scheme, adapted to a file that holds ``names`` (given without their prefix)."""
         del names
         return self
 
     def is_beyond(self, name: str) -> bool:
-        """Whether the scheme itself says that a tensor comes after the trunk."""
+        """Whether the name alone shows that a tensor comes after the trunk (a later child of a ``Sequential``)."""
         del name
         return False
 
@@ -86,7 +86,8 @@ class TorchvisionNames(Names):
 class SequentialNames(Names):
     """The children of a ResNet in a ``Sequential``: ``0.weight``, ``1.bias``, ``4.0.conv1.weight``.
 
-    The four numbers that hold blocks are the layers, whether or not activations and pooling were counted before them.
+    The four child indices that hold blocks are the layers. Their values depend on whether activation and pooling are
+    children, too.
     """
 
     anchor = "0.weight"
@@ -114,7 +115,7 @@ class SequentialNames(Names):
 
 
 class Detectron2Names(Names):
-    """``stem.conv1.weight`` … ``res5.2.conv3.norm.running_var``; in a C4 detector, res5 stands with the regions' head."""
+    """``stem.conv1.weight`` … ``res5.2.conv3.norm.running_var``; in a C4 detector, res5 is in the RoI heads."""
 
     anchor = "stem.conv1.weight"
 
@@ -127,10 +128,10 @@ class Detectron2Names(Names):
 
 
 class ListedNames(Names):
-    """The names of one network, for which no scheme is known here.
+    """The exact names of one network (of timm), for which there is no scheme.
 
     Args:
-        names: All of them, the first one first.
+        names: All tensor names, in the network's order.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""Reading a pickle without running it.
+"""Read a pickle without running it.
 
-A pickle is a program that calls functions by their names. Here no name leads to the function it means. Tensors, arrays and
-plain containers are made by functions of `stand_ins`; whatever else is named becomes an `Inert` object, which records what
-is put into it and does nothing. Names that only an attack asks for end the reading.
+A pickle is a program that calls functions by name. Here, no name resolves to the real function. Tensors, arrays and
+plain containers are made by functions of `stand_ins`; every other name becomes an `Inert` object, which records what is
+put into it and does nothing. A name that only an attack needs stops the reading.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mixmask.transfer.checkpoints.stored import Stored
 
 MAX_OPERATIONS = 2_000_000  # the checkpoint of a ResNet-152 with its optimizer takes 100,000
 MAX_BITS = 4096  # of an integer; states of random generators have 128
-_Unpickler: Any = pickle._Unpickler  # Python's own in Python: every operation of it can be replaced
+_Unpickler: Any = pickle._Unpickler  # the pure Python one: each of its opcodes can be overridden
 
 
 class Reader(_Unpickler):  # type: ignore[misc]
     """Restores containers, `Stored` tensors and arrays, and `Inert` objects from a pickle.
 
     Args:
-        file: Where the pickle begins; of a known end, so that no length in it can ask for more than there is.
-        storage: Gives the storage that a tensor's description names (what torch calls its persistent id).
-        embedded: Gives the storage that a plain pickle of a tensor carries as a file of torch within it.
+        file: Positioned at the pickle, with a known end: no length in it can ask for more bytes than there are.
+        storage: Maps the persistent id of a tensor to its storage.
+        embedded: Reads the storage that a plain pickle of a tensor embeds as a file of torch.
     """
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
@@ -48,22 +48,23 @@ class Reader(_Unpickler):  # type: ignore[misc]
         embedded: Callable[[bytes], object] | None = None,
     ) -> None:
         _require_bounded(file)
+        # What NumPy and torch need for pickles of Python 2.
         super().__init__(file, encoding="latin1")
         self.storage = storage
         self.embedded = embedded
-        self.named: dict[str, object] = {}  # what stands for each name
+        self.named: dict[str, object] = {}  # name: its stand-in
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names for which `Inert` classes stand."""
+        """The names that `Inert` classes stand for, without those of Python's own types."""
         labels = (kind.label for kind in self.named.values() if isinstance(kind, type) and issubclass(kind, Inert))
         return tuple(label for label in labels if not label.startswith("builtins."))
 
     def find_class(self, module: str, name: str) -> object:
-        """What stands for a name; see `stand_in`.
+        """The stand-in for a name; pickle's own method would import it.
 
         Raises:
-            Refused: If it names what acts on the machine.
+            Refused: If the name belongs to a module that can act on the machine.
         """
         full = f"{module}.{name}"
         if full == "torch.storage._load_from_bytes" and self.embedded is not None:
@@ -73,13 +74,13 @@ class Reader(_Unpickler):  # type: ignore[misc]
         return self.named[full]
 
     def persistent_load(self, pid: Any) -> object:
-        """The storage of a tensor."""
+        """The storage that a persistent id names."""
         if self.storage is None:
             raise Damaged("a tensor's description outside a file of torch")
         return self.storage(pid)
 
     def get_extension(self, code: int) -> None:
-        """Codes of a private registry mean nothing here."""
+        """Refuse the codes of ``copyreg``'s registry, which mean something only to the program that wrote them."""
         raise Damaged(f"extension code {code}")
 
     def _call(self, function: object, arguments: object) -> object:
@@ -97,7 +98,7 @@ class Reader(_Unpickler):  # type: ignore[misc]
         raise Damaged("a call of what is no function")
 
     def load_reduce(self) -> None:
-        """Call a function or make an object, which is one of ours or does nothing."""
+        """REDUCE and NEWOBJ: call a stand-in function, or create an `Inert` object."""
         arguments = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
@@ -112,7 +113,7 @@ class Reader(_Unpickler):  # type: ignore[misc]
         self.append(self._call(klass, tuple(arguments)))
 
     def load_build(self) -> None:
-        """Give an object its state."""
+        """BUILD: set the state of an object."""
         state = self.stack.pop()
         made = self.stack[-1]
         if isinstance(made, LateArray):
@@ -124,7 +125,8 @@ class Reader(_Unpickler):  # type: ignore[misc]
             made.order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else ""
         elif isinstance(made, Inert):
             made.state = state
-        elif not isinstance(made, dict | Stored | type(None)):  # metadata of a state dict, attributes of a tensor
+        # The metadata of a state dict and the attributes of a tensor are ignored.
+        elif not isinstance(made, dict | Stored | type(None)):
             raise Damaged("a state for what has none")
 
     def load_setitem(self) -> None:
@@ -145,7 +147,7 @@ class Reader(_Unpickler):  # type: ignore[misc]
             content[key_of(items[index])] = items[index + 1]
 
     def load_dict(self) -> None:
-        """A dictionary from what stands on the stack."""
+        """DICT: make a dictionary of the keys and values on the stack."""
         items = self.pop_mark()
         made: dict[Any, Any] = {}
         self._put(made, items)
@@ -157,7 +159,7 @@ class Reader(_Unpickler):  # type: ignore[misc]
         self._add(self.stack[-1], (value,))
 
     def load_appends(self) -> None:
-        """Add elements to a list."""
+        """APPENDS and ADDITEMS: add elements to a list, which also stands for a set."""
         items = self.pop_mark()
         self._add(self.stack[-1], items)
 
@@ -170,11 +172,11 @@ class Reader(_Unpickler):  # type: ignore[misc]
             raise Damaged("elements for what is no list")
 
     def load_empty_set(self) -> None:
-        """A set is never needed: a list of its elements stands for it."""
+        """EMPTY_SET: no tensor needs a set, so a list of the elements stands for it."""
         self.append([])
 
     def load_frozenset(self) -> None:
-        """As `load_empty_set`, made at once; it may be a key."""
+        """FROZENSET: an `Inert` object with the elements; unlike a list, it can be a dictionary key."""
         self.append(inert("builtins.frozenset")(*self.pop_mark()))
 
 
@@ -200,7 +202,7 @@ Reader.dispatch.update(
 
 
 def _require_bounded(file: IO[bytes]) -> None:
-    """Look through the operations of a pickle before any is carried out."""
+    """Check the number of operations and the size of integers, before any operation is carried out."""
     start, number = file.tell(), 0
     try:
         for _, argument, _ in pickletools.genops(file):
@@ -219,14 +221,14 @@ def load(
     storage: Callable[[Any], object] | None = None,
     embedded: Callable[[bytes], object] | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """Read the pickle that begins where the file stands; the file is then at its end.
+    """Read the pickle at the file's current position, and leave the file right behind it.
 
     Returns:
-        What it holds, and the names of the classes for which `Inert` objects stand.
+        The content, and the names of the classes that `Inert` objects stand for.
 
     Raises:
-        Refused: If the pickle names what acts on the machine.
-        Damaged: If it makes no sense.
+        Refused: If the pickle names something that can act on the machine.
+        Damaged: If it cannot be read.
     """
     reader = Reader(file, storage, embedded)
     try:

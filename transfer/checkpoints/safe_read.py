@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint file, found without running what is in it.
+"""Find the tensors of a checkpoint file without running any code that it contains.
 
-A file is a nest of containers. Every tensor is called by its whole way through them:
+A file holds nested containers. A tensor's name is its full path through them:
 ``state_dict.module.encoder_q.conv1.weight``.
 """
 
@@ -26,7 +26,7 @@ from mixmask.transfer.checkpoints.stand_ins import Damaged, Refused
 from mixmask.transfer.checkpoints.stored import Stored, odd
 from mixmask.transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
 
-# What libraries put into the names of a wrapped or compiled network's tensors, at any place.
+# What torch.compile, Lightning Fabric, activation checkpointing and FSDP put into tensor names, at any depth.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -39,9 +39,9 @@ class Contents:
     """What a checkpoint file holds.
 
     Attributes:
-        tensors: Every tensor by its way through the containers, without `WRAPPERS`.
-        classes: The names of the classes for which inert objects stand.
-        wrappers: How often each of `WRAPPERS` stood in a name.
+        tensors: Every tensor by its name: its path through the containers, without `WRAPPERS`.
+        classes: Names of the classes whose objects were replaced by `Inert` stand-ins.
+        wrappers: How often each wrapper of `WRAPPERS` was removed from a name.
     """
 
     tensors: dict[str, Stored]
@@ -49,7 +49,7 @@ class Contents:
     wrappers: Mapping[str, int] | None = None
 
     def notes(self) -> list[str]:
-        """What was not read, in words."""
+        """What was not read, and what was removed from names: lines for the user."""
         said = []
         if self.classes:
             shown = ", ".join(printable(name)[:100] for name in self.classes[:6])
@@ -69,11 +69,11 @@ def unwrapped(name: str) -> str:
 def read_tensors(path: Path) -> Contents:
     """Find the tensors of a ``.safetensors`` file, a ``torch.save`` file, or a pickle (Detectron2's ``.pkl``).
 
-    Their numbers are read when they are asked for.
+    Values are read lazily, by `Stored.read`.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, holds no tensors, two of one name, or a pickle that asks for
-            functions that act on the machine; the message names what it asks for.
+        CheckpointError: If the file is missing or damaged, holds no tensors or two of the same name, or is a pickle
+            that names a function that could act on the machine (the message says which).
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, a checkpoint file was expected")
@@ -120,7 +120,7 @@ def _pickled(path: Path) -> Pickled:
         if not path.stat().st_size:
             raise Damaged("the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            content: Any = mapped  # it reads as a file does, which its type does not say
+            content: Any = mapped  # an mmap reads like a file, which its type does not say
             if is_legacy(path):
                 return read_legacy(content, path)
             if content[:2] == b"\x1f\x8b":
@@ -142,6 +142,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Stored]]:
 
     def reader(name: str) -> Any:
         def read() -> torch.Tensor:
+            # Opened again for each tensor: the file above is closed once the names are known.
             with safe_open(path, framework="pt") as again:
                 tensor: torch.Tensor = again.get_tensor(name)
             return tensor

@@ -1,6 +1,6 @@
-"""Reading a trunk, under torchvision's names, from a checkpoint of any known layout.
+"""Read a trunk, under torchvision's names, from a checkpoint of any known layout.
 
-A tensor that nothing explains, or a trunk tensor without a source, is an error.
+Loading is strict: a tensor that no rule explains is an error, and so is a missing trunk tensor.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class Source:
 
     Attributes:
         path: The file.
-        state: The complete trunk.
-        info: Where it comes from.
-        tensor_report: What became of every tensor.
-        labelled: Whether the file itself says its framework and method; else the framework is a guess from names.
-        head: The tensors of the projection head that ``info.head`` describes; none where the file has no head.
+        state: The state dict of the complete trunk.
+        info: Its architecture and where it comes from.
+        tensor_report: How each tensor of the file was used, or why it was left out.
+        labelled: Whether the file's metadata gives framework and method; if not, the framework is guessed from tensor
+            names.
+        head: The state dict of the projection head that ``info.head`` describes; empty if the file has none.
     """
 
     path: Path
@@ -79,7 +80,7 @@ def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
         labelled = True
     else:
         if path.is_file() and path.name == "backbone.safetensors":
-            load_backbone(path)  # for its message: a truncated file of ours is not a file of another layout
+            load_backbone(path)  # for its message: a file of this name is ours and damaged, not of another layout
         state, info, tensor_report = _foreign(path, reading)
         labelled, head = False, {}
     broken = [name for name, tensor in {**state, **head}.items() if not bool(torch.isfinite(tensor).all())]
@@ -96,7 +97,7 @@ def read_source(path: Path, reading: Reading = BY_KEYS) -> Source:
 
 
 def origin(framework: str, method: str) -> str:
-    """What a network was pretrained with, in words; a foreign file says little of it."""
+    """How a network was pretrained, in words, and for a foreign file how to label what it does not say."""
     known = [what for what in (framework, method) if what != "unknown"]
     if method != "unknown":
         return ", ".join(known)
@@ -105,7 +106,7 @@ def origin(framework: str, method: str) -> str:
 
 
 def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tuple[str, CheckpointError | None]:
-    """What a checkpoint holds, in words, and what keeps it from being converted, if anything does.
+    """Describe a checkpoint for the user, and return the error that prevents its conversion, if there is one.
 
     Args:
         path: The file.
@@ -177,11 +178,13 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     state = {ours: _plain(_read(tensors[theirs], theirs, path)) for theirs, ours in tensor_report.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else named_recipe(reading.arch)
     expected = trunk_names(recipe)
+    # Detectron2's files and those of old torch have no counters. BatchNorm with a fixed momentum does not use them.
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
     state.update({name: torch.zeros((), dtype=torch.int64) for name in filled})
     check_trunk_state(state, recipe, str(path))
     content_digest = _identity(path, found.prefix, recipe)
     framework = found.layout.framework
+    # MoCo v2's head is an MLP (fc.0, fc.2); v1's is one linear layer (fc).
     if framework == "moco" and f"{found.prefix}fc.2.weight" in tensors:
         framework = "mocov2"
     info = BackboneInfo(
@@ -197,11 +200,12 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
 
 
 def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
-    """A file may hold several networks: which one was taken is part of what it is."""
+    """Fingerprint of a foreign trunk. A file may hold several networks, so the prefix is part of it."""
     return hashlib.sha256(f"{digest(path)} {prefix} {recipe.arch}".encode()).hexdigest()[:12]
 
 
 def _refuse_odd(tensors: Mapping[str, Stored], names: Sequence[str], path: Path) -> None:
+    """Refuse tensors that cannot be read as ordinary ones: sparse, quantised, sharded …"""
     strange = [name for name in names if tensors[name].odd]
     if strange:
         more = f" (and {len(strange) - 1} more such places)" if len(strange) > 1 else ""
@@ -211,6 +215,7 @@ def _refuse_odd(tensors: Mapping[str, Stored], names: Sequence[str], path: Path)
 def _require_equal_twins(
     tensors: Mapping[str, Stored], found: FoundLayout, tensor_report: TensorReport, path: Path
 ) -> None:
+    """Before one of two names of a tensor is dropped, check that both hold the same values."""
     for name, taken in twins(found, tensor_report.left_out).items():
         if taken in tensor_report.used and not torch.equal(
             _read(tensors[name], name, path), _read(tensors[taken], taken, path)
@@ -232,7 +237,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _architecture(state: Mapping[str, Tensor], path: Path) -> BackboneRecipe:
-    """The known architecture with the same tensor names; the stem by the first convolution's size."""
+    """The known architecture with exactly these tensor names; a 3×3 first convolution means the CIFAR stem."""
     names = {name for name in state if not name.endswith(COUNTER)}
     small = "conv1.weight" in state and tuple(state["conv1.weight"].shape[2:]) == (3, 3)
     closest, fewest = "", len(names) + 1000
@@ -249,7 +254,7 @@ def _architecture(state: Mapping[str, Tensor], path: Path) -> BackboneRecipe:
 
 
 def _assumptions(found: FoundLayout, recipe: BackboneRecipe) -> tuple[str, ...]:
-    """What the tensors do not show and had to be taken for granted."""
+    """Warnings about what tensors do not show and had to be assumed: strides, padding, the order of colour channels."""
     taken = []
     if recipe.stem == "cifar":
         padding = (
@@ -265,6 +270,7 @@ def _assumptions(found: FoundLayout, recipe: BackboneRecipe) -> tuple[str, ...]:
 
 
 def _fresh_statistics(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Warn about BatchNorm layers whose running statistics are those of initialisation (mean 0, variance 1)."""
     means = [name for name in state if name.endswith("running_mean")]
     fresh = [
         name.removesuffix(".running_mean")

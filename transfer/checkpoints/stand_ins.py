@@ -1,5 +1,8 @@
-"""What stands in for the names in a pickle: functions of this module for tensors, arrays and plain containers, and `Inert`
-objects for all else. None of them acts on anything but its arguments.
+"""Stand-ins for the functions and classes that a pickle names.
+
+Unpickling a file calls whatever functions it names, so a downloaded checkpoint could run any code. Here, tensors,
+arrays and plain containers are made by functions of this module, and everything else becomes an `Inert` object. No
+stand-in acts on anything but its arguments.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from mixmask.transfer.checkpoints.stored import Storage, Stored, array, odd
 
 REBUILDS = "torch._utils._rebuild_"
-# Modules whose functions act on the machine: what names one of them is no checkpoint.
+# Modules with functions that can act on the machine. A pickle that names one of these is refused as a whole.
 ACTING = re.compile(
     r"_codecs|_ctypes|_io|_operator|_pickle|_posixsubprocess|_thread|_winapi|asyncio|atexit|bdb|builtins|cPickle|cProfile"
     r"|cloudpickle|code|codecs|codeop|commands|ctypes|dill|fcntl|fileinput|ftplib|gc|glob|http|imp|importlib|inspect|io"
@@ -22,7 +25,7 @@ ACTING = re.compile(
     r"|posixpath|profile|pty|requests|resource|runpy|select|selectors|setuptools|shelve|shutil|site|smtplib|socket|sqlite3"
     r"|ssl|subprocess|sys|tarfile|telnetlib|tempfile|threading|timeit|torch|trace|urllib|webbrowser|zipfile|zipimport"
 )
-# Parts of those modules that are mere types and settings.
+# Exceptions: types and settings of those modules, which are safe to replace by `Inert` classes.
 HARMLESS = re.compile(
     r"builtins\.(dict|list|tuple|set|frozenset|int|long|float|complex|bool|str|unicode|basestring|bytearray|object|slice|range"
     r"|xrange|type|min|max|sum|len|abs|round|any|all|sorted|NoneType|NotImplemented|Ellipsis|[A-Z]\w*(Error|Exception|Warning))"
@@ -33,26 +36,27 @@ HARMLESS = re.compile(
     r"|torch\.serialization\._get_layout|torch\._C\.\w+"
     r"|multiprocessing\.context\.\w+|asyncio\.\w+\.[A-Z]\w+|inspect\._empty|threading\.[A-Z]\w+"
 )
+# Modules that Python 2 called otherwise.
 OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "UserDict": "collections", "__builtins__": "builtins"}
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 class Refused(Exception):
-    """A pickle that names what no checkpoint needs; the text is the name."""
+    """A pickle names something that no checkpoint needs; the message is that name."""
 
 
 class Damaged(Exception):
-    """A pickle that makes no sense; the text says why."""
+    """A file that cannot be read as a checkpoint; the message says why."""
 
 
 class Inert:
-    """Stands for an object that was not made: it keeps what the pickle puts into it.
+    """Stands for an object that is not created: it records what the pickle puts into it, and does nothing.
 
     Attributes:
-        label: The name of its class or function.
-        parts: What it was made with, and its elements.
-        items: What was put under keys.
-        state: What its class would have been given to restore itself from.
+        label: The name of the real class or function.
+        parts: The arguments of its constructor, then appended elements.
+        items: The entries that were set by key.
+        state: What ``__setstate__`` would have received.
     """
 
     label = ""
@@ -68,12 +72,12 @@ class Inert:
 
 
 def inert(label: str) -> type[Inert]:
-    """A class of that name that does nothing."""
+    """A new `Inert` class with this label."""
     return type("Inert", (Inert,), {"label": label})
 
 
 class Made:
-    """A function of this module that stands for one of torch, numpy or Python."""
+    """Wraps a function of this module that replaces one of torch, NumPy or Python."""
 
     __slots__ = ("make",)
 
@@ -107,14 +111,14 @@ class StorageKind:
 
 
 class NumberFormat:
-    """The description of a number format; ``real`` is None where it is none of numbers and truth values."""
+    """Stands for ``numpy.dtype``."""
 
     def __init__(self, code: object = "", *flags: object) -> None:
         del flags
         self.code, self.order = str(code)[:20], ""
 
     def real(self) -> np.dtype[np.generic] | None:
-        """Return NumPy's own description, or None where the code names no numbers."""
+        """The NumPy dtype, or None if the code is not that of a bool, integer or float type."""
         if not re.fullmatch(r"[<>|=]?[biuf]\d{1,2}|\?", self.code, re.ASCII):
             return None
         try:
@@ -124,12 +128,17 @@ class NumberFormat:
 
 
 class LateArray:
-    """An array whose bytes and shape come later."""
+    """An array that a pickle creates empty (NumPy's ``_reconstruct``) and fills later, with its state."""
 
     value: Stored | None = None
 
     def take(self, state: object) -> None:
-        """Take shape, format and bytes as the pickle gives them; ``Damaged`` where they are none."""
+        """Set shape, dtype and bytes from the state that NumPy pickles.
+
+        Raises:
+            Damaged: If the state is not that of an array.
+            ValueError: If the bytes do not fit the shape.
+        """
         if not isinstance(state, tuple) or len(state) != 5:
             raise Damaged("an array without its content")
         _, shape, dtype, fortran, data = state
@@ -145,6 +154,7 @@ class LateArray:
 
 
 def _latin(data: bytes | bytearray | str) -> bytes:
+    # Python 2 pickled bytes as str, which is decoded as latin1.
     return data.encode("latin1") if isinstance(data, str) else bytes(data)
 
 
@@ -171,7 +181,7 @@ def _dtype(*arguments: object) -> NumberFormat:
 
 
 def _mapping(*arguments: object) -> dict[object, object]:
-    """An ordered or default dictionary: what stands last are pairs or another dictionary."""
+    """``OrderedDict`` or ``defaultdict``: the last argument is a dictionary or a list of pairs."""
     content: dict[object, object] = {}
     given = arguments[-1] if arguments else ()
     pairs = given.items() if isinstance(given, dict) else given
@@ -203,7 +213,7 @@ def _tensor(storage: object, offset: object = 0, shape: object = (), strides: ob
 
 
 def _first(*arguments: object) -> object:
-    """A parameter is its tensor; a tensor of another device is the array that it was copied to."""
+    """For ``nn.Parameter`` and tensors of other devices, whose first argument is a tensor or array with the values."""
     return arguments[0] if arguments else None
 
 
@@ -230,6 +240,7 @@ def _odd(what: str) -> Callable[..., object]:
 
 
 def _attribute(owner: object = None, name: object = "", *rest: object) -> object:
+    # Of a stand-in, getattr gives another stand-in. Of anything else it could reach real code.
     if isinstance(owner, Inert) or (isinstance(owner, type) and issubclass(owner, Inert)):
         return inert(f"{_label(owner)}.{str(name)[:100]}")()
     raise Refused("builtins.getattr")
@@ -244,7 +255,7 @@ def _old_object(kind: object = None, base: object = None, state: object = None) 
     return made
 
 
-# What is carried out, by its name in pickles of torch 0.4 to 2, numpy 1 and 2, Python 2 and 3.
+# The functions that are replaced, by their names in pickles of torch 0.4 to 2, NumPy 1 and 2, Python 2 and 3.
 KNOWN: dict[str, Made] = {
     name: Made(make)
     for names, make in (
@@ -273,10 +284,10 @@ KNOWN: dict[str, Made] = {
 
 
 def stand_in(module: str, name: str) -> object:
-    """What stands for a name: a function of this module, a number format, the class of a storage, or an `Inert` class.
+    """The stand-in for a name: a function of this module, a dtype, a storage class, or an `Inert` class.
 
     Raises:
-        Refused: If it names what acts on the machine.
+        Refused: If the name belongs to a module that can act on the machine.
     """
     module = OLD_MODULES.get(module, module)
     full = f"{module}.{name}"
@@ -293,7 +304,11 @@ def stand_in(module: str, name: str) -> object:
 
 
 def key_of(key: object) -> Hashable:
-    """A key that can be hashed at once: nested tuples could be made to take for ever."""
+    """Let a dictionary key of a simple type pass: hashing deeply nested tuples can be made to take forever.
+
+    Raises:
+        Damaged: If the key is of another type.
+    """
     plain = key is None or isinstance(key, str | int | float | bytes | torch.dtype | Inert | type | Made)
     if plain or (isinstance(key, tuple) and all(isinstance(one, str | int | float | None) for one in key)):
         return key

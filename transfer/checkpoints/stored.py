@@ -1,4 +1,4 @@
-"""Tensors that stand in a file and are read when they are needed."""
+"""Tensors in a file, whose values are read lazily."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mixmask.engine.errors import CheckpointError
 
-MAX_SIDES = 64  # the most dimensions that torch takes
+MAX_SIDES = 64  # torch's own limit on the number of dimensions
 
-Bytes = Callable[[int, int], bytes]  # the bytes of a storage: (first, number)
+Bytes = Callable[[int, int], bytes]  # (offset, number of bytes) to bytes of a storage
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Stored:
         return len(self.shape)
 
     def __str__(self) -> str:
-        """Shape and number format."""
+        """Shape and dtype, or what it is instead of an ordinary tensor."""
         return self.odd or f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
 def odd(what: str) -> Stored:
-    """Something that stands where a tensor could, and is none that can be read."""
+    """A placeholder for a tensor that cannot be read as an ordinary one; ``what`` says what it is."""
 
     def read() -> Tensor:
         raise CheckpointError(f"is {what}")
@@ -52,19 +52,14 @@ def odd(what: str) -> Stored:
     return Stored((), None, read, what)
 
 
-def whole(tensor: Tensor) -> Stored:
-    """A tensor that is in memory already."""
-    return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
 @dataclass(frozen=True)
 class Storage:
-    """The numbers behind one or several tensors of ``torch.save``.
+    """The values behind one or several tensors of a file of ``torch.save``.
 
     Attributes:
-        dtype: The format of its numbers.
-        size: How many bytes it has.
-        content: Gives some of its bytes.
+        dtype: The dtype of the values.
+        size: The size in bytes.
+        content: Reads some of its bytes.
     """
 
     dtype: torch.dtype
@@ -74,10 +69,10 @@ class Storage:
     def tensor(
         self, offset: object, shape: Sequence[object], strides: Sequence[object], dtype: torch.dtype | None = None
     ) -> Stored:
-        """A view of the storage, as ``torch.as_strided``.
+        """A view of the storage, as ``torch.as_strided``; ``offset`` and ``strides`` count elements.
 
         Raises:
-            ValueError: If it does not lie within the storage.
+            ValueError: If the view reaches beyond the storage.
         """
         kind = dtype or self.dtype
         sides, steps = _counts(shape), _counts(strides)
@@ -85,6 +80,7 @@ class Storage:
             raise ValueError("a tensor with impossible sizes")
         empty = 0 in sides
         span = 0 if empty else 1 + sum((side - 1) * step for side, step in zip(sides, steps, strict=True))
+        # With strides of 0, a small file could claim a tensor of any size.
         if not empty and math.prod(sides) > span:
             return odd(
                 f"a tensor of {math.prod(sides):,} numbers of which only {span:,} are stored (expanded, not copied)"
@@ -116,11 +112,12 @@ def array(content: bytes, dtype: np.dtype[np.generic], shape: Sequence[object], 
     """An array of numbers whose bytes are in memory.
 
     Raises:
-        ValueError: If bytes and shape do not fit, or a side is no number.
+        ValueError: If the bytes do not fit the shape, or a dimension is no valid size.
     """
     sides = _counts(tuple(shape))
     flat = np.frombuffer(content, dtype)
     values = flat.reshape(sides, order="F" if fortran else "C")
+    # torch has no counterpart of NumPy's long double.
     if (dtype.kind == "f" and dtype.itemsize > 8) or dtype.kind not in "fiub":
         return odd(f"an array of numpy's {dtype}")
 

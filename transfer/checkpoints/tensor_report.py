@@ -1,7 +1,6 @@
-"""What a checkpoint's tensors are: the layout that they are named by, and what becomes of each.
+"""Recognise a checkpoint's layout by its tensor names, and account for every tensor.
 
-Nothing is dropped in silence: an `Account` says of every tensor of the source whether it is the trunk's, and if not, why
-it is left out.
+Nothing is dropped silently: a `TensorReport` says of each tensor that it is part of the trunk, or why it is left out.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2, TRANSFORMERS)
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read what the keys alone do not say.
+    """The user's choices for a checkpoint that its keys alone do not identify.
 
     Attributes:
-        layout: The name of a layout; None recognises it.
-        prefix: All that stands before the trunk's names; tensors elsewhere are left out on the user's word.
-        arch: A network of timm (``timm/convnext_tiny``), whose names say nothing; ResNets are recognised.
+        layout: The name of a layout; None recognises it by the keys.
+        prefix: Everything before the trunk's names. Tensors without this prefix are left out, whatever they are.
+        arch: A network of timm (``timm/convnext_tiny``), which is not recognised by its names, as a ResNet is.
     """
 
     layout: str | None = None
@@ -54,16 +53,16 @@ BY_KEYS = Reading()
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of every tensor of a source.
+    """How each tensor of a checkpoint was used.
 
     Attributes:
         layout: The layout that was recognised, and why.
         used: Source name to trunk name.
         left_out: Source name to reason.
         unknown: Source names that nothing explains.
-        filled: Trunk names that the source does not store and that have a defined value (counters).
-        warnings: What is odd and no error.
-        notes: What stands in the file beside tensors and was not made, in words.
+        filled: Trunk names that the source does not store and whose value is known (batch counters: 0).
+        warnings: Suspicious properties that are not errors.
+        notes: Lines for the user about what was not read, and what was removed from names (`Contents.notes`).
     """
 
     layout: str
@@ -101,7 +100,7 @@ def some(names: Sequence[str], num: int = 4) -> str:
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """A layout in a file: where its trunk stands, how it is named, and by what it was recognised."""
+    """A layout found in a file: the trunk's prefix, its naming scheme, and by which keys it was recognised."""
 
     layout: Layout
     prefix: str
@@ -113,7 +112,7 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
     """Find the layout of a file's tensors.
 
     Raises:
-        CheckpointError: If none fits, or one in several places, or the user asked for one that does not fit.
+        CheckpointError: If no layout fits, one fits in several places, or the one that the user named does not fit.
     """
     listed = None if reading.arch is None else (ListedNames(trunk_names(named_recipe(reading.arch))),)
     if reading.prefix is not None:
@@ -124,6 +123,7 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
         raise CheckpointError(f"--as {reading.layout}: valid: {', '.join(known)}. {hint}".rstrip())
     for layout in known_layouts() if reading.layout is None else (known[reading.layout],):
         signs = [next((name for name in tensors if re.fullmatch(sign, name)), None) for sign in layout.signs]
+        # A layout that the user names is tried even without its signs.
         if None in signs and reading.layout is None:
             continue
         places = list(_places(tensors, layout.trunk, listed or layout.namings))
@@ -141,11 +141,12 @@ def recognise(tensors: Mapping[str, Stored], reading: Reading, path: Path) -> Fo
 
 
 def _places(tensors: Mapping[str, Stored], trunk: str, namings: Sequence[Names]) -> Iterator[tuple[str, Names]]:
-    """Where a trunk could begin, and how its tensors are named there."""
+    """The prefixes at which a trunk could begin, each with its naming scheme."""
     for naming in namings:
         whole = re.compile(f"({trunk}){re.escape(naming.anchor)}")
         for name, tensor in tensors.items():
             found = whole.fullmatch(name)
+            # A convolution's weight: a linear layer may have the same name (``0.weight``).
             if found and tensor.ndim == 4:
                 yield found[1], naming.among(_behind(tensors, found[1]))
 
@@ -175,6 +176,7 @@ def _candidates(tensors: Mapping[str, Stored]) -> str:
 
 
 def _begins_network(name: str, naming: Names, tensors: Mapping[str, Stored]) -> bool:
+    """Whether a tensor is a first convolution on RGB images, and not that of a momentum copy."""
     named = name == naming.anchor or name.endswith(f".{naming.anchor}")
     copied = re.search(r"encoder_k\.|momentum|target|_ema\b", name) is not None
     return named and not copied and tensors[name].ndim == 4 and tensors[name].shape[1] == 3
@@ -200,7 +202,7 @@ def _unrecognised(tensors: Mapping[str, Stored], reading: Reading, path: Path) -
     )
 
 
-# What a file that is no ResNet of a known layout is, by names that only it has: (regular expression, what to say).
+# Networks that are not recognised as a known ResNet, by names that only they have: (regular expression, message).
 FAMILIES = (
     (
         r"(.*\.)?(conv1_w|res[2-5]_[0-9]+_branch2[abc]_w)",
@@ -239,7 +241,7 @@ def _family(tensors: Mapping[str, Stored]) -> str | None:
 
 
 def sort_tensors(tensors: Mapping[str, Stored], found: FoundLayout) -> TensorReport:
-    """Say of every tensor what becomes of it in a layout."""
+    """Sort every tensor: part of the trunk, left out for a reason, or unknown."""
     used: dict[str, str] = {}
     left_out: dict[str, str] = {}
     unknown: list[str] = []
@@ -263,14 +265,17 @@ def sort_tensors(tensors: Mapping[str, Stored], found: FoundLayout) -> TensorRep
 
 
 def twins(found: FoundLayout, left_out: Mapping[str, str]) -> dict[str, str]:
-    """The tensors that stand in a file by two names: the one that is left out, and the one that is taken."""
+    """Tensors that a file holds under two names: from the name that is left out to the one that is used."""
     patterns = [pattern for pattern, reason in found.layout.others if reason is TWIN]
     matches = ((name, re.fullmatch(pattern, name)) for name in left_out for pattern in patterns)
     return {name: f"{found.prefix}{match['same']}" for name, match in matches if match is not None}
 
 
 def _in_detector(name: str, found: FoundLayout) -> str | None:
-    """A whole C4 detector keeps the last stage in the regions' head; its extra normalisation is not the trunk's."""
+    """Our name for a tensor of ``roi_heads.res5``, where a C4 detector keeps the trunk's last stage; None for others.
+
+    The head's extra norm is not part of the trunk.
+    """
     whole = re.fullmatch(r"(.*?)roi_heads\.(res5\..*)", name)
     return found.names.trunk_name(whole[2]) if whole and found.prefix == f"{whole[1]}backbone." else None
 
@@ -288,6 +293,7 @@ def named_recipe(arch: str) -> BackboneRecipe:
 
 
 def trunk_names(recipe: BackboneRecipe) -> list[str]:
-    """The names of a trunk's tensors, in its own order."""
+    """The tensor names of a trunk, in the order of its state dict."""
+    # Only names are needed: the meta device allocates nothing.
     with torch.device("meta"):
         return list(build_trunk(recipe).state_dict())

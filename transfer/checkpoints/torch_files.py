@@ -1,4 +1,4 @@
-"""The files of ``torch.save``: the zip archive of torch 1.6 and later, and the one stream before."""
+"""Files of ``torch.save``: the zip archive of torch 1.6 and later, and the legacy stream of earlier versions."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from mixmask.transfer.checkpoints.pickles import load
 from mixmask.transfer.checkpoints.stand_ins import Damaged, StorageKind
 from mixmask.transfer.checkpoints.stored import Bytes, Storage, odd
 
+# The pickled magic number with which the legacy stream begins.
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """The content of a pickle, and the names of the classes in it that were not made."""
+    """The content of a pickle, and the names of the classes in it that `Inert` objects stand for."""
 
     content: Any
     classes: tuple[str, ...]
 
 
 def read_zip(path: Path) -> Pickled:
-    """Read a zip archive of ``torch.save``; the numbers of its tensors are read when they are needed.
+    """Read a zip archive of ``torch.save``; tensor values are read lazily.
 
     Raises:
-        Damaged: If a record is missing, compressed, of another checksum, or the archive is another kind of file.
+        Damaged: If a record is missing, compressed or has a wrong checksum, or the archive is another kind of file.
         Refused: As `pickles.load`.
     """
     with path.open("rb") as file, _archive(file) as archive:
@@ -82,7 +83,7 @@ def _archive(file: IO[bytes]) -> zipfile.ZipFile:
 
 
 def _check_sums(archive: zipfile.ZipFile) -> None:
-    """Compare every record with its checksum; torch can be told to write none, and then all are zero."""
+    """Compare every record with its CRC-32. torch can be told to write none: then all are zero, and none is checked."""
     infos = archive.infolist()
     if not any(info.CRC for info in infos):
         return
@@ -96,11 +97,12 @@ def _check_sums(archive: zipfile.ZipFile) -> None:
 
 
 def _place(file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin."""
+    """The byte offset in the file at which a record's content begins."""
     file.seek(info.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise Damaged(f"the record {info.filename} has no header")
+    # The local header has a name and an extra field of its own; their lengths may differ from those in the directory.
     return info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
@@ -114,14 +116,14 @@ def _within(path: Path, begin: int) -> Bytes:
 
 
 def read_legacy(file: IO[bytes], path: Path | None = None) -> Pickled:
-    """Read the stream of ``torch.save`` before 1.6: four pickles, then the numbers of every storage.
+    """Read a legacy stream: pickles of magic number, version, system, content and storage keys, then all storages.
 
     Args:
-        file: The stream, of a known end.
-        path: Where its numbers can be read later; None takes them from ``file`` (which then stays in memory).
+        file: The stream; seekable, with a known end.
+        path: The file from which values are read later; None reads them from ``file``, which is then kept alive.
 
     Raises:
-        Damaged: If it is cut off.
+        Damaged: If it is cut off or inconsistent, or was written on a big-endian machine.
         Refused: As `pickles.load`.
     """
     for _ in range(2):  # the magic number and the version
@@ -144,6 +146,7 @@ def read_legacy(file: IO[bytes], path: Path | None = None) -> Pickled:
         return content
 
     def storage(pid: Any) -> object:
+        # torch stored the source code of a network's class beside the class, which is all that is needed here.
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]
         kind, key, numel = _described(pid)
@@ -164,11 +167,12 @@ def read_legacy(file: IO[bytes], path: Path | None = None) -> Pickled:
     read = Pickled(*load(file, storage))
     keys, _ = load(file)
     end = file.tell()
-    file.seek(0, io.SEEK_END)  # a map of a file gives no place back here
+    file.seek(0, io.SEEK_END)  # before Python 3.13, the seek of an mmap returns None
     length = file.tell()
     for key in keys if isinstance(keys, list) else ():
         file.seek(end)
         dtype, numel = wanted.get(str(key), (torch.uint8, 0))
+        # A storage is its number of elements in eight bytes, then the elements.
         stored = int.from_bytes(file.read(8), "little")
         begins[str(key)] = end + 8
         end += 8 + stored * dtype.itemsize
@@ -181,7 +185,7 @@ def read_legacy(file: IO[bytes], path: Path | None = None) -> Pickled:
 
 
 def _described(pid: Any) -> tuple[StorageKind, str, int]:
-    """Class, key and size of a storage, from the words of torch."""
+    """Class, key and number of elements of a storage, from torch's persistent id."""
     good = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], StorageKind)
     if not good or not isinstance(pid[4], int) or pid[4] < 0 or not isinstance(pid[2], str | int):
         raise Damaged("a tensor's description that is none of torch")
@@ -197,10 +201,10 @@ def _storage(kind: StorageKind, size: int, numel: int, content: Bytes) -> object
 
 
 def embedded(content: bytes) -> object:
-    """The storage in a file of torch that a plain pickle of a tensor carries.
+    """Read the storage that a plain pickle of a tensor embeds: the bytes of a legacy ``torch.save`` stream.
 
     Raises:
-        Damaged: If it is none.
+        Damaged: If the content is not such a stream.
     """
     if not isinstance(content, bytes | bytearray):
         raise Damaged("a tensor without its numbers")
@@ -208,12 +212,12 @@ def embedded(content: bytes) -> object:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file is a zip archive, by its first bytes (a damaged end is then said as such)."""
+    """Whether a file begins like a zip archive; a truncated one is then reported as damaged, not as another format."""
     with path.open("rb") as file:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def is_legacy(path: Path) -> bool:
-    """Whether a file is a stream of torch before 1.6."""
+    """Whether a file begins like a legacy stream of ``torch.save``."""
     with path.open("rb") as file:
         return file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC

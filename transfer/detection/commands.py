@@ -1,4 +1,4 @@
-"""What the command line does with detection besides running it."""
+"""Commands for detection besides running it: write a Detectron2 config, draw detections."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dump_detectron2_config(plan: TransferPlan, file: Path, force: bool = False) 
 
 
 def show_detections(folder: Path, out: Path, num: int, least_score: float) -> str:
-    """Draw what a finished detection run found; see `transfer.detection.show`.
+    """Draw what a finished detection run found; see `transfer.detection.results.show`.
 
     Raises:
         UserError: If the folder is not that of a finished detection run.

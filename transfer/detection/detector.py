@@ -1,4 +1,4 @@
-"""What a detector is: a recipe that builds it on either engine, and the network that the torchvision engine trains.
+"""Base classes of detectors: the recipe, which builds one on either engine, and the network of the torchvision engine.
 
 A detector is a package of its own in ``transfer/detection/detectors/``, with a class derived from `DetectorRecipe`. Its
 fields are the keys under ``detector:`` in configs, and ``kind: Literal["…"]`` is its name there.
@@ -52,7 +52,7 @@ class Detections:
 
 
 class Detector(nn.Module, ABC):
-    """The network, for the torchvision engine; BatchNorm everywhere and trained."""
+    """The network of the torchvision engine. As in MoCo's protocol, nothing is frozen, BatchNorm included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Detector(nn.Module, ABC):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def arrange(self, device: torch.device, precision: Precision) -> None:
-        """Move to a device, in the order of memory that is fastest there."""
+        """Move to a device, in the memory format that is fastest there."""
         self.to(device).to(memory_format=self.memory_format)
 
     def batch(self, images: list[Tensor]) -> Tensor:
@@ -69,6 +69,7 @@ class Detector(nn.Module, ABC):
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
         mean, std = self.get_buffer("pixel_mean"), self.get_buffer("pixel_std")
+        # Padded after normalisation, as in Detectron2: the border has the mean colour.
         padded = [
             F.pad(
                 (image.to(mean.device).float() - mean) / std,
@@ -80,47 +81,47 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, images: list[Tensor], targets: list[Targets], rng: list[torch.Generator]) -> dict[str, Tensor]:
-        """The losses of one batch, each a scalar; their sum is what is minimised.
+        """The losses of one batch, each a scalar; training minimises their sum.
 
         Args:
             images: (3, H, W) uint8 RGB each.
             targets: Their objects.
-            rng: A generator for the samples of each image.
+            rng: One generator per image, from which anchors and proposals are sampled.
         """
 
     @abstractmethod
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """What is in each image, in its own pixels."""
+        """The detections of each image, in the pixels of the image given."""
 
 
 class DetectorRecipe(Recipe, ABC):
-    """A detector and what it is told."""
+    """The keys of a detector, and how it is built on both engines."""
 
     kind: str
 
     @abstractmethod
     def check_backbone(self, backbone: BackboneRecipe) -> None:
-        """Refuse a trunk on which it cannot be built.
+        """Refuse a trunk on which the detector cannot be built.
 
         Raises:
-            ConfigError: With what would be valid.
+            ConfigError: The message says which trunks are valid.
         """
 
     @abstractmethod
     def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:
-        """The network of the torchvision engine.
+        """Build the network of the torchvision engine.
 
         Args:
-            backbone: A trunk that `check_backbone` lets pass.
-            state: Its weights under torchvision's (or timm's) names; every tensor must land.
+            backbone: A trunk that `check_backbone` accepts.
+            state: Its state dict under torchvision's (or timm's) names, loaded strictly.
             num_classes: Foreground classes.
-            masks: Whether masks are found, too.
+            masks: Whether to add a mask head.
         """
 
     @property
     @abstractmethod
     def detectron2_module(self) -> str | None:
-        """The module whose import registers what Detectron2 lacks for it; None if nothing."""
+        """The module to import so that Detectron2 knows all parts of the detector; None if it has them itself."""
 
     @abstractmethod
     def configure(self, cfg: Any, backbone: BackboneRecipe, num_classes: int) -> None:
@@ -128,12 +129,12 @@ class DetectorRecipe(Recipe, ABC):
 
     @abstractmethod
     def to_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of its network here as that of Detectron2's.
+        """Rename the state dict of the torchvision engine's network to Detectron2's names.
 
         Raises:
-            KeyError: If a tensor has no place there.
+            KeyError: If a tensor has no counterpart.
         """
 
     @abstractmethod
     def place_in_detectron2(self, name: str) -> str:
-        """Where Detectron2's network keeps a tensor of the trunk, given its name there (``res5.0.conv1.weight``)."""
+        """The name of a trunk tensor in Detectron2's detector, given that in its ResNet (``res5.0.conv1.weight``)."""

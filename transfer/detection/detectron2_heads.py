@@ -1,4 +1,4 @@
-"""Configs that an earlier version dumped for Detectron2 import the head of C4 by this name."""
+"""The old import path of C4's head, which configs that an earlier version wrote for Detectron2 still use."""
 
 from mixmask.transfer.detection.detectors.c4.heads import Res5ROIHeadsExtraNorm
 

@@ -21,7 +21,8 @@ class DetectionData(Recipe):
 
     VOC: ``root`` is a VOCdevkit and a split is ``2007/trainval`` (VOC2007/ImageSets/Main/trainval.txt). COCO: a split is
     ``train2017`` (annotations/instances_train2017.json and the folder train2017). ``classes: null`` takes the names found
-    in the annotations. ``allow_overlap`` lets pictures be trained and tested on, as to see a detector overfit.
+    in the annotations. ``allow_overlap`` permits pictures that are in both splits, for example to see a
+    detector overfit.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -50,10 +51,10 @@ class DetectionData(Recipe):
 class DetectRecipe(Recipe):
     """Detection transfer.
 
-    ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` hold at ``reference_batch_size`` images per iteration;
-    another ``batch_size`` scales the rate linearly and the lengths inversely. A null reference takes them as they stand.
-    ``detector`` is what is put on the trunk. ``save_predictions`` keeps the detections of the test pictures,
-    ``save_detector`` the trained network.
+    ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` are given for ``reference_batch_size`` images per
+    iteration. Another ``batch_size`` scales the learning rate linearly and the lengths inversely; a null reference
+    turns scaling off. ``detector`` is the detector built on the trunk. ``save_predictions`` keeps the detections of the
+    test pictures, ``save_detector`` the trained network.
     """
 
     moved: ClassVar[Mapping[str, str]] = {"rpn": "detector.rpn", "roi": "detector.roi"}
@@ -88,6 +89,7 @@ class DetectRecipe(Recipe):
 
     @override
     def first_form(self, identity: dict[str, Any]) -> dict[str, Any]:
+        # C4's keys were keys of the recipe before there was a choice of detectors: fingerprints stay what they were.
         detector = dict(identity["detector"])
         if detector.pop("kind") != "c4":
             return identity
@@ -100,7 +102,7 @@ class DetectRecipe(Recipe):
 
     @property
     def scale(self) -> float:
-        """Images per iteration relative to the reference."""
+        """Batch size divided by the reference batch size; 1 without a reference."""
         return self.batch_size / (self.reference_batch_size or self.batch_size)
 
     @property
@@ -110,9 +112,9 @@ class DetectRecipe(Recipe):
 
     @property
     def warmup_in_force(self) -> int:
-        """Iterations of warm-up at this batch size: no longer than to the first milestone or the end of a short run."""
+        """Warm-up iterations at this batch size, at most up to the first milestone or the end of training."""
         return self.scaled_length(min(self.warmup_iterations, self.iterations, *self.milestones))
 
     def scaled_length(self, iterations: int) -> int:
-        """A number of iterations at this batch size."""
+        """Scale a number of iterations to this batch size: at least 1, but 0 stays 0."""
         return max(1, round(iterations / self.scale)) if iterations else 0

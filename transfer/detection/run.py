@@ -1,4 +1,4 @@
-"""One detection recipe, two engines: choosing, running and keeping what they found."""
+"""Run a detection recipe on one of the two engines, and save what it found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
     """Refuse what the recipe's engine cannot do, before anything is read or written.
 
     Raises:
-        ConfigError: If the engine does not import, the trunk does not fit, or the batch cannot be shared out.
+        ConfigError: If the engine cannot be imported, the trunk does not fit, or the world size does not divide the
+            batch size.
     """
     recipe.detector.check_backbone(backbone)
     size = distributed.world().size
@@ -47,12 +48,13 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
 
 
 def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
-    """Refuse annotations that the recipe's engine would stumble over after training.
+    """Refuse annotations that the recipe's engine could not evaluate after training.
 
-    A machine without Detectron2 cannot ask it: one that only submits leaves that to the one that runs (`check_engine`).
+    The check uses Detectron2's own readers. A machine without it, such as one that only submits jobs, skips the check;
+    on the machine that runs, `check_engine` makes sure that Detectron2 is there.
 
     Raises:
-        ConfigError: With the file.
+        ConfigError: The message names the data folder and the split.
     """
     if recipe.engine == "detectron2" and importlib.util.find_spec("detectron2") is not None:
         from mixmask.transfer.detection.engines import detectron2_config
@@ -61,11 +63,11 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
 
 
 def run_detection(recipe: DetectRecipe, setting: DetectionSetting) -> dict[str, float]:
-    """Train and evaluate a detector with the recipe's engine; the metrics are given to every process.
+    """Train and evaluate a detector with the recipe's engine; every rank gets the metrics.
 
-    Files in the run directory: with ``save_predictions`` ``detections.json.gz``, ``matches_*.npz`` (for per-image
-    statistics) and ``detections.jpg`` (some test pictures), and with ``save_detector`` ``detector.pth``, a checkpoint of
-    Detectron2's that its own tools load.
+    With ``save_predictions``, the run directory gets ``detections.json.gz``, ``matches_*.npz`` (for per-image
+    statistics) and ``detections.jpg`` (some test pictures); with ``save_detector``, it gets ``detector.pth``, a
+    checkpoint that Detectron2's own tools load.
     """
     say(f"{setting.title}: {recipe.engine}, {describe_schedule(recipe)}")
     unseen = setting.test_set.uncounted_classes()
@@ -87,7 +89,7 @@ def _keep(recipe: DetectRecipe, setting: DetectionSetting, outcome: Outcome) -> 
 
 
 def _keep_predictions(recipe: DetectRecipe, setting: DetectionSetting, found: Sequence[FoundObject]) -> None:
-    """Write the detections, which of them found an object, and pictures of some."""
+    """Write the detections, their matches with the true objects, and a sheet of sample pictures."""
     folder, pictures = setting.run.path, setting.test_set
     save_detections(folder / NAME, found, pictures)
     if recipe.masks:
@@ -103,6 +105,7 @@ def _with_engine(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
         from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 
         return torchvision_engine.run(recipe, setting)
+    # Imported here, because Detectron2 is optional.
     from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +115,7 @@ def _with_engine(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
 
 
 def describe_schedule(recipe: DetectRecipe) -> str:
-    """Iterations, rate, steps and warm-up in force, and what they were scaled from."""
+    """The schedule in force (iterations, learning rate, steps, warm-up), and what it was scaled from."""
     milestones = ", ".join(str(recipe.scaled_length(m)) for m in recipe.milestones) or "none"
     text = (
         f"{recipe.scaled_length(recipe.iterations):,} iterations of {recipe.batch_size} images, lr {recipe.scaled_lr:g}, "

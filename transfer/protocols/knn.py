@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -16,15 +16,22 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
-from mixmask.engine.knn import knn_of_sources, top1
-from mixmask.engine.loader import open_source
+from mixmask.engine.knn import knn_votes, normalize_, top1
 from mixmask.engine.progress import say
 from mixmask.transfer.checkpoints.source import Source
-from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, trunk_of
+from mixmask.transfer.classification import Images, save_answers, trunk_of
+from mixmask.transfer.features import FrozenRecipe, frozen_features
+
+T = TypeVar("T")
+Neighbours = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(gt=0, le=1e6)]
 
 
-class KnnRecipe(ClassifyRecipe):
+class KnnRecipe(FrozenRecipe):
     """kNN on L2-normalised features, votes weighted with exp(similarity / temperature).
+
+    ``k`` and ``temperature`` give the headline. ``other_k`` and ``other_temperatures`` are measured in the same pass and
+    recorded beside it (``knn/top1/k=20,T=0.07``); a k larger than the training set is left out.
 
     ``features: trunk`` takes the trunk's output, ``head`` that of the projection head, which files of this project's own
     pretraining hold: the MoCo CIFAR demo and Un-Mix's code take the 128-d head.
@@ -35,6 +42,8 @@ class KnnRecipe(ClassifyRecipe):
     protocol: Literal["knn"]
     k: int = Field(200, ge=1)
     temperature: float = Field(0.1, gt=0, le=1e6)
+    other_k: tuple[Neighbours, ...] = added((10, 20, 100, 200))
+    other_temperatures: tuple[Temperature, ...] = added((0.07, 0.1))
     features: Literal["trunk", "head"] = added("trunk")
 
     @property
@@ -72,25 +81,39 @@ class KnnRecipe(ClassifyRecipe):
         return train, test
 
     def measure(self, setting: Images) -> dict[str, float]:
-        """Top-1 of the test split against the training split, in percent."""
-        network = _with_head(setting) if self.features == "head" else trunk_of(setting)
-        predicted, labels = knn_of_sources(
-            self.name,
-            network.eval(),
-            open_source(setting.train.shard(), self.data, setting.device),
-            open_source(setting.test.shard(), self.data, setting.device),
-            batch_size=self.evaluation.batch_size,
-            resize=self.evaluation.resize,
-            crop=self.evaluation.crop,
-            precision=self.precision,
-            k=self.k,
-            temperature=self.temperature,
-            normalization=setting.normalization,
+        """Top-1 of the test split against the training split, in percent, for every k and temperature."""
+        (bank, bank_labels), (asked, answers) = (
+            frozen_features(
+                self,
+                self,
+                setting,
+                images,
+                lambda: (_with_head(setting) if self.features == "head" else trunk_of(setting)).eval(),
+                what=self.features,
+                gather=images is setting.test,  # each process looks for neighbours in its own share of the bank
+            )
+            for images in (setting.train, setting.test)
         )
-        save_answers(self, setting, predicted, labels)
-        accuracy = top1(predicted, labels)
+        ks = _with(self.k, [k for k in self.other_k if k <= len(setting.train)])
+        temperatures = _with(self.temperature, self.other_temperatures)
+        votes = knn_votes(
+            normalize_(bank),
+            bank_labels,
+            normalize_(asked),
+            num_classes=len(setting.train.classes),
+            ks=ks,
+            temperatures=temperatures,
+        )
+        predicted = votes[self.k, self.temperature]
+        save_answers(self, setting, predicted, answers)
+        accuracy = top1(predicted, answers)
         say(f"{self.name}: kNN top-1 {accuracy:.2f} % (k {self.k}, temperature {self.temperature}, {self.what})")
-        return {"knn/top1": accuracy}
+        others = {f"knn/top1/k={k},T={t:g}": top1(voted, answers) for (k, t), voted in votes.items()}
+        return {"knn/top1": accuracy, **others}
+
+
+def _with(first: T, others: Sequence[T]) -> list[T]:
+    return [*dict.fromkeys((first, *others))]
 
 
 def _with_head(setting: Images) -> nn.Module:

@@ -1,65 +1,108 @@
-"""A linear classifier on the frozen trunk."""
+"""A linear classifier, or many side by side, on the frozen trunk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
+from timm.optim import Lars
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.config import Recipe, added
-from mixmask.engine.errors import RunFailure
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import OpenImages
+from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Part
-from mixmask.engine.knn import extract_features
-from mixmask.engine.loader import open_source
-from mixmask.engine.schedule import step_factor
+from mixmask.engine.loader import num_batches, open_source
+from mixmask.engine.normalization import normalize
+from mixmask.engine.precision import autocast
+from mixmask.engine.progress import say, track
+from mixmask.engine.randomness import derived_seed
+from mixmask.engine.schedule import cosine_factor, step_factor, warmup_factor
 from mixmask.engine.training import train
 from mixmask.transfer.classification import (
-    Classifier,
     Epoch,
     Images,
     TrainedRecipe,
     batch_plan,
-    finetune,
-    new_classifier,
     new_job,
     scored,
+    train_on_views,
     trunk_of,
 )
+from mixmask.transfer.features import FeatureOptions, frozen_features
+from mixmask.transfer.logistic import fit_logistic
+from mixmask.transfer.probes import Probe, Probes, count_right
+from mixmask.transfer.selection import require_held_out, split_for_choice
+
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+Decay = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class ProbeOptimizer(Recipe):
-    """Which optimizer trains a probe; ``adam`` has no use for ``momentum``."""
+    """Which optimizer trains a probe.
 
-    kind: Literal["sgd", "adam"] = "sgd"
+    ``lars`` scales each tensor's step by ``trust_coefficient`` · |w| / |gradient| (arXiv:1708.03888), as apex's LARC does
+    without clipping. ``adam`` has L2 regularisation, ``adamw`` decoupled weight decay; both have no use for ``momentum``.
+    ``lbfgs`` minimises the loss over all features at once (``augment: null``), for ``epochs`` iterations at most.
+    """
+
+    kind: Literal["sgd", "adam", "adamw", "lars", "lbfgs"] = "sgd"
+    nesterov: bool = added(False)
+    trust_coefficient: float = added(0.001, gt=0, le=1e6)
 
 
-class LinearRecipe(TrainedRecipe):
+class LinearRecipe(FeatureOptions, TrainedRecipe):
     """A linear classifier on the frozen trunk (protocols of MoCo, ``main_lincls.py``): SGD, rate 30, ×0.1 at 60 and 80.
 
-    ``augment: null`` trains on fixed features: every image's test-time view goes through the trunk once. With
-    ``schedule: exponential`` the rate falls from ``lr`` to ``final_lr``, by the same factor every epoch. W-MSE's probe
-    (arXiv:2007.06346, `htdt/self-supervised` ``eval/sgd.py``) is that with Adam: ``cifar100_linear_wmse.yaml``.
+    ``lr``, ``weight_decay`` and ``batch_norm`` (BatchNorm without affine parameters before the classifier) may be lists: one
+    probe for every combination is trained in the same pass, from the same start, on the same views. The one with the highest
+    accuracy on held-out *training* images is tested: on the data set's official validation split, or on the share
+    ``held_out`` of every class. The probes are trained on the rest. A single probe is trained on everything.
+
+    ``augment: null`` trains on fixed features: every image's test-time view goes through the trunk once.
+
+    The rate follows ``schedule``: ``step``, ``cosine`` (both change it every epoch, or every step with ``update_every:
+    step``), or ``exponential`` from ``lr`` to ``final_lr``, after ``warmup_epochs`` of linear warm-up. W-MSE's probe
+    (arXiv:2007.06346, `htdt/self-supervised` ``eval/sgd.py``) is the last one with Adam: ``cifar100_linear_wmse.yaml``.
     """
 
     protocol: Literal["linear"]
     optimizer: ProbeOptimizer = added(ProbeOptimizer())
-    schedule: Literal["step", "exponential"] = added("step")
+    schedule: Literal["step", "exponential", "cosine"] = added("step")
     final_lr: float | None = added(None, gt=0, le=1e6)
-    lr: float = Field(30.0, gt=0, le=1e30)
+    warmup_epochs: float = added(0.0, ge=0, le=1e6)
+    update_every: Literal["epoch", "step"] = added("epoch")
+    lr: Rate | tuple[Rate, ...] = 30.0
+    weight_decay: Decay | tuple[Decay, ...] = 0.0
+    batch_norm: bool | tuple[bool, ...] = added(False)
+    held_out: float = added(0.1, gt=0, lt=1)
     epochs: int = Field(100, ge=1, le=10**6)
     milestones: tuple[Epoch, ...] = (60, 80)
     gamma: float = Field(0.1, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _final_rate(self) -> LinearRecipe:
+    def _keys_fit(self) -> LinearRecipe:
         if (self.schedule == "exponential") != (self.final_lr is not None):
             raise ValueError("schedule: exponential and final_lr go together: set both, or neither")
+        if self.final_lr is not None and isinstance(self.lr, tuple):
+            raise ValueError("schedule: exponential takes one lr: final_lr is the end of one rate only")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} must be below epochs {self.epochs}")
+        for key in ("lr", "weight_decay", "batch_norm"):
+            values = getattr(self, key)
+            if isinstance(values, tuple) and len({*values}) < max(len(values), 1):
+                raise ValueError(f"{key}: a list of different values was expected, got {list(values)}")
+        if self.optimizer.kind == "lbfgs" and (self.augment is not None or isinstance(self.lr, tuple)):
+            raise ValueError(
+                "optimizer.kind: lbfgs has no learning rate and needs fixed features: set augment: null, one lr"
+            )
+        if self.optimizer.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs a momentum above 0")
         return self
 
     @property
@@ -74,20 +117,45 @@ class LinearRecipe(TrainedRecipe):
 
     @property
     @override
-    def slower(self) -> str:
-        return f"lr={self.lr / 10:g}"
+    def slower(self) -> str | None:
+        return None if isinstance(self.lr, tuple) else f"lr={self.lr / 10:g}"
 
     @property
     @override
     def in_steps(self) -> bool:
         return self.schedule == "step"
 
+    @property
+    def probes(self) -> list[Probe]:
+        """One for every combination, in the order of the keys."""
+        return [
+            Probe(lr, weight_decay, batch_norm)
+            for batch_norm in _listed(self.batch_norm)
+            for lr in _listed(self.lr)
+            for weight_decay in _listed(self.weight_decay)
+        ]
+
     @override
     def settings(self, train: ImageSet) -> dict[str, Any]:
-        return {"lr": self.lr, "epochs": self.epochs, "batch_size": self.batch_size, "epoch": "last"}
+        chosen = {} if len(self.probes) == 1 else {"choice": f"best of {len(self.probes)} on held-out training images"}
+        lr = self.lr if isinstance(self.lr, float) else ", ".join(f"{rate:g}" for rate in self.lr)
+        return {"lr": lr, "epochs": self.epochs, "batch_size": self.batch_size, "epoch": "last", **chosen}
+
+    @override
+    def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
+        train, test = super().open(open_images)
+        if len(self.probes) > 1:
+            rest, _ = split_for_choice(train, self.held_out, self.seed)
+            require_held_out(train, self.held_out, self.seed)
+            if self.batch_size > len(rest):
+                raise ConfigError(
+                    f"batch_size {self.batch_size} is larger than the {len(rest)} training images that are left without "
+                    f"the held-out ones: choose at most {len(rest)}"
+                )
+        return train, test
 
     def measure(self, setting: Images) -> dict[str, float]:
-        """Top-1 and top-5 of the last epoch on the test split, in percent.
+        """Top-1 and top-5 of the last epoch on the test split, in percent; of several probes, those of the chosen one.
 
         Raises:
             RunFailure: If a weight of the frozen trunk changed.
@@ -102,23 +170,51 @@ class LinearRecipe(TrainedRecipe):
             trunk: Gives the network.
             state: Its weights, on the CPU, which must not change.
         """
-        model = new_classifier(self, setting, trunk, frozen=True)
-        parameters = [*model.head.parameters()]
-        optimizer: torch.optim.Optimizer
-        if self.optimizer.kind == "adam":
-            optimizer = torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        else:
-            optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
-        def schedule(step: int, per_epoch: int, total: int) -> float:
-            if self.final_lr is not None:
-                return float((self.final_lr / self.lr) ** (step // per_epoch / self.epochs))
-            return step_factor(step // per_epoch, self.milestones, self.gamma)
-
-        learn = _train_on_features if self.augment is None else finetune
-        result = learn(self, setting, model, optimizer, schedule)
+        torch.manual_seed(derived_seed(self.seed, "head"))
+        built = trunk()  # after the seed: building draws weights, too, and the classifier's come after them
+        model = Probes(built, len(setting.train.classes), self.probes).to(setting.device)
+        learn = _on_views if self.augment is not None else _on_features
+        result = learn(self, setting, model)
         require_unchanged(model.trunk, state)
-        return {f"linear/{name}" if name.startswith("top") else name: value for name, value in result.items()}
+        return {
+            f"linear/{name}" if name not in ("seconds", "images_per_second") else name: v for name, v in result.items()
+        }
+
+    def build_optimizer(self, model: Probes) -> torch.optim.Optimizer:
+        """The optimizer of all probes: a group of parameters for each, with its rate and weight decay."""
+        groups = [
+            {"params": [*head.parameters()], "lr": probe.lr, "weight_decay": probe.weight_decay}
+            for probe, head in zip(self.probes, model.heads, strict=True)
+        ]
+        rate, kind, options = self.probes[0].lr, self.optimizer.kind, self.optimizer
+        if kind == "adam":
+            return torch.optim.Adam(groups, lr=rate)
+        if kind == "adamw":
+            return torch.optim.AdamW(groups, lr=rate)
+        if kind == "lars":  # without always_adapt, tensors without weight decay would take plain SGD's step
+            lars: torch.optim.Optimizer = Lars(
+                groups, lr=rate, momentum=self.momentum, nesterov=options.nesterov,
+                trust_coeff=options.trust_coefficient, always_adapt=True,
+            )  # fmt: skip
+            return lars
+        return torch.optim.SGD(groups, lr=rate, momentum=self.momentum, nesterov=options.nesterov)
+
+    def factor(self, step: int, per_epoch: int, total: int) -> float:
+        """The factor of the base learning rates at a step."""
+        warmup = round(self.warmup_epochs * per_epoch)
+        if step < warmup:
+            return warmup_factor(step, warmup)
+        if self.final_lr is not None:
+            assert isinstance(self.lr, float)
+            return float((self.final_lr / self.lr) ** (step // per_epoch / self.epochs))
+        if self.schedule == "step":
+            return step_factor(step // per_epoch, self.milestones, self.gamma)
+        at = step if self.update_every == "step" else step // per_epoch * per_epoch
+        return cosine_factor(max(at, warmup), total, warmup)
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def require_unchanged(trunk: nn.Module, source: Mapping[str, Tensor]) -> None:
@@ -132,39 +228,101 @@ def require_unchanged(trunk: nn.Module, source: Mapping[str, Tensor]) -> None:
         raise RunFailure(f"the frozen trunk changed during the linear probe: {', '.join(changed[:5])}")
 
 
-def _train_on_features(
-    recipe: LinearRecipe,
-    setting: Images,
-    model: Classifier,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int, int, int], float],
-) -> dict[str, float]:
-    """Train the classifier on features that are computed once, from every image's test-time view."""
+def _on_views(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str, float]:
+    """Train on augmented views; the trunk is run once for each view, whatever the number of probes."""
+    images, held = _parts(recipe, setting)
+
+    def features(source_images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
+        view = recipe.evaluation
+        source = open_source(source_images.shard(), recipe.data, setting.device)
+        batches = source.evaluation(view.batch_size, view.resize, view.crop, view.interpolation)
+        total = num_batches(len(source.images), view.batch_size)
+        for pixels, labels in track(f"{recipe.name}: test images", batches, total, view.batch_size):
+            with torch.no_grad(), autocast(setting.device, recipe.precision):
+                pixels = normalize(pixels, setting.normalization).contiguous(memory_format=torch.channels_last)
+                yield model.trunk(pixels), labels
+
+    def loss(pixels: Tensor, labels: Tensor) -> Tensor:
+        return model.loss(model.features(pixels), labels)
+
+    optimizer = recipe.build_optimizer(model)
+    result = train_on_views(recipe, setting, images, model, optimizer, recipe.factor, loss)
+    chosen, choice = _choice(recipe, model, None if held is None else features(held), 0 if held is None else len(held))
+    ranked, answers = model.ranked(features(setting.test), chosen, recipe.precision)
+    return {**scored(recipe, setting, ranked, answers), **choice, **result}
+
+
+def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str, float]:
+    """Train on features that are computed once, from every image's test-time view."""
     (features, labels), (asked, answers) = (
-        extract_features(
-            f"{recipe.name}: {split} features",
-            model.trunk,
-            open_source(images.shard(), recipe.data, setting.device),
-            batch_size=recipe.evaluation.batch_size,
-            resize=recipe.evaluation.resize,
-            crop=recipe.evaluation.crop,
-            precision=recipe.precision,
-            normalization=setting.normalization,
-        )
-        for split, images in (("training", setting.train), ("test", setting.test))
+        frozen_features(recipe, recipe, setting, images, lambda: model.trunk)
+        for images in (setting.train, setting.test)
     )
-    plan = batch_plan(recipe, setting.train)
-    total = recipe.epochs * plan.steps_per_epoch
+    images, held = _parts(recipe, setting)
+    found, answered, kept = features, labels, None
+    if held is not None:
+        learnt, kept = split_for_choice(setting.train, recipe.held_out, recipe.seed, rows=True)
+        found, answered = features[learnt], labels[learnt]
+    if recipe.optimizer.kind == "lbfgs":
+        result = _minimise(recipe, model, found, answered)
+    else:
+        plan = batch_plan(recipe, images)
+        total = recipe.epochs * plan.steps_per_epoch
 
-    def batches(first: int) -> Iterator[list[int]]:
-        return (batch[plan.share(batch)] for _, _, batch in plan.from_step(first, total))
+        def batches(first: int) -> Iterator[list[int]]:
+            return (batch[plan.share(batch)] for _, _, batch in plan.from_step(first, total))
 
-    def losses(rows: list[int], step: int) -> list[Part]:
-        which = torch.tensor(rows, device=features.device)
-        return [lambda: {"loss": F.cross_entropy(model.head(features[which]).float(), labels[which])}]
+        def losses(rows: list[int], step: int) -> list[Part]:
+            which = torch.tensor(rows, device=features.device)
+            return [lambda: {"loss": model.loss(found[which], answered[which])}]
 
-    result = train(new_job(recipe, setting, model, optimizer, schedule, plan), batches, losses)
-    with torch.no_grad():
-        logits = model.head(asked)
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return {**scored(recipe, setting, ranked, answers), **result}
+        optimizer = recipe.build_optimizer(model)
+        result = train(new_job(recipe, setting, model, optimizer, recipe.factor, plan), batches, losses)
+    held_features = None if kept is None else iter([(features[kept], labels[kept])])
+    chosen, choice = _choice(recipe, model, held_features, 0 if held is None else len(held), everyone=True)
+    ranked, answers = model.ranked(iter([(asked, answers)]), chosen, "fp32", everyone=True)
+    return {**scored(recipe, setting, ranked, answers), **choice, **result}
+
+
+def _minimise(recipe: LinearRecipe, model: Probes, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Fit every probe with L-BFGS, on all features at once."""
+    model.train()
+    if model.norm is not None:
+        model.norm.set_to(features)
+    model.eval()
+    for probe, head in zip(recipe.probes, model.heads, strict=True):
+        assert isinstance(head, nn.Linear)
+        inputs = model.norm(features) if model.norm is not None and probe.batch_norm else features
+        fit_logistic(inputs, labels, head, weight_decay=probe.weight_decay, iterations=recipe.epochs)
+    return {}
+
+
+def _parts(recipe: LinearRecipe, setting: Images) -> tuple[ImageSet, ImageSet | None]:
+    """What the probes learn from, and what the choice among them is made on: with a single probe, everything and nothing."""
+    if len(recipe.probes) == 1:
+        return setting.train, None
+    return split_for_choice(setting.train, recipe.held_out, recipe.seed)
+
+
+def _choice(
+    recipe: LinearRecipe,
+    model: Probes,
+    held: Iterator[tuple[Tensor, Tensor]] | None,
+    num: int,
+    everyone: bool = False,
+) -> tuple[int, dict[str, float]]:
+    """The number of the best probe on held-out training images, and what is recorded of all of them."""
+    if held is None:
+        return 0, {}
+    right = count_right(model, held, recipe.precision, everyone)
+    accuracies = [100 * count / num for count in right]
+    best = max(range(len(accuracies)), key=lambda number: accuracies[number])  # the first of equals
+    probe = recipe.probes[best]
+    say(f"{recipe.name}: chosen on {num:,} held-out training images: {probe}, {accuracies[best]:.2f} %")
+    return best, {
+        "held_out": accuracies[best],
+        "chosen_lr": probe.lr,
+        "chosen_weight_decay": probe.weight_decay,
+        "chosen_batch_norm": float(probe.batch_norm),
+        **{f"held_out/{one}": accuracy for one, accuracy in zip(recipe.probes, accuracies, strict=True)},
+    }

@@ -57,6 +57,7 @@ class SemisupRecipe(TrainedRecipe):
     lr_trunk: float | None = Field(None, ge=0, le=1e6)
     lr_head: float | None = Field(None, gt=0, le=1e6)
     epochs: int = Field(20, ge=1, le=10**6)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
     sync_bn: bool = added(False)
     schedule: Literal["step", "cosine"] | None = None
     milestones: tuple[Epoch, ...] = (12, 16)

@@ -1,4 +1,4 @@
-"""A framework: alignment and uniformity on the sphere (arXiv:2005.10242), whose loss is not one of single images."""
+"""A framework: alignment and uniformity on the sphere (arXiv:2005.10242), whose loss is not a mean over images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AlignRecipe(FrameworkRecipe):
 
 
 class Align(Framework):
-    """One encoder, both of whose views have a gradient."""
+    """One encoder for both views; queries and keys have a gradient."""
 
     keys_have_gradient = True
 
@@ -56,7 +56,7 @@ class Align(Framework):
         return (query - key).square().sum(dim=1) + self.recipe.weight * _uniformity(query)
 
     def mixed_loss(self, query: Tensor, key: Tensor, lam: Tensor) -> Tensor:
-        """Only the alignment is one of single images, and is weighed by λ; of the uniformity, the mean share counts."""
+        """Alignment is a mean over images, each weighted by its λ; the batch's uniformity is weighted by the mean λ."""
         return (lam * (query - key).square().sum(dim=1)).mean() + self.recipe.weight * lam.mean() * _uniformity(query)
 
     @override

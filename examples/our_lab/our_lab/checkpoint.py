@@ -6,8 +6,8 @@ LAYOUTS = (
     Layout(
         "our-lab",
         "our lab's training code",
-        trunk=r"student\.convnet\.",  # stands before the trunk's names
-        signs=(r"student\.align_head\..*",),  # by which it is recognised
+        trunk=r"student\.convnet\.",  # regular expression for the prefix of the trunk's names
+        signs=(r"student\.align_head\..*",),  # keys that identify the layout
         others=((r"student\.align_head\..*", HEAD), (r"bank\..*", QUEUE)),  # what is left out, and why
         framework="align",
     ),

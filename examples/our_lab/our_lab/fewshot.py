@@ -14,15 +14,16 @@ from typing_extensions import override
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.features import extract_features
 from mixmask.engine.images import ImageSet
-from mixmask.engine.knn import extract_features, top1
+from mixmask.engine.knn import top1
 from mixmask.engine.loader import open_source
 from mixmask.engine.randomness import generator
 from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, trunk_of
 
 
 class FewShot(ClassifyRecipe):
-    """``shots`` labelled images of every class, their mean feature, and the nearest mean; averaged over ``episodes``."""
+    """Classify by the nearest class mean of ``shots`` labelled images per class; the mean of ``episodes`` draws."""
 
     protocol: Literal["fewshot"]
     shots: int = Field(5, ge=1)
@@ -78,7 +79,7 @@ class FewShot(ClassifyRecipe):
         return {"fewshot/top1": sum(found) / len(found)}
 
     def _nearest(self, bank: Tensor, labels: Tensor, asked: Tensor, episode: int) -> Tensor:
-        """(M,) the class with the nearest mean of ``shots`` images drawn for this episode."""
+        """(M,) predicted classes: the nearest class mean of the ``shots`` images drawn for this episode."""
         means = []
         for label in range(int(labels.max()) + 1):
             own = (labels == label).nonzero().flatten()

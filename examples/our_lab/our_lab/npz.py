@@ -1,4 +1,4 @@
-"""A kind of data: ``images.npz`` with ``train_images`` (N, H, W, 3) uint8, ``train_labels`` (N,), and so for ``val``."""
+"""A kind of data: ``images.npz`` with classes, ``train_images`` (N, H, W, 3) uint8, ``train_labels`` (N,), and val."""
 
 from __future__ import annotations
 

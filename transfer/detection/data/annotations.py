@@ -1,4 +1,4 @@
-"""Reading VOC devkits and COCO json into one form, and finding what is wrong with them before training starts."""
+"""Read VOC devkits and COCO JSON into one form, and report errors in them before training starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Instance:
     Attributes:
         box: Left, top, right, bottom in continuous pixels (VOC's 1-based corners are shifted by one).
         label: Index into the classes.
-        polygons: Outlines, each (2n,) float64 of x, y in turn: COCO has millions of points. Empty where there are none.
+        polygons: Outlines, each a (2n,) float64 array of alternating x and y (COCO has millions of points). Empty
+            without masks.
         difficult: VOC's flag: neither counted nor punished in evaluation.
         crowd: COCO's flag: not trained on.
     """
@@ -76,7 +77,7 @@ class DetectionSet:
         return len(self.pictures)
 
     def summary(self) -> dict[str, str | int]:
-        """Counts, and a digest of the pictures and all that is annotated."""
+        """Counts, and under ``listing`` a digest of all picture keys and annotations."""
         digest = hashlib.sha256()
         for picture in self.pictures:
             digest.update(picture.key.encode())
@@ -88,10 +89,10 @@ class DetectionSet:
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
 
     def check(self) -> None:
-        """Nothing is left to be looked at: `open_detection` has read every picture's size and every annotation."""
+        """Does nothing: `open_detection` has already checked every image file and annotation."""
 
     def uncounted_classes(self) -> list[str]:
-        """Classes of which there is no object that counts in an evaluation."""
+        """Classes without an object that counts in the evaluation (difficult ones and crowds do not)."""
         counted = {i.label for picture in self.pictures for i in picture.instances if not (i.difficult or i.crowd)}
         return [name for label, name in enumerate(self.classes) if label not in counted]
 
@@ -136,7 +137,7 @@ def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
 
 
 def _require_apart(recipe: DetectRecipe, train: DetectionSet, test: DetectionSet) -> None:
-    """Refuse to test on pictures that were trained on, also where one folder is reached by two names."""
+    """Refuse test pictures that are training pictures, too, even if a folder is reached by two names."""
     for split, names in ((train, recipe.data.train), (test, recipe.data.test)):
         twice = [path for path, count in Counter(_resolved(split)).items() if count > 1]
         if twice:
@@ -151,7 +152,7 @@ def _require_apart(recipe: DetectRecipe, train: DetectionSet, test: DetectionSet
 
 
 def _resolved(pictures: DetectionSet) -> list[Path]:
-    """The pictures' files by their only names; folders are resolved once."""
+    """The pictures' files without symbolic links; each folder is resolved once, not once per picture."""
     folders = {folder: folder.resolve() for folder in {picture.path.parent for picture in pictures.pictures}}
     return [
         picture.path.resolve() if picture.path.is_symlink() else folders[picture.path.parent] / picture.path.name
@@ -176,7 +177,10 @@ def _root(recipe: DetectRecipe) -> Path:
 
 
 def _classes(recipe: DetectRecipe) -> tuple[str, ...] | None:
-    """The recipe's classes. Without them, COCO says its own, and VOC's are those of all splits: one may lack a rare one."""
+    """The recipe's classes. If it has none: None for COCO, whose files name them; for VOC, those of all splits.
+
+    A single split of VOC may lack a rare class.
+    """
     if recipe.data.classes is not None or recipe.masks:
         return recipe.data.classes
     return _read_voc(_root(recipe), (*recipe.data.train, *recipe.data.test), None).classes
@@ -189,7 +193,7 @@ def _read(recipe: DetectRecipe, splits: tuple[str, ...], classes: Sequence[str] 
 
 
 def _check_sizes(pictures: Sequence[Picture]) -> None:
-    """Compare each image's size, upright, with its annotation's: a box for another size trains on nothing."""
+    """Compare each image's size, after EXIF rotation, with its annotation's: boxes for another size are wrong."""
 
     def problem(picture: Picture) -> str | None:
         try:
@@ -225,6 +229,7 @@ def _read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] | None) 
             raise DataError(
                 f"{listing}: no such image list (split '{split}'). Lists there: {', '.join(there) or 'none'}"
             )
+        # The lists of single classes have a second column (1, -1 or 0).
         names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
         if not names:
             raise DataError(f"{listing}: empty")
@@ -290,7 +295,7 @@ def _text(node: ElementTree.Element, tag: str) -> str:
 
 
 def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None, evaluated: bool) -> DetectionSet:
-    """Read COCO json; ``evaluated`` asks for all that COCO's evaluation needs of it, which is more than training does."""
+    """Read COCO JSON; ``evaluated`` also requires the fields that COCO's evaluation needs and training does not."""
     pictures: list[Picture] = []
     names: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
@@ -300,6 +305,7 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None,
         remark = check_document(document, file, evaluated)
         if remark is not None:
             say(remark)
+        # By id, the order of classes in COCOeval and Detectron2.
         categories = sorted(document["categories"], key=lambda category: category["id"])
         found = tuple(category["name"] for category in categories)
         if names and found != names:
@@ -333,6 +339,7 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
         outline = item.get("segmentation", [])
         polygons: tuple[Outline, ...] = ()
         if isinstance(outline, list):
+            # As in Detectron2, polygons of fewer than three points are left out.
             polygons = tuple(np.array(p, dtype=np.float64) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
         elif outline and not crowd and not evaluated:
             raise DataError(

@@ -92,6 +92,7 @@ class _Training(Dataset[tuple[Tensor, Targets]]):
             polygons = [[np.stack([width - p[:, 0], p[:, 1]], axis=1) for p in one] for one in polygons]
         limits = torch.tensor([width, height, width, height], dtype=torch.float64)
         boxes = torch.minimum(boxes.clamp(min=0), limits).float()
+        # The threshold of Detectron2's filter_empty_instances.
         keep = nonempty(boxes, 1e-5)
         labels = torch.tensor([i.label for i in picture.instances], dtype=torch.int64)
         kept = [[p.ravel().tolist() for p in one] for one, good in zip(polygons, keep.tolist(), strict=True) if good]
@@ -99,11 +100,12 @@ class _Training(Dataset[tuple[Tensor, Targets]]):
 
 
 def _grouped(pictures: DetectionSet, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of pictures that are all wide or all tall, each pass over the set in a new order.
+    """Endless batches of pictures that are all wide or all tall, which need little padding; a new order every epoch.
 
-    A whole step's batch is of one kind, on any number of processes; in Detectron2 each process's share is by itself.
+    The global batch of a step is of one kind, whatever the world size; Detectron2 groups each rank's share by itself.
     """
     wide = [picture.width > picture.height for picture in pictures.pictures]
+    # Pictures that do not fill a batch wait for the next epoch.
     waiting: dict[bool, list[int]] = {True: [], False: []}
     epoch = 0
     while True:
@@ -122,6 +124,7 @@ def _keys(
     for step, batch in enumerate(_grouped(pictures, recipe.batch_size, seed)):
         if step >= last:
             return
+        # Earlier batches are drawn and skipped: a resumed run gets those of an uninterrupted one.
         if step >= first:
             yield [(step, index) for index in batch[world().share(recipe.batch_size)]]
 
@@ -133,9 +136,9 @@ def _collate(items: list[tuple[Tensor, Targets]]) -> DetectionBatch:
 def training_batches(
     pictures: DetectionSet, recipe: DetectRecipe, seed: int, first: int, last: int
 ) -> Iterator[DetectionBatch]:
-    """This process's share of the batches of the steps ``first`` … ``last - 1``.
+    """This rank's share of the batches of the steps ``first`` … ``last - 1``.
 
-    A step's batch does not depend on where the run started, nor on the number of processes.
+    A step's batch depends neither on where the run started nor on the world size.
     """
     loader: DataLoader[tuple[Tensor, Targets]] = DataLoader(
         _Training(pictures, recipe, seed),
@@ -150,6 +153,7 @@ def training_batches(
 class _Testing(Dataset[tuple[Tensor, int, tuple[int, int]]]):
     def __init__(self, pictures: DetectionSet, recipe: DetectRecipe) -> None:
         self.pictures, self.recipe = pictures, recipe
+        # Without padding, unlike DistributedSampler: each picture is evaluated once.
         self.indices = range(world().rank, len(pictures), world().size)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int, tuple[int, int]]:
@@ -167,7 +171,7 @@ def _unchanged(item: T) -> T:
 
 
 def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
-    """This process's share of the pictures, each once: resized (3, H, W) uint8, its index, and its own (width, height)."""
+    """This rank's share of the pictures, each once: resized (3, H, W) uint8, its index, and its own (width, height)."""
     loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
         _Testing(pictures, recipe),
         batch_size=None,

@@ -1,7 +1,7 @@
 """What a COCO annotation file must hold before anything is trained or evaluated on it.
 
-The types and ranges are those of COCO's own format (cocodataset.org, "Data format"). What COCO's own files contain is no
-error: train2017 has boxes of no width or height, and some boxes and outlines reach a little over their image's border.
+The types and ranges are those of COCO's own format (cocodataset.org, "Data format"). What COCO's own files contain is
+valid: train2017 has boxes of zero width or height, and some boxes and outlines reach slightly over the image's border.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
     Args:
         document: What the file holds.
         file: For messages.
-        evaluated: Whether the file is evaluated on: COCO's evaluation needs more than training does.
+        evaluated: Whether the file is used for evaluation, which needs more fields than training.
 
     Returns:
-        A line that counts what is odd and is left out or clipped in training, if there is anything.
+        A line that counts the boxes that training leaves out or clips; None if there are none.
 
     Raises:
-        DataError: With the file, the id, the key and what stands there.
+        DataError: The message names the file, the id, the key and its value.
     """
     if not isinstance(document, dict):
         raise DataError(f"{file}: not a COCO annotation file: a JSON {type(document).__name__} instead of an object")
@@ -112,7 +112,7 @@ def _require_ids(items: list[dict[str, Any]], kind: str, least: int, file: Path)
 
 
 def _whole(value: object) -> bool:
-    return type(value) is int
+    return type(value) is int  # isinstance would accept True
 
 
 def _number(value: object) -> bool:
@@ -176,8 +176,11 @@ def _check_runs(mask: Mapping[str, Any], where: str, width: int, height: int) ->
 
 
 def _decoded(text: str, where: str, pixels: int) -> list[int]:
-    """COCO's compressed runs: groups of five bits with a continuation bit, from character 48 on; every run from the fourth
-    on is stored as its difference to the one two before it."""
+    """Decode COCO's compressed runs.
+
+    A run is written in groups of five bits and a continuation bit, as characters from 48 on. From the fourth run on,
+    its difference from the run two before it is stored.
+    """
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -187,6 +190,7 @@ def _decoded(text: str, where: str, pixels: int) -> list[int]:
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
+            # The highest bit of the last group is the sign.
             if bits & 16:
                 value -= 1 << shift
             runs.append(value + runs[-2] if len(runs) > 2 else value)
@@ -207,6 +211,7 @@ def _check_evaluated(item: Mapping[str, Any], where: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value in a message, however long it is."""
+    """A value as text for a message, at most 80 characters of it."""
+    # Python refuses to write integers of thousands of digits.
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a very large number"
     return text if len(text) <= 80 else f"{text[:80]}…"

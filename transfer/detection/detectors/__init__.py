@@ -1,4 +1,4 @@
-"""The detectors, one package each: what is put here is found, and its recipe's ``kind`` can be used in configs."""
+"""The detectors, one package each. A package in this folder is found; configs name it by its recipe's ``kind``."""
 
 from __future__ import annotations
 

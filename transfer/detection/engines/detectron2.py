@@ -1,6 +1,6 @@
-"""Detection with Detectron2: its model, data, trainer and evaluators, under our run directory and record.
+"""Detection with Detectron2: its model, data loader, trainer and evaluators, with our run directory and record.
 
-Detectron2 is imported when this module is: `detectron2_config.check_recipe` has made sure before that it is there.
+Importing this module imports Detectron2; `detectron2_config.check_recipe` has checked before that this works.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ LOSSES = {
 
 
 def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outcome:
-    """Train a detector from a trunk with Detectron2, from its last checkpoint if there is one, and evaluate it.
+    """Fine-tune a detector with Detectron2, resuming from its last checkpoint if there is one, and evaluate it.
 
     Args:
         recipe: The recipe.
-        setting: Where and from what.
+        setting: The run directory, device, trunk and data.
         weights: The trunk as Detectron2's ``.pkl``.
 
     Raises:
-        RunFailure: If a loss is not finite, or a trunk tensor did not land in the detector.
+        RunFailure: If a loss is not finite, or a trunk tensor is not in the detector after loading.
         Interrupted: After a stop signal, with a checkpoint written.
     """
     folder = setting.run.scratch
@@ -93,6 +93,7 @@ def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outco
     )
     if recipe.detector.detectron2_module is not None:
         importlib.import_module(recipe.detector.detectron2_module)
+    # NumPy, which Detectron2 seeds as well, takes 32 bits.
     seed_all_rng(derived_seed(setting.seed, "detector") % 2**31)
     model = build_model(cfg)
     DetectionCheckpointer(model).load(str(weights))
@@ -106,7 +107,7 @@ def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outco
 
 
 def _log_to(file: Path) -> None:
-    """Detectron2's own messages go to a file of the run; the terminal has ours."""
+    """Send Detectron2's log to a file of the run, so that the terminal shows our messages only."""
     warnings.filterwarnings("ignore", module=r"torch\.functional|detectron2\.")  # of its use of torch and numpy
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     for name in ("detectron2", "fvcore"):
@@ -119,9 +120,10 @@ def _log_to(file: Path) -> None:
 
 
 def _register(recipe: DetectRecipe, setting: DetectionSetting, split: str) -> str:
-    """Enter a split in Detectron2's catalogue, read by its own functions; returns its name there."""
+    """Register a split in Detectron2's catalogue, with its own reader; returns the name there."""
     name = f"mixmask_{recipe.data.name}_{split.replace('/', '_')}"
     root = Path(recipe.data.root).expanduser()
+    # Detectron2 refuses to register a name twice, and an earlier run of this process may have had another root.
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -135,10 +137,12 @@ def _register(recipe: DetectRecipe, setting: DetectionSetting, split: str) -> st
 
 
 def require_landed(model: nn.Module, state: dict[str, Tensor], detector: DetectorRecipe) -> None:
-    """Make sure that every trunk tensor is in the detector: a half-loaded one trains to a plausible, wrong AP.
+    """Compare every trunk tensor with the detector's.
+
+    Detectron2 only logs what it did not load, and a partly loaded detector trains to a plausible but wrong AP.
 
     Raises:
-        RunFailure: With the tensors that are missing or different.
+        RunFailure: If tensors are missing or different; the message names them.
     """
     theirs = model.state_dict()
     lost = []
@@ -155,8 +159,9 @@ def require_landed(model: nn.Module, state: dict[str, Tensor], detector: Detecto
 
 
 def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionSetting) -> tuple[float, float]:
-    """Returns the seconds of training over all sessions of the run, and images per second of this one."""
+    """Train; returns the seconds over all sessions of the run, and the images per second of this session."""
     gpu = [setting.device.index] if setting.device.type == "cuda" else None
+    # As in Detectron2's trainer: SyncBN keeps the batch statistics of all ranks equal, so nothing need be broadcast.
     parallel = create_ddp_model(model, broadcast_buffers=False, device_ids=gpu)
     optimizer = build_optimizer(cfg, model)
     trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(parallel, (), optimizer)
@@ -167,9 +172,11 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionS
     if resumed:
         distributed.agreed(lambda: _resume(checkpointer))
         first = trainer.iter + 1
-    # The order of the pictures is not kept: a resumed run draws another one, not the same beginning again.
+    # The sampler's state is not in the checkpoint. Seeding by the first iteration gives a resumed run new draws, not
+    # those of its start again.
     seed_all_rng(derived_seed(setting.seed, "detectron2", first, distributed.world().rank) % 2**31)
     trainer.data_loader = build_detection_train_loader(cfg)
+    # The loader groups pictures by aspect ratio; its ``dataset`` is the DataLoader with the workers.
     _let_workers_outlive(trainer.data_loader.dataset)
     before = 0.0
     if distributed.world().is_writer:
@@ -190,7 +197,8 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionS
             except FloatingPointError as error:
                 kept = f" The checkpoints in {cfg.OUTPUT_DIR} are kept." if checkpointer.has_checkpoint() else ""
                 message = f"{setting.title}: {' '.join(str(error).split())}{kept}"
-                if distributed.world().size > 1:  # one process alone may meet it; the others would wait for it forever
+                # Only rank 0 checks the loss: an exception on it alone would leave the other ranks waiting for it.
+                if distributed.world().size > 1:
                     print(f"failed: {message}", file=sys.stderr, flush=True)
                     os._exit(1)
                 raise RunFailure(message) from None
@@ -198,10 +206,10 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionS
 
 
 def _can_resume(checkpointer: Any, setting: DetectionSetting) -> bool:
-    """Whether there is a checkpoint of this very run; the same answer on every process.
+    """Whether there is a checkpoint of this run; the same answer on every rank.
 
     Raises:
-        UserError: If the processes see different files, or the run was begun on other data.
+        UserError: If the ranks see different files, or the checkpoint was made with other data.
     """
     found = bool(checkpointer.has_checkpoint())
     distributed.require_same(found, str(setting.run.scratch))
@@ -235,7 +243,7 @@ def _logged_seconds(setting: DetectionSetting) -> float:
 
 
 def _let_workers_outlive(loader: Any) -> None:
-    """Let the workers of a `DataLoader` live through the signals that ask the run to stop."""
+    """Keep the workers of a `DataLoader` alive on stop signals, so that the run can still write its checkpoint."""
     loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
 
 
@@ -245,14 +253,14 @@ def _start_worker(theirs: Callable[[int], None], worker: int) -> None:
 
 
 class _Hook(HookBase):  # type: ignore[misc]
-    """What Detectron2's trainer calls after every step."""
+    """The base of our hooks, which Detectron2's trainer calls after every step."""
 
     def __init__(self, setting: DetectionSetting) -> None:
         self.setting = setting
 
 
 class _LogHook(_Hook):
-    """The losses, rate and learning rate, under the names that both engines log."""
+    """Logs mean losses, learning rate and images per second, under the names that both engines use."""
 
     def __init__(self, setting: DetectionSetting, progress: StepProgress, before: float) -> None:
         super().__init__(setting)
@@ -276,7 +284,7 @@ class _LogHook(_Hook):
 
 
 class _PreciseStatistics(_Hook):
-    """PreciseBN after the last iteration, on the first process's batches; then its buffers are everyone's."""
+    """Runs PreciseBN after the last iteration, then broadcasts the buffers of rank 0."""
 
     def __init__(self, cfg: Any, model: nn.Module, setting: DetectionSetting) -> None:
         super().__init__(setting)
@@ -294,7 +302,7 @@ class _PreciseStatistics(_Hook):
 
 
 class _Checkpoints(_Hook):
-    """A checkpoint from time to time, at the end, and after a stop signal, which ends the run."""
+    """Saves a checkpoint every ``checkpoint_every`` steps, at the end, and on a stop signal, which ends the run."""
 
     def __init__(self, setting: DetectionSetting, checkpointer: Any, stop: StopSignals) -> None:
         super().__init__(setting)
@@ -309,7 +317,7 @@ class _Checkpoints(_Hook):
             raise stopped(self.setting.title, done, last, asked, Path(self.checkpointer.get_checkpoint_file()))
 
     def _save(self) -> None:
-        """The new one first; then the one before it goes."""
+        """Write the new checkpoint, then delete the one before it: at any time, one is whole."""
         old = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else None
         require_right_to_write(self.setting.run.scratch)
         try:
@@ -329,7 +337,7 @@ class _Checkpoints(_Hook):
 def evaluate(
     cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionSetting
 ) -> tuple[dict[str, float], list[FoundObject]]:
-    """Detectron2's evaluation of the test pictures: metrics in percent on every process, and what was found on the first."""
+    """Evaluate with Detectron2's evaluators: metrics in percent on every rank, detections on rank 0."""
     (name,) = cfg.DATASETS.TEST
     judge = COCOEvaluator(name, output_dir=None) if recipe.masks else PascalVOCDetectionEvaluator(name)
     collector = _Collector(recipe, setting)
@@ -349,17 +357,18 @@ def evaluate(
         metrics = {
             **voc_metrics(found, setting.test_set),
             **metrics,
-        }  # for its classes, of which Detectron2 says nothing
-    if not found:  # of nothing, Detectron2's average precision is no number
+        }  # for the APs per class, which Detectron2's VOC evaluator does not report
+    if not found:  # without detections, Detectron2's AP on COCO is NaN
         kinds = ("bbox", "segm") if recipe.masks else ("bbox",)
         metrics = {f"{kind}/{name}": 0.0 for kind in kinds for name in ("AP", "AP50", "AP75")} | metrics
     return distributed.from_first(metrics), found
 
 
 class _Collector:
-    """Detectron2's outputs as our detections."""
+    """Collects Detectron2's outputs as `FoundObject`s."""
 
     def __init__(self, recipe: DetectRecipe, setting: DetectionSetting) -> None:
+        # Our keys of VOC pictures begin with the year (``2007/000001``), Detectron2's image ids do not.
         self.before = "" if recipe.masks else recipe.data.test[0].partition("/")[0] + "/"
         self.numbers = {picture.key: number for number, picture in enumerate(setting.test_set.pictures)}
         self.found: list[FoundObject] = []
@@ -378,7 +387,7 @@ class _Collector:
 
 
 def flat_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """``{"bbox": {"AP": 1, "AP-cat": 2}}`` to ``{"bbox/AP": 1, "bbox/AP/cat": 2}``; what was not measured is left out."""
+    """``{"bbox": {"AP": 1, "AP-cat": 2}}`` to ``{"bbox/AP": 1, "bbox/AP/cat": 2}``; NaN (not measured) is left out."""
     return {
         f"{kind}/{name.replace('AP-', 'AP/', 1)}": float(value)
         for kind, values in results.items()

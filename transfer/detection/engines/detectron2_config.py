@@ -1,4 +1,4 @@
-"""A detection recipe as a Detectron2 config, and what that engine cannot do."""
+"""Translate a detection recipe to a Detectron2 config, and refuse what that engine cannot do."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from mixmask.transfer.detection.detector import PIXEL_MEAN, PIXEL_STD
 from mixmask.transfer.detection.recipe import DetectRecipe
 
 INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'
+# VOC 2012 with the 11-point AP, under a name that the user registers (see `dump_config`).
 AS_2007 = "voc_2012_{}_ap07"
-BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, below its $DETECTRON2_DATASETS
+BUILT_IN = {  # Detectron2's own names of the usual splits, which it looks for in $DETECTRON2_DATASETS
     "2007/trainval": "voc_2007_trainval",
     "2007/train": "voc_2007_train",
     "2007/val": "voc_2007_val",
@@ -36,10 +37,10 @@ BUILT_IN = {  # names under which Detectron2 itself knows the usual splits, belo
 
 
 def require_detectron2() -> None:
-    """Refuse to go on without Detectron2.
+    """Check that Detectron2 can be imported.
 
     Raises:
-        ConfigError: With how to get it and what runs without it.
+        ConfigError: If not; the message says how to install it, and what runs without it.
     """
     try:
         with warnings.catch_warnings():
@@ -54,10 +55,10 @@ def require_detectron2() -> None:
 
 
 def check_recipe(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
-    """Refuse what Detectron2 cannot do.
+    """Refuse a recipe that Detectron2 cannot run.
 
     Raises:
-        ConfigError: With the key, and what would do.
+        ConfigError: The message names the key and an alternative.
     """
     require_detectron2()
     if backbone.arch not in RESNETS:
@@ -78,10 +79,10 @@ def check_recipe(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
 
 
 def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
-    """Let Detectron2 read all annotations before training: its readers are stricter than ours, its evaluator strictest.
+    """Read all annotations with Detectron2 before training: its readers are stricter than ours.
 
     Raises:
-        ConfigError: With what it cannot read.
+        ConfigError: If it cannot read a split; the message names it.
     """
     root = Path(recipe.data.root).expanduser()
     for split in (*recipe.data.train, *recipe.data.test):
@@ -111,7 +112,7 @@ def _load_voc(root: Path, split: str, classes: Sequence[str], evaluated: bool) -
     year, _, images = split.partition("/")
     folder = root / f"VOC{year}"
     load_voc_instances(str(folder), images, list(classes))
-    if evaluated:  # by the whole line, and with every field of every object
+    if evaluated:  # the evaluator takes a whole line as the name, and needs every field
         for line in read_text(folder / "ImageSets" / "Main" / f"{images}.txt").splitlines():
             file = folder / "Annotations" / f"{line.strip()}.xml"
             try:
@@ -143,14 +144,14 @@ def make_config(
         recipe: The detection recipe, whose rate and lengths are scaled to its batch size.
         backbone: A ResNet.
         num_classes: Foreground classes.
-        device: Where it runs; on a CPU, where there is no synchronised BatchNorm, the plain one.
+        device: Where it runs; a CPU gets plain BatchNorm, because it has no SyncBN.
         precision: ``fp32`` or ``fp16``.
         seed: Detectron2's ``SEED``.
         weights: The trunk as Detectron2's ``.pkl``.
         output: Detectron2's output folder.
         train: Names of the training sets in its catalogue.
         test: Names of the test sets.
-        num_workers: Loader workers of a process.
+        num_workers: Data loader workers per rank.
         checkpoint_every: Iterations between two checkpoints.
     """
     from detectron2.config import get_cfg
@@ -159,12 +160,15 @@ def make_config(
     model, solver = cfg.MODEL, cfg.SOLVER
     model.DEVICE, model.WEIGHTS, model.MASK_ON = device.type, str(weights), recipe.masks
     model.PIXEL_MEAN, model.PIXEL_STD = list(PIXEL_MEAN), list(PIXEL_STD)
+    # MoCo fine-tunes all layers; Detectron2's default freezes the first two stages.
     model.BACKBONE.FREEZE_AT = 0
     model.RESNETS.DEPTH = int(backbone.arch.removeprefix("resnet"))
     model.RESNETS.RES2_OUT_CHANNELS = 64 if model.RESNETS.DEPTH < 50 else 256
     model.RESNETS.NORM = "SyncBN" if device.type == "cuda" else "BN"
+    # torchvision's bottlenecks have the stride in the 3×3 convolution; Detectron2's default is Caffe's, in the 1×1.
     model.RESNETS.STRIDE_IN_1X1 = False
     recipe.detector.configure(cfg, backbone, num_classes)
+    # As in pretraining; Detectron2's default is BGR.
     cfg.INPUT.FORMAT = "RGB"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = recipe.min_size_train, recipe.max_size_train
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = recipe.min_size_test, recipe.max_size_test
@@ -193,10 +197,10 @@ def dump_config(
     weights: Path,
     file: Path,
 ) -> None:
-    """Write the recipe as YAML for Detectron2's own tools, for its GPUs and its own names of the data sets.
+    """Write the recipe as YAML for Detectron2's own tools: for GPUs, and with Detectron2's names of the data sets.
 
     Raises:
-        ConfigError: If Detectron2 does not import here or cannot do what the recipe asks.
+        ConfigError: If Detectron2 cannot be imported, cannot run the recipe, or does not know its data.
     """
     device = torch.device("cuda")
     check_recipe(recipe, backbone, device, precision)

@@ -1,4 +1,4 @@
-"""Batch statistics of the population, over many batches with the weights fixed (arXiv:2105.07576, section 3.1)."""
+"""PreciseBN: population statistics over many batches, with fixed weights (arXiv:2105.07576, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mixmask.engine.distributed import mean as average
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> int:
-    """Replace every running mean and variance by those of all positions of all batches, in place.
+    """Replace every running mean and variance by those over all positions of all batches, in place.
 
-    A layer's mean is weighted by the number of positions that it saw in each batch, its variance is the mean square minus
-    the square of the mean, with each batch's own variance taken without Bessel's correction. Of several processes, each
-    sees other batches; what they found is averaged, so that all have the same network.
+    Each batch counts by the number of positions that the layer saw in it. The variance is the mean square minus the
+    squared mean, and each batch's own variance is taken without Bessel's correction. With several ranks, each sees its
+    own batches; an all-reduce averages their estimates, so that all ranks have the same network.
 
     Args:
         model: In training mode; a layer that no batch reaches keeps its statistics.
@@ -33,6 +33,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[
     positions: dict[nn.Module, int] = {}
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # N · H · W: the values of each channel.
         positions[layer] = inputs[0].numel() // inputs[0].shape[1]
 
     hooks = [layer.register_forward_pre_hook(count) for layer in layers]
@@ -42,7 +43,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[
     num_batches = 0
     try:
         for layer in layers:
-            layer.momentum = 1.0
+            layer.momentum = 1.0  # the buffers then hold the statistics of the last batch alone
         for batch in batches:
             positions.clear()
             run(batch)
@@ -53,6 +54,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[
                 size = positions[layer]
                 totals[number] += size
                 mean = layer.get_buffer("running_mean")
+                # E[x²] of this batch. BatchNorm stores the unbiased variance.
                 square = mean.square() + layer.get_buffer("running_var") * ((size - 1) / size)
                 means[number] += (mean - means[number]) * (size / totals[number])
                 squares[number] += (square - squares[number]) * (size / totals[number])
@@ -64,5 +66,6 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Any], run: Callable[
         if total:
             mean, square = average(mean), average(square)
             layer.get_buffer("running_mean").copy_(mean)
+            # Rounding can make the difference slightly negative.
             layer.get_buffer("running_var").copy_((square - mean.square()).clamp(min=0))
     return num_batches

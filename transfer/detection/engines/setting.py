@@ -1,4 +1,4 @@
-"""What an engine is given besides the recipe, and what it gives back."""
+"""The inputs of a detection engine besides the recipe, and its outputs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class DetectionSetting:
     """Where a detection run happens and what it starts from.
 
     Attributes:
-        run: Its folder.
+        run: The run directory.
         fingerprint: Identity of the recipe and the trunk.
         data: Identity of the data.
-        device: This process's device.
-        precision: Number format.
-        seed: From it, every draw.
+        device: The device of this rank.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        seed: The seed of every random draw.
         title: Shown with the progress.
         log_every: Iterations between two log lines.
         checkpoint_every: Iterations between two checkpoints.
@@ -52,11 +52,11 @@ class DetectionSetting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an engine gives back, on every process.
+    """What an engine returns, on every rank.
 
     Attributes:
-        metrics: In percent; ``seconds`` and ``images_per_second`` of training among them.
-        found: The detections of all test pictures; empty on processes that do not write.
+        metrics: Flat metrics, average precisions in percent; with ``seconds`` and ``images_per_second`` of training.
+        found: The detections of all test pictures on rank 0; empty on the other ranks.
         detector: The trained detector under Detectron2's names, if the recipe has ``save_detector``.
     """
 

@@ -28,10 +28,12 @@ from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics
 
 
 def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
-    """Train a detector from a trunk and evaluate it, in as many processes as there are."""
+    """Fine-tune a detector from a trunk and evaluate it, on all ranks."""
+    # The new layers take their initial weights from torch's global generator.
     torch.manual_seed(derived_seed(setting.seed, "detector"))
     detector = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
     detector.arrange(setting.device, setting.precision)
+    # A rank has few images, too few for batch statistics of its own. SyncBN exists on GPUs only.
     if world().size > 1 and setting.device.type == "cuda":
         convert_sync_batchnorm(detector)
     elif world().size > 1:
@@ -71,6 +73,7 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
         return [detection]
 
     result = train(job, batches, losses)
+    # Running averages lag behind the weights and come from small batches. MoCo's configs use PreciseBN, too.
     if recipe.precise_bn_iterations:
         say(f"{setting.title}: batch statistics over {recipe.precise_bn_iterations} training batches (PreciseBN)")
         last = iterations + recipe.precise_bn_iterations
@@ -92,25 +95,25 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
 
 
 def measure(recipe: DetectRecipe, found: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
-    """The protocol's metrics, in percent."""
+    """COCO's metrics with masks, else VOC's; in percent."""
     return coco_metrics(found, pictures, masks=True) if recipe.masks else voc_metrics(found, pictures)
 
 
 def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator]:
-    """A generator for each of this process's images of a step, the same one whichever process has the image."""
+    """One generator per image of this rank, by step and row in the global batch: the world size changes no draw."""
     share = world().share(recipe.batch_size)
     return [generator(seed, "detection-sampling", step, row) for row in range(share.start, share.stop)]
 
 
 def to_device(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
-    """A batch's images and objects on a device; outlines stay on the host, where masks are drawn from them."""
+    """Move a batch to a device; polygons stay on the CPU, where mask targets are rasterised."""
     images = [image.to(device, non_blocking=True) for image in batch.images]
     targets = [Targets(t.boxes.to(device), t.labels.to(device), t.polygons) for t in batch.targets]
     return images, targets
 
 
 def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SGD:
-    """SGD; the parameters of normalisation layers have no weight decay (Detectron2's WEIGHT_DECAY_NORM 0)."""
+    """SGD with momentum, without weight decay on normalisation layers (Detectron2's WEIGHT_DECAY_NORM 0)."""
     norms = [p for m in detector.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     of_norms = {id(p) for p in norms}
     rest = [p for p in detector.parameters() if id(p) not in of_norms]
@@ -120,7 +123,7 @@ def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SG
 
 @torch.no_grad()
 def find_objects(detector: Detector, recipe: DetectRecipe, setting: DetectionSetting) -> list[FoundObject]:
-    """Detections of this process's share of the test pictures, each in its own pixels."""
+    """Detections in this rank's share of the test pictures, in pixels of the original images."""
     detector.eval()
     found: list[FoundObject] = []
     images = evaluation_images(setting.test_set, recipe)
@@ -143,6 +146,7 @@ def _in_original_pixels(
     for number, (box, score, label) in enumerate(
         zip(boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True)
     ):
+        # As in Detectron2, a box that clipping left empty is dropped.
         if box[2] <= box[0] or box[3] <= box[1]:
             continue
         mask = None

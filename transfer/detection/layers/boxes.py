@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-SCALE_CLAMP = math.log(1000.0 / 16)
+SCALE_CLAMP = math.log(1000.0 / 16)  # Detectron2's limit on a side's growth, so that exp cannot overflow
 
 IGNORED, NEGATIVE, POSITIVE = -1, 0, 1
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors around the origin, (sizes × ratios, 4); sizes vary slowest; an aspect ratio is height over width.
+    """Anchors around the origin: (sizes × ratios, 4), sizes vary slowest. As in Detectron2, sides are not rounded.
 
-    Sides are not rounded.
+    Args:
+        sizes: Square roots of the anchors' areas, in pixels.
+        aspect_ratios: Height over width.
     """
     rows = []
     for size in sizes:
@@ -61,7 +63,7 @@ def encode_boxes(reference: Tensor, target: Tensor, weights: Sequence[float]) ->
 
 
 def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) -> Tensor:
-    """Apply (N, 4k) deltas to (N, 4) boxes, giving (N, 4k); the growth is limited to 1000/16."""
+    """Apply (N, 4k) deltas to (N, 4) boxes, giving (N, 4k); a side grows at most 1000/16 times."""
     deltas = deltas.float()
     reference = reference.to(deltas.dtype)
     width, height = reference[:, 2] - reference[:, 0], reference[:, 3] - reference[:, 1]
@@ -101,7 +103,7 @@ def match(
         boxes: (N, 4).
         negative_below: Overlap (IoU) under which a box is background.
         positive_from: Overlap from which it is foreground; in between it is ignored.
-        keep_best: Also make foreground, for every object, the boxes that overlap it most, however little.
+        keep_best: For every object, also label the boxes with its highest overlap as foreground, however low it is.
 
     Returns:
         (N,) index of the matched object, and (N,) int8 label: 1, 0 or -1 (ignored).
@@ -137,6 +139,7 @@ def sample(
     """
     num_positive = min(len(positive), int(num * positive_fraction))
     num_negative = min(len(negative), num - num_positive)
+    # On the CPU, where the generator is: every device gets the same draws.
     first = torch.randperm(len(positive), generator=generator)[:num_positive]
     second = torch.randperm(len(negative), generator=generator)[:num_negative]
     return positive[first.to(positive.device)], negative[second.to(negative.device)]

@@ -1,4 +1,4 @@
-"""The options of a two-stage detector's parts."""
+"""The options of the RPN and the RoI heads of a two-stage detector."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class RPNRecipe(Recipe):
-    """Region proposals: anchors, sampling and selection; the defaults are Detectron2's for C4."""
+    """Anchors, sampling and selection of the RPN; the defaults are Detectron2's for C4.
+
+    ``anchor_sizes`` are square roots of areas in pixels, ``aspect_ratios`` heights over widths.
+    """
 
     anchor_sizes: tuple[Positive, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     aspect_ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
@@ -36,7 +39,7 @@ class RPNRecipe(Recipe):
 
 
 class RoIRecipe(Recipe):
-    """Classification, box regression and masks of regions; the defaults are Detectron2's for C4."""
+    """Sampling, pooling and final selection of the RoI heads; the defaults are Detectron2's for C4."""
 
     batch_per_image: int = Field(512, ge=2)
     positive_fraction: float = Field(0.25, gt=0, lt=1)

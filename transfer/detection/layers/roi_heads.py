@@ -1,4 +1,4 @@
-"""What happens to a proposal: RoIAlign, res5 with MoCo's extra normalisation, class, box and mask."""
+"""The RoI heads of C4: RoIAlign, res5 with MoCo's extra BatchNorm, and the class, box and mask predictors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.layers.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
 from mixmask.transfer.detection.layers.recipes import RoIRecipe
 
+# Of the x, y, width and height deltas (Detectron2's ROI_BOX_HEAD.BBOX_REG_WEIGHTS).
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 @dataclass(frozen=True)
 class SampledBoxes:
-    """The boxes of one image that a loss is taken of.
+    """The proposals of one image that enter the loss.
 
     Attributes:
         boxes: (S, 4).
-        classes: (S,) int64; the number of classes is the background.
-        matched: (S,) index of the object that each foreground box is to find.
+        classes: (S,) int64; ``num_classes`` means background.
+        matched: (S,) index of the matched ground-truth object, which means something for foreground boxes only.
     """
 
     boxes: Tensor
@@ -41,6 +42,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.deconv = nn.ConvTranspose2d(channels, 256, kernel_size=2, stride=2)
         self.predictor = nn.Conv2d(256, num_classes, kernel_size=1)
+        # Initialised as Detectron2's MaskRCNNConvUpsampleHead.
         nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.predictor.weight, std=0.001)
         for layer in (self.deconv, self.predictor):
@@ -58,11 +60,11 @@ class Res5RoIHeads(nn.Module):
 
     Args:
         res5: The trunk's last stage.
-        channels: Its output width.
-        stride: Of the map, in pixels of the image.
+        channels: The number of its output channels.
+        stride: The stride of the feature map, in pixels of the image.
         num_classes: Foreground classes.
         masks: Whether there is a mask branch.
-        recipe: Sampling and selection.
+        recipe: The options for sampling, pooling and selection.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Res5RoIHeads(nn.Module):
         super().__init__()
         self.recipe, self.num_classes, self.stride = recipe, num_classes, stride
         self.res5 = res5
+        # A BN in the newly initialised head calibrates the features' magnitudes (arXiv:1911.05722, section 4.2).
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, num_classes + 1)
         self.regressor = nn.Linear(channels, 4 * num_classes)
@@ -81,7 +84,7 @@ class Res5RoIHeads(nn.Module):
         self.mask_head = MaskHead(channels, num_classes) if masks else None
 
     def pool(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """(N, C, H, W) and boxes per image to (R, C', S, S): aligned RoIAlign with adaptive sampling, then res5."""
+        """(N, C, H, W) and boxes per image to (R, C', S, S): RoIAlign (aligned, adaptive sampling), res5, BatchNorm."""
         size = self.recipe.pooler_resolution
         rois = roi_align(features.float(), boxes, size, 1.0 / self.stride, sampling_ratio=0, aligned=True)
         if features.is_contiguous(memory_format=torch.channels_last):  # RoIAlign's output never is
@@ -98,9 +101,9 @@ class Res5RoIHeads(nn.Module):
     def sample(
         self, proposals: Sequence[Tensor], targets: Sequence[Targets], rng: Sequence[torch.Generator]
     ) -> list[SampledBoxes]:
-        """The boxes that a loss is taken of, per image; each image has a generator of its own.
+        """Sample the boxes that enter the loss; each image has its own generator.
 
-        The objects themselves are added to the proposals, so that there are positives from the first step.
+        Ground-truth boxes are added to the proposals, so that there are positives from the first step.
         """
         sampled = []
         for candidates, target, generator in zip(proposals, targets, rng, strict=True):
@@ -125,7 +128,7 @@ class Res5RoIHeads(nn.Module):
     def losses(
         self, features: Tensor, targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> dict[str, Tensor]:
-        """Cross-entropy over the sampled boxes, L1 of the foreground ones over all of them, and the mask loss."""
+        """Cross-entropy over the sampled boxes, L1 of the foreground ones over the number of all, and the mask loss."""
         pooled = self.pool(features, [chosen.boxes for chosen in sampled])
         logits, deltas = self.predict(pooled)
         truth = torch.cat([chosen.classes for chosen in sampled])
@@ -139,6 +142,7 @@ class Res5RoIHeads(nn.Module):
         given = deltas.view(len(truth), self.num_classes, 4)[foreground, truth[foreground]]
         losses = {
             "roi_class": F.cross_entropy(logits, truth),
+            # Over all boxes, as in Detectron2: a foreground box weighs the same, however many there are.
             "roi_box": (given - wanted).abs().sum() / max(len(truth), 1),
         }
         if self.mask_head is not None:
@@ -150,6 +154,7 @@ class Res5RoIHeads(nn.Module):
         self, logits: Tensor, labels: Tensor, targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> Tensor:
         if len(labels) == 0:
+            # Without foreground, 0 that still gives every parameter of the mask head a gradient.
             return logits.sum() * 0
         wanted = []
         for target, chosen in zip(targets, sampled, strict=True):
@@ -157,12 +162,13 @@ class Res5RoIHeads(nn.Module):
             for box, which in zip(chosen.boxes[own].tolist(), chosen.matched[own].tolist(), strict=True):
                 wanted.append(rasterise(target.polygons[which], box, logits.shape[-1]))
         truth = torch.from_numpy(np.stack(wanted)).to(logits.device, logits.dtype)
+        # Only the mask of the true class enters: classes do not compete (Mask R-CNN, section 3).
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]
         return F.binary_cross_entropy_with_logits(own_class, truth)
 
     @torch.no_grad()
     def detect(self, features: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
-        """Scores, per-class boxes and masks after thresholding and per-class non-maximum suppression."""
+        """Detections of each image: score threshold, per-class non-maximum suppression, then masks."""
         logits, deltas = self.predict(self.pool(features, proposals))
         probabilities = logits.softmax(dim=1)[:, :-1]
         boxes = decode_boxes(deltas, torch.cat(proposals), WEIGHTS)
@@ -181,6 +187,7 @@ class Res5RoIHeads(nn.Module):
             found.append(Detections(candidates[keep], confidence[keep], label[keep], None))
         if self.mask_head is None:
             return found
+        # Masks belong to the final boxes, which need a RoIAlign of their own.
         masks = self.mask_head(self.pool(features, [d.boxes for d in found])).sigmoid()
         labels = torch.cat([d.labels for d in found])
         own = masks[torch.arange(len(labels), device=labels.device), labels]
@@ -218,6 +225,7 @@ def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> Tensor:
     result = torch.zeros(height, width, dtype=torch.bool)
     if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
         return result
+    # Pixel centres in the coordinates of grid_sample: -1 and 1 are the borders of the box.
     x = (torch.arange(x0, x1) + 0.5 - left) / (right - left) * 2 - 1
     y = (torch.arange(y0, y1) + 0.5 - top) / (bottom - top) * 2 - 1
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]

@@ -25,17 +25,18 @@ from mixmask.transfer.detection.layers.boxes import (
 )
 from mixmask.transfer.detection.layers.recipes import RPNRecipe
 
+# Of the x, y, width and height deltas (Detectron2's RPN.BBOX_REG_WEIGHTS).
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The anchors of one image that a loss is taken of.
+    """The anchors of one image that enter the loss.
 
     Attributes:
         positive: (P,) indices of anchors.
         negative: (Q,) indices of anchors.
-        matched: (P,) index of the object that each positive one is to find.
+        matched: (P,) index of the ground-truth object of each positive anchor.
     """
 
     positive: Tensor
@@ -44,7 +45,7 @@ class Sampled:
 
 
 class RPN(nn.Module):
-    """Objectness and box deltas for every anchor of a map of one stride, and the proposals they give."""
+    """Objectness and box deltas of every anchor on one feature map, and the proposals that follow from them."""
 
     cells: Tensor
 
@@ -65,13 +66,14 @@ class RPN(nn.Module):
         """(N, C, H, W) to anchors (R, 4), objectness logits (N, R) and deltas (N, R, 4), with R = H · W · A."""
         hidden = F.relu(self.conv(features))
         num, _, height, width = features.shape
+        # float32 also under autocast: losses and box arithmetic need it.
         logits = self.objectness(hidden).float().permute(0, 2, 3, 1).reshape(num, -1)
         deltas = self.deltas(hidden).float().view(num, -1, 4, height, width).permute(0, 3, 4, 1, 2).reshape(num, -1, 4)
         return grid_anchors(self.cells, height, width, self.stride), logits, deltas
 
     @torch.no_grad()
     def proposals(self, anchors: Tensor, logits: Tensor, deltas: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """The best boxes of each image after clipping and non-maximum suppression, best first: (P, 4) each."""
+        """The proposals of each image, (P, 4): decoded, clipped, after non-maximum suppression, best first."""
         before = self.recipe.pre_nms_train if self.training else self.recipe.pre_nms_test
         after = self.recipe.post_nms_train if self.training else self.recipe.post_nms_test
         result = []
@@ -87,7 +89,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def sample(self, anchors: Tensor, targets: Sequence[Targets], rng: Sequence[torch.Generator]) -> list[Sampled]:
-        """The anchors that a loss is taken of, per image; each image has a generator of its own."""
+        """Sample the anchors that enter the loss; each image has its own generator."""
         recipe = self.recipe
         sampled = []
         for target, generator in zip(targets, rng, strict=True):
@@ -96,7 +98,7 @@ class RPN(nn.Module):
                 anchors,
                 negative_below=recipe.iou_negative,
                 positive_from=recipe.iou_positive,
-                keep_best=True,
+                keep_best=True,  # every object gets an anchor, even if none reaches iou_positive
             )
             positive, negative = sample(
                 (labels == POSITIVE).nonzero().flatten(),
@@ -111,7 +113,7 @@ class RPN(nn.Module):
     def losses(
         self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[Targets], sampled: Sequence[Sampled]
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of sampled anchors and L1 of the positive ones, both over the number of sampled anchors."""
+        """Binary cross-entropy of sampled anchors and L1 of the positive ones, both over ``batch_per_image`` · N."""
         objectness = logits.new_zeros(())
         location = logits.new_zeros(())
         for image_logits, image_deltas, target, chosen in zip(logits, deltas, targets, sampled, strict=True):
@@ -121,5 +123,6 @@ class RPN(nn.Module):
             objectness = objectness + F.binary_cross_entropy_with_logits(image_logits[both], truth, reduction="sum")
             wanted = encode_boxes(anchors[chosen.positive], target.boxes[chosen.matched], WEIGHTS)
             location = location + (image_deltas[chosen.positive] - wanted).abs().sum()  # of none, 0 with a gradient
+        # Fixed, as in Detectron2, even where fewer anchors were sampled.
         normaliser = self.recipe.batch_per_image * len(targets)
         return {"rpn_objectness": objectness / normaliser, "rpn_box": location / normaliser}

@@ -1,1 +1,1 @@
-"""What a detector has found: metrics, files, pictures."""
+"""The results of a detector: metrics, saved detections, drawings."""

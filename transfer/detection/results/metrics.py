@@ -62,24 +62,25 @@ Truth = dict[int, tuple[Floats, npt.NDArray[np.bool_]]]  # picture: boxes (G, 4)
 
 
 def by_confidence(detections: Sequence[FoundObject]) -> list[FoundObject]:
-    """The detections of a class, the most confident first; as in VOC's result files a score has three decimals."""
+    """The detections of a class, the most confident first; scores have three decimals, as in VOC's result files."""
     scores = np.array([float(f"{detection.score:.3f}") for detection in detections])
-    return [detections[index] for index in np.argsort(-scores)]  # numpy's order of equal scores, as in Detectron2
+    return [detections[index] for index in np.argsort(-scores)]  # ties in NumPy's default order, as in Detectron2
 
 
 def voc_class_matches(
     ranked: Sequence[FoundObject], truth: Truth, threshold: float
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which detections of one class find an object, and which count neither way, at one overlap.
+    """Which detections of one class are true positives, and which are ignored, at one IoU threshold.
 
-    Each object is found once: by the most confident detection that overlaps it most among all objects and exceeds the
-    threshold. Detections of difficult objects count neither way. Overlaps use VOC's inclusive pixels: a box from 3 to 5
-    is 3 wide. As in the devkit's result files, and in Detectron2, a corner has one decimal.
+    A detection belongs to the object that it overlaps most. It is a true positive if their IoU exceeds the threshold
+    and no more confident detection has taken the object; it is ignored if the object is difficult. IoUs use VOC's
+    inclusive pixels: a box from 3 to 5 is 3 wide. Corners have one decimal, as in the devkit's result files and in
+    Detectron2.
 
     Args:
-        ranked: Of this class, as `by_confidence` gives them.
-        truth: What is there of this class.
-        threshold: Overlap (IoU) to exceed.
+        ranked: The detections of this class, in the order of `by_confidence`.
+        truth: The objects of this class.
+        threshold: The IoU to exceed.
 
     Returns:
         (D,) true positives and (D,) ignored; the others are false positives.
@@ -100,9 +101,12 @@ def voc_class_matches(
 
 
 def voc_class_ap(detections: Sequence[FoundObject], truth: Truth, threshold: float) -> float:
-    """AP of one class at one overlap, in [0, 1]; 0 if the class has no object that counts, as Detectron2 has it.
+    """11-point AP of one class at one IoU threshold, in [0, 1]; 0 if no object of the class counts, as in Detectron2.
 
-    Args: as `voc_class_matches`, and ``detections`` in the order of the pictures.
+    Args:
+        detections: The detections of this class, in the order of the pictures (which orders equal scores).
+        truth: The objects of this class.
+        threshold: The IoU to exceed.
     """
     num_objects = _num_counted(truth)
     if num_objects == 0:
@@ -118,7 +122,7 @@ def _num_counted(truth: Truth) -> int:
 
 
 def _voc_truth(pictures: DetectionSet) -> list[Truth]:
-    """Of each class."""
+    """The objects of each class, with VOC's own corners again: 1-based and inclusive."""
     truth: list[Truth] = [{} for _ in pictures.classes]
     for number, picture in enumerate(pictures.pictures):
         for label in {i.label for i in picture.instances}:
@@ -137,7 +141,7 @@ def _of_each_class(detections: Sequence[FoundObject], pictures: DetectionSet) ->
 
 
 def voc_matches(detections: Sequence[FoundObject], pictures: DetectionSet) -> DetectionMatches:
-    """Which detections found what, for per-image statistics."""
+    """The matches of all detections at every IoU threshold, for per-image statistics."""
     objects = np.zeros((len(pictures), len(pictures.classes)), dtype=np.int32)
     ranked: list[FoundObject] = []
     flags: list[npt.NDArray[np.bool_]] = []  # per class (2, T, D)
@@ -164,6 +168,7 @@ def voc_matches(detections: Sequence[FoundObject], pictures: DetectionSet) -> De
 
 def _as_written(box: tuple[float, float, float, float]) -> Floats:
     """A box as it would stand in a devkit's result file: corners from 1, one decimal."""
+    # float32, as in Detectron2: both must round the same numbers.
     left, top, right, bottom = np.asarray(box, dtype=np.float32) + np.array([1, 1, 0, 0], dtype=np.float32)
     return np.array([float(f"{value:.1f}") for value in (left, top, right, bottom)])
 
@@ -182,7 +187,7 @@ def _voc_overlaps(box: Floats, boxes: Floats) -> Floats:
 def voc_metrics(detections: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
     """VOC's average precision in percent.
 
-    ``bbox/AP`` (mean over overlaps 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and ``bbox/AP/cat``, ``bbox/AP50/cat`` …
+    ``bbox/AP`` (mean over IoUs 0.50:0.05:0.95), ``bbox/AP50``, ``bbox/AP75``, and ``bbox/AP/cat``, ``bbox/AP50/cat`` …
     per class.
     """
     table = np.array(
@@ -213,6 +218,7 @@ def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, mask
         truth = _coco_truth(pictures)
         metrics: dict[str, float] = {}
         for kind in ("bbox", "segm") if masks else ("bbox",):
+            # pycocotools cannot load an empty list of results.
             if not detections:
                 metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[:3]})
                 continue
@@ -220,6 +226,7 @@ def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, mask
             evaluation.accumulate()
             evaluation.summarize()
             values = zip(COCO_NAMES, evaluation.stats[:6].tolist(), strict=True)
+            # -1 where no object has the size.
             metrics.update({f"{kind}/{name}": 100 * value for name, value in values if value >= 0})
             precision = evaluation.eval["precision"][
                 ..., 0, -1
@@ -232,7 +239,7 @@ def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, mask
 
 
 def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> DetectionMatches:
-    """Which detections found what by COCO's rules (all sizes, 100 detections), for per-image statistics.
+    """The matches of all detections by COCO's rules (all sizes, 100 per image and class), for per-image statistics.
 
     Args:
         detections: What was found.

@@ -1,4 +1,4 @@
-"""The detections of a run, kept beside its record: what pictures, comparisons and per-image statistics are made from."""
+"""The detections of a run, saved beside its record; `show` draws them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def save_detections(path: Path, found: Sequence[FoundObject], pictures: Detectio
         "classes": list(pictures.classes),
         "detections": rows,
     }
+    # Without a time stamp, the same detections give the same bytes.
     write_atomic(path, lambda file: file.write(gzip.compress(json.dumps(content).encode(), mtime=0)))
 
 

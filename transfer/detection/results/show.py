@@ -1,4 +1,4 @@
-"""A grid of test pictures with what a run found beside what is there."""
+"""Draw test pictures with a run's detections beside the ground truth."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ COLOURS = (
 )  # told apart by colour-blind eyes
 
 MOST = 20  # detections drawn in a picture
+# On these colours, labels are black.
 LIGHT = ("#f0e442", "#56b4e9", "#e69f00")
 
 PAGE = """<!doctype html>
@@ -58,7 +59,7 @@ PAGE = """<!doctype html>
 
 
 def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: int, least_score: float) -> str:
-    """Draw test pictures of a finished run with found (left) and true objects (right), and write a PNG or HTML file.
+    """Draw test pictures of a finished run, detections left and ground truth right, as a PNG or HTML file.
 
     Args:
         recipe: The run's recipe.
@@ -66,7 +67,7 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
         run: Its folder.
         out: Ends in ``.png`` or ``.html``.
         num: Number of pictures, spread evenly over the test set.
-        least_score: Detections with a lower score are left out, and of a picture's others all but the best twenty.
+        least_score: The lowest score that is drawn; of each picture, at most the best twenty detections are.
 
     Returns:
         What was drawn, in words.
@@ -137,7 +138,7 @@ def _page(
 
 
 def _figure(rows: Sequence[tuple[Picture, list[FoundObject]]], pictures: DetectionSet, title: str) -> bytes:
-    """One picture in a row for a page, two pairs in a row for a sheet."""
+    """A PNG with a pair of panels per picture, detections and ground truth: two pairs in a row, or a single pair."""
     from matplotlib.figure import Figure
 
     pairs = 1 if len(rows) == 1 else 2

@@ -1,4 +1,4 @@
-"""The result of a detection run as a user reads it: the means, and a table per class."""
+"""The result of a detection run per class, as a text table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 
 def per_class_table(metrics: Mapping[str, float]) -> str:
-    """A row per class with every average precision that there is of it, best first; empty if there are none."""
+    """One row per class with each of its APs, sorted by the first, best first; empty without per-class metrics."""
     columns = list(dict.fromkeys(name.rsplit("/", 1)[0] for name in metrics if name.count("/") == 2))
     classes = dict.fromkeys(name.rsplit("/", 1)[1] for name in metrics if name.count("/") == 2)
     rows = [[name, *(metrics.get(f"{column}/{name}") for column in columns)] for name in classes]

@@ -18,7 +18,7 @@ HEADS = "Res5ROIHeadsExtraNorm"  # as `heads` registers them
 
 
 class C4Recipe(DetectorRecipe):
-    """conv1 … layer3 of a ResNet as the backbone, layer4 as the head of every region."""
+    """conv1 … layer3 of a ResNet as the backbone, layer4 as the RoI head."""
 
     kind: Literal["c4"] = "c4"
     rpn: RPNRecipe = RPNRecipe()

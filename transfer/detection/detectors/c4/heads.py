@@ -11,13 +11,14 @@ from torch import nn
 
 
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):  # type: ignore[misc]
-    """`Res5ROIHeads` whose res5 ends in a normalisation of the config's kind; ResNets of basic blocks are built, too."""
+    """`Res5ROIHeads` with a norm (``MODEL.RESNETS.NORM``) after res5; it also builds ResNets of basic blocks."""
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: Any) -> dict[str, Any]:
-        """What the constructor is given."""
+        """The constructor's arguments, with the changed res5."""
         parts: dict[str, Any] = super().from_config(cfg, input_shape)
         channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 8
+        # Detectron2 makes res5 of bottlenecks at every depth.
         if cfg.MODEL.RESNETS.DEPTH < 50:
             parts["res5"] = nn.Sequential(*_basic_stage(cfg, channels))
         parts["res5"].add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))

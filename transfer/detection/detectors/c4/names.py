@@ -1,4 +1,4 @@
-"""The names of a detector's tensors here and in Detectron2: weights go from either engine to the other."""
+"""Convert the tensor names of a C4 detector between our network and Detectron2's, in both directions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _renamed(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def detector_to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a `C4Detector` as that of Detectron2's ``GeneralizedRCNN`` with `Res5ROIHeadsExtraNorm`.
+    """Rename the state dict of a `C4Detector` to Detectron2's ``GeneralizedRCNN`` with `Res5ROIHeadsExtraNorm`.
 
     Raises:
-        KeyError: If a tensor has no place there.
+        KeyError: If a tensor has no counterpart there.
     """
     return {_theirs(name): tensor for name, tensor in state.items()}
 

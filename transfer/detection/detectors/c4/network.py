@@ -1,4 +1,4 @@
-"""The R50-C4 detector: conv1 … layer3 of a trunk as the backbone, layer4 as the head of every region."""
+"""The R50-C4 detector: conv1 … layer3 of a trunk as the backbone, layer4 as the RoI head."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class C4Detector(Detector):
     """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map.
 
     Args:
-        backbone: A ResNet that `check_backbone` lets pass.
-        state: The pretrained trunk under torchvision's (or timm's) names; every tensor must land.
+        backbone: A ResNet that `check_backbone` accepts.
+        state: The pretrained trunk under torchvision's (or timm's) names, loaded strictly.
         num_classes: Foreground classes.
-        masks: Whether masks are found, too.
-        rpn: Proposals.
-        roi: Regions.
+        masks: Whether to add a mask head.
+        rpn: The options of the RPN.
+        roi: The options of the RoI heads.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class C4Detector(Detector):
 
     @override
     def arrange(self, device: torch.device, precision: Precision) -> None:
-        """Move to a device, in the order of memory that is fastest there.
+        """Move to a device, in the memory format that is fastest there.
 
-        Channels last pays on a GPU, for bf16, and for bottlenecks (1.14 times on a CPU in fp32); the 3×3 convolutions of
-        basic blocks are up to a quarter slower with it there (`benchmarks/detection.py`).
+        Channels last is faster on a GPU, in bf16, and for bottlenecks (1.14 times on a CPU in fp32). On a CPU in fp32,
+        the 3×3 convolutions of basic blocks are up to a quarter slower with it (`benchmarks/detection.py`).
         """
         bottlenecks = hasattr(self.res2[0], "conv3")
         last = device.type == "cuda" or precision != "fp32" or bottlenecks

@@ -1,0 +1,63 @@
+"""Features of frozen networks: every image's central crop goes through the network once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixmask.engine.distributed import gather_dealt
+from mixmask.engine.loader import ImageSource, Interpolation, num_batches
+from mixmask.engine.normalization import Normalization, normalize
+from mixmask.engine.precision import Precision, autocast
+from mixmask.engine.progress import track
+
+
+@torch.no_grad()
+def extract_features(
+    title: str,
+    trunk: nn.Module,
+    source: ImageSource,
+    *,
+    batch_size: int,
+    resize: int | None,
+    crop: int,
+    precision: Precision,
+    normalization: Normalization = "imagenet",
+    interpolation: Interpolation = "bilinear",
+    gather: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Features of every image's central crop. The network runs in eval mode; its mode is restored afterwards.
+
+    Args:
+        title: Shown with the progress.
+        trunk: Images to features: a trunk, or a trunk and its head.
+        source: Which images. With several processes, this one's share (`ImageSet.shard`).
+        batch_size: Images per forward pass.
+        resize: Short side before the crop, or None.
+        crop: Side of the central crop.
+        precision: Number format of the forward pass.
+        normalization: Data set whose mean and standard deviation the images are normalised with.
+        interpolation: How images are resized.
+        gather: Whether every process gets the features of all processes, or keeps its own share.
+
+    Returns:
+        (N, D) float32 features as the trunk gives them, and the labels: (N,) int64, or (N, C) int8 of multi-label images.
+        Both are in the images' order and on the trunk's device.
+    """
+    modes = {module: module.training for module in trunk.modules()}
+    trunk.eval()
+    device = next(trunk.parameters()).device
+    features, labels = torch.empty(0, 0, device=device), source.images.labels[:0].to(device)
+    batches = source.evaluation(batch_size, resize, crop, interpolation)
+    total, first = num_batches(len(source.images), batch_size), 0
+    for images, target in track(title, batches, total, batch_size):
+        with autocast(device, precision):
+            output = trunk(normalize(images, normalization).contiguous(memory_format=torch.channels_last))
+        if first == 0:  # one buffer from the start: joining batches at the end would hold every feature twice
+            features = torch.empty(len(source.images), output.shape[1], device=device)
+            labels = source.images.labels.to(device)
+        features[first : first + len(output)] = output
+        first += len(target)
+    for module, mode in modes.items():
+        module.training = mode
+    return (gather_dealt(features), gather_dealt(labels)) if gather else (features, labels)

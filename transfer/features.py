@@ -1,0 +1,155 @@
+"""Features of the frozen trunk, computed once for a protocol, or once for all protocols that share a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from mixmask.engine.config import Recipe, added, operational
+from mixmask.engine.distributed import agreed, on_rank0, world
+from mixmask.engine.errors import NotWritable, RunDirectoryError
+from mixmask.engine.features import extract_features
+from mixmask.engine.images import ImageSet
+from mixmask.engine.loader import open_source
+from mixmask.engine.ownership import owned
+from mixmask.engine.progress import say
+from mixmask.engine.storage import RunDirectory, write_atomic
+from mixmask.transfer.classification import ClassifyRecipe, Images
+
+FILE = "features.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POLL_SECONDS = 5.0  # between two looks at features that another job is extracting
+
+
+class FeatureOptions(Recipe):
+    """How frozen features are kept.
+
+    ``feature_dtype`` is the number format they are rounded to. ``feature_cache`` is a folder for them: every run with the
+    same backbone, images and test-time view reads the features that the first one wrote, whatever its protocol.
+    """
+
+    feature_dtype: Literal["fp32", "fp16", "bf16"] = added("fp32")
+    feature_cache: str | None = operational(None, min_length=1)
+
+
+class FrozenRecipe(FeatureOptions, ClassifyRecipe):
+    """What protocols on frozen features share."""
+
+
+def frozen_features(
+    recipe: ClassifyRecipe,
+    options: FeatureOptions,
+    setting: Images,
+    images: ImageSet,
+    network: Callable[[], nn.Module],
+    *,
+    what: str = "trunk",
+    gather: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Features of all images, from the cache if they are there.
+
+    Args:
+        recipe: The test-time view and the precision.
+        options: How the features are kept.
+        setting: The backbone and the device.
+        images: All images; with several processes each extracts its share.
+        network: Gives the network, on the device; not called if the features are in the cache.
+        what: What the features are the output of; part of their identity in the cache.
+        gather: Whether every process gets the features of all processes, or its share.
+
+    Returns:
+        (N, D) float32 features and the labels, on the device.
+    """
+    dtype = DTYPES[options.feature_dtype]
+
+    def extracted(gather: bool) -> tuple[Tensor, Tensor]:
+        view = recipe.evaluation
+        features, labels = extract_features(
+            f"{recipe.name}: {len(images):,} features",
+            network(),
+            open_source(images.shard(), recipe.data, setting.device),
+            batch_size=view.batch_size,
+            resize=view.resize,
+            crop=view.crop,
+            precision=recipe.precision,
+            normalization=setting.normalization,
+            interpolation=view.interpolation,
+            gather=gather,
+        )
+        return (features if dtype == torch.float32 else features.to(dtype).float()), labels
+
+    if options.feature_cache is None:
+        return extracted(gather)
+    folder = Path(options.feature_cache).expanduser() / _identity(recipe, options, setting, images, what)
+    features = _cached(recipe.name, folder, len(images), lambda: extracted(True)[0].to(dtype))
+    mine = slice(None) if gather else slice(world().rank, None, world().size)
+    return features[mine].to(setting.device).float(), images.labels[mine].to(setting.device)
+
+
+def _identity(recipe: ClassifyRecipe, options: FeatureOptions, setting: Images, images: ImageSet, what: str) -> str:
+    """A name for features that changes with everything that can change them."""
+    view = recipe.evaluation
+    identity = {
+        "backbone": setting.source.info.fingerprint,
+        "what": what,
+        "data": recipe.data.name,
+        "listing": images.summary()["listing"],
+        "view": [view.resize, view.crop, view.interpolation],
+        "normalization": setting.normalization,
+        "precision": recipe.precision,
+        "dtype": options.feature_dtype,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -> Tensor:
+    """The features in ``folder``, or new ones that are written there; one job at a time extracts, the others wait."""
+    run, waits = RunDirectory(folder), False
+    while True:
+        found = agreed(lambda: _read(folder / FILE, num))
+        if found is not None:
+            say(f"{title}: {num:,} features from {folder}")
+            return found
+        with contextlib.ExitStack() as stack:
+            try:
+                on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
+                stack.enter_context(owned(run))
+            except NotWritable:
+                raise
+            except RunDirectoryError as error:  # another job extracts them: what it writes serves this one, too
+                if not waits:
+                    say(f"{title}: waiting for features: {error}")
+                waits = True
+                time.sleep(POLL_SECONDS)
+                continue
+            if agreed(lambda: _read(folder / FILE, num)) is not None:
+                continue  # written between the look and the lock
+            found = extract().cpu().contiguous()
+            written = save({"features": found})
+            on_rank0(lambda: write_atomic(folder / FILE, lambda file: file.write(written)))  # noqa: B023
+            return found
+
+
+def _read(file: Path, num: int) -> Tensor | None:
+    """The features in a file; None if there is none, or it is damaged and must be written again."""
+    if not file.is_file():
+        return None
+    try:
+        features = load_file(file)["features"]
+    except (SafetensorError, KeyError, OSError) as error:
+        say(f"{file}: damaged ({error}); extracting the features again")
+        return None
+    if features.ndim != 2 or len(features) != num:
+        say(f"{file}: holds {tuple(features.shape)} features, {num:,} were expected; extracting them again")
+        return None
+    return features

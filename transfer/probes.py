@@ -1,0 +1,165 @@
+"""Linear classifiers side by side on the features of one frozen trunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixmask.engine.backbones import width_of
+from mixmask.engine.distributed import gather_dealt, mean, world
+from mixmask.engine.precision import Precision, autocast
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One combination of hyperparameters."""
+
+    lr: float
+    weight_decay: float
+    batch_norm: bool
+
+    def __str__(self) -> str:
+        return f"lr={self.lr:g},weight_decay={self.weight_decay:g},batch_norm={str(self.batch_norm).lower()}"
+
+
+class FeatureNorm(nn.Module):
+    """BatchNorm of frozen features, without affine parameters (a linear classifier follows).
+
+    Batch statistics are taken over the rows of all processes. The features have no gradient, so exchanging means is enough.
+    """
+
+    def __init__(self, num_features: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D) features to normalised ones, with the batch's statistics in training."""
+        running_mean, running_var = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        features = features.float()
+        if self.training:
+            centre = mean(features.mean(0))
+            variance = mean((features - centre).square().mean(0))  # of every process the same number of rows
+            num = len(features) * world().size
+            running_mean.lerp_(centre, self.momentum)
+            running_var.lerp_(variance * num / max(num - 1, 1), self.momentum)
+        else:
+            centre, variance = running_mean, running_var
+        normed: Tensor = (features - centre) / (variance + self.eps).sqrt()
+        return normed
+
+    @torch.no_grad()
+    def set_to(self, features: Tensor) -> None:
+        """Take the statistics of (N, D) features as they are."""
+        self.get_buffer("running_mean").copy_(features.mean(0))
+        self.get_buffer("running_var").copy_(features.var(0, unbiased=False))
+
+
+class Probes(nn.Module):
+    """A frozen trunk and a linear classifier for each probe, all with the same start.
+
+    A probe that diverges drops out: its loss and its gradient become zero, and the others train on undisturbed. If there is
+    only one probe, its divergence ends the run like that of any training.
+    """
+
+    alive: Tensor
+
+    def __init__(self, trunk: nn.Module, num_classes: int, probes: Sequence[Probe]) -> None:
+        super().__init__()
+        self.trunk, self.probes = trunk.requires_grad_(False), tuple(probes)
+        first = nn.Linear(width_of(trunk), num_classes)
+        nn.init.normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
+        self.heads = nn.ModuleList([first, *(nn.Linear(first.in_features, num_classes) for _ in self.probes[1:])])
+        for head in self.heads:
+            head.load_state_dict(first.state_dict())
+        normed = any(probe.batch_norm for probe in self.probes)
+        self.norm = FeatureNorm(first.in_features) if normed else None
+        self.register_buffer("alive", torch.ones(len(self.probes), dtype=torch.bool))
+        if len(self.probes) > 1:
+            for number, head in enumerate(self.heads):
+                for parameter in head.parameters():
+                    parameter.register_hook(partial(self._silenced, number))  # type: ignore[no-untyped-call]
+
+    def _silenced(self, number: int, gradient: Tensor) -> Tensor:
+        """The gradient, or zeros for a probe that has diverged: zero times not-a-number is not zero."""
+        return torch.where(self.alive[number], gradient, torch.zeros_like(gradient))
+
+    def train(self, mode: bool = True) -> Probes:
+        """As `nn.Module.train`, but the trunk stays in eval mode."""
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, D) features of (N, 3, H, W) normalised images, without gradient."""
+        with torch.no_grad():
+            features: Tensor = self.trunk(images)
+        return features
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """(N, classes) logits of every probe, from (N, D) features."""
+        normed = self.norm(features) if self.norm is not None else features
+        if len(self.probes) == 1:
+            return [self.heads[0](normed)]
+        with torch.autocast(features.device.type, enabled=False):  # fp16 would overflow where one rate is far too high
+            return [
+                head(normed.float() if probe.batch_norm else features.float())
+                for probe, head in zip(self.probes, self.heads, strict=True)
+            ]
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the probes' cross-entropies: each probe's gradient is its own, whatever the others do."""
+        each = torch.stack([F.cross_entropy(logits.float(), labels) for logits in self(features)])
+        if len(self.probes) == 1:
+            return each[0]
+        finite = each.detach().isfinite()
+        self.alive &= mean(finite.float()) == 1 if world().size > 1 else finite
+        return torch.where(self.alive, each, torch.zeros_like(each)).sum()
+
+    @torch.no_grad()
+    def ranked(
+        self, features: Iterable[tuple[Tensor, Tensor]], number: int, precision: Precision, everyone: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(N, 5) most likely classes by one probe, best first (fewer if there are fewer), and (N,) labels.
+
+        Args:
+            features: Batches of features and labels; with several processes, of this one's images.
+            number: Which probe.
+            precision: Number format of a single probe's classifier.
+            everyone: Whether the batches hold all processes' images already.
+        """
+        self.eval()
+        ranked, answers = [], []
+        for batch, labels in features:
+            with autocast(batch.device, precision):
+                logits = self(batch)[number].float()
+            ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+            answers.append(labels)
+        found, wanted = torch.cat(ranked), torch.cat(answers)
+        return (found, wanted) if everyone else (gather_dealt(found), gather_dealt(wanted))
+
+
+@torch.no_grad()
+def count_right(
+    model: Probes, features: Iterable[tuple[Tensor, Tensor]], precision: Precision, everyone: bool = False
+) -> list[float]:
+    """How many images each probe classifies correctly, over all processes; a probe that has diverged classifies none."""
+    model.eval()
+    right = torch.zeros(len(model.probes))
+    for batch, labels in features:
+        with autocast(batch.device, precision):
+            every = model(batch)
+        for number, logits in enumerate(every):
+            good = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+            right[number] += good.sum().cpu()
+    if world().size > 1 and not everyone:
+        right = mean(right.to(model.alive.device)).cpu() * world().size
+    return [round(count) if alive else 0 for count, alive in zip(right.tolist(), model.alive.tolist(), strict=True)]
