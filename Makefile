@@ -39,7 +39,8 @@ install: $(READY) ## Make the environment and install the project into it
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $(READY)
+	@touch $(READY)
+	@echo "installed into $(VENV); activate it with: . $(BIN)/activate"
 
 demo: $(READY) ## Pretrain, convert, transfer, tabulate on synthetic pictures (about ten minutes on two cores)
 	$(MIXMASK) demo $(ARGS)

@@ -44,6 +44,7 @@ class DataRecipe(Recipe):
     holdout_seed: int = added(0, ge=0, lt=1 << 63)
     allow_overlap: bool = added(False)
     layout: str | None = operational(None)
+    class_list: str | None = added(None, min_length=1)
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataRecipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -197,7 +198,8 @@ def decode(path: Path) -> Tensor:
     try:
         image: Tensor = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        said = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
+        reason = re.sub(r"^\w+, \S+:\d+, ", "", said)  # without torchvision's function and source file
         raise DataError(f"{path}: not a readable image ({reason})") from None
     if image.ndim == 4:  # an animation: keep the first frame
         image = image[0]

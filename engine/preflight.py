@@ -41,11 +41,13 @@ class SplitReport:
 
     def describe(self) -> str:
         """A summary in a few lines: images, classes, sizes in pixels, damaged files."""
-        per_class = torch.bincount(self.images.labels, minlength=len(self.images.classes))
+        labels = self.images.labels
+        single = labels.ndim == 1
+        per_class = torch.bincount(labels, minlength=len(self.images.classes)) if single else (labels == 1).sum(dim=0)
         widths, heights = ([size[side] for size in self.sizes.elements()] for side in (0, 1))
         (usual, count), *_ = self.sizes.most_common(1) or [((0, 0), 0)]
         lines = [
-            f"{self.name}  {self.images.root}",
+            str(self.images.root) if self.name == "." else f"{self.name}  {self.images.root}",
             f"  kind      {self.kind}",
             f"  images    {len(self.images):,} in {len(self.images.classes):,} classes, "
             f"{_range(per_class.tolist())} per class",

@@ -63,6 +63,11 @@ def chosen(collection: Collection, which: str) -> list[Run]:
             f"{which}: no transfer run below {collection.folder} has this method; methods there: {present}. A condition is "
             f'valid, too, such as "mix.grid == 4"'
         )
+    if which not in methods and not any(sign in which for sign in "=<>"):
+        raise UserError(
+            f"{which}: is neither a method ({', '.join(sorted(methods, key=method_place)) or 'none'}), nor a run folder, "
+            f'nor a condition such as "mix.grid == 4"'
+        )
     if which in methods:
         found = [run for run in runs if run.record.method == which]
     else:

@@ -6,7 +6,7 @@ from mixmask.evaluate.table import Table, TableCell
 
 READING = "mean ± sample standard deviation (number of runs)"
 MARKS = (
-    "best in its column among runs with the same protocol",
+    "best in its column among runs with the same protocol whose backbones differ in the mixture only",
     "not significantly different from the best (Welch's t-test, p > 0.05; three runs or more of each)",
 )
 MISSING = "–"

@@ -57,7 +57,12 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
         ("view 2 (key)", _shown(views[1], recipe.augment.normalization), none),
     ]
     rng = python_generator(recipe.seed, "mask", 0, 0, 0)
-    for column in recipe.mix.pictures(views, rng):
+    mix = recipe.mix
+    groups = getattr(mix, "mask_groups", 1)
+    if groups > 1:  # groups as large as in training, where the pictures suffice; else one group of them all
+        fits = [count for count in range(1, num + 1) if num % count == 0 and count <= groups * num / recipe.batch_size]
+        mix = mix.model_copy(update={"mask_groups": max(fits, default=1)})
+    for column in mix.pictures(views, rng):
         pictures = list(column.images) if column.is_mask else _shown(column.images, recipe.augment.normalization)
         columns.append((column.heading, pictures, list(column.captions)))
     return columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class EvaluationRecipe(Recipe):
 class ClassifyRecipe(TransferRecipe):
     """What the protocols of classification share. ``save_predictions`` keeps every test image's answer for comparisons."""
 
+    multi_label: ClassVar[bool] = False  # whether it can measure on images with several labels each
+
     data: DataRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
     save_predictions: bool = operational(True)
@@ -65,6 +67,11 @@ class ClassifyRecipe(TransferRecipe):
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = open_images(self.data, "train"), open_images(self.data, "test")
+        if train.labels.ndim == 2 and not self.multi_label:
+            raise ConfigError(
+                f"protocol {self.protocol}: the images of '{self.data.name}' have several labels each, and this protocol "
+                f"needs one; use logreg (metric=mAP) or svm_voc07"
+            )
         require_same_classes(train, test, self.data.allow_overlap)
         return train, test
 

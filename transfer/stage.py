@@ -119,6 +119,11 @@ class TransferPlan(RecordedWork[Record]):
                 f"backbone  {self.source.path} ({info.arch}, {labels['framework']}, {labels['method']})",
                 self.source.tensor_report.summary(),
                 *(
+                    ["          its results will have no name: label them with framework=… method=…"]
+                    if "unknown" in (labels["framework"], labels["method"])
+                    else []
+                ),
+                *(
                     f"expected  {expected.describe()}{other_classes(self.recipe.data.name, len(self.test.classes))}"
                     for expected in self.recipe.expected
                 ),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import ImageSet
+from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.registry import Registry
+from mixmask.engine.texts import read_text
 
 KINDS: Registry[DataKind] = Registry(
     DataKind, __name__, "mixmask.data", "kind of data", lambda one: [one.kind] if "kind" in vars(one) else []
@@ -25,7 +27,7 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
     """
     root = Path(data.root).expanduser()
     if not root.exists():
-        raise DataError(f"{root}: no such data folder (data.root of '{data.name}')")
+        raise DataError(f"{root}: no such data folder; give the place of '{data.name}' with data.root=PATH")
     if data.holdout:
         return _held_out(data, root, part)
     if part == "test" and data.test is None:
@@ -33,7 +35,8 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
             f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
             f"data.holdout=0.2 to keep a fifth of every class for testing"
         )
-    return kind_of(root, data).open(root, data, part)
+    images = kind_of(root, data).open(root, data, part)
+    return images if data.class_list is None else _of_classes(images, Path(data.class_list).expanduser())
 
 
 def kind_of(root: Path, data: DataRecipe) -> DataKind:
@@ -53,12 +56,35 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
     return found[0] if found else next(one for one in every if one.general)
 
 
+def _of_classes(images: ImageSet, file: Path) -> ImageSet:
+    """The images of the classes that a text file lists, one to a line."""
+    names = [*dict.fromkeys(line.split()[0] for line in read_text(file).splitlines() if line.split())]
+    unknown = [name for name in names if name not in images.classes]
+    if unknown or not names:
+        problem = (
+            f"{len(unknown)} of its classes are not in {images.root}: {', '.join(unknown[:3])}" if names else "empty"
+        )
+        raise DataError(f"{file}: {problem} (data.class_list: one class per line)")
+    if not isinstance(images, Images) or images.labels.ndim == 2:
+        raise DataError(f"data.class_list: {images.root} is of a kind whose classes cannot be chosen")
+    classes = tuple(sorted(names))
+    place = torch.full((len(images.classes),), -1, dtype=torch.int64)
+    for label, name in enumerate(classes):
+        place[images.classes.index(name)] = label
+    chosen = images.subset((place[images.labels] >= 0).nonzero().flatten())
+    return replace(chosen, labels=place[chosen.labels], classes=classes)
+
+
 def _held_out(data: DataRecipe, root: Path, part: Part) -> ImageSet:
     """The held-out share of every class of the training images (``test``), or the remaining images (``train``)."""
     reason = kind_of(root, data).has_test(root, data)
     if reason is not None:
         raise DataError(reason)
     images = open_split(data.model_copy(update={"holdout": 0.0}), "train")
+    if images.labels.ndim == 2:
+        raise DataError(
+            f"{images.root}: its images have several labels each, so no share of every class can be held out"
+        )
     # Both parts repeat the same draws, so they share no image. The seed is not the run's: all runs share a test split.
     generator = torch.Generator().manual_seed(data.holdout_seed)
     chosen: list[int] = []

@@ -139,7 +139,7 @@ def transfer(
         if world.is_writer:
             for name, value in record.metrics.items():
                 if name.count("/") < 2:
-                    show(f"{name} {value:.2f}")
+                    show(f"{name} {value:.4g}" if "chosen" in name else f"{name} {value:.2f}")
             table = per_class_table(record.metrics)
             show(f"\n{table}\n" if table else "", nl=False)
             show(plan.run.record_file)

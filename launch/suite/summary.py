@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mixmask.engine.errors import UserError
+from mixmask.engine.records import finished_record
 from mixmask.engine.storage import RunDirectory, write_text
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, collection_of
@@ -35,12 +37,12 @@ def write_results(runs: Path, suite: str) -> str:
     done = len(launch.cells) - len(missing)
     text = f"# {launch.suite}\n\n{done} of {len(launch.cells)} cells are finished.\n\n{render_all(tables, 'md')}"
     results = [
-        [cell.name, cell.dataset, cell.protocol, cell.seed, headline(cell)]
+        [cell.name, cell.dataset, cell.protocol, *_seeds(cell), headline(cell)]
         for cell in launch.cells
         if cell.stage == "transfer" and cell.is_finished
     ]
     if results:
-        columns = ["cell", "data", "protocol", "seed", "result"]
+        columns = ["cell", "data", "protocol", "pretraining seed", "seed", "result"]
         text += f"\nEvery cell:\n\n{tabulate(results, columns, tablefmt='pipe')}\n"
     if missing:
         text += "\nNot finished:\n\n" + "\n".join(missing) + "\n"
@@ -51,6 +53,15 @@ def write_results(runs: Path, suite: str) -> str:
     if collection.runs:
         written.append(write_report(collection, folder / "report"))
     return "\n".join([text, *map(str, written)])
+
+
+def _seeds(cell: LaunchedCell) -> tuple[str, int]:
+    """The seeds of the backbone and of the run itself."""
+    try:
+        record = finished_record(RunDirectory(cell.run))
+    except UserError:
+        return "?", cell.seed
+    return ("–" if record.pretrain_seed is None else str(record.pretrain_seed)), cell.seed
 
 
 def _collect(launch: Launch, folder: Path) -> Collection:

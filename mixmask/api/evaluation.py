@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -84,7 +84,13 @@ class _Pooled(nn.Module):
         # The engine takes the device from a network's parameters, and a network may have none of its own.
         self.place = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
         with torch.no_grad():
-            self.num_features = self.eval()(torch.zeros(2, 3, size, size, device=weight.device)).shape[1]
+            try:
+                output = self.eval()(torch.zeros(2, 3, size, size, device=weight.device))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"model: fails on images of {size}×{size} pixels ({error}); crop=… chooses their size"
+                ) from error
+            self.num_features = output.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.network(images)
@@ -187,7 +193,8 @@ def linear_probe(
     model: nn.Module,
     root: Place,
     *,
-    lr: float = 1.0,
+    lr: float | Sequence[float] = (0.01, 0.1, 1.0, 10.0),
+    batch_norm: bool | Sequence[bool] = (False, True),
     epochs: int = 30,
     seed: int = 0,
     holdout: float = 0.2,
@@ -205,7 +212,9 @@ def linear_probe(
     Args:
         model: Any network; see the module. It is not changed.
         root: As `knn` takes it.
-        lr: Learning rate. MoCo's published 30 suits normalised networks and long training.
+        lr: Learning rate, or several. MoCo's published 30 suits normalised networks and long training.
+        batch_norm: Whether BatchNorm without affine parameters stands before the classifier, or both. Of all combinations,
+            the best one on a tenth of every class of the *training* images is tested.
         epochs: Length of the training.
         seed: Seed of the classifier's initial weights and of the order of the images.
         holdout: As `knn` takes it.
@@ -219,8 +228,9 @@ def linear_probe(
     rates = {
         "seed": seed,
         "augment": None,
-        "lr": lr,
-        "batch_size": min(batch_size, len(train)),
+        "lr": lr if isinstance(lr, float | int) else [*lr],
+        "batch_norm": batch_norm if isinstance(batch_norm, bool) else [*batch_norm],
+        "batch_size": min(batch_size, max(2, len(train) - len(train) // 5)),
         "epochs": epochs,
         "milestones": [*dict.fromkeys(max(1, round(epochs * share)) for share in (0.6, 0.8))],
         "precision": precision,

@@ -144,7 +144,7 @@ def test_a_run_under_another_name_is_the_same_work(tmp_path: Path, shapes: Path)
         ([{"pretrain": [{**MIXMASK, "resources": {"gpus": 3}}]}], r"unknown key '.*resources\.gpus'.*gpus_per_node"),
         (
             [{"pretrain": [{**MIXMASK, "set": {"backbone.stem": "cifar"}}], "convert": {"to": ["torchvision"]}}],
-            r"convert: mixmask: has the CIFAR stem .* only the target mixmask keeps it",
+            r"convert: mixmask: has the CIFAR stem .* leave the conversion out",
         ),
         ([{"pretrain": [{**MIXMASK, "config": "nowhere.yaml"}]}], r"nowhere\.yaml: no such config file"),
     ],

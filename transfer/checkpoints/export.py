@@ -65,8 +65,8 @@ def require_known_network(backbone: BackboneRecipe, target: Target, where: str) 
         raise CheckpointError(f"{where}: is {backbone.arch}, which {target} does not have; convert it to timm")
     if backbone.stem == "cifar":
         raise CheckpointError(
-            f"{where}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have; only the "
-            f"target mixmask keeps it"
+            f"{where}: has the CIFAR stem (3×3, stride 1, no max-pooling), which {target}'s ResNets do not have. "
+            f"Convert it to mixmask, leave the conversion out, or pretrain with backbone.stem=standard"
         )
 
 

@@ -1,0 +1,47 @@
+"""Caltech-101 (Fei-Fei et al., 2004): 30 training images of every class, the others for testing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from mixmask.engine.benchmark_sets import BenchmarkSet
+from mixmask.engine.data.folder import class_folders, image_folder
+from mixmask.engine.datasets import DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import FileImages
+
+BACKGROUND = "BACKGROUND_Google"  # pictures of anything; torchvision leaves it out, too
+PER_CLASS = 30
+
+
+class Caltech101(BenchmarkSet):
+    """There is no official split. As is usual, 30 images per class are for training, drawn with ``data.holdout_seed``."""
+
+    kind: ClassVar[str] = "caltech101"
+    title: ClassVar[str] = "Caltech-101"
+    sign: ClassVar[str] = "101_ObjectCategories"
+    inner: ClassVar[tuple[str, ...]] = ("caltech101", "caltech-101")
+
+    @override
+    def read(self, home: Path, data: DataRecipe, part: Part) -> FileImages:
+        folder = home / self.sign
+        classes = [name for name in class_folders(folder) if name != BACKGROUND]
+        whole = image_folder(folder)
+        pairs = [(path, path.parent.name) for path in whole.paths if path.parent.name != BACKGROUND]
+        images = self.images(folder, pairs, classes)
+        generator = torch.Generator().manual_seed(data.holdout_seed)
+        chosen: list[int] = []
+        for label, name in enumerate(images.classes):
+            own = (images.labels == label).nonzero().flatten()
+            if len(own) <= PER_CLASS:
+                raise DataError(
+                    f"{folder / name}: {len(own)} images; {PER_CLASS} are for training, and none is left to test on"
+                )
+            order = torch.randperm(len(own), generator=generator)
+            kept = order[:PER_CLASS] if part == "train" else order[PER_CLASS:]
+            chosen += own[kept.sort().values].tolist()
+        return images.subset(chosen, folder / f"({part}, {PER_CLASS} per class for training)")
