@@ -151,36 +151,26 @@ def save_answers(recipe: ClassifyRecipe, setting: Images, predicted: Tensor, lab
 
 
 class Classifier(nn.Module):
-    """A trunk and a linear classifier; with ``frozen`` the trunk is in eval mode always and gets no gradient."""
+    """A trunk and a linear classifier, both of which are trained."""
 
-    def __init__(self, trunk: nn.Module, num_classes: int, frozen: bool) -> None:
+    def __init__(self, trunk: nn.Module, num_classes: int) -> None:
         super().__init__()
-        self.trunk, self.frozen = trunk, frozen
+        self.trunk = trunk.requires_grad_(True)
         self.head = nn.Linear(width_of(trunk), num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        trunk.requires_grad_(not frozen)
-
-    def train(self, mode: bool = True) -> Classifier:
-        """As `nn.Module.train`, but a frozen trunk stays in eval mode."""
-        super().train(mode)
-        if self.frozen:
-            self.trunk.eval()
-        return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) normalised images to (N, classes) logits."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.trunk(images)
-        logits: Tensor = self.head(features)
+        """(N, classes) logits of (N, 3, H, W) normalised images."""
+        logits: Tensor = self.head(self.trunk(images))
         return logits
 
 
-def new_classifier(recipe: TrainedRecipe, setting: Images, trunk: Callable[[], nn.Module], frozen: bool) -> Classifier:
-    """The trunk with a fresh classifier, which the seed determines."""
+def new_classifier(recipe: TrainedRecipe, setting: Images, trunk: Callable[[], nn.Module]) -> Classifier:
+    """The trunk with a new classifier; its initial weights depend on the seed only."""
     torch.manual_seed(derived_seed(recipe.seed, "head"))
-    built = trunk()  # after the seed: building draws weights, too, and the classifier's come after them
-    return Classifier(built, len(setting.train.classes), frozen).to(setting.device)
+    built = trunk()  # after the seed: building the trunk draws random weights, too, before the classifier's
+    return Classifier(built, len(setting.train.classes)).to(setting.device)
 
 
 def finetune(

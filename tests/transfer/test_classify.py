@@ -21,6 +21,7 @@ from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record
 from mixmask.transfer import classification, stage
+from mixmask.transfer.probes import Probe, Probes
 from mixmask.transfer.protocols.linear import require_unchanged
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.subsets import balanced_subset, listed_subset
@@ -108,13 +109,13 @@ def test_a_trunk_that_changed_during_the_probe_is_noticed(resnet18: Path) -> Non
 
 def test_the_frozen_trunk_stays_in_eval_mode(resnet18: Path) -> None:
     _, info = load_backbone(resnet18)
-    probe = classification.Classifier(build_trunk(info.recipe), 10, frozen=True).train()
+    probe = Probes(build_trunk(info.recipe), 10, [Probe(1.0, 0.0, False)]).train()
     assert probe.training
     assert not any(module.training for module in probe.trunk.modules())
-    probe(torch.randn(2, 3, 32, 32)).sum().backward()
+    probe.loss(probe.features(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
     assert all(parameter.grad is None for parameter in probe.trunk.parameters())
-    assert probe.head.weight.grad is not None
-    free = classification.Classifier(build_trunk(info.recipe), 10, frozen=False).train()
+    assert all(parameter.grad is not None for parameter in probe.heads.parameters())
+    free = classification.Classifier(build_trunk(info.recipe), 10).train()
     assert all(module.training for module in free.trunk.modules())
 
 
@@ -313,7 +314,7 @@ def test_a_probe_on_fixed_features_is_the_loop_of_wmse(shapes: Path, tmp_path: P
     assert isinstance(plan.train, Images)
     assert isinstance(plan.test, Images)
     torch.manual_seed(derived_seed(0, "head"))
-    model = classification.Classifier(build_trunk(plan.source.info.recipe), 10, frozen=True)
+    model = classification.Classifier(build_trunk(plan.source.info.recipe), 10)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01, weight_decay=5e-6)
     order = BatchPlan(120, 40, drop_last=False, seed=0)
     for epoch in range(3):

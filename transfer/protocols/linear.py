@@ -184,9 +184,9 @@ class LinearRecipe(FeatureOptions, TrainedRecipe):
         """The optimizer of all probes: a group of parameters for each, with its rate and weight decay."""
         groups = [
             {"params": [*head.parameters()], "lr": probe.lr, "weight_decay": probe.weight_decay}
-            for probe, head in zip(self.probes, model.heads, strict=True)
+            for probe, head in zip(model.probes, model.heads, strict=True)
         ]
-        rate, kind, options = self.probes[0].lr, self.optimizer.kind, self.optimizer
+        rate, kind, options = model.probes[0].lr, self.optimizer.kind, self.optimizer
         if kind == "adam":
             return torch.optim.Adam(groups, lr=rate)
         if kind == "adamw":

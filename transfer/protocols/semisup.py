@@ -152,7 +152,7 @@ class SemisupRecipe(TrainedRecipe):
 
     def measure(self, setting: Images) -> dict[str, float]:
         """Top-1 and top-5 of the last epoch on the test split, in percent."""
-        model = new_classifier(self, setting, lambda: trunk_of(setting), frozen=False)
+        model = new_classifier(self, setting, lambda: trunk_of(setting))
         if self.sync_bn and world().size > 1:
             convert_sync_batchnorm(model)
         lr_trunk, lr_head = self.rates

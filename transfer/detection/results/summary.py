@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from tabulate import tabulate
 
+from mixmask.engine.predictions import MATCHES
+
 
 def per_class_table(metrics: Mapping[str, float]) -> str:
     """One row per class with each of its APs, sorted by the first, best first; empty without per-class metrics."""
@@ -15,4 +17,5 @@ def per_class_table(metrics: Mapping[str, float]) -> str:
     if not rows:
         return ""
     rows.sort(key=lambda row: -float(row[1] or 0))
-    return tabulate(rows, headers=["class", *columns], floatfmt=".1f", missingval="-")
+    heading = "class" if all(column.split("/")[0] in MATCHES for column in columns) else ""
+    return tabulate(rows, headers=[heading, *columns], floatfmt=".1f", missingval="-")
