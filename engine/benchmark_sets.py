@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class BenchmarkSet(DataKind):
         images = self.read(home, data, part)
         if not len(images):
             raise DataError(f"{home}: {self.title} lists no image for {part}")
-        return images
+        return images if images.root != home else replace(images, root=home / f"({part})")
 
     @abstractmethod
     def read(self, home: Path, data: DataRecipe, part: Part) -> FileImages:

@@ -22,7 +22,8 @@ def fit_logistic(
 ) -> None:
     """Fit a linear classifier in place: mean cross-entropy + weight_decay / 2 · |W|². The bias is not regularised.
 
-    scikit-learn's ``LogisticRegression(C=C)`` minimises the same with C = 1 / (N · weight_decay).
+    With three classes or more, scikit-learn's ``LogisticRegression(C=C)`` minimises the same for C = 1 / (N · weight_decay).
+    (With two classes it has one weight vector instead of two, which equals half this weight decay.)
 
     Args:
         features: (N, D).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Score = Literal["top1", "mean_per_class", "mAP"]
 TITLES: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "mAP": "mAP"}
-POINTS = np.linspace(0, 1, 11)
+POINTS = np.linspace(0, 1, 11)  # recalls; compared with a margin, since 3/5 and 0.6 differ by rounding
 
 
 def mean_per_class(predicted: Tensor, labels: Tensor) -> float:
@@ -41,7 +41,7 @@ def average_precision(scores: npt.NDArray[np.floating], present: npt.NDArray[np.
     interpolated = np.maximum.accumulate(precision[:-1])  # the highest precision at this recall or a higher one
     recall = recall[:-1]
     if points:
-        return float(np.mean([interpolated[recall >= at].max(initial=0.0) for at in POINTS]))
+        return float(np.mean([interpolated[recall >= at].max(initial=0.0) for at in POINTS - 1e-9]))
     return float(np.sum((recall - np.append(recall[1:], 0.0)) * interpolated))
 
 

@@ -77,9 +77,12 @@ class SvmVoc07Recipe(FrozenRecipe):
                 f"protocol svm_voc07: the images of '{self.data.name}' have one label each, and this protocol measures mAP "
                 f"of multi-label images; use logreg or linear"
             )
-        fewest, name = min(zip((train.labels == 1).sum(dim=0).tolist(), train.classes, strict=True))
-        if fewest < self.folds:
-            raise DataError(f"{train.root}: class '{name}' is in {fewest} images, and {self.folds} folds need one each")
+        for value, which in ((0, "is absent from"), (1, "is in")):
+            fewest, name = min(zip((train.labels == value).sum(dim=0).tolist(), train.classes, strict=True))
+            if fewest < self.folds:
+                raise DataError(
+                    f"{train.root}: class '{name}' {which} {fewest} images, and {self.folds} folds need one each"
+                )
         if self.low_shot and fewest < max(self.low_shot):
             raise ConfigError(
                 f"low_shot {max(self.low_shot)}: class '{name}' is in {fewest} training images of '{self.data.name}' only"
@@ -142,11 +145,14 @@ class SvmVoc07Recipe(FrozenRecipe):
 
         def draw(sample: int) -> float:
             rng = np.random.default_rng(derived_seed(self.seed, "low shot", sample, k))
-            present = [rng.permutation(np.flatnonzero(labels[:, c] == 1))[:k] for c in range(labels.shape[1])]
             found = []
-            for label, positives in enumerate(present):
-                others = np.concatenate([rows for c, rows in enumerate(present) if c != label])
-                negatives = np.unique(others[labels[others, label] == 0])
+            for label in range(labels.shape[1]):
+                positives = rng.permutation(np.flatnonzero(labels[:, label] == 1))[:k]
+                absent = labels[:, label] == 0
+                others = [absent & (labels[:, c] == 1) for c in range(labels.shape[1]) if c != label]
+                drawn = [rng.permutation(np.flatnonzero(one))[:k] for one in others]
+                # Where no other class has an image without this one, any image without it is a negative.
+                negatives = np.unique(np.concatenate(drawn)) if any(map(len, drawn)) else np.flatnonzero(absent)
                 rows = np.concatenate([positives, negatives])
                 svm = self._svm(self.low_shot_c).fit(features[rows], np.arange(len(rows)) < len(positives))
                 found.append(_precision(svm.decision_function(asked), answers[:, label], True))
