@@ -14,7 +14,11 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
 
 # Number of classes of the data sets that published numbers refer to, by data.name.
-KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet100": 100, "imagenet1k": 1000}
+KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet100": 100, "imagenet1k": 1000,
+    "food101": 101, "sun397": 397, "stanford_cars": 196, "fgvc_aircraft": 100, "voc2007": 20, "dtd": 47, "oxford_pets": 37,
+    "caltech101": 101, "flowers102": 102, "cub200": 200, "eurosat": 10, "places205": 205, "places365": 365,
+    "inaturalist2018": 8142,
+}  # fmt: skip
 Part = Literal["train", "test"]
 
 

@@ -78,6 +78,7 @@ class _Published:
             sections=bool(table.varied),
             order=method_order(),
             notes=table.notes,
+            summarised=table.summary,
         )
 
     def places(self, result: Result) -> Iterable[Place]:
@@ -87,7 +88,7 @@ class _Published:
             return
         if self.table.pretrained_on and dims["pretrain_dataset"] not in (None, dims["dataset"]):
             return
-        if self.usual_epochs and dims["dataset"] not in self.usual_epochs:
+        if self.usual_epochs and dims["dataset"] not in self.usual_epochs and not self.table.any_dataset:
             return
         usual = stated(dims)
         unusual = {key for key in ABLATED if key in usual and dims[key] not in (None, usual[key])}

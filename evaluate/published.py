@@ -88,6 +88,8 @@ class PublishedTable(Recipe):
         varied: Instead of ``rows``: keys that are varied one at a time. A section of rows for each.
         columns: The key that each level of a column shows, or a text with keys in braces.
         says: Keys of which rows and columns say enough, besides those that they show.
+        any_dataset: Whether results belong on data sets of which no number is published.
+        summary: Whether the mean over the columns and the mean rank stand beside each row.
         states: Keys of recipes and the values that the publication states. A number stands beside runs made so.
         suite: The suite whose recipes are those of the publication, too (`make reference`).
         protocols: The protocols of its numbers; ``semisup_*`` stands for all of its kind, and ``{}`` for the ending.
@@ -106,6 +108,8 @@ class PublishedTable(Recipe):
     varied: tuple[str, ...] = ()
     columns: tuple[str, ...] = Field(min_length=1)
     says: tuple[str, ...] = ()
+    summary: bool = False
+    any_dataset: bool = False
     states: dict[str, Any] = Field(default_factory=dict)
     suite: str | None = None
     protocols: dict[str, ProtocolWords] = Field(default_factory=dict)

@@ -18,9 +18,9 @@ from rich.text import Text
 from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
 from mixmask.evaluate.spreadsheet import safe_cell
-from mixmask.evaluate.table import Table, TableCell
+from mixmask.evaluate.table import MISSING, Table, TableCell
 from mixmask.evaluate.templating import templated
-from mixmask.evaluate.wording import MARKS, MISSING, heading, numbers, remarks
+from mixmask.evaluate.wording import MARKS, heading, numbers, remarks
 
 TableFormat = Literal["term", "md", "latex", "csv", "html"]
 SUFFIXES: dict[str, TableFormat] = {".md": "md", ".tex": "latex", ".csv": "csv", ".html": "html", ".txt": "term"}

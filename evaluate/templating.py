@@ -16,8 +16,8 @@ from markupsafe import Markup
 from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
 from mixmask.evaluate.escaping import escape_html, escape_latex, escape_markdown
-from mixmask.evaluate.table import Table, TableCell
-from mixmask.evaluate.wording import MARKS, MISSING, heading, numbers, remarks
+from mixmask.evaluate.table import MISSING, Table, TableCell
+from mixmask.evaluate.wording import MARKS, heading, numbers, remarks
 
 Templated = Literal["md", "html", "latex"]
 FILES: dict[Templated, str] = {"md": "table.md.j2", "html": "table.html.j2", "latex": "table.tex.j2"}

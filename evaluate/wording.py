@@ -9,7 +9,6 @@ MARKS = (
     "best in its column among runs with the same protocol whose backbones differ in the mixture only",
     "not significantly different from the best (Welch's t-test, p > 0.05; three runs or more of each)",
 )
-MISSING = "–"
 
 
 def numbers(cell: TableCell) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,11 +100,16 @@ def frozen_features(
 def _identity(recipe: ClassifyRecipe, options: FeatureOptions, setting: Images, images: ImageSet, what: str) -> str:
     """A name for features that changes with everything that can change them."""
     view = recipe.evaluation
+    # Names and classes alone would not do: cars_train/00001.jpg and cars_test/00001.jpg may have one class.
+    places = hashlib.sha256()
+    for path in images.paths:
+        places.update(os.path.relpath(path, recipe.data.root).encode("utf-8", "surrogateescape") + b"\n")
     identity = {
         "backbone": setting.source.info.fingerprint,
         "what": what,
         "data": recipe.data.name,
         "listing": images.summary()["listing"],
+        "places": places.hexdigest(),
         "view": [view.resize, view.crop, view.interpolation],
         "normalization": setting.normalization,
         "precision": recipe.precision,

@@ -239,7 +239,10 @@ class _Expansion:
         )
 
     def _checkpoint(self, entry: CheckpointEntry) -> _Backbone:
-        path = (self.folder / Path(entry.path).expanduser()).resolve()
+        named = Path(entry.path).expanduser()
+        path = (self.folder / named).resolve()
+        if not path.exists() and named.exists():  # from the command line
+            path = named.resolve()
         if path not in self.sources:
             self.sources[path] = read_source(path)
         labels = {key: getattr(entry, key) for key in LABELS}

@@ -76,7 +76,10 @@ class Grid(Recipe):
     @model_validator(mode="after")
     def _has_cells(self) -> Grid:
         if not self.pretrain and not self.checkpoints:
-            raise ValueError("an empty grid: it needs pretrain recipes or checkpoints")
+            raise ValueError(
+                "an empty grid: it needs pretrain recipes or checkpoints; on the command line "
+                "'checkpoints=[{path: /ckpt/x.pth, name: x}]'"
+            )
         if not self.pretrain and not self.transfer and self.convert is None:
             raise ValueError("an empty grid: checkpoints need transfer recipes or convert")
         return self
@@ -125,14 +128,32 @@ class Settings(Recipe):
 
 
 class Suite(Recipe):
-    """All runs for a table. ``data`` maps a ``data.name`` to its folder and wins over the cluster's profile."""
+    """All runs for a table. ``data`` maps a ``data.name`` to its folder and wins over the cluster's profile.
+
+    ``checkpoints`` are added to those of every grid, so that a suite can be launched for any checkpoint by an override.
+    """
 
     name: str = Field(pattern=SUITE_NAME)
+    checkpoints: tuple[CheckpointEntry, ...] = ()
     data: dict[str, str] = Field({})
     set: Settings = Settings()
     force: Settings = Field(Settings(), description="as set, but after the recipes' own: what the command line sets")
     resources: StageResources = StageResources()
     grids: tuple[Grid, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoints_of_all(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("grids"), list | tuple):
+            return given
+        more = given.get("checkpoints") or []
+        if not isinstance(more, list | tuple):
+            return given
+        grids = [
+            {**grid, "checkpoints": [*(grid.get("checkpoints") or []), *more]} if isinstance(grid, dict) else grid
+            for grid in given["grids"]
+        ]
+        return {**given, "checkpoints": [], "grids": grids}
 
 
 def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:

@@ -24,6 +24,7 @@ SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
 COUNTS = {
     "demo": (3, 3, 6),
     "figure5": (30, 0, 30),
+    "frozen": (0, 0, 15),
     "semisup": (3, 0, 9),
     "table1": (28, 0, 28),
     "table2": (12, 0, 12),
@@ -39,8 +40,8 @@ def cells_of(path: Path, *overrides: str, profile: Profile | None = None) -> tup
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_the_suites_that_come_with_the_project(path: Path, tmp_path: Path) -> None:
-    suite = load_suite(path)
+def test_the_suites_that_come_with_the_project(path: Path, tmp_path: Path, resnet18: Path) -> None:
+    suite = load_suite(path, [f"checkpoints=[{{path: {resnet18}, name: mine}}]"] if path.stem == "frozen" else [])
     assert suite.name == path.stem
     cells = expand(suite, path.parent, load_profile(configs_folder() / "cluster" / "example.yaml"), tmp_path)
     stages = [cell.stage for cell in cells]
