@@ -80,9 +80,11 @@ class TrainedRecipe(ClassifyRecipe):
     """What the protocols share that train a linear classifier with SGD, alone or with the trunk.
 
     ``augment`` is the training view. ``milestones`` are epochs after which the rate is multiplied by ``gamma``.
+    ``save_classifier`` keeps the trained classifier as ``classifier.safetensors``, for the protocol ``robustness``.
     """
 
     augment: CropRecipe | None = CropRecipe()
+    save_classifier: bool = operational(False)
     momentum: float = Field(0.9, ge=0, lt=1)
     batch_size: int = Field(256, ge=2, le=2**22)
     epochs: int = Field(ge=1, le=10**6)

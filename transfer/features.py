@@ -101,9 +101,9 @@ def _identity(recipe: ClassifyRecipe, options: FeatureOptions, setting: Images, 
     """A name for features that changes with everything that can change them."""
     view = recipe.evaluation
     # Names and classes alone would not do: cars_train/00001.jpg and cars_test/00001.jpg may have one class.
-    places = hashlib.sha256()
+    places, root = hashlib.sha256(), Path(recipe.data.root).expanduser()
     for path in images.paths:
-        places.update(os.path.relpath(path, recipe.data.root).encode("utf-8", "surrogateescape") + b"\n")
+        places.update(os.path.relpath(path, root).encode("utf-8", "surrogateescape") + b"\n")
     identity = {
         "backbone": setting.source.info.fingerprint,
         "what": what,

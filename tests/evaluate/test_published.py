@@ -74,7 +74,9 @@ def test_titles_agree_with_those_that_protocols_write_into_records() -> None:
     from mixmask.transfer.recipe import load_transfer_recipe
 
     recipes = [
-        load_transfer_recipe(file, ["backbone=b"]) for file in sorted((configs_folder() / "transfer").glob("*.yaml"))
+        load_transfer_recipe(file, ["backbone=b"])
+        for file in sorted((configs_folder() / "transfer").glob("*.yaml"))
+        if file.stem != "robustness"  # reads the classifier that it is given
     ]
     for table in published_tables().values():
         for recipe in recipes:

@@ -62,6 +62,6 @@ def test_everything_on_two_checkpoints_with_one_command(
     features = list((tmp_path / "features").glob(f"*/{FILE}"))
     assert len(features) == 2 * 2 * (13 + 1)
     assert all(load_file(path)["features"].shape[1] == 512 for path in features)
-    table = CliRunner().invoke(app, ["tables", "runs", "--table", "frozen", "--format", "csv"]).output.splitlines()
-    assert "mean,mean rank,CIFAR-10" in table[0]
-    assert all(f"{name}" in table[0] for name in ("Food-101", "VOC 2007", "Flowers-102"))
+    table = CliRunner().invoke(app, ["tables", "runs", "--table", "frozen", "--format", "md"]).output.splitlines()
+    assert "mean | mean rank | CIFAR-10" in table[2]
+    assert all(f"{name}" in table[2] for name in ("Food-101", "VOC 2007", "Flowers-102"))

@@ -34,6 +34,7 @@ from mixmask.transfer.classification import (
     train_on_views,
     trunk_of,
 )
+from mixmask.transfer.classifier_file import save_classifier
 from mixmask.transfer.features import FeatureOptions, frozen_features
 from mixmask.transfer.logistic import fit_logistic
 from mixmask.transfer.probes import Probe, Probes, count_right
@@ -248,6 +249,7 @@ def _on_views(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str,
     optimizer = recipe.build_optimizer(model)
     result = train_on_views(recipe, setting, images, model, optimizer, recipe.factor, loss)
     chosen, choice = _choice(recipe, model, None if held is None else features(held), 0 if held is None else len(held))
+    _keep(recipe, setting, model, chosen)
     ranked, answers = model.ranked(features(setting.test), chosen, recipe.precision)
     return {**scored(recipe, setting, ranked, answers), **choice, **result}
 
@@ -280,8 +282,16 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
         result = train(new_job(recipe, setting, model, optimizer, recipe.factor, plan), batches, losses)
     held_features = None if kept is None else iter([(features[kept], labels[kept])])
     chosen, choice = _choice(recipe, model, held_features, 0 if held is None else len(held), everyone=True)
+    _keep(recipe, setting, model, chosen)
     ranked, answers = model.ranked(iter([(asked, answers)]), chosen, "fp32", everyone=True)
     return {**scored(recipe, setting, ranked, answers), **choice, **result}
+
+
+def _keep(recipe: LinearRecipe, setting: Images, model: Probes, chosen: int) -> None:
+    """Save the chosen classifier, if the recipe wants it."""
+    if recipe.save_classifier:
+        norm = model.norm if recipe.probes[chosen].batch_norm else None
+        save_classifier(recipe, setting, model.trunk, model.heads[chosen], norm)
 
 
 def _minimise(recipe: LinearRecipe, model: Probes, features: Tensor, labels: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ from mixmask.engine.progress import say
 from mixmask.engine.schedule import cosine_factor, step_factor
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.classification import Epoch, Images, TrainedRecipe, finetune, new_classifier, trunk_of
+from mixmask.transfer.classifier_file import save_classifier
 from mixmask.transfer.subsets import balanced_subset, listed_subset
 
 Preset = Literal["paper_table", "paper_text", "swav", "barlow"]
@@ -173,4 +174,6 @@ class SemisupRecipe(TrainedRecipe):
             return step_factor(step // per_epoch, self.milestones, self.gamma)
 
         result = finetune(self, setting, model, optimizer, schedule)
+        if self.save_classifier:
+            save_classifier(self, setting, model.trunk, model.head)
         return {f"semisup/{name}" if name.startswith("top") else name: value for name, value in result.items()}

@@ -1,0 +1,223 @@
+"""What a trained classifier does on shifted images, and whether its confidence is right; nothing is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from typing_extensions import override
+
+from mixmask.engine.config import operational
+from mixmask.engine.data import open_split
+from mixmask.engine.data.folder import class_folders, image_folder
+from mixmask.engine.datasets import OpenImages
+from mixmask.engine.distributed import gather_dealt
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.images import FileImages, ImageSet
+from mixmask.engine.loader import num_batches, open_source
+from mixmask.engine.normalization import normalize
+from mixmask.engine.precision import autocast
+from mixmask.engine.progress import say, track
+from mixmask.transfer.checkpoints.source import Source
+from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers
+from mixmask.transfer.classifier_file import load_classifier, read_info
+
+# Errors of AlexNet, the mean over the five severities (hendrycks/robustness; arXiv:1903.12261): what mCE is relative to.
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640, "defocus_blur": 0.819880,
+    "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572,
+    "fog": 0.819324, "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}  # fmt: skip
+SEVERITIES = ("1", "2", "3", "4", "5")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+class RobustnessRecipe(ClassifyRecipe):
+    """Accuracy of a saved classifier on its own test images and on others, and its expected calibration error (ECE).
+
+    ``classifier`` is the ``classifier.safetensors`` of a linear probe or of finetuning with ``save_classifier: true``;
+    ``backbone`` is the backbone that it was trained from. ``sets`` maps names to folders of class folders: ImageNet-V2
+    (folders 0 … 999), -A, -R, -Sketch. On a set with some of the classes, only these are answered. ``corruptions`` is
+    ImageNet-C's folder (``<corruption>/<severity>/<class>``); mCE is relative to AlexNet's errors. ECE has ``bins`` bins of
+    equal width (arXiv:1706.04599), on the test images.
+    """
+
+    depends_on_seed: ClassVar[bool] = False
+
+    protocol: Literal["robustness"]
+    classifier: str = operational(..., min_length=1)
+    classifier_fingerprint: str = Field("", description="of the run that trained it; read from the file")
+    sets: dict[Name, str] = operational({})
+    set_names: tuple[str, ...] = Field(
+        (), description="of `sets`, and whether there are corruptions; set by themselves"
+    )
+    corruptions: str | None = operational(None, min_length=1)
+    bins: int = Field(15, ge=1, le=10_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _identity(cls, given: Any) -> Any:
+        """Folders may lie anywhere; the classifier and the names of the sets are what identifies a run."""
+        if not isinstance(given, dict) or not isinstance(given.get("classifier"), str):
+            return given
+        info = read_info(Path(given["classifier"]).expanduser())
+        sets = given.get("sets") or {}
+        names = sorted(sets) if isinstance(sets, dict) else []
+        return {
+            **given,
+            "classifier_fingerprint": info.fingerprint,
+            "set_names": [*names, *(["corruptions"] if given.get("corruptions") else [])],
+            "evaluation": {
+                **(given["evaluation"] if isinstance(given.get("evaluation"), dict) else {}),
+                "resize": info.resize,
+                "crop": info.crop,
+                "interpolation": info.interpolation,
+            },
+        }
+
+    @property
+    @override
+    def title(self) -> str:
+        return "robustness"
+
+    @property
+    @override
+    def headlines(self) -> Mapping[str, str]:
+        # mCE and ECE are recorded, too, but tables mark the highest number as best, and of errors the lowest is.
+        return {
+            "robustness/top1": "clean top-1",
+            **{f"robustness/{name}": f"{name} top-1" for name in sorted(self.sets)},
+        }
+
+    @override
+    def settings(self, train: ImageSet) -> dict[str, Any]:
+        info = read_info(Path(self.classifier).expanduser())
+        return {"classifier": info.protocol, "classifier_run": info.fingerprint, "ece_bins": self.bins}
+
+    @override
+    def check(self, source: Source, device: torch.device) -> None:
+        info = read_info(Path(self.classifier).expanduser())
+        if info.parent != source.info.fingerprint:
+            raise ConfigError(
+                f"classifier {self.classifier}: was trained from another backbone ({info.parent}) than {source.path} "
+                f"({source.info.fingerprint}); give the backbone that its run was given"
+            )
+
+    @override
+    def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
+        info = read_info(Path(self.classifier).expanduser())
+        test = open_images(self.data, "test")
+        if test.labels.ndim == 2 or test.classes != info.classes:
+            raise DataError(
+                f"{test.root}: its {len(test.classes)} classes are not the {len(info.classes)} that {self.classifier} was "
+                f"trained for ({info.dataset})"
+            )
+        for name, folder in self.sets.items():
+            _shifted(name, Path(folder).expanduser(), info.classes)
+        if self.corruptions is not None:
+            _corrupted(Path(self.corruptions).expanduser(), info.classes)
+        return test, test  # nothing is trained
+
+    def measure(self, setting: Images) -> dict[str, float]:
+        """Top-1 on every set, mCE, and ECE, in percent."""
+        model, info = load_classifier(Path(self.classifier).expanduser(), setting.device)
+
+        def logits_of(title: str, images: ImageSet) -> tuple[Tensor, Tensor]:
+            source, view = open_source(images.shard(), self.data, setting.device), self.evaluation
+            batches = source.evaluation(view.batch_size, view.resize, view.crop, view.interpolation)
+            found, answers = [], []
+            for pixels, labels in track(
+                title, batches, num_batches(len(source.images), view.batch_size), view.batch_size
+            ):
+                with torch.no_grad(), autocast(setting.device, self.precision):
+                    pixels = normalize(pixels, info.normalization).contiguous(memory_format=torch.channels_last)
+                    found.append(model(pixels).float())
+                answers.append(labels)
+            return gather_dealt(torch.cat(found)), gather_dealt(torch.cat(answers))
+
+        logits, labels = logits_of(f"{self.name}: test images", setting.test)
+        save_answers(self, setting, logits.argmax(dim=1), labels)
+        found = {"robustness/top1": accuracy(logits, labels)}
+        found["robustness/ece"] = 100 * calibration_error(logits, labels, self.bins)
+        for name, folder in sorted(self.sets.items()):
+            images = _shifted(name, Path(folder).expanduser(), info.classes)
+            found[f"robustness/{name}"] = accuracy(*logits_of(f"{self.name}: {name}", images))
+        if self.corruptions is not None:
+            errors: dict[str, list[float]] = {}
+            for corruption, severity, images in _corrupted(Path(self.corruptions).expanduser(), info.classes):
+                right = accuracy(*logits_of(f"{self.name}: {corruption} {severity}", images))
+                errors.setdefault(corruption, []).append(100 - right)
+            for corruption, values in errors.items():
+                found[f"robustness/error/{corruption}"] = sum(values) / len(values)
+            relative = [sum(values) / len(values) / ALEXNET[corruption] for corruption, values in errors.items()]
+            found["robustness/mCE"] = sum(relative) / len(relative)
+        said = (f"{name.split('/')[-1]} {value:.2f}" for name, value in found.items() if name.count("/") < 2)
+        say(f"{self.name}: {', '.join(said)}")
+        return found
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent. Where only some classes occur in (N,) labels, the answer is the best of these."""
+    present = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    present[labels] = True
+    predicted = logits.masked_fill(~present, -torch.inf).argmax(dim=1)
+    return 100.0 * float((predicted == labels).double().mean())
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int) -> float:
+    """Expected calibration error in [0, 1] (arXiv:1706.04599, equation 3).
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64.
+        bins: Bins of equal width of the confidence, each closed at its upper end.
+    """
+    confidence, predicted = logits.softmax(dim=1).double().max(dim=1)
+    right = (predicted == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    gap.index_add_(0, which, right - confidence)
+    return float(gap.abs().sum() / len(labels))
+
+
+def _shifted(name: str, folder: Path, classes: tuple[str, ...]) -> FileImages:
+    """A folder of class folders, with the classifier's labels; folders 0, 1, … are numbers of classes (ImageNet-V2)."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (sets.{name})")
+    images = image_folder(folder)
+    numbered = all(re.fullmatch(r"\d{1,6}", one) for one in images.classes) and images.classes != classes
+    names = [str(number) for number in range(len(classes))] if numbered else classes
+    index = {one: number for number, one in enumerate(names)}
+    strange = [one for one in images.classes if one not in index]
+    if strange:
+        raise DataError(
+            f"{folder}: {len(strange)} of its class folders are not classes of the classifier: {', '.join(strange[:3])} "
+            f"(sets.{name})"
+        )
+    place = torch.tensor([index[one] for one in images.classes], dtype=torch.int64)
+    return FileImages(images.paths, place[images.labels], classes, folder)
+
+
+def _corrupted(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, str, FileImages]]:
+    """Every corruption and severity of ImageNet-C; also where they lie in folders such as ``noise/``."""
+    places = {
+        path.name: path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.name in ALEXNET
+    }
+    missing = [name for name in ALEXNET if name not in places]
+    if missing:
+        there = ", ".join(class_folders(folder)[:5]) if folder.is_dir() else "no such folder"
+        raise DataError(f"{folder}: mCE needs all 15 corruptions; missing: {', '.join(missing)} (found: {there})")
+    found = []
+    for name in ALEXNET:
+        for severity in SEVERITIES:
+            part = places[name] / severity
+            if not part.is_dir():
+                raise DataError(f"{part}: no such folder; every corruption has the severities 1 to 5")
+            found.append((name, severity, _shifted("corruptions", part, classes)))
+    return found
