@@ -109,6 +109,8 @@ bench: $(READY) ## Measure the pretraining step, the data path and the loop; wri
 	$(BIN)/python -m benchmarks.data_path $(ARGS)
 	$(BIN)/python -m benchmarks.loop
 	$(BIN)/python -m benchmarks.results
+	$(BIN)/python -m benchmarks.frozen probes
+	$(BIN)/python -m benchmarks.frozen knn
 
 doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
 	$(MIXMASK) doctor

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -17,15 +17,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from mixmask.engine.config import Recipe, added, operational
+from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import agreed, on_rank0, world
 from mixmask.engine.errors import NotWritable, RunDirectoryError
 from mixmask.engine.features import extract_features
 from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import open_source
 from mixmask.engine.ownership import owned
+from mixmask.engine.precision import Precision
 from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, write_atomic
-from mixmask.transfer.classification import ClassifyRecipe, Images
+from mixmask.transfer.classification import ClassifyRecipe, EvaluationRecipe, Images
 
 FILE = "features.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,9 +49,36 @@ class FrozenRecipe(FeatureOptions, ClassifyRecipe):
     """What protocols on frozen features share."""
 
 
+class HasFeatures(Protocol):
+    """What extraction asks of a recipe: a `ClassifyRecipe` with `FeatureOptions`."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def data(self) -> DataRecipe:
+        """How images are read."""
+
+    @property
+    def evaluation(self) -> EvaluationRecipe:
+        """The test-time view."""
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of the forward pass."""
+
+    @property
+    def feature_dtype(self) -> str:
+        """A key of `DTYPES`."""
+
+    @property
+    def feature_cache(self) -> str | None:
+        """A folder, or None."""
+
+
 def frozen_features(
-    recipe: ClassifyRecipe,
-    options: FeatureOptions,
+    recipe: HasFeatures,
     setting: Images,
     images: ImageSet,
     network: Callable[[], nn.Module],
@@ -60,8 +89,7 @@ def frozen_features(
     """Features of all images, from the cache if they are there.
 
     Args:
-        recipe: The test-time view and the precision.
-        options: How the features are kept.
+        recipe: The test-time view, the precision, and how the features are kept.
         setting: The backbone and the device.
         images: All images; with several processes each extracts its share.
         network: Gives the network, on the device; not called if the features are in the cache.
@@ -71,7 +99,7 @@ def frozen_features(
     Returns:
         (N, D) float32 features and the labels, on the device.
     """
-    dtype = DTYPES[options.feature_dtype]
+    dtype = DTYPES[recipe.feature_dtype]
 
     def extracted(gather: bool) -> tuple[Tensor, Tensor]:
         view = recipe.evaluation
@@ -89,15 +117,15 @@ def frozen_features(
         )
         return (features if dtype == torch.float32 else features.to(dtype).float()), labels
 
-    if options.feature_cache is None:
+    if recipe.feature_cache is None:
         return extracted(gather)
-    folder = Path(options.feature_cache).expanduser() / _identity(recipe, options, setting, images, what)
+    folder = Path(recipe.feature_cache).expanduser() / _identity(recipe, setting, images, what)
     features = _cached(recipe.name, folder, len(images), lambda: extracted(True)[0].to(dtype))
     mine = slice(None) if gather else slice(world().rank, None, world().size)
     return features[mine].to(setting.device).float(), images.labels[mine].to(setting.device)
 
 
-def _identity(recipe: ClassifyRecipe, options: FeatureOptions, setting: Images, images: ImageSet, what: str) -> str:
+def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str) -> str:
     """A name for features that changes with everything that can change them."""
     view = recipe.evaluation
     # Names and classes alone would not do: cars_train/00001.jpg and cars_test/00001.jpg may have one class.
@@ -113,7 +141,7 @@ def _identity(recipe: ClassifyRecipe, options: FeatureOptions, setting: Images, 
         "view": [view.resize, view.crop, view.interpolation],
         "normalization": setting.normalization,
         "precision": recipe.precision,
-        "dtype": options.feature_dtype,
+        "dtype": recipe.feature_dtype,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

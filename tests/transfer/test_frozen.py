@@ -24,7 +24,7 @@ from mixmask.engine.storage import RunDirectory
 from mixmask.transfer import features as feature_cache
 from mixmask.transfer import stage
 from mixmask.transfer.classification import trunk_of
-from mixmask.transfer.features import FILE, FeatureOptions, frozen_features
+from mixmask.transfer.features import FILE, frozen_features
 from mixmask.transfer.logistic import fit_logistic
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.scores import average_precision, mean_average_precision, mean_per_class
@@ -54,9 +54,7 @@ def features_of(plan: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     """Training and test features and labels, in float64."""
     found = []
     for images in (plan.train, plan.test):
-        features, labels = frozen_features(
-            plan.recipe, FeatureOptions(), Setting(plan), images, lambda: trunk_of(Setting(plan)).eval()
-        )
+        features, labels = frozen_features(plan.recipe, Setting(plan), images, lambda: trunk_of(Setting(plan)).eval())
         found += [features.double().numpy(), labels.numpy()]
     return tuple(found)
 

@@ -75,7 +75,7 @@ class FewShotRecipe(FrozenRecipe):
     def measure(self, setting: Images) -> dict[str, float]:
         """Mean top-1 of the episodes in percent, and half the width of its 95 % confidence interval."""
         parts = [setting.train, setting.test] if self.images == "all" else [setting.test]
-        found = [frozen_features(self, self, setting, images, lambda: trunk_of(setting).eval()) for images in parts]
+        found = [frozen_features(self, setting, images, lambda: trunk_of(setting).eval()) for images in parts]
         features, labels = (torch.cat([one[part] for one in found]) for part in (0, 1))
         of_class = [(labels == label).nonzero().flatten() for label in range(len(setting.test.classes))]
         usable = [rows for rows in of_class if len(rows) >= self.shots + self.queries]

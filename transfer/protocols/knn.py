@@ -85,7 +85,6 @@ class KnnRecipe(FrozenRecipe):
         (bank, bank_labels), (asked, answers) = (
             frozen_features(
                 self,
-                self,
                 setting,
                 images,
                 lambda: (_with_head(setting) if self.features == "head" else trunk_of(setting)).eval(),

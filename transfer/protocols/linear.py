@@ -257,8 +257,7 @@ def _on_views(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str,
 def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str, float]:
     """Train on features that are computed once, from every image's test-time view."""
     (features, labels), (asked, answers) = (
-        frozen_features(recipe, recipe, setting, images, lambda: model.trunk)
-        for images in (setting.train, setting.test)
+        frozen_features(recipe, setting, images, lambda: model.trunk) for images in (setting.train, setting.test)
     )
     images, held = _parts(recipe, setting)
     found, answered, kept = features, labels, None

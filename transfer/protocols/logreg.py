@@ -87,7 +87,7 @@ class LogregRecipe(FrozenRecipe):
     def measure(self, setting: Images) -> dict[str, float]:
         """The score on the test images, in percent; the score of every C on the held-out ones; and the C that was chosen."""
         (features, labels), (asked, answers) = (
-            frozen_features(self, self, setting, images, lambda: trunk_of(setting).eval())
+            frozen_features(self, setting, images, lambda: trunk_of(setting).eval())
             for images in (setting.train, setting.test)
         )
         scores: dict[float, float] = {}

@@ -92,7 +92,7 @@ class SvmVoc07Recipe(FrozenRecipe):
     def measure(self, setting: Images) -> dict[str, float]:
         """Mean AP on the test images, in percent, of SVMs on all training images and on a few of every class."""
         (features, labels), (asked, answers) = (
-            [_numpy(part) for part in frozen_features(self, self, setting, images, lambda: trunk_of(setting).eval())]
+            [_numpy(part) for part in frozen_features(self, setting, images, lambda: trunk_of(setting).eval())]
             for images in (setting.train, setting.test)
         )
         # scikit-learn works on the CPU, and on all of its cores: one process does it for all.
