@@ -9,6 +9,7 @@ from typing import Any
 
 from mixmask.engine.errors import UserError
 from mixmask.evaluate.collect import ABLATED
+from mixmask.evaluate.means import with_means
 from mixmask.evaluate.names import OLD_KEYS, average_precision_name, epochs_name, method_order, name, setting_name
 from mixmask.evaluate.published import Published, PublishedTable, of_table, published_numbers, published_tables
 from mixmask.evaluate.reference import stated
@@ -78,7 +79,7 @@ class _Published:
             sections=bool(table.varied),
             order=method_order(),
             notes=table.notes,
-            summarised=table.summary,
+            finish=with_means if table.summary else lambda finished: finished,
         )
 
     def places(self, result: Result) -> Iterable[Place]:

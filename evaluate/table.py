@@ -120,7 +120,7 @@ class TableLayout:
         sections: Whether the first level of a row is a section, with a best result of its own.
         order: Positions of texts that are not sorted alphabetically or by number.
         notes: As in `Table`.
-        summarised: Whether the mean over the columns and the mean rank stand beside each row.
+        finish: What is done with the finished table, such as adding means.
     """
 
     id: str
@@ -133,7 +133,7 @@ class TableLayout:
     sections: bool = False
     order: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    summarised: bool = False
+    finish: Callable[[Table], Table] = lambda table: table
 
 
 @dataclass(frozen=True)
@@ -193,39 +193,7 @@ def build(layout: TableLayout, results: Sequence[Result]) -> Table:
             cell = TableCell(group.results, beside, *best[group])
             stacks[texts[group].backbone][group.place[1]].append(_noted(cell, texts[group].measurement))
         lines += _unstacked(row, stacks, columns)
-    table = _lettered(layout, columns, lines)
-    return _summarised(table) if layout.summarised and table.lines else table
-
-
-def _summarised(table: Table) -> Table:
-    """The table with the mean over its columns and the mean rank beside every line that has a number in each column.
-
-    Ranks are among these lines, 1 for the highest; equal numbers share the mean of their ranks.
-    """
-
-    def value(cell: TableCell | None) -> float:
-        if cell is None or (cell.summary is None and cell.published is None):
-            return math.nan
-        return cell.summary.mean if cell.summary is not None else cell.published.value if cell.published else math.nan
-
-    values = [[value(cell) for cell in line.cells] for line in table.lines]
-    whole = [number for number, own in enumerate(values) if not any(map(math.isnan, own))]
-    ranks: dict[int, list[float]] = {number: [] for number in whole}
-    for column in zip(*(values[number] for number in whole)):
-        for number in whole:
-            above = sum(other > values[number][len(ranks[number])] for other in column)
-            equal = sum(other == values[number][len(ranks[number])] for other in column)
-            ranks[number].append(above + (equal + 1) / 2)
-    lines = []
-    for number, line in enumerate(table.lines):
-        mean, rank = (MISSING, MISSING)
-        if number in ranks:
-            mean, rank = (
-                f"{math.fsum(values[number]) / len(values[number]):.1f}",
-                f"{math.fsum(ranks[number]) / len(ranks[number]):.2f}",
-            )
-        lines.append(replace(line, row=(*line.row, mean, rank)))
-    return replace(table, row_names=(*table.row_names, "mean", "mean rank"), lines=tuple(lines))
+    return layout.finish(_lettered(layout, columns, lines))
 
 
 _Noted = tuple[TableCell, tuple[str, ...]]  # a cell and the texts of its footnotes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import yaml
 
 from mixmask.engine.config import recipe_of_text
 from mixmask.engine.errors import ConfigError
+from mixmask.evaluate.collect import collect
 from mixmask.evaluate.layouts import layouts
 from mixmask.evaluate.published import PublishedTable, published_numbers, published_tables
+from mixmask.evaluate.results import results_of
+from mixmask.evaluate.table import build
+from tests.evaluate.made import backbone, transfer, write
 
 TABLE: dict[str, Any] = {
     "title": "ours",
@@ -84,3 +89,25 @@ def test_titles_agree_with_those_that_protocols_write_into_records() -> None:
             if words is not None:
                 assert words.title == recipe.title
                 assert words.metrics.keys() & recipe.headlines.keys()
+
+
+def test_means_and_mean_ranks_stand_beside_whole_rows(tmp_path: Path) -> None:
+    """Ranks are among the rows with a number in every column; ties share the mean of their ranks."""
+    values = {"vanilla": (60.0, 70.0), "unmix": (62.0, 70.0), "mixmask": (64.0, None)}
+    records = []
+    for seed, (method, (cifar, food)) in enumerate(values.items()):
+        of = backbone(method=method, seed=seed)
+        records.append(of)
+        for dataset, value in (("cifar10", cifar), ("food101", food)):
+            if value is not None:
+                words = {
+                    "protocol": "logreg",
+                    "metrics": {"logreg/top1": value},
+                    "headlines": {"logreg/top1": "logreg top-1"},
+                }
+                records.append(transfer(of, "knn", {"knn/top1": value}, dataset=dataset).model_copy(update=words))
+    runs = collect(write(records, tmp_path)).distinct
+    table = build(layouts()["frozen"], results_of(runs))
+    rows = {line.row[1]: line.row[-2:] for line in table.lines if any(cell and cell.results for cell in line.cells)}
+    assert table.row_names[-2:] == ("mean", "mean rank")
+    assert rows == {"Vanilla": ("65.0", "1.75"), "Un-Mix": ("66.0", "1.25"), "MixMask": ("–", "–")}
