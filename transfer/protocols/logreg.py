@@ -28,8 +28,9 @@ class LogregRecipe(FrozenRecipe):
     """Multinomial logistic regression by L-BFGS (many-shot protocol of arXiv:2011.13377, after arXiv:1805.08974).
 
     ``num_c`` values of C, spaced evenly in the logarithm from ``min_c`` to ``max_c``, are tried on the official validation
-    split, or on the share ``held_out`` of every class. The best one is fitted again on all training images, and tested. The
-    objective is scikit-learn's: C · Σ cross-entropy + |W|² / 2. Features are not standardised.
+    split, or on the share ``held_out`` of every class, from the smallest to the largest, each from the solution of the one
+    before. The best one is fitted in the same way on all training images, and tested. The objective is scikit-learn's: C · Σ
+    cross-entropy + |W|² / 2. Features are not standardised.
 
     ``metric`` is what the benchmark of the data set reports: ``top1``, ``mean_per_class``, or ``mAP`` (VOC 2007, 11-point)
     of multi-label images, for which there is a binary problem for each class.
@@ -102,7 +103,9 @@ class LogregRecipe(FrozenRecipe):
                 scores[cost] = self._score(_logits(head, features[kept]), labels[kept])[self.metric]
             best = max(scores, key=lambda cost: scores[cost])
         head = self._head(features, setting)
-        self._fit(head, features, labels, best)
+        # The same road as on the held-out images: a fit that starts at zero could be far from where that one ended.
+        for cost in [cost for cost in self.costs if cost <= best]:
+            self._fit(head, features, labels, cost)
         logits = _logits(head, asked)
         found = self._score(logits, answers)
         if answers.ndim == 1:
