@@ -98,7 +98,7 @@ class LogregRecipe(FrozenRecipe):
             learnt, kept = (part.to(features.device) for part in rows)
             head = self._head(features, setting)
             # From strong to weak regularisation: each solution is a good start for the next one.
-            for cost in track(f"{self.name}: values of C", iter(self.costs), self.num_c, 1):
+            for cost in track(f"{self.name}: values of C", iter(self.costs), self.num_c, len(learnt)):
                 self._fit(head, features[learnt], labels[learnt], cost)
                 scores[cost] = self._score(_logits(head, features[kept]), labels[kept])[self.metric]
             best = max(scores, key=lambda cost: scores[cost])

@@ -111,7 +111,7 @@ class SvmVoc07Recipe(FrozenRecipe):
             return cost, _precision(scores, truth, points=True), _precision(scores, truth, points=False)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # liblinear works without Python's lock
-            done = list(track(f"{self.name}: classes", pool.map(one, range(num_classes)), num_classes, 1))
+            done = list(track(f"{self.name}: classes", pool.map(one, range(num_classes)), num_classes, len(features)))
             shots = {k: self._low_shot(k, features, labels, asked, answers, pool) for k in self.low_shot}
         costs, points, areas = zip(*done, strict=True)
         found = {"svm/mAP": 100 * float(np.mean(points)), "svm/mAP_area": 100 * float(np.mean(areas))}
