@@ -58,6 +58,9 @@ def extract_features(
             labels = source.images.labels.to(device)
         features[first : first + len(output)] = output
         first += len(target)
+    if first == 0:  # a process without images: the others still have to know how wide its features would be
+        probe = torch.zeros(1, 3, crop, crop, device=device)
+        features = torch.empty(0, trunk(probe).shape[1], device=device)
     for module, mode in modes.items():
         module.training = mode
     return (gather_dealt(features), gather_dealt(labels)) if gather else (features, labels)

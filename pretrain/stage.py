@@ -188,6 +188,11 @@ def check_inputs(
     _check_batch(recipe, processes)
     train_images = open_images(recipe.data, "train")
     test_images = open_images(recipe.data, "test") if recipe.monitor is not None else None
+    if test_images is not None and train_images.labels.ndim == 2:
+        raise ConfigError(
+            f"monitor: the images of '{recipe.data.name}' have several labels each, which kNN cannot be tested on; set "
+            f"monitor=null"
+        )
     if test_images is not None:
         require_same_classes(train_images, test_images, recipe.data.allow_overlap)
     batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)

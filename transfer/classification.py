@@ -201,6 +201,7 @@ def train_on_views(
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int, int, int], float],
     loss: Callable[[Tensor, Tensor], Tensor],
+    after_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Train on augmented views of the images.
 
@@ -212,11 +213,12 @@ def train_on_views(
         optimizer: With the base learning rates.
         schedule: From the step, the steps of an epoch and all steps to a factor of the base learning rates.
         loss: From (N, 3, H, W) normalised images and their labels to a scalar.
+        after_step: Called with the step after the optimizer's step.
     """
     plan = batch_plan(recipe, images)
     source = open_source(images, recipe.data, setting.device)
     total = recipe.epochs * plan.steps_per_epoch
-    job = new_job(recipe, setting, model, optimizer, schedule, plan)
+    job = new_job(recipe, setting, model, optimizer, schedule, plan, after_step)
     assert recipe.augment is not None  # else the classifier learns from features
     views: list[CropRecipe] = [recipe.augment]
 
@@ -249,6 +251,7 @@ def new_job(
     optimizer: torch.optim.Optimizer,
     schedule: Callable[[int, int, int], float],
     plan: BatchPlan,
+    after_step: Callable[[int], None] | None = None,
 ) -> Job:
     """What the training loop is told; ``schedule`` takes the step, the steps of an epoch, and all steps."""
     per_epoch = plan.steps_per_epoch
@@ -266,6 +269,7 @@ def new_job(
         device=setting.device,
         seed=recipe.seed,
         precision=recipe.precision,
+        after_step=after_step,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
         watch=None

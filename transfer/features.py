@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
-from mixmask.engine.distributed import agreed, on_rank0, world
+from mixmask.engine.distributed import agreed, any_of, from_first, gather_dealt, on_rank0, world
 from mixmask.engine.errors import NotWritable, RunDirectoryError
 from mixmask.engine.features import extract_features
 from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import open_source
-from mixmask.engine.ownership import owned
+from mixmask.engine.ownership import Owner
 from mixmask.engine.precision import Precision
 from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, write_atomic
@@ -31,6 +30,7 @@ from mixmask.transfer.classification import ClassifyRecipe, EvaluationRecipe, Im
 
 FILE = "features.safetensors"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIECE = 1 << 14  # features of each process that are gathered at a time
 POLL_SECONDS = 5.0  # between two looks at features that another job is extracting
 
 
@@ -120,7 +120,9 @@ def frozen_features(
     if recipe.feature_cache is None:
         return extracted(gather)
     folder = Path(recipe.feature_cache).expanduser() / _identity(recipe, setting, images, what)
-    features = _cached(recipe.name, folder, len(images), lambda: extracted(True)[0].to(dtype))
+    features = _cached(
+        recipe.name, folder, len(images), lambda: _gathered(extracted(gather=False)[0], len(images)).to(dtype)
+    )
     mine = slice(None) if gather else slice(world().rank, None, world().size)
     return features[mine].to(setting.device).float(), images.labels[mine].to(setting.device)
 
@@ -142,36 +144,67 @@ def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str)
         "normalization": setting.normalization,
         "precision": recipe.precision,
         "dtype": recipe.feature_dtype,
+        "storage": recipe.data.storage,  # resident images are resized on the device, and rounded otherwise
+        "device": setting.device.type,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -> Tensor:
     """The features in ``folder``, or new ones that are written there; one job at a time extracts, the others wait."""
-    run, waits = RunDirectory(folder), False
+    file, owner, waits = folder / FILE, Owner(RunDirectory(folder).owner_file), False
+
+    def claimed() -> str:
+        """Empty if this job may write; else who does."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            owner.acquire()
+        except NotWritable:
+            raise
+        except RunDirectoryError as error:
+            return str(error)
+        return ""
+
+    def write(features: Tensor) -> None:
+        content = save({"features": features.contiguous()})
+        owner.require()
+        write_atomic(file, lambda out: out.write(content))
+
     while True:
-        found = agreed(lambda: _read(folder / FILE, num))
-        if found is not None:
+        found = _read(file, num)
+        if not any_of(found is None):  # on every process: another job may have written it between two looks
+            assert found is not None
             say(f"{title}: {num:,} features from {folder}")
             return found
-        with contextlib.ExitStack() as stack:
-            try:
-                on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
-                stack.enter_context(owned(run))
-            except NotWritable:
-                raise
-            except RunDirectoryError as error:  # another job extracts them: what it writes serves this one, too
-                if not waits:
-                    say(f"{title}: waiting for features: {error}")
-                waits = True
-                time.sleep(POLL_SECONDS)
-                continue
-            if agreed(lambda: _read(folder / FILE, num)) is not None:
-                continue  # written between the look and the lock
-            found = extract().cpu().contiguous()
-            written = save({"features": found})
-            on_rank0(lambda: write_atomic(folder / FILE, lambda file: file.write(written)))  # noqa: B023
-            return found
+        other = from_first(agreed(lambda: claimed() if world().is_writer else ""))
+        if other:  # another job extracts them: what it writes serves this one, too
+            if not waits:
+                say(f"{title}: waiting for features: {other}")
+            waits = True
+            time.sleep(POLL_SECONDS)
+            continue
+        try:
+            if from_first(_read(file, num) is None):  # not written between the look and the lock
+                features = extract()
+                on_rank0(lambda: write(features))  # noqa: B023
+        finally:
+            if world().is_writer:
+                owner.release()
+
+
+def _gathered(share: Tensor, num: int) -> Tensor:
+    """(num, D) features of all processes on the first one's CPU, in pieces; nothing on the others.
+
+    Args:
+        share: (n, D) this process's rows: every size-th of all.
+        num: Rows of all processes.
+    """
+    pieces = []
+    for start in range(0, -(-num // world().size), PIECE):
+        piece = gather_dealt(share[start : start + PIECE])  # rows dealt out in turn: pieces follow one another
+        if world().is_writer:
+            pieces.append(piece.cpu())
+    return torch.cat(pieces) if pieces else share[:0].cpu()
 
 
 def _read(file: Path, num: int) -> Tensor | None:

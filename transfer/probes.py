@@ -65,8 +65,8 @@ class FeatureNorm(nn.Module):
 class Probes(nn.Module):
     """A frozen trunk and a linear classifier for each probe, all with the same start.
 
-    A probe that diverges drops out: its loss and its gradient become zero, and the others train on undisturbed. If there is
-    only one probe, its divergence ends the run like that of any training.
+    A probe that diverges drops out: its loss, its gradient and its weights become zero (`bury`), and the others train on
+    undisturbed. If there is only one probe, its divergence ends the run like that of any training.
     """
 
     alive: Tensor
@@ -98,6 +98,14 @@ class Probes(nn.Module):
         self.trunk.eval()
         return self
 
+    @torch.no_grad()
+    def bury(self, step: int) -> None:
+        """Set the weights of probes that have diverged to zero; after every step, as momentum and decay still move them."""
+        if len(self.probes) > 1:
+            for number, head in enumerate(self.heads):
+                for parameter in head.parameters():
+                    parameter.masked_fill_(~self.alive[number], 0.0)
+
     def features(self, images: Tensor) -> Tensor:
         """(N, D) features of (N, 3, H, W) normalised images, without gradient."""
         with torch.no_grad():
@@ -114,6 +122,16 @@ class Probes(nn.Module):
                 head(normed.float() if probe.batch_norm else features.float())
                 for probe, head in zip(self.probes, self.heads, strict=True)
             ]
+
+    def logits(self, number: int, features: Tensor) -> Tensor:
+        """(N, classes) logits of one probe."""
+        if len(self.probes) == 1:
+            (only,) = self.forward(features)
+            return only
+        with torch.autocast(features.device.type, enabled=False):
+            normed = self.norm(features) if self.norm is not None and self.probes[number].batch_norm else features
+            logits: Tensor = self.heads[number](normed.float())
+        return logits
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """The sum of the probes' cross-entropies: each probe's gradient is its own, whatever the others do."""
@@ -137,10 +155,13 @@ class Probes(nn.Module):
             everyone: Whether the batches hold all processes' images already.
         """
         self.eval()
-        ranked, answers = [], []
+        num_classes = self.heads[0].out_features
+        assert isinstance(num_classes, int)
+        ranked = [torch.empty(0, min(5, num_classes), dtype=torch.int64, device=self.alive.device)]
+        answers = [torch.empty(0, dtype=torch.int64, device=self.alive.device)]  # a process may have no image
         for batch, labels in features:
             with autocast(batch.device, precision):
-                logits = self(batch)[number].float()
+                logits = self.logits(number, batch).float()
             ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
             answers.append(labels)
         found, wanted = torch.cat(ranked), torch.cat(answers)

@@ -58,7 +58,8 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
 
 def _of_classes(images: ImageSet, file: Path) -> ImageSet:
     """The images of the classes that a text file lists, one to a line."""
-    names = [*dict.fromkeys(line.split()[0] for line in read_text(file).splitlines() if line.split())]
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    names = [*dict.fromkeys(line if line in images.classes else line.split()[0] for line in lines)]
     unknown = [name for name in names if name not in images.classes]
     if unknown or not names:
         problem = (

@@ -24,10 +24,11 @@ class Places365(BenchmarkSet):
     @override
     def read(self, home: Path, data: DataRecipe, part: Part) -> FileImages:
         classes = {number: name.strip("/") for name, number in self.lines(home / "categories_places365.txt", 2)}
-        folders = ("data_large_standard", "data_256_standard") if part == "train" else ("val_large", "val_256")
-        folder = next((home / one for one in folders if (home / one).is_dir()), None)
-        if folder is None:
-            raise DataError(f"{home}: no folder {' or '.join(folders)} with the images")
+        sizes = (("data_large_standard", "val_large"), ("data_256_standard", "val_256"))
+        whole = [pair for pair in sizes if all((home / one).is_dir() for one in pair)]
+        if not whole:
+            raise DataError(f"{home}: no folders with the images: {' or '.join(' and '.join(pair) for pair in sizes)}")
+        folder = home / whole[0][0 if part == "train" else 1]
         file = home / ("places365_train_standard.txt" if part == "train" else "places365_val.txt")
         listed = [(folder / name.strip("/"), classes.get(number, number)) for name, number in self.lines(file, 2)]
         return self.images(home, listed, [*classes.values()])

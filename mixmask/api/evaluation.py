@@ -35,6 +35,7 @@ from mixmask.transfer.classification import ClassifyRecipe
 from mixmask.transfer.protocol import Setting
 from mixmask.transfer.protocols.knn import KnnRecipe
 from mixmask.transfer.protocols.linear import LinearRecipe
+from mixmask.transfer.selection import require_held_out
 
 R = TypeVar("R", bound=ClassifyRecipe)
 
@@ -238,6 +239,8 @@ def linear_probe(
         "save_predictions": False,
     }
     recipe = _recipe_of(LinearRecipe, "linear", data, rates, resize, crop, batch_size)
+    if len(recipe.probes) > 1:
+        require_held_out(train, recipe.held_out, recipe.seed)
     with _measured(model, crop) as pooled, tempfile.TemporaryDirectory() as folder:
         state = {name: value.detach().cpu().clone() for name, value in pooled.state_dict().items()}
         run = RunDirectory(Path(folder) / "probe")
@@ -305,4 +308,8 @@ def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]
     data = _recipe(root, test, 0.0 if test is not None else holdout)
     train, tested = open_split(data, "train"), open_split(data, "test")
     require_same_classes(train, tested)
+    if train.labels.ndim == 2:
+        raise DataError(
+            f"{root}: its images have several labels each; `mixmask transfer logreg` and svm_voc07 can measure them"
+        )
     return train, tested, data

@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import mixmask
 from mixmask.engine.data import KINDS, kind_of, open_split
 from mixmask.engine.datasets import DataRecipe, Part, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError, UserError
@@ -148,6 +150,37 @@ def test_a_list_of_classes(tmp_path: Path, shapes: Path) -> None:
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(DataError, match=said):
             open_split(recipe(shapes, class_list=str(tmp_path / "classes.txt")), "train")
+
+
+def test_a_list_of_classes_with_spaces(tmp_path: Path) -> None:
+    benchmark_data.stanford_cars(tmp_path)
+    (tmp_path / "classes.txt").write_text("BMW M3\n")
+    some = open_split(recipe(tmp_path, class_list=str(tmp_path / "classes.txt")), "train")
+    assert some.classes == ("BMW M3",)
+
+
+def test_places365_takes_both_parts_of_one_size(tmp_path: Path) -> None:
+    benchmark_data.places365(tmp_path)
+    (tmp_path / "val_large").mkdir()
+    (path, *_) = open_split(recipe(tmp_path), "test").paths
+    assert path.parent.name == "val_256"
+
+
+def test_several_labels_are_refused_where_one_is_needed(tmp_path: Path) -> None:
+    benchmark_data.write_voc2007(tmp_path, num=12)
+    keys = [
+        "data.name=voc2007",
+        f"data.root={tmp_path}",
+        "epochs=1",
+        "warmup_epochs=0",
+        "batch_size=8",
+        "framework.queue_size=8",
+    ]
+    done = CliRunner().invoke(app, ["pretrain", "cifar100_moco", *keys, "data.storage=stream", "--dry-run"])
+    assert isinstance(done.exception, ConfigError)
+    assert "have several labels each, which kNN cannot be tested on; set monitor=null" in str(done.exception)
+    with pytest.raises(DataError, match="its images have several labels each"):
+        mixmask.knn(torch.nn.Flatten(), tmp_path)
 
 
 def test_every_kind_is_registered_once() -> None:

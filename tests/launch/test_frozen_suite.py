@@ -58,9 +58,9 @@ def test_everything_on_two_checkpoints_with_one_command(
     records = [Record.read(path) for path in (tmp_path / "runs" / "transfer").glob("*/record.json")]
     assert len(records) == 30
     assert {record.dataset for record in records} == {*OWN, "voc2007", "cifar10", "cifar100"}
-    # Training and test features, once for each backbone and data set. VOC has two views: the SVM resizes otherwise.
+    # Training and test features, once for each backbone and data set.
     features = list((tmp_path / "features").glob(f"*/{FILE}"))
-    assert len(features) == 2 * 2 * (13 + 1)
+    assert len(features) == 2 * 2 * 13
     assert all(load_file(path)["features"].shape[1] == 512 for path in features)
     table = CliRunner().invoke(app, ["tables", "runs", "--table", "frozen", "--format", "md"]).output.splitlines()
     assert "mean | mean rank | CIFAR-10" in table[2]

@@ -20,7 +20,7 @@ from mixmask.engine import knn as engine_knn
 from mixmask.engine.errors import ConfigError, DataError, RunDirectoryError
 from mixmask.engine.images import Images
 from mixmask.engine.knn import knn_votes, normalize_
-from mixmask.engine.storage import RunDirectory
+from mixmask.engine.ownership import Owner
 from mixmask.transfer import features as feature_cache
 from mixmask.transfer import stage
 from mixmask.transfer.classification import trunk_of
@@ -156,14 +156,18 @@ def test_a_second_job_waits_for_the_features_of_the_first(
     (one / FILE).rename(tmp_path / "kept")
     waited = []
 
-    def held(run: RunDirectory) -> None:
-        raise RunDirectoryError(f"{run.path}: job 7 works there")
+    acquire = Owner.acquire
+
+    def held(owner: Owner) -> None:
+        if not waited and owner.file.parent == one:
+            raise RunDirectoryError(f"{owner.file}: job 7 works there")
+        acquire(owner)
 
     def appears(seconds: float) -> None:
         waited.append(seconds)
         (tmp_path / "kept").rename(one / FILE)
 
-    monkeypatch.setattr(feature_cache, "owned", held)
+    monkeypatch.setattr(Owner, "acquire", held)
     monkeypatch.setattr(feature_cache, "time", SimpleNamespace(sleep=appears))
     again = stage.run(make_plan(KNN, shapes, tmp_path, resnet18, cache, runs="again"))
     assert waited == [feature_cache.POLL_SECONDS]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from mixmask.engine.errors import ConfigError, DataError, Interrupted
+from mixmask.engine.errors import ConfigError, DataError, Interrupted, RunFailure
 from mixmask.engine.images import Images
 from mixmask.engine.randomness import generator
 from mixmask.transfer import stage
@@ -180,6 +180,29 @@ def test_a_probe_that_diverges_leaves_the_others_alone(shapes: Path, tmp_path: P
     assert with_it.metrics[key] == without.metrics[key]
     assert with_it.metrics["linear/held_out/lr=1e+30,weight_decay=0,batch_norm=false"] <= 10 + 1e-9
     assert with_it.metrics["linear/chosen_lr"] == 0.1
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_weights_of_a_dead_probe_stay_finite(kind: str) -> None:
+    """Momentum and weight decay go on moving it, and a checkpoint with infinite weights would end the run."""
+    torch.manual_seed(0)
+    model = Probes(Trunk(), 3, [Probe(0.1, 0.0, False), Probe(1e30, 10.0, False)])
+    optimizer = recipe(optimizer={"kind": kind}, milestones=[]).build_optimizer(model)
+    features, labels = torch.randn(20, 8), torch.randint(0, 3, (20,))
+    for step in range(30):
+        optimizer.zero_grad()
+        model.loss(features, labels).backward()
+        optimizer.step()
+        model.bury(step)
+        assert model.heads[0].weight.isfinite().all()
+    assert model.alive.tolist() == [True, False]
+    assert model.heads[1].weight.isfinite().all()
+
+
+def test_if_every_probe_diverges_the_run_fails(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    plan = make_plan(shapes, tmp_path, resnet18, "augment=null", "epochs=6", "lr=[1e29,1e30]", "weight_decay=10")
+    with pytest.raises(RunFailure, match="all 2 probes have diverged; try lower learning rates"):
+        stage.run(plan)
 
 
 def test_interrupted_and_resumed_is_undisturbed(

@@ -144,6 +144,13 @@ def test_accuracy_is_among_the_classes_that_occur() -> None:
     assert accuracy(logits, torch.tensor([1, 2])) == 50.0
 
 
+def test_the_view_is_the_classifiers_own(classifier: Path, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.crop: is the classifier's own \(32\); leave it out \(given: 24\)"
+    ):
+        make_plan(ROBUST, shapes, tmp_path, resnet18, f"classifier={classifier}", "evaluation.crop=24")
+
+
 def test_what_is_refused(classifier: Path, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file; linear probes and finetuning write one"):
         make_plan(ROBUST, shapes, tmp_path, resnet18, f"classifier={tmp_path / 'absent'}")

@@ -247,7 +247,7 @@ def _on_views(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str,
         return model.loss(model.features(pixels), labels)
 
     optimizer = recipe.build_optimizer(model)
-    result = train_on_views(recipe, setting, images, model, optimizer, recipe.factor, loss)
+    result = train_on_views(recipe, setting, images, model, optimizer, recipe.factor, loss, model.bury)
     chosen, choice = _choice(recipe, model, None if held is None else features(held), 0 if held is None else len(held))
     _keep(recipe, setting, model, chosen)
     ranked, answers = model.ranked(features(setting.test), chosen, recipe.precision)
@@ -278,12 +278,19 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
             return [lambda: {"loss": model.loss(found[which], answered[which])}]
 
         optimizer = recipe.build_optimizer(model)
-        result = train(new_job(recipe, setting, model, optimizer, recipe.factor, plan), batches, losses)
-    held_features = None if kept is None else iter([(features[kept], labels[kept])])
+        result = train(new_job(recipe, setting, model, optimizer, recipe.factor, plan, model.bury), batches, losses)
+    size = recipe.evaluation.batch_size
+    held_features = None if kept is None else _in_pieces(features[kept], labels[kept], size)
     chosen, choice = _choice(recipe, model, held_features, 0 if held is None else len(held), everyone=True)
     _keep(recipe, setting, model, chosen)
-    ranked, answers = model.ranked(iter([(asked, answers)]), chosen, "fp32", everyone=True)
+    ranked, answers = model.ranked(_in_pieces(asked, answers, size), chosen, "fp32", everyone=True)
     return {**scored(recipe, setting, ranked, answers), **choice, **result}
+
+
+def _in_pieces(features: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of features that lie in memory: the logits of many probes for all of them at once would not fit."""
+    for start in range(0, len(features), size):
+        yield features[start : start + size], labels[start : start + size]
 
 
 def _keep(recipe: LinearRecipe, setting: Images, model: Probes, chosen: int) -> None:
@@ -323,6 +330,8 @@ def _choice(
     """The number of the best probe on held-out training images, and what is recorded of all of them."""
     if held is None:
         return 0, {}
+    if not bool(model.alive.any()):
+        raise RunFailure(f"{recipe.name}: all {len(recipe.probes)} probes have diverged; try lower learning rates")
     right = count_right(model, held, recipe.precision, everyone)
     accuracies = [100 * count / num for count in right]
     best = max(range(len(accuracies)), key=lambda number: accuracies[number])  # the first of equals

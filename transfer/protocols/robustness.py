@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,6 +19,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.distributed import gather_dealt
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import FileImages, ImageSet
+from mixmask.engine.knn import top1
 from mixmask.engine.loader import num_batches, open_source
 from mixmask.engine.normalization import normalize
 from mixmask.engine.precision import autocast
@@ -67,18 +68,21 @@ class RobustnessRecipe(ClassifyRecipe):
         if not isinstance(given, dict) or not isinstance(given.get("classifier"), str):
             return given
         info = read_info(Path(given["classifier"]).expanduser())
+        own = {"resize": info.resize, "crop": info.crop, "interpolation": info.interpolation}
+        asked = given.get("evaluation")
+        asked = asked if isinstance(asked, dict) else asked.model_dump() if isinstance(asked, BaseModel) else {}
+        other = [key for key, value in own.items() if key in asked and asked[key] != value]
+        if other:
+            raise ValueError(
+                f"evaluation.{other[0]}: is the classifier's own ({own[other[0]]}); leave it out (given: {asked[other[0]]})"
+            )
         sets = given.get("sets") or {}
         names = sorted(sets) if isinstance(sets, dict) else []
         return {
             **given,
             "classifier_fingerprint": info.fingerprint,
             "set_names": [*names, *(["corruptions"] if given.get("corruptions") else [])],
-            "evaluation": {
-                **(given["evaluation"] if isinstance(given.get("evaluation"), dict) else {}),
-                "resize": info.resize,
-                "crop": info.crop,
-                "interpolation": info.interpolation,
-            },
+            "evaluation": {**asked, **own},
         }
 
     @property
@@ -128,10 +132,11 @@ class RobustnessRecipe(ClassifyRecipe):
         """Top-1 on every set, mCE, and ECE, in percent."""
         model, info = load_classifier(Path(self.classifier).expanduser(), setting.device)
 
-        def logits_of(title: str, images: ImageSet) -> tuple[Tensor, Tensor]:
+        def logits_of(title: str, images: ImageSet, resize: int | None) -> tuple[Tensor, Tensor]:
             source, view = open_source(images.shard(), self.data, setting.device), self.evaluation
-            batches = source.evaluation(view.batch_size, view.resize, view.crop, view.interpolation)
-            found, answers = [], []
+            batches = source.evaluation(view.batch_size, resize, view.crop, view.interpolation)
+            found = [torch.empty(0, len(info.classes), device=setting.device)]  # a process may have no image
+            answers = [torch.empty(0, dtype=torch.int64, device=setting.device)]
             for pixels, labels in track(
                 title, batches, num_batches(len(source.images), view.batch_size), view.batch_size
             ):
@@ -141,17 +146,19 @@ class RobustnessRecipe(ClassifyRecipe):
                 answers.append(labels)
             return gather_dealt(torch.cat(found)), gather_dealt(torch.cat(answers))
 
-        logits, labels = logits_of(f"{self.name}: test images", setting.test)
+        usual = self.evaluation.resize
+        logits, labels = logits_of(f"{self.name}: test images", setting.test, usual)
         save_answers(self, setting, logits.argmax(dim=1), labels)
-        found = {"robustness/top1": accuracy(logits, labels)}
+        found = {"robustness/top1": top1(logits.argmax(dim=1), labels)}
         found["robustness/ece"] = 100 * calibration_error(logits, labels, self.bins)
         for name, folder in sorted(self.sets.items()):
             images = _shifted(name, Path(folder).expanduser(), info.classes)
-            found[f"robustness/{name}"] = accuracy(*logits_of(f"{self.name}: {name}", images))
+            found[f"robustness/{name}"] = accuracy(*logits_of(f"{self.name}: {name}", images, usual))
         if self.corruptions is not None:
             errors: dict[str, list[float]] = {}
             for corruption, severity, images in _corrupted(Path(self.corruptions).expanduser(), info.classes):
-                right = accuracy(*logits_of(f"{self.name}: {corruption} {severity}", images))
+                # ImageNet-C's images have the network's size already; hendrycks/robustness cuts their centre only.
+                right = accuracy(*logits_of(f"{self.name}: {corruption} {severity}", images, None))
                 errors.setdefault(corruption, []).append(100 - right)
             for corruption, values in errors.items():
                 found[f"robustness/error/{corruption}"] = sum(values) / len(values)

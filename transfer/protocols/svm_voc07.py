@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from joblib import Parallel, delayed
 from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
-from mixmask.engine.distributed import from_first, world
+from mixmask.engine.distributed import agreed, from_first, world
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say, track
@@ -28,6 +28,7 @@ from mixmask.transfer.features import FrozenRecipe, frozen_features
 from mixmask.transfer.scores import average_precision
 
 Array = npt.NDArray[Any]
+MANY = 2000  # training images from which on the classes are shared out to processes
 Cost = Annotated[float, Field(gt=0, le=1e12)]
 Shots = Annotated[int, Field(ge=1, le=10**6)]
 
@@ -95,70 +96,88 @@ class SvmVoc07Recipe(FrozenRecipe):
             [_numpy(part) for part in frozen_features(self, setting, images, lambda: trunk_of(setting).eval())]
             for images in (setting.train, setting.test)
         )
+
         # scikit-learn works on the CPU, and on all of its cores: one process does it for all.
-        found = self._found(_unit(features), labels, _unit(asked), answers) if world().is_writer else {}
-        return from_first(found)
+        def work() -> dict[str, float]:
+            return self._found(_unit(features), labels, _unit(asked), answers) if world().is_writer else {}
+
+        return from_first(agreed(work))
 
     def _found(self, features: Array, labels: Array, asked: Array, answers: Array) -> dict[str, float]:
         num_classes = labels.shape[1]
-
-        def one(label: int) -> tuple[float, float, float]:
-            known = labels[:, label] >= 0
-            inputs, wanted = features[known], labels[known, label] == 1
-            cost = self.costs[0] if len(self.costs) == 1 else self._chosen(inputs, wanted)
-            scores = self._svm(cost).fit(inputs, wanted).decision_function(asked)
-            truth = answers[:, label]
-            return cost, _precision(scores, truth, points=True), _precision(scores, truth, points=False)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # liblinear works without Python's lock
-            done = list(track(f"{self.name}: classes", pool.map(one, range(num_classes)), num_classes, len(features)))
-            shots = {k: self._low_shot(k, features, labels, asked, answers, pool) for k in self.low_shot}
+        # liblinear draws from one generator per process, so that fits in threads would disturb each other. Processes pay
+        # for themselves on real data only.
+        workers = _cores() if len(features) >= MANY else 1
+        parallel = Parallel(n_jobs=workers, return_as="generator")
+        work = (delayed(_one_class)(self, label, features, labels, asked, answers) for label in range(num_classes))
+        done = list(track(f"{self.name}: classes", parallel(work), num_classes, len(features)))
         costs, points, areas = zip(*done, strict=True)
         found = {"svm/mAP": 100 * float(np.mean(points)), "svm/mAP_area": 100 * float(np.mean(areas))}
         say(f"{self.name}: SVM mAP {found['svm/mAP']:.2f} % (11-point), {found['svm/mAP_area']:.2f} % (area)")
-        for k, values in shots.items():
+        draws = [(k, sample) for k in self.low_shot for sample in range(self.low_shot_samples)]
+        shots = (delayed(_low_shot)(self, k, sample, features, labels, asked, answers) for k, sample in draws)
+        scores = list(track(f"{self.name}: low-shot draws", parallel(shots), len(draws), 1)) if draws else []
+        for k in self.low_shot:
+            values = [score for (shot, _), score in zip(draws, scores, strict=True) if shot == k]
             found[f"svm/low_shot/{k}"] = float(np.mean(values))
             found[f"svm/low_shot_std/{k}"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         return {**found, **{f"svm/chosen_C/{number}": float(cost) for number, cost in enumerate(costs)}}
 
-    def _svm(self, cost: float) -> LinearSVC:
-        return LinearSVC(
-            C=cost, class_weight={True: 2, False: 1}, dual=True, max_iter=self.max_iter,
-            random_state=derived_seed(self.seed, "svm") % 2**31,
-        )  # fmt: skip
 
-    def _chosen(self, features: Array, wanted: Array) -> float:
-        """The C with the highest mean average precision over the folds; the first of equals."""
-        folds = StratifiedKFold(self.folds)
+def _cores() -> int:
+    """The cores of this job, which may be fewer than those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _svm(recipe: SvmVoc07Recipe, cost: float) -> LinearSVC:
+    return LinearSVC(
+        C=cost, class_weight={True: 2, False: 1}, dual=True, max_iter=recipe.max_iter,
+        random_state=derived_seed(recipe.seed, "svm") % 2**31,
+    )  # fmt: skip
+
+
+def _one_class(
+    recipe: SvmVoc07Recipe, label: int, features: Array, labels: Array, asked: Array, answers: Array
+) -> tuple[float, float, float]:
+    """The chosen C of one class, and the AP of its SVM at 11 recalls and by area."""
+    known = labels[:, label] >= 0
+    inputs, wanted, truth = features[known], labels[known, label] == 1, answers[:, label]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the published protocol stops at max_iter, too
+        cost = recipe.costs[0] if len(recipe.costs) == 1 else _chosen(recipe, inputs, wanted)
+        scores = _svm(recipe, cost).fit(inputs, wanted).decision_function(asked)
+    return cost, _precision(scores, truth, points=True), _precision(scores, truth, points=False)
+
+
+def _chosen(recipe: SvmVoc07Recipe, features: Array, wanted: Array) -> float:
+    """The C with the highest mean average precision over the folds; the first of equals."""
+    folds = StratifiedKFold(recipe.folds)
+    means = [
+        cross_val_score(_svm(recipe, cost), features, wanted, cv=folds, scoring="average_precision").mean()
+        for cost in recipe.costs
+    ]
+    return recipe.costs[int(np.argmax(means))]
+
+
+def _low_shot(
+    recipe: SvmVoc07Recipe, k: int, sample: int, features: Array, labels: Array, asked: Array, answers: Array
+) -> float:
+    """Mean AP of SVMs from one draw of k images per class, in percent."""
+    rng = np.random.default_rng(derived_seed(recipe.seed, "low shot", sample, k))
+    found = []
+    for label in range(labels.shape[1]):
+        positives = rng.permutation(np.flatnonzero(labels[:, label] == 1))[:k]
+        absent = labels[:, label] == 0
+        others = [absent & (labels[:, c] == 1) for c in range(labels.shape[1]) if c != label]
+        drawn = [rng.permutation(np.flatnonzero(one))[:k] for one in others]
+        # Where no other class has an image without this one, any image without it is a negative.
+        negatives = np.unique(np.concatenate(drawn)) if any(map(len, drawn)) else np.flatnonzero(absent)
+        rows = np.concatenate([positives, negatives])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the published protocol stops at max_iter, too
-            means = [
-                cross_val_score(self._svm(cost), features, wanted, cv=folds, scoring="average_precision").mean()
-                for cost in self.costs
-            ]
-        return self.costs[int(np.argmax(means))]
-
-    def _low_shot(
-        self, k: int, features: Array, labels: Array, asked: Array, answers: Array, pool: ThreadPoolExecutor
-    ) -> list[float]:
-        """Mean AP of each draw of k images per class."""
-
-        def draw(sample: int) -> float:
-            rng = np.random.default_rng(derived_seed(self.seed, "low shot", sample, k))
-            found = []
-            for label in range(labels.shape[1]):
-                positives = rng.permutation(np.flatnonzero(labels[:, label] == 1))[:k]
-                absent = labels[:, label] == 0
-                others = [absent & (labels[:, c] == 1) for c in range(labels.shape[1]) if c != label]
-                drawn = [rng.permutation(np.flatnonzero(one))[:k] for one in others]
-                # Where no other class has an image without this one, any image without it is a negative.
-                negatives = np.unique(np.concatenate(drawn)) if any(map(len, drawn)) else np.flatnonzero(absent)
-                rows = np.concatenate([positives, negatives])
-                svm = self._svm(self.low_shot_c).fit(features[rows], np.arange(len(rows)) < len(positives))
-                found.append(_precision(svm.decision_function(asked), answers[:, label], True))
-            return 100 * float(np.mean(found))
-
-        return list(pool.map(draw, range(self.low_shot_samples)))
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            svm = _svm(recipe, recipe.low_shot_c).fit(features[rows], np.arange(len(rows)) < len(positives))
+        found.append(_precision(svm.decision_function(asked), answers[:, label], True))
+    return 100 * float(np.mean(found))
 
 
 def _numpy(tensor: Any) -> Array:
