@@ -174,7 +174,7 @@ def test_several_labels_are_refused_where_one_is_needed(tmp_path: Path) -> None:
         "epochs=1",
         "warmup_epochs=0",
         "batch_size=8",
-        "framework.queue_size=8",
+        "framework.queue_size=16",
     ]
     done = CliRunner().invoke(app, ["pretrain", "cifar100_moco", *keys, "data.storage=stream", "--dry-run"])
     assert isinstance(done.exception, ConfigError)
