@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError
 from mixmask.transfer import stage
 from mixmask.transfer.classifier_file import FILE, load_classifier
@@ -24,7 +25,7 @@ SEMISUP = (
     f"protocol: semisup\nname: semi\n{DATA}augment: {{crop: 32}}\nlabels: 50\nlr_trunk: 0.01\nlr_head: 0.1\n"
     "batch_size: 16\nepochs: 1\nmilestones: []\n"
 )
-ROBUST = f"protocol: robustness\nname: robust\n{DATA}"
+ROBUST = f"protocol: robustness\nname: robust\n{DATA}".replace("test: val}", "test: val, num_workers: 0}")
 
 
 def make_plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> Any:
@@ -142,6 +143,13 @@ def test_accuracy_is_among_the_classes_that_occur() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [0.0, 5.0, 1.0]])
     assert accuracy(logits, torch.tensor([2, 0])) == 50.0
     assert accuracy(logits, torch.tensor([1, 2])) == 50.0
+
+
+def test_the_config_that_comes_with_the_project(classifier: Path) -> None:
+    recipe = load_transfer_recipe(
+        configs_folder() / "transfer" / "robustness.yaml", ["backbone=b", f"classifier={classifier}"]
+    )
+    assert (recipe.evaluation.resize, recipe.evaluation.crop) == (None, 32)
 
 
 def test_the_view_is_the_classifiers_own(classifier: Path, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
