@@ -139,6 +139,7 @@ def test_workers_outlive_signals_of_others_and_obey_their_parent() -> None:
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_torchs_warning_of_many_workers_is_said_in_our_words(
     shapes: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:

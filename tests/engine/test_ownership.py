@@ -56,6 +56,7 @@ def test_a_living_owner_is_left_alone_and_named(tmp_path: Path) -> None:
         other.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_owner_on_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
     file = tmp_path / "owner.json"
     other = holder(file)
@@ -124,6 +125,7 @@ os.link = refuse
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["", NO_LINKS], ids=["links", "a file system without links"])
 def test_of_many_who_take_over_at_once_one_wins_at_a_time(world: str, tmp_path: Path) -> None:
     file = tmp_path / "owner.json"

@@ -346,6 +346,7 @@ def test_a_backbone_brings_its_normalisation(shapes: Path, tmp_path: Path, resne
         stage.plan(load_transfer_recipe(detect, [f"backbone={other}", f"data.root={coco}"]), tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_swavs_preset_synchronises_batch_statistics_and_its_fingerprint_says_so(
     shapes: Path, tmp_path: Path, resnet18: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_every_k_and_temperature_is_recorded(shapes: Path, tmp_path: Path, resne
     assert record.metrics["knn/top1/k=20,T=0.07"] == alone.metrics["knn/top1"]
 
 
+@pytest.mark.slow
 def test_the_bank_shared_out_over_processes_gives_the_same_votes(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(KNN.replace("ROOT", str(shapes)))
@@ -117,6 +118,7 @@ def test_the_bank_shared_out_over_processes_gives_the_same_votes(shapes: Path, t
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_features_are_extracted_once_for_all_protocols(
     shapes: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +224,7 @@ def test_binary_problems_of_multi_label_images_are_scikit_learns() -> None:
         assert np.allclose(head.weight[column].detach().numpy(), model.coef_[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_logreg_chooses_c_on_held_out_training_images(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     plan = make_plan(LOGREG, shapes, tmp_path, resnet18)
     record = stage.run(plan)

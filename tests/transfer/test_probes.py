@@ -41,6 +41,7 @@ def recipe(**keys: object) -> LinearRecipe:
     return LinearRecipe.model_validate({**rest, **keys})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["augment.crop=32", "augment=null"])
 def test_many_probes_in_one_pass_are_separate_runs(augment: str, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     """Every probe's held-out accuracy, and the chosen one's test accuracy, are those of a run with this probe alone."""
@@ -205,6 +206,7 @@ def test_if_every_probe_diverges_the_run_fails(shapes: Path, tmp_path: Path, res
         stage.run(plan)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_undisturbed(
     shapes: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +258,7 @@ def test_lbfgs_finds_scikit_learns_minimum(shapes: Path, tmp_path: Path, resnet1
     assert record.metrics["linear/top1"] == pytest.approx(theirs, abs=2.6)  # one of 40 test images
 
 
+@pytest.mark.slow
 def test_two_processes_choose_what_one_does(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(LINEAR.replace("ROOT", str(shapes)))

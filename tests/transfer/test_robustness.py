@@ -34,6 +34,7 @@ def make_plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
     return stage.plan(load_transfer_recipe(config, [f"backbone={backbone}", *overrides]), tmp_path / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "overrides", "metric"),
     [
@@ -106,6 +107,7 @@ def test_shifted_sets_with_some_classes_and_with_numbers(
     assert other.fingerprint == plan.fingerprint
 
 
+@pytest.mark.slow
 def test_mce_is_relative_to_alexnet(classifier: Path, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     root = tmp_path / "imagenet-c"
     for corruption in ALEXNET:
