@@ -56,6 +56,7 @@ def test_an_installed_wheel_runs_and_knows_its_configs(wheel: Path, tmp_path: Pa
     assert "imagenet_mocov2_mixmask" in done.stdout
 
 
+@pytest.mark.slow
 def test_hugging_faces_evaluate_stays_importable(tmp_path: Path) -> None:
     """A package of the same name as one of this project's folders, in the same environment."""
     pytest.importorskip("evaluate", reason="Hugging Face's evaluate is not installed")

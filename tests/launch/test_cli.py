@@ -99,6 +99,7 @@ def test_a_failed_run_is_exit_code_1(shapes: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_transfer_then_tables(shapes: Path, tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "backbone.safetensors")
     runs = tmp_path / "runs"

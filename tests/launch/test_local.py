@@ -55,6 +55,7 @@ def test_inline_a_failure_leaves_the_rest_and_a_relaunch_does_what_is_missing(
     assert [line["event"] for line in first] == ["started", "done"]
 
 
+@pytest.mark.slow
 def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

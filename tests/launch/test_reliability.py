@@ -73,6 +73,7 @@ def test_an_error_after_the_last_sbatch_forgets_nothing(
     assert fake.cancelled == []
 
 
+@pytest.mark.slow
 def test_nobody_listening_ends_nothing() -> None:
     """As in ``mixmask launch … 2>&1 | head``."""
     program = (

@@ -110,6 +110,7 @@ def test_without_slurm_and_without_a_place_to_write(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_marker_that_is_not_seen(
     fake: FakeSlurm, tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

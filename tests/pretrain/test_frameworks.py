@@ -87,6 +87,7 @@ def test_moco_loss(num: int, seed: int) -> None:
     assert framework.loss(query, key).tolist() == pytest.approx(slow_info_nce(query, key, framework.queue, 0.2))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(num=st.integers(2, 5), seed=st.integers(0, 1000))
 def test_simclr_loss(num: int, seed: int) -> None:

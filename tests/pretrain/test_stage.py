@@ -186,6 +186,7 @@ def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int
     assert sum(float(term.loss) * term.weight for term in found) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_erased_views_are_the_queries_and_small_crops_more_of_them(config: Path, tmp_path: Path) -> None:
     erased = ["mix.kind=erase", "mix.grid=4", "mix.extra_crops=2", "mix.extra_crop=20"]
     prepared = plan(config, tmp_path, *erased)
@@ -216,6 +217,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(config: Path, shap
     assert not runs.exists()
 
 
+@pytest.mark.slow
 def test_a_shortened_run_says_how_much_it_trained(config: Path, tmp_path: Path) -> None:
     short = plan(config, tmp_path, "max_steps=2")
     assert "length    2 steps of 16 (max_steps; 2 epochs × 7 steps would be 14)" in short.describe()
@@ -271,6 +273,7 @@ def test_a_truncated_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
         stage.run(broken)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:
     bad = plan(config, tmp_path, "optimizer.lr=1e30", "checkpoint_every=1")
     with pytest.raises(RunFailure, match=r"not finite at step \d+ .*learning rate|weights that are not finite"):

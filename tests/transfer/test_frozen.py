@@ -138,6 +138,7 @@ def test_features_are_extracted_once_for_all_protocols(
             stage.run(make_plan(KNN, shapes, tmp_path, resnet18, cache, change))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "other"])
 def test_damaged_features_are_extracted_again(damage: str, shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     cache = f"feature_cache={tmp_path / 'cache'}"
@@ -148,6 +149,7 @@ def test_damaged_features_are_extracted_again(damage: str, shapes: Path, tmp_pat
     assert stage.run(make_plan(KNN, shapes, tmp_path, resnet18, cache, runs="again")).metrics == first.metrics
 
 
+@pytest.mark.slow
 def test_a_second_job_waits_for_the_features_of_the_first(
     shapes: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_second_job_waits_for_the_features_of_the_first(
     assert again.metrics == first.metrics
 
 
+@pytest.mark.slow
 def test_half_precision_features_are_rounded_alike_with_and_without_a_cache(
     shapes: Path, tmp_path: Path, resnet18: Path
 ) -> None:

@@ -21,6 +21,7 @@ from mixmask.transfer.subsets import listed_subset
 from tests.transfer.test_classify import KNN, LINEAR, make_plan
 
 
+@pytest.mark.slow
 def test_anyones_method_is_named_in_free_words(
     shapes: Path, tmp_path: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

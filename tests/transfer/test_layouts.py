@@ -136,6 +136,7 @@ def test_what_the_keys_cannot_tell(resnet18: Path, tmp_path: Path) -> None:
         read_source(save(tmp_path, two))
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_is_read_when_it_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = build_trunk(BackboneRecipe(arch="timm/convnext_atto")).state_dict()

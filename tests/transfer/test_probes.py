@@ -229,6 +229,7 @@ def test_interrupted_and_resumed_is_undisturbed(
     assert resumed.metrics == undisturbed.metrics
 
 
+@pytest.mark.slow
 def test_lbfgs_finds_scikit_learns_minimum(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     from mixmask.transfer.classification import trunk_of
     from mixmask.transfer.features import frozen_features

@@ -69,6 +69,7 @@ def test_every_trunk_tensor_lands_in_the_detector(voc: Path, tmp_path: Path, res
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "kind"), [(VOC, "voc"), (COCO, "coco")])
 def test_both_protocols_run_end_to_end(
     text: str, kind: str, voc: Path, coco: Path, tmp_path: Path, resnet18: Path
