@@ -49,7 +49,7 @@ def probes(batch: int, repeats: int) -> dict[str, Any]:
 
         def step() -> None:
             optimizer.zero_grad()
-            model.loss(model.features(images), labels).backward()  # type: ignore[no-untyped-call]
+            model.loss(model.features(images), labels).backward()
             optimizer.step()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()

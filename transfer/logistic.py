@@ -54,7 +54,7 @@ def fit_logistic(
             each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), weights, reduction="none")
             loss = each.sum() / len(features)
         loss = loss + weight_decay / 2 * head.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return loss
 
     with torch.enable_grad():

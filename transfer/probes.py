@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from mixmask.engine.backbones import width_of
 from mixmask.engine.distributed import gather_dealt, mean, world
 from mixmask.engine.precision import Precision, autocast
+
+LARGEST = 1e30  # a logit beyond it, or one that is not a number, shows that a probe has diverged
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,6 @@ class Probes(nn.Module):
         normed = any(probe.batch_norm for probe in self.probes)
         self.norm = FeatureNorm(first.in_features) if normed else None
         self.register_buffer("alive", torch.ones(len(self.probes), dtype=torch.bool))
-        if len(self.probes) > 1:
-            for number, head in enumerate(self.heads):
-                for parameter in head.parameters():
-                    parameter.register_hook(partial(self._silenced, number))  # type: ignore[no-untyped-call]
-
-    def _silenced(self, number: int, gradient: Tensor) -> Tensor:
-        """The gradient, or zeros for a probe that has diverged: zero times not-a-number is not zero."""
-        return torch.where(self.alive[number], gradient, torch.zeros_like(gradient))
 
     def train(self, mode: bool = True) -> Probes:
         """As `nn.Module.train`, but the trunk stays in eval mode."""
@@ -103,6 +96,8 @@ class Probes(nn.Module):
         """Set the weights of probes that have diverged to zero; after every step, as momentum and decay still move them."""
         if len(self.probes) > 1:
             for number, head in enumerate(self.heads):
+                for parameter in head.parameters():
+                    self.alive[number] &= parameter.isfinite().all()
                 for parameter in head.parameters():
                     parameter.masked_fill_(~self.alive[number], 0.0)
 
@@ -135,12 +130,15 @@ class Probes(nn.Module):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """The sum of the probes' cross-entropies: each probe's gradient is its own, whatever the others do."""
-        each = torch.stack([F.cross_entropy(logits.float(), labels) for logits in self(features)])
+        every = self(features)
         if len(self.probes) == 1:
-            return each[0]
-        finite = each.detach().isfinite()
-        self.alive &= mean(finite.float()) == 1 if world().size > 1 else finite
-        return torch.where(self.alive, each, torch.zeros_like(each)).sum()
+            return F.cross_entropy(every[0].float(), labels)
+        # The logits are silenced, not the loss: zero times a gradient that is not a number would not be zero.
+        sound = torch.stack([logits.detach().abs().amax() < LARGEST for logits in every])
+        self.alive &= mean(sound.float()) == 1
+        silent = [torch.where(alive, logits, 0.0) for alive, logits in zip(self.alive, every, strict=True)]
+        each = torch.stack([F.cross_entropy(logits, labels) for logits in silent])
+        return torch.where(self.alive, each, 0.0).sum()
 
     @torch.no_grad()
     def ranked(

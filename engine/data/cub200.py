@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from mixmask.engine.benchmark_sets import BenchmarkSet
 from mixmask.engine.datasets import DataRecipe, Part
+from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
 
 
@@ -25,6 +26,9 @@ class Cub200(BenchmarkSet):
         names = dict(self.lines(home / "images.txt", 2))
         wanted = "1" if part == "train" else "0"
         numbers = [number for number, split in self.lines(home / "train_test_split.txt", 2) if split == wanted]
-        listed = [names[number] for number in numbers if number in names]
+        strange = next((number for number in numbers if number not in names), None)
+        if strange is not None:
+            raise DataError(f"{home / 'images.txt'}: image {strange} of train_test_split.txt is not in it")
+        listed = [names[number] for number in numbers]
         classes = {name.split("/")[0] for name in names.values()}
         return self.images(home, [(home / "images" / one, one.split("/")[0]) for one in listed], [*classes])

@@ -240,7 +240,7 @@ def test_other_archives_are_named(kind: str, tmp_path: Path) -> None:
         "other": "without torch's data.pkl",
     }[kind]
     if kind == "torchscript":
-        torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save(str(path))  # type: ignore[no-untyped-call]
+        torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)).save(str(path))
     elif kind == "npz":
         with path.open("wb") as file:
             np.savez(file, a=np.zeros(1))
