@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mixmask.engine.builtin_configs import named_config
-from mixmask.engine.config_errors import explain
+from mixmask.engine.config_errors import explained
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.texts import read_text
 
@@ -265,8 +265,7 @@ def load_recipe(model: type[R], path: Path | str, overrides: Sequence[str] = (),
         inner = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
         # pydantic also reports a list with invalid entries as too short. Only the entries are the user's mistake.
         own = [problem for problem in found if problem["loc"] not in inner or problem["type"] != "too_short"]
-        problems = [explain(problem, model, sources, str(path), origin) for problem in own]
-        raise ConfigError(*dict.fromkeys(problems)) from None
+        raise ConfigError(*dict.fromkeys(explained(own, model, sources, str(path), origin))) from None
     if tree.get(EXPECTED) and sources.get(EXPECTED) != origin and _changed(recipe, written, tree):
         return model.model_validate({**tree, EXPECTED: []})
     return recipe
@@ -293,7 +292,7 @@ def checked_recipe(model: type[R], tree: Mapping[str, Any], name: str) -> R:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(*(explain(one, model, {}, name, name) for one in error.errors(include_url=False))) from None
+        raise ConfigError(*explained(error.errors(include_url=False), model, {}, name, name)) from None
 
 
 def _changed(recipe: Recipe, written: Mapping[str, Any], tree: Mapping[str, Any]) -> bool:

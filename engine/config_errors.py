@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from mixmask.engine.wording import did_you_mean
+
+# What pydantic puts into a location for a key that takes one of several forms.
+FORM = re.compile(r"constrained-\w+|float|int|bool|str|(tuple|list)\[.*\]")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -54,7 +57,7 @@ def _model_at(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[Bas
         tagged = [m for m in candidates if name in _kinds_of(m) or m.__name__ == name]
         if tagged:
             candidates = tagged
-        else:
+        elif not FORM.fullmatch(name):
             keys.append(name)
     return candidates[0], keys
 
@@ -65,6 +68,28 @@ def _kinds_of(model: type[BaseModel]) -> tuple[str, ...]:
         if field is not None:
             return tuple(map(str, get_args(field.annotation)))
     return ()
+
+
+def explained(
+    problems: Iterable[Any], model: type[BaseModel], sources: Mapping[str, str], path: str, origin: str
+) -> list[str]:
+    """One line for each problem that pydantic found; the arguments are those of `explain`.
+
+    A key that takes a value or a list (``lr: 1`` or ``lr: [1, 2]``) fails in both forms. Only what is wrong with the form
+    that was given is said.
+    """
+    return [explain(one, model, sources, path, origin) for one in problems if not _is_of_the_other_form(one)]
+
+
+def _is_of_the_other_form(problem: Any) -> bool:
+    """Whether it is about the form of a value or a list in which the user did not write it."""
+    forms = [place for place, part in enumerate(problem["loc"]) if FORM.fullmatch(str(part))]
+    if not forms:
+        return False
+    whole = forms[-1] == len(problem["loc"]) - 1  # about the value itself, not about an item of the list
+    is_list = isinstance(problem.get("input"), list | tuple)
+    of_lists = str(problem["loc"][forms[-1]]).startswith(("tuple", "list"))
+    return whole and is_list != of_lists
 
 
 def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str, origin: str) -> str:

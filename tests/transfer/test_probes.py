@@ -296,6 +296,24 @@ def test_what_is_refused(overrides: list[str], said: str, shapes: Path, tmp_path
         make_plan(shapes, tmp_path, resnet18, *overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lr=-1", "command line: lr: must be greater than 0 (given: -1)"),
+        ("lr=abc", "command line: lr: a number was expected (given: 'abc')"),
+        ("lr=[1,-1]", "command line: lr.1: must be greater than 0 (given: -1)"),
+        ("batch_norm=maybe", "command line: batch_norm: true or false was expected (given: 'maybe')"),
+        ("weight_decay=[a]", "command line: weight_decay.0: a number was expected (given: 'a')"),
+    ],
+)
+def test_a_wrong_value_is_said_once_and_in_the_form_that_was_given(
+    override: str, said: str, shapes: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(shapes, tmp_path, resnet18, override)
+    assert str(caught.value) == said
+
+
 def test_an_empty_held_out_part_is_refused(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     shutil.copytree(shapes, tmp_path / "few")
     for folder in (tmp_path / "few" / "train").iterdir():
