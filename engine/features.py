@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,29 @@ from mixmask.engine.loader import ImageSource, Interpolation, num_batches
 from mixmask.engine.normalization import Normalization, normalize
 from mixmask.engine.precision import Precision, autocast
 from mixmask.engine.progress import track
+
+
+@torch.no_grad()
+def outputs_of(
+    title: str,
+    network: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    device: torch.device,
+    *,
+    batch_size: int,
+    resize: int | None,
+    crop: int,
+    precision: Precision,
+    normalization: Normalization,
+    interpolation: Interpolation,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a network gives for every image's central crop, with the labels, batch by batch; see `extract_features`."""
+    batches = source.evaluation(batch_size, resize, crop, interpolation)
+    total = num_batches(len(source.images), batch_size)
+    for images, labels in track(title, batches, total, batch_size):
+        with autocast(device, precision):
+            output = network(normalize(images, normalization).contiguous(memory_format=torch.channels_last))
+        yield output, labels
 
 
 @torch.no_grad()
@@ -47,17 +72,16 @@ def extract_features(
     modes = {module: module.training for module in trunk.modules()}
     trunk.eval()
     device = next(trunk.parameters()).device
-    features, labels = torch.empty(0, 0, device=device), source.images.labels[:0].to(device)
-    batches = source.evaluation(batch_size, resize, crop, interpolation)
-    total, first = num_batches(len(source.images), batch_size), 0
-    for images, target in track(title, batches, total, batch_size):
-        with autocast(device, precision):
-            output = trunk(normalize(images, normalization).contiguous(memory_format=torch.channels_last))
+    features, labels, first = torch.empty(0, 0, device=device), source.images.labels.to(device), 0
+    batches = outputs_of(
+        title, trunk, source, device, batch_size=batch_size, resize=resize, crop=crop, precision=precision,
+        normalization=normalization, interpolation=interpolation,
+    )  # fmt: skip
+    for output, _ in batches:
         if first == 0:  # one buffer from the start: joining batches at the end would hold every feature twice
             features = torch.empty(len(source.images), output.shape[1], device=device)
-            labels = source.images.labels.to(device)
         features[first : first + len(output)] = output
-        first += len(target)
+        first += len(output)
     if first == 0:  # a process without images: the others still have to know how wide its features would be
         probe = torch.zeros(1, 3, crop, crop, device=device)
         features = torch.empty(0, trunk(probe).shape[1], device=device)

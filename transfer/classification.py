@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar
 
 import torch
@@ -20,14 +20,14 @@ from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.distributed import gather_dealt, on_rank0
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.features import outputs_of
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.knn import top1
-from mixmask.engine.loader import Batch, BatchPlan, ImageSource, Interpolation, check_crop, num_batches, open_source
-from mixmask.engine.normalization import Normalization, normalize
-from mixmask.engine.precision import autocast
+from mixmask.engine.loader import Batch, BatchPlan, Interpolation, check_crop, open_source
+from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import CLASSES, ClassPredictions
-from mixmask.engine.progress import say, track
+from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
@@ -188,8 +188,8 @@ def finetune(
         return F.cross_entropy(model(images).float(), labels)
 
     result = train_on_views(recipe, setting, setting.train, model, optimizer, schedule, loss)
-    test_source = open_source(setting.test.shard(), recipe.data, setting.device)
-    ranked, labels = rank_classes(model, test_source, recipe.evaluation, recipe, setting.normalization)
+    tested = seen_as_in_tests(f"{recipe.name}: test images", model.eval(), setting.test, recipe, setting)
+    ranked, labels = rank_classes(tested, len(setting.train.classes), setting.device)
     return {**scored(recipe, setting, ranked, labels), **result}
 
 
@@ -322,26 +322,58 @@ def batch_plan(recipe: TrainedRecipe, images: ImageSet) -> BatchPlan:
     return BatchPlan(len(images), recipe.batch_size, drop_last=False, seed=recipe.seed)
 
 
+def seen_as_in_tests(
+    title: str,
+    network: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    recipe: ClassifyRecipe,
+    setting: Images,
+    evaluation: EvaluationRecipe | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a network gives for the test-time view of this process's share of the images, with their labels.
+
+    Args:
+        title: Shown with the progress.
+        network: On ``setting.device``, in eval mode.
+        images: All images.
+        recipe: How they are read, and the number format of the forward pass.
+        setting: The device and the normalisation.
+        evaluation: Another view than the recipe's.
+    """
+    view = evaluation or recipe.evaluation
+    return outputs_of(
+        title,
+        network,
+        open_source(images.shard(), recipe.data, setting.device),
+        setting.device,
+        batch_size=view.batch_size,
+        resize=view.resize,
+        crop=view.crop,
+        precision=recipe.precision,
+        normalization=setting.normalization,
+        interpolation=view.interpolation,
+    )
+
+
 @torch.no_grad()
 def rank_classes(
-    model: Classifier,
-    source: ImageSource,
-    evaluation: EvaluationRecipe,
-    recipe: TrainedRecipe,
-    normalization: Normalization = "imagenet",
+    logits: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, everyone: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(N, 5) most likely classes, best first (fewer if there are fewer), and (N,) labels, of the images of all processes."""
-    model.eval()
-    device = next(model.parameters()).device
-    ranked, answers = [], []
-    batches = source.evaluation(evaluation.batch_size, evaluation.resize, evaluation.crop, evaluation.interpolation)
-    total = num_batches(len(source.images), evaluation.batch_size)
-    for images, labels in track(f"{recipe.name}: test images", batches, total, evaluation.batch_size):
-        with autocast(device, recipe.precision):
-            logits = model(normalize(images, normalization).contiguous(memory_format=torch.channels_last)).float()
-        ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
+    """(N, 5) most likely classes, best first (fewer if there are fewer), and (N,) labels, of the images of all processes.
+
+    Args:
+        logits: Batches of (n, ``num_classes``) logits and labels; with several processes, of this one's images.
+        num_classes: Number of classes.
+        device: Where they are.
+        everyone: Whether the batches hold all processes' images already.
+    """
+    ranked = [torch.empty(0, min(5, num_classes), dtype=torch.int64, device=device)]  # a process may have no image
+    answers = [torch.empty(0, dtype=torch.int64, device=device)]
+    for batch, labels in logits:
+        ranked.append(batch.float().topk(min(5, num_classes), dim=1).indices)
         answers.append(labels)
-    return gather_dealt(torch.cat(ranked)), gather_dealt(torch.cat(answers))
+    found, wanted = torch.cat(ranked), torch.cat(answers)
+    return (found, wanted) if everyone else (gather_dealt(found), gather_dealt(wanted))
 
 
 def accuracies(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.engine.backbones import width_of
-from mixmask.engine.distributed import gather_dealt, mean, world
+from mixmask.engine.distributed import mean, world
 from mixmask.engine.precision import Precision, autocast
 
 LARGEST = 1e30  # a logit beyond it, or one that is not a number, shows that a probe has diverged
@@ -141,29 +141,15 @@ class Probes(nn.Module):
         return torch.where(self.alive, each, 0.0).sum()
 
     @torch.no_grad()
-    def ranked(
-        self, features: Iterable[tuple[Tensor, Tensor]], number: int, precision: Precision, everyone: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(N, 5) most likely classes by one probe, best first (fewer if there are fewer), and (N,) labels.
-
-        Args:
-            features: Batches of features and labels; with several processes, of this one's images.
-            number: Which probe.
-            precision: Number format of a single probe's classifier.
-            everyone: Whether the batches hold all processes' images already.
-        """
+    def answers(
+        self, features: Iterable[tuple[Tensor, Tensor]], number: int, precision: Precision
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of one probe for batches of features, with their labels; ``precision`` is a single probe's."""
         self.eval()
-        num_classes = self.heads[0].out_features
-        assert isinstance(num_classes, int)
-        ranked = [torch.empty(0, min(5, num_classes), dtype=torch.int64, device=self.alive.device)]
-        answers = [torch.empty(0, dtype=torch.int64, device=self.alive.device)]  # a process may have no image
         for batch, labels in features:
             with autocast(batch.device, precision):
-                logits = self.logits(number, batch).float()
-            ranked.append(logits.topk(min(5, logits.shape[1]), dim=1).indices)
-            answers.append(labels)
-        found, wanted = torch.cat(ranked), torch.cat(answers)
-        return (found, wanted) if everyone else (gather_dealt(found), gather_dealt(wanted))
+                logits = self.logits(number, batch)
+            yield logits, labels
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 Score = Literal["top1", "mean_per_class", "mAP"]
 TITLES: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "mAP": "mAP"}
-POINTS = np.linspace(0, 1, 11)  # recalls; compared with a margin, since 3/5 and 0.6 differ by rounding
 
 
 def mean_per_class(predicted: Tensor, labels: Tensor) -> float:
@@ -28,6 +27,22 @@ def mean_per_class(predicted: Tensor, labels: Tensor) -> float:
     return 100.0 * float((right[present].double() / counts[present]).mean())
 
 
+def eleven_point_ap(recall: npt.NDArray[np.floating], precision: npt.NDArray[np.floating]) -> float:
+    """Mean over the recalls 0, 0.1, …, 1 of the best precision at that recall or beyond (VOC 2007, section 3.4.1).
+
+    The recalls are those of Detectron2's loop, rounding included: 0.6 is 0.6000000000000001 there, and 3/5 is below it.
+
+    Args:
+        recall: (D,) after each detection, in order of confidence.
+        precision: (D,) likewise.
+    """
+    total = 0.0
+    for level in np.arange(0.0, 1.1, 0.1):
+        reached = precision[recall >= level]
+        total += float(reached.max()) / 11 if len(reached) else 0.0
+    return total
+
+
 def average_precision(scores: npt.NDArray[np.floating], present: npt.NDArray[np.bool_], points: bool = True) -> float:
     """Average precision of one class, in [0, 1].
 
@@ -38,10 +53,10 @@ def average_precision(scores: npt.NDArray[np.floating], present: npt.NDArray[np.
             precision (VOC 2010 and VISSL).
     """
     precision, recall, _ = precision_recall_curve(present, scores)  # from the highest recall down to 0
+    if points:
+        return eleven_point_ap(recall[:-1], precision[:-1])
     interpolated = np.maximum.accumulate(precision[:-1])  # the highest precision at this recall or a higher one
     recall = recall[:-1]
-    if points:
-        return float(np.mean([interpolated[recall >= at].max(initial=0.0) for at in POINTS - 1e-9]))
     return float(np.sum((recall - np.append(recall[1:], 0.0)) * interpolated))
 
 

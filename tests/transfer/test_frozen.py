@@ -272,7 +272,8 @@ def test_average_precision_is_its_definition(present: list[bool], seed: int) -> 
         right += present[index]
         precision.append(right / number)
         recall.append(right / truth.sum())
-    points = [max((p for p, r in zip(precision, recall) if r >= t / 10 - 1e-9), default=0) for t in range(11)]
+    levels = np.arange(0, 1.1, 0.1)  # as Detectron2's loop rounds them
+    points = [max((p for p, r in zip(precision, recall) if r >= level), default=0) for level in levels]
     assert average_precision(scores, truth) == pytest.approx(sum(points) / 11)
     area = sum(
         (r - before) * max(p for p, other in zip(precision, recall) if other >= r)

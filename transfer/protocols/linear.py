@@ -17,10 +17,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Part
-from mixmask.engine.loader import num_batches, open_source
-from mixmask.engine.normalization import normalize
-from mixmask.engine.precision import autocast
-from mixmask.engine.progress import say, track
+from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.schedule import cosine_factor, step_factor, warmup_factor
 from mixmask.engine.training import train
@@ -30,7 +27,9 @@ from mixmask.transfer.classification import (
     TrainedRecipe,
     batch_plan,
     new_job,
+    rank_classes,
     scored,
+    seen_as_in_tests,
     train_on_views,
     trunk_of,
 )
@@ -119,7 +118,8 @@ class LinearRecipe(FeatureOptions, TrainedRecipe):
     @property
     @override
     def slower(self) -> str | None:
-        return None if isinstance(self.lr, tuple) else f"lr={self.lr / 10:g}"
+        # Of several probes the loss is a sum, and one that is too fast is not chosen.
+        return None if isinstance(self.lr, tuple) or len(self.probes) > 1 else f"lr={self.lr / 10:g}"
 
     @property
     @override
@@ -233,24 +233,23 @@ def _on_views(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[str,
     """Train on augmented views; the trunk is run once for each view, whatever the number of probes."""
     images, held = _parts(recipe, setting)
 
-    def features(source_images: ImageSet) -> Iterator[tuple[Tensor, Tensor]]:
-        view = recipe.evaluation
-        source = open_source(source_images.shard(), recipe.data, setting.device)
-        batches = source.evaluation(view.batch_size, view.resize, view.crop, view.interpolation)
-        total = num_batches(len(source.images), view.batch_size)
-        for pixels, labels in track(f"{recipe.name}: test images", batches, total, view.batch_size):
-            with torch.no_grad(), autocast(setting.device, recipe.precision):
-                pixels = normalize(pixels, setting.normalization).contiguous(memory_format=torch.channels_last)
-                yield model.trunk(pixels), labels
+    def features(images: ImageSet, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        return seen_as_in_tests(f"{recipe.name}: {what} images", model.trunk, images, recipe, setting)
 
     def loss(pixels: Tensor, labels: Tensor) -> Tensor:
         return model.loss(model.features(pixels), labels)
 
     optimizer = recipe.build_optimizer(model)
     result = train_on_views(recipe, setting, images, model, optimizer, recipe.factor, loss, model.bury)
-    chosen, choice = _choice(recipe, model, None if held is None else features(held), 0 if held is None else len(held))
+    chosen, choice = _choice(
+        recipe, model, None if held is None else features(held, "held-out"), 0 if held is None else len(held)
+    )
     _keep(recipe, setting, model, chosen)
-    ranked, answers = model.ranked(features(setting.test), chosen, recipe.precision)
+    ranked, answers = rank_classes(
+        model.answers(features(setting.test, "test"), chosen, recipe.precision),
+        len(setting.train.classes),
+        setting.device,
+    )
     return {**scored(recipe, setting, ranked, answers), **choice, **result}
 
 
@@ -283,7 +282,8 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
     held_features = None if kept is None else _in_pieces(features[kept], labels[kept], size)
     chosen, choice = _choice(recipe, model, held_features, 0 if held is None else len(held), everyone=True)
     _keep(recipe, setting, model, chosen)
-    ranked, answers = model.ranked(_in_pieces(asked, answers, size), chosen, "fp32", everyone=True)
+    answered_by = model.answers(_in_pieces(asked, answers, size), chosen, "fp32")
+    ranked, answers = rank_classes(answered_by, len(setting.train.classes), setting.device, everyone=True)
     return {**scored(recipe, setting, ranked, answers), **choice, **result}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,12 +21,9 @@ from mixmask.engine.distributed import gather_dealt
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import FileImages, ImageSet
 from mixmask.engine.knn import top1
-from mixmask.engine.loader import num_batches, open_source
-from mixmask.engine.normalization import normalize
-from mixmask.engine.precision import autocast
-from mixmask.engine.progress import say, track
+from mixmask.engine.progress import say
 from mixmask.transfer.checkpoints.source import Source
-from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers
+from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, seen_as_in_tests
 from mixmask.transfer.classifier_file import load_classifier, read_info
 
 # Errors of AlexNet, the mean over the five severities (hendrycks/robustness; arXiv:1903.12261): what mCE is relative to.
@@ -133,19 +131,15 @@ class RobustnessRecipe(ClassifyRecipe):
         model, info = load_classifier(Path(self.classifier).expanduser(), setting.device)
 
         def logits_of(title: str, images: ImageSet, resize: int | None) -> tuple[Tensor, Tensor]:
-            source, view = open_source(images.shard(), self.data, setting.device), self.evaluation
-            batches = source.evaluation(view.batch_size, resize, view.crop, view.interpolation)
+            view = self.evaluation.model_copy(update={"resize": resize})
             found = [torch.empty(0, len(info.classes), device=setting.device)]  # a process may have no image
             answers = [torch.empty(0, dtype=torch.int64, device=setting.device)]
-            for pixels, labels in track(
-                title, batches, num_batches(len(source.images), view.batch_size), view.batch_size
-            ):
-                with torch.no_grad(), autocast(setting.device, self.precision):
-                    pixels = normalize(pixels, info.normalization).contiguous(memory_format=torch.channels_last)
-                    found.append(model(pixels).float())
+            for logits, labels in seen_as_in_tests(title, model, images, self, own, view):
+                found.append(logits.float())
                 answers.append(labels)
             return gather_dealt(torch.cat(found)), gather_dealt(torch.cat(answers))
 
+        own = replace(setting, normalization=info.normalization)
         usual = self.evaluation.resize
         logits, labels = logits_of(f"{self.name}: test images", setting.test, usual)
         save_answers(self, setting, logits.argmax(dim=1), labels)

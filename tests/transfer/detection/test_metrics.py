@@ -9,10 +9,10 @@ from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, 
 from mixmask.transfer.detection.results.metrics import (
     FoundObject,
     coco_metrics,
-    eleven_point_ap,
     voc_class_ap,
     voc_metrics,
 )
+from mixmask.transfer.scores import eleven_point_ap
 
 
 def picture(number: int, *instances: Instance) -> Picture:

@@ -6,7 +6,6 @@ Importing this module imports Detectron2; `detectron2_config.check_recipe` has c
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import itertools
 import json
@@ -91,8 +90,6 @@ def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outco
         num_workers=recipe.data.num_workers,
         checkpoint_every=setting.checkpoint_every,
     )
-    if recipe.detector.detectron2_module is not None:
-        importlib.import_module(recipe.detector.detectron2_module)
     # NumPy, which Detectron2 seeds as well, takes 32 bits.
     seed_all_rng(derived_seed(setting.seed, "detector") % 2**31)
     model = build_model(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ def make_config(
     num_workers: int,
     checkpoint_every: int,
 ) -> Any:
-    """The recipe as a Detectron2 ``CfgNode``.
+    """The recipe as a Detectron2 ``CfgNode``; modules of ours that it names are registered.
 
     Args:
         recipe: The detection recipe, whose rate and lengths are scaled to its batch size.
@@ -185,6 +186,8 @@ def make_config(
     cfg.TEST.PRECISE_BN.ENABLED = recipe.precise_bn_iterations > 0
     cfg.TEST.PRECISE_BN.NUM_ITER = max(recipe.precise_bn_iterations, 1)
     cfg.SEED, cfg.OUTPUT_DIR = seed, str(output)
+    if recipe.detector.detectron2_module is not None:
+        importlib.import_module(recipe.detector.detectron2_module)
     return cfg
 
 

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mixmask.engine.predictions import DetectionMatches
 from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.scores import eleven_point_ap
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,20 +43,6 @@ class FoundObject:
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------
-
-
-def eleven_point_ap(recall: Floats, precision: Floats) -> float:
-    """Mean over the recalls 0, 0.1, …, 1 of the best precision at that recall or beyond (VOC 2007, section 3.4.1).
-
-    Args:
-        recall: (D,) after each detection, in order of confidence.
-        precision: (D,) likewise.
-    """
-    total = 0.0
-    for level in np.arange(0.0, 1.1, 0.1):
-        reached = precision[recall >= level]
-        total += float(reached.max()) / 11 if len(reached) else 0.0
-    return total
 
 
 Truth = dict[int, tuple[Floats, npt.NDArray[np.bool_]]]  # picture: boxes (G, 4), 1-based inclusive; difficult (G,)
