@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
-from mixmask.engine.randomness import generator
+from mixmask.engine.randomness import draw_per_class, generator
 
 
 @overload
@@ -36,12 +36,13 @@ def split_for_choice(train: ImageSet, share: float, seed: int, rows: bool = Fals
     """
     held = train.validation
     if held is None:
-        held = torch.zeros(len(train), dtype=torch.bool)
-        draws = generator(seed, "held out")
-        groups = [(train.labels == label).nonzero().flatten() for label in range(len(train.classes))]
-        for own in groups if train.labels.ndim == 1 else [torch.arange(len(train))]:
-            num = min(max(1, round(len(own) * share)), len(own) - 1)
-            held[own[torch.randperm(len(own), generator=draws)[: max(num, 0)]]] = True
+        single = train.labels.ndim == 1  # images with several labels are drawn as one class
+        held = draw_per_class(
+            train.labels if single else torch.zeros(len(train), dtype=torch.int64),
+            len(train.classes) if single else 1,
+            lambda _, size: max(0, min(max(1, round(size * share)), size - 1)),
+            generator(seed, "held out"),
+        )
     learnt, kept = (~held).nonzero().flatten(), held.nonzero().flatten()
     return (learnt, kept) if rows else (train.subset(learnt), train.subset(kept))
 

@@ -10,6 +10,7 @@ import torch
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
+from mixmask.engine.randomness import draw_per_class
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text
 
@@ -88,17 +89,16 @@ def _held_out(data: DataRecipe, root: Path, part: Part) -> ImageSet:
         )
     # Both parts repeat the same draws, so they share no image. The seed is not the run's: all runs share a test split.
     generator = torch.Generator().manual_seed(data.holdout_seed)
-    chosen: list[int] = []
-    for label, name in enumerate(images.classes):
-        own = (images.labels == label).nonzero().flatten()
-        num = max(1, round(len(own) * data.holdout))
-        if num >= len(own):
+
+    def count(label: int, size: int) -> int:
+        num = max(1, round(size * data.holdout))
+        if num >= size:
             raise DataError(
-                f"{images.root}: class '{name}' has {len(own)} images; data.holdout={data.holdout:g} would leave none to "
-                f"train on"
+                f"{images.root}: class '{images.classes[label]}' has {size} images; data.holdout={data.holdout:g} would "
+                f"leave none to train on"
             )
-        order = torch.randperm(len(own), generator=generator)
-        kept = order[:num] if part == "test" else order[num:]
-        chosen += own[kept.sort().values].tolist()
+        return num
+
+    held = draw_per_class(images.labels, len(images.classes), count, generator)
     which = f"({'held out' if part == 'test' else 'not held out'}: {data.holdout:g})"
-    return images.subset(sorted(chosen), images.root / which)
+    return images.subset((held if part == "test" else ~held).nonzero().flatten(), images.root / which)

@@ -13,6 +13,7 @@ from mixmask.engine.data.folder import class_folders, image_folder
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
+from mixmask.engine.randomness import draw_per_class
 
 BACKGROUND = "BACKGROUND_Google"  # pictures of anything; torchvision leaves it out, too
 PER_CLASS = 30
@@ -34,14 +35,17 @@ class Caltech101(BenchmarkSet):
         pairs = [(path, path.parent.name) for path in whole.paths if path.parent.name != BACKGROUND]
         images = self.images(folder, pairs, classes)
         generator = torch.Generator().manual_seed(data.holdout_seed)
-        chosen: list[int] = []
-        for label, name in enumerate(images.classes):
-            own = (images.labels == label).nonzero().flatten()
-            if len(own) <= PER_CLASS:
+
+        def count(label: int, size: int) -> int:
+            if size <= PER_CLASS:
                 raise DataError(
-                    f"{folder / name}: {len(own)} images; {PER_CLASS} are for training, and none is left to test on"
+                    f"{folder / images.classes[label]}: {size} images; {PER_CLASS} are for training, and none is left to "
+                    f"test on"
                 )
-            order = torch.randperm(len(own), generator=generator)
-            kept = order[:PER_CLASS] if part == "train" else order[PER_CLASS:]
-            chosen += own[kept.sort().values].tolist()
-        return images.subset(chosen, folder / f"({part}, {PER_CLASS} per class for training)")
+            return PER_CLASS
+
+        drawn = draw_per_class(images.labels, len(images.classes), count, generator)
+        return images.subset(
+            (drawn if part == "train" else ~drawn).nonzero().flatten(),
+            folder / f"({part}, {PER_CLASS} per class for training)",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from mixmask.engine.knn import top1
 from mixmask.engine.progress import say
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, seen_as_in_tests
-from mixmask.transfer.classifier_file import load_classifier, read_info
+from mixmask.transfer.classifier_file import ClassifierInfo, load_classifier, read_info
 
 # Errors of AlexNet, the mean over the five severities (hendrycks/robustness; arXiv:1903.12261): what mCE is relative to.
 ALEXNET = {
@@ -83,6 +84,11 @@ class RobustnessRecipe(ClassifyRecipe):
             "evaluation": {**asked, **own},
         }
 
+    @cached_property
+    def info(self) -> ClassifierInfo:
+        """What the classifier's file says of itself."""
+        return read_info(Path(self.classifier).expanduser())
+
     @property
     @override
     def title(self) -> str:
@@ -99,21 +105,19 @@ class RobustnessRecipe(ClassifyRecipe):
 
     @override
     def settings(self, train: ImageSet) -> dict[str, Any]:
-        info = read_info(Path(self.classifier).expanduser())
-        return {"classifier": info.protocol, "classifier_run": info.fingerprint, "ece_bins": self.bins}
+        return {"classifier": self.info.protocol, "classifier_run": self.info.fingerprint, "ece_bins": self.bins}
 
     @override
     def check(self, source: Source, device: torch.device) -> None:
-        info = read_info(Path(self.classifier).expanduser())
-        if info.parent != source.info.fingerprint:
+        if self.info.parent != source.info.fingerprint:
             raise ConfigError(
-                f"classifier {self.classifier}: was trained from another backbone ({info.parent}) than {source.path} "
+                f"classifier {self.classifier}: was trained from another backbone ({self.info.parent}) than {source.path} "
                 f"({source.info.fingerprint}); give the backbone that its run was given"
             )
 
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
-        info = read_info(Path(self.classifier).expanduser())
+        info = self.info
         test = open_images(self.data, "test")
         if test.labels.ndim == 2 or test.classes != info.classes:
             raise DataError(
