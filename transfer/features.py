@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import agreed, any_of, from_first, gather_dealt, on_rank0, world
-from mixmask.engine.errors import NotWritable, RunDirectoryError
+from mixmask.engine.errors import ConfigError, NotWritable, RunDirectoryError
 from mixmask.engine.features import extract_features
 from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import open_source
@@ -156,7 +156,10 @@ def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -
 
     def claimed() -> str:
         """Empty if this job may write; else who does."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"feature_cache={folder.parent}: cannot be written ({error.strerror})") from None
         try:
             owner.acquire()
         except NotWritable:
