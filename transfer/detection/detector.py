@@ -6,10 +6,11 @@ fields are the keys under ``detector:`` in configs, and ``kind: Literal["…"]``
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class Detections:
 class Detector(nn.Module, ABC):
     """The network of the torchvision engine. As in MoCo's protocol, nothing is frozen, BatchNorm included."""
 
+    multiple_of: ClassVar[int] = 1  # batches are padded to sides that are multiples of it
+
     def __init__(self) -> None:
         super().__init__()
         self.memory_format: torch.memory_format = torch.contiguous_format
@@ -65,9 +68,11 @@ class Detector(nn.Module, ABC):
         self.to(device).to(memory_format=self.memory_format)
 
     def batch(self, images: list[Tensor]) -> Tensor:
-        """Normalise (3, H, W) uint8 RGB images and pad them with zeros to the largest height and width."""
-        height = max(image.shape[1] for image in images)
-        width = max(image.shape[2] for image in images)
+        """Normalise (3, H, W) uint8 RGB images and pad them with zeros to one size, a multiple of `multiple_of`."""
+        height, width = (
+            math.ceil(max(image.shape[side] for image in images) / self.multiple_of) * self.multiple_of
+            for side in (1, 2)
+        )
         mean, std = self.get_buffer("pixel_mean"), self.get_buffer("pixel_std")
         # Padded after normalisation, as in Detectron2: the border has the mean colour.
         padded = [
@@ -95,9 +100,16 @@ class Detector(nn.Module, ABC):
 
 
 class DetectorRecipe(Recipe, ABC):
-    """The keys of a detector, and how it is built on both engines."""
+    """The keys of a detector, and how it is built on both engines.
+
+    Attributes:
+        suffix: What its results have after the protocol's name in records and tables (``detect_coco_fpn``).
+        gives_masks: Whether it can have a mask head; without one, COCO is measured by boxes alone.
+    """
 
     kind: str
+    suffix: ClassVar[str]
+    gives_masks: ClassVar[bool] = True
 
     @abstractmethod
     def check_backbone(self, backbone: BackboneRecipe) -> None:
@@ -133,6 +145,14 @@ class DetectorRecipe(Recipe, ABC):
 
         Raises:
             KeyError: If a tensor has no counterpart.
+        """
+
+    @abstractmethod
+    def from_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `to_detectron2`.
+
+        Raises:
+            KeyError: If a tensor has no place here.
         """
 
     @abstractmethod

@@ -96,9 +96,14 @@ class DetectRecipe(Recipe):
         return {**{key: value for key, value in identity.items() if key != "detector"}, **detector}
 
     @property
+    def coco(self) -> bool:
+        """Whether the data are COCO's json, and the measure is COCO's; else VOC's."""
+        return self.protocol == "detect_coco"
+
+    @property
     def masks(self) -> bool:
         """Whether a mask head is trained (Mask R-CNN on COCO)."""
-        return self.protocol == "detect_coco"
+        return self.coco and self.detector.gives_masks
 
     @property
     def scale(self) -> float:

@@ -72,7 +72,7 @@ def run_detection(recipe: DetectRecipe, setting: DetectionSetting) -> dict[str, 
     say(f"{setting.title}: {recipe.engine}, {describe_schedule(recipe)}")
     unseen = setting.test_set.uncounted_classes()
     if unseen:
-        counted = "left out of the means" if recipe.masks else "counted with an AP of 0 (as Detectron2 does)"
+        counted = "left out of the means" if recipe.coco else "counted with an AP of 0 (as Detectron2 does)"
         say(f"{setting.title}: warning: classes without a test object that counts are {counted}: {', '.join(unseen)}")
     outcome = _with_engine(recipe, setting)
     distributed.on_rank0(lambda: _keep(recipe, setting, outcome))
@@ -92,9 +92,9 @@ def _keep_predictions(recipe: DetectRecipe, setting: DetectionSetting, found: Se
     """Write the detections, their matches with the true objects, and a sheet of sample pictures."""
     folder, pictures = setting.run.path, setting.test_set
     save_detections(folder / NAME, found, pictures)
-    if recipe.masks:
-        for kind, name in MATCHES.items():
-            coco_matches(found, pictures, kind).write(folder / name)
+    if recipe.coco:
+        for kind in ("bbox", "segm") if recipe.masks else ("bbox",):
+            coco_matches(found, pictures, kind).write(folder / MATCHES[kind])
     else:
         voc_matches(found, pictures).write(folder / MATCHES["bbox"])
     draw_sheet(folder / SHEET, found, pictures)

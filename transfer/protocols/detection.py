@@ -29,18 +29,23 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
 
     @property
     @override
+    def record_name(self) -> str:
+        return f"{self.protocol}{self.detector.suffix}"
+
+    @property
+    @override
     def title(self) -> str:
-        return "detection"
+        return f"detection{self.detector.suffix.replace('_', ' ').upper()}"
 
     @property
     @override
     def num_seeds(self) -> int:
-        return 1 if self.masks else 5  # MoCo's paper takes the mean of five on VOC
+        return 1 if self.coco else 5  # MoCo's paper takes the mean of five on VOC
 
     @property
     @override
     def variation(self) -> str:
-        return "" if self.masks else "on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75"
+        return "" if self.coco else "on VOC runs differ by about 0.2 AP, 0.2 AP50, 0.4 AP75"
 
     @property
     @override

@@ -17,11 +17,10 @@ from detectron2.modeling import build_model
 from mixmask.engine.backbones import load_backbone
 from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
-from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
-from mixmask.transfer.detection.detectors.c4.network import C4Detector
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config
 from mixmask.transfer.detection.engines.setting import DetectionSetting
+from mixmask.transfer.detection.layers.two_stage import TwoStageDetector
 from mixmask.transfer.detection.recipe import DetectRecipe
 from tests.transfer.detection.test_detection import recipe_of
 
@@ -33,7 +32,7 @@ class Pair:
     """The same network in both engines, with the same weights."""
 
     recipe: DetectRecipe
-    ours: C4Detector
+    ours: TwoStageDetector
     theirs: Any
     cfg: Any
     train: DetectionSet
@@ -80,22 +79,23 @@ def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
     )
     torch.manual_seed(0)
     ours = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
+    assert isinstance(ours, TwoStageDetector)
     with torch.no_grad():  # so that scores, boxes and masks differ from place to place
         ours.rpn.objectness.weight.normal_(std=0.05)
         ours.rpn.deltas.weight.normal_(std=0.01)
         ours.roi_heads.classifier.weight.normal_(std=0.1)
         ours.roi_heads.regressor.weight.normal_(std=0.02)
         if ours.roi_heads.mask_head is not None:
-            ours.roi_heads.mask_head.predictor.weight.normal_(std=0.1)
+            ours.roi_heads.mask_head.get_parameter("predictor.weight").normal_(std=0.1)
     calibrate(ours)
     theirs = build_model(cfg)
-    found = theirs.load_state_dict(detector_to_detectron2(ours.state_dict()), strict=False)
+    found = theirs.load_state_dict(recipe.detector.to_detectron2(ours.state_dict()), strict=False)
     assert not found.unexpected_keys
     assert not found.missing_keys
     return Pair(recipe, ours, theirs, cfg, setting.train_set, setting.test_set)
 
 
-def calibrate(detector: C4Detector) -> None:
+def calibrate(detector: TwoStageDetector) -> None:
     """Make random weights behave as trained ones: weak residual branches, and the batch statistics of pictures.
 
     Without it values and gradients grow from layer to layer, and with them the rounding of fp32.
@@ -108,8 +108,11 @@ def calibrate(detector: C4Detector) -> None:
         layer.momentum = 1.0
     detector.train()
     with torch.no_grad():
-        features = detector.features(pictures())
-        detector.roi_heads.pool(features, [torch.tensor([[8.0, 8, 60, 70], [20, 4, 100, 50], [2, 30, 40, 79]])] * 2)
+        maps = detector.maps(pictures())
+        boxes = [torch.tensor([[8.0, 8, 60, 70], [20, 4, 100, 50], [2, 30, 40, 79]])] * 2
+        detector.roi_heads.vectors(maps, boxes)
+        if detector.roi_heads.mask_head is not None:
+            detector.roi_heads.mask_head(detector.roi_heads.for_masks(maps, boxes))
     for layer in layers:
         layer.momentum = 0.1
 

@@ -38,8 +38,23 @@ checkpoint_every: 1
 rpn: {anchor_sizes: [16, 32], pre_nms_train: 50, post_nms_train: 20, pre_nms_test: 50, post_nms_test: 10}
 roi: {batch_per_image: 8, positive_fraction: 0.5, pooler_resolution: 4, detections_per_image: 5, score_threshold: 0.01}
 """
+PYRAMID = """
+detector:
+  kind: fpn
+  channels: 32
+  rpn: {anchor_sizes: [8, 16, 32, 64, 128], pre_nms_train: 50, post_nms_train: 20, pre_nms_test: 50, post_nms_test: 10}
+  roi: {batch_per_image: 8, positive_fraction: 0.5, detections_per_image: 5, score_threshold: 0.01}
+  box_head: {num_conv: 2, conv_dim: 16, fc_dim: 32}
+  mask_head: {num_conv: 2, conv_dim: 16}
+"""
 VOC = "protocol: detect_voc\nname: voc\n" + SMALL.replace("TRAIN", "2007/trainval").replace("TEST", "2007/test")
 COCO = "protocol: detect_coco\nname: coco\n" + SMALL.replace("TRAIN", "train2017").replace("TEST", "val2017")
+
+
+def with_pyramid(text: str) -> str:
+    """The config with FPN instead of C4; its anchors fit small pictures."""
+    kept = [line for line in text.splitlines() if not line.startswith(("rpn:", "roi:"))]
+    return "\n".join([*kept, PYRAMID])
 
 
 def plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> stage.TransferPlan:

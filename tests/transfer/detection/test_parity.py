@@ -20,21 +20,28 @@ from benchmarks.detection import their_batch
 from mixmask.engine.randomness import generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.detectors.c4.names import detector_from_detectron2, detector_to_detectron2
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 from mixmask.transfer.detection.layers import roi_heads, rpn
 from mixmask.transfer.detection.layers.roi_heads import SampledBoxes
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import SIZES, Pair, make_pair, pictures
-from tests.transfer.detection.test_detection import COCO, VOC
+from tests.transfer.detection.test_detection import COCO, VOC, with_pyramid
 
 
-@pytest.fixture(scope="module", params=["coco50", "voc18"])
+@pytest.fixture(scope="module", params=["c4-coco50", "c4-voc18", "fpn-coco50", "fpn-voc18", "fpn_2fc-coco18"])
 def pair(request: pytest.FixtureRequest, coco: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     where = tmp_path_factory.mktemp(request.param)
-    text, root, arch = (COCO, coco, "resnet50") if request.param == "coco50" else (VOC, voc, "resnet18")
-    return make_pair(text, root, where, make_backbone(where / "b.safetensors", arch))
+    detector, data = request.param.split("-")
+    text, root = (COCO, coco) if data.startswith("coco") else (VOC, voc)
+    text = text if detector == "c4" else with_pyramid(text)
+    plain = [
+        "detector.norm=false",
+        "detector.box_head={num_conv: 0, num_fc: 2, fc_dim: 32}",
+        "detector.mask_head.norm=false",
+    ]
+    overrides = plain if detector == "fpn_2fc" else []
+    return make_pair(text, root, where, make_backbone(where / "b.safetensors", f"resnet{data[-2:]}"), *overrides)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -57,27 +64,32 @@ def proposals_of(pair: Pair, images: list[Tensor], train: bool) -> tuple[list[An
     fix_statistics(pair, train)
     batch = pair.theirs.preprocess_image([{"image": image} for image in images])
     with torch.no_grad(), EventStorage():
-        features = pair.theirs.backbone(batch.tensor)
-        anchors = pair.theirs.proposal_generator.anchor_generator([features["res4"]])
-        logits, deltas = pair.theirs.proposal_generator.rpn_head([features["res4"]])
-        flat_logits = [logits[0].permute(0, 2, 3, 1).flatten(1)]
-        flat_deltas = [deltas[0].view(len(images), -1, 4, *deltas[0].shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2)]
+        every = pair.theirs.backbone(batch.tensor)
+        features = [every[name] for name in pair.theirs.proposal_generator.in_features]
+        anchors = pair.theirs.proposal_generator.anchor_generator(features)
+        logits, deltas = pair.theirs.proposal_generator.rpn_head(features)
+        flat_logits = [one.permute(0, 2, 3, 1).flatten(1) for one in logits]
+        flat_deltas = [
+            one.view(len(images), -1, 4, *one.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2) for one in deltas
+        ]
         theirs = pair.theirs.proposal_generator.predict_proposals(anchors, flat_logits, flat_deltas, batch.image_sizes)
-        our_features = pair.ours.features(images)
-        our_anchors, our_logits, our_deltas = pair.ours.rpn(our_features)
-        ours = pair.ours.rpn.proposals(our_anchors, our_logits, our_deltas, SIZES)
-    assert torch.allclose(batch.tensor, pair.ours.batch(images), atol=1e-5)
-    close(our_features, features["res4"])
-    assert torch.equal(our_anchors, anchors[0].tensor)
-    close(our_logits, flat_logits[0])
-    close(our_deltas, flat_deltas[0])
+        maps = pair.ours.maps(images)
+        regions = pair.ours.rpn(maps)
+        ours = pair.ours.rpn.proposals(regions, SIZES)
+    torch.testing.assert_close(pair.ours.batch(images), batch.tensor, rtol=0, atol=1e-5)
+    for level in range(len(features)):
+        close(maps[level], features[level])
+        assert torch.equal(regions.anchors[level], anchors[level].tensor)
+        close(regions.logits[level], flat_logits[level])
+        close(regions.deltas[level], flat_deltas[level])
     return theirs, ours
 
 
 def test_names_are_a_bijection(pair: Pair) -> None:
     state = pair.ours.state_dict()
-    assert list(detector_from_detectron2(detector_to_detectron2(state))) == list(state)
-    assert set(detector_to_detectron2(state)) == set(pair.theirs.state_dict())
+    detector = pair.recipe.detector
+    assert list(detector.from_detectron2(detector.to_detectron2(state))) == list(state)
+    assert set(detector.to_detectron2(state)) == set(pair.theirs.state_dict())
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -181,7 +193,7 @@ def test_same_losses_and_gradients_for_the_same_samples(pair: Pair) -> None:
     for name in ours:
         assert float(ours[name].detach()) == pytest.approx(float(theirs[name].detach()), rel=1e-4, abs=1e-5), name
     pair.ours.load_state_dict(before)
-    pair.theirs.load_state_dict(detector_to_detectron2(before), strict=False)
+    pair.theirs.load_state_dict(pair.recipe.detector.to_detectron2(before), strict=False)
     fix_statistics(pair, train=True)
     theirs, ours = both_losses(pair, batch)
     pair.ours.zero_grad()
@@ -189,7 +201,7 @@ def test_same_losses_and_gradients_for_the_same_samples(pair: Pair) -> None:
     sum(ours.values()).backward()
     sum(theirs.values()).backward()
     wanted = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
-    given = detector_to_detectron2({name: p.grad for name, p in pair.ours.named_parameters()})
+    given = pair.recipe.detector.to_detectron2({name: p.grad for name, p in pair.ours.named_parameters()})
     assert given.keys() == wanted.keys()
     for name, gradient in given.items():
         # Rounding of 1e-6 turns a share of 1e-6 of all ReLUs on or off, and that is 1e-3 of a gradient's norm per layer.
@@ -248,6 +260,6 @@ def test_the_same_groups_of_parameters(pair: Pair) -> None:
     mine = decays(
         torchvision_engine.build_optimizer(pair.ours, pair.recipe), {id(p): n for n, p in pair.ours.named_parameters()}
     )
-    assert detector_to_detectron2({n: torch.tensor(d) for n, d in mine.items()}) == {
+    assert pair.recipe.detector.to_detectron2({n: torch.tensor(d) for n, d in mine.items()}) == {
         n: torch.tensor(d) for n, d in theirs.items()
     }

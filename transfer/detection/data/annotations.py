@@ -181,13 +181,13 @@ def _classes(recipe: DetectRecipe) -> tuple[str, ...] | None:
 
     A single split of VOC may lack a rare class.
     """
-    if recipe.data.classes is not None or recipe.masks:
+    if recipe.data.classes is not None or recipe.coco:
         return recipe.data.classes
     return _read_voc(_root(recipe), (*recipe.data.train, *recipe.data.test), None).classes
 
 
 def _read(recipe: DetectRecipe, splits: tuple[str, ...], classes: Sequence[str] | None) -> DetectionSet:
-    if recipe.masks:
+    if recipe.coco:
         return _read_coco(_root(recipe), splits, classes, evaluated=splits == recipe.data.test)
     return _read_voc(_root(recipe), splits, classes)
 

@@ -124,7 +124,7 @@ def _register(recipe: DetectRecipe, setting: DetectionSetting, split: str) -> st
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    if recipe.masks:
+    if recipe.coco:
         register_coco_instances(name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split))
     else:
         year, _, images = split.partition("/")
@@ -336,7 +336,7 @@ def evaluate(
 ) -> tuple[dict[str, float], list[FoundObject]]:
     """Evaluate with Detectron2's evaluators: metrics in percent on every rank, detections on rank 0."""
     (name,) = cfg.DATASETS.TEST
-    judge = COCOEvaluator(name, output_dir=None) if recipe.masks else PascalVOCDetectionEvaluator(name)
+    judge = COCOEvaluator(name, output_dir=None) if recipe.coco else PascalVOCDetectionEvaluator(name)
     collector = _Collector(recipe, setting)
     loader = build_detection_test_loader(cfg, name)
     model.eval()
@@ -350,7 +350,7 @@ def evaluate(
         results = judge.evaluate() or {}
     found = sorted((one for share in comm.gather(collector.found) for one in share), key=lambda one: one.picture)
     metrics = flat_metrics(results)
-    if not recipe.masks and distributed.world().is_writer:
+    if not recipe.coco and distributed.world().is_writer:
         metrics = {
             **voc_metrics(found, setting.test_set),
             **metrics,
@@ -366,7 +366,7 @@ class _Collector:
 
     def __init__(self, recipe: DetectRecipe, setting: DetectionSetting) -> None:
         # Our keys of VOC pictures begin with the year (``2007/000001``), Detectron2's image ids do not.
-        self.before = "" if recipe.masks else recipe.data.test[0].partition("/")[0] + "/"
+        self.before = "" if recipe.coco else recipe.data.test[0].partition("/")[0] + "/"
         self.numbers = {picture.key: number for number, picture in enumerate(setting.test_set.pictures)}
         self.found: list[FoundObject] = []
 

@@ -88,7 +88,7 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
     root = Path(recipe.data.root).expanduser()
     for split in (*recipe.data.train, *recipe.data.test):
         try:
-            if recipe.masks:
+            if recipe.coco:
                 _load_coco(root, split)
             else:
                 _load_voc(root, split, classes, split in recipe.data.test)
@@ -217,7 +217,7 @@ def dump_config(
         f'#   register_pascal_voc("{AS_2007.format(split[5:])}", "datasets/VOC2012", "{split[5:]}", 2007)\n'
         for split in own
     )
-    usual = 80 if recipe.masks else 20
+    usual = 80 if recipe.coco else 20
     if len(pictures.classes) != usual:
         raise ConfigError(
             f"data: holds {len(pictures.classes)} classes, the sets that Detectron2 knows under these names have {usual}"

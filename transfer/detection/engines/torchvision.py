@@ -95,8 +95,8 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
 
 
 def measure(recipe: DetectRecipe, found: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
-    """COCO's metrics with masks, else VOC's; in percent."""
-    return coco_metrics(found, pictures, masks=True) if recipe.masks else voc_metrics(found, pictures)
+    """COCO's metrics, with masks if there are any, else VOC's; in percent."""
+    return coco_metrics(found, pictures, recipe.masks) if recipe.coco else voc_metrics(found, pictures)
 
 
 def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator]:

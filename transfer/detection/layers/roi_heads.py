@@ -1,8 +1,9 @@
-"""The RoI heads of C4: RoIAlign, res5 with MoCo's extra BatchNorm, and the class, box and mask predictors."""
+"""What the RoI heads of two-stage detectors share: sampling, losses, detections and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import batched_nms
 
 from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.layers.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
+from mixmask.transfer.detection.layers.heads import MaskHead
 from mixmask.transfer.detection.layers.recipes import RoIRecipe
 
 # Of the x, y, width and height deltas (Detectron2's ROI_BOX_HEAD.BBOX_REG_WEIGHTS).
@@ -35,67 +37,45 @@ class SampledBoxes:
     matched: Tensor
 
 
-class MaskHead(nn.Module):
-    """C4's mask branch: one transposed convolution, one 1×1 convolution (Mask R-CNN, arXiv:1703.06870, figure 4 left)."""
+class RoIHeads(nn.Module, ABC):
+    """What the heads on pooled regions share: sampling, losses and the selection of detections.
 
-    def __init__(self, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.deconv = nn.ConvTranspose2d(channels, 256, kernel_size=2, stride=2)
-        self.predictor = nn.Conv2d(256, num_classes, kernel_size=1)
-        # Initialised as Detectron2's MaskRCNNConvUpsampleHead.
-        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.predictor.weight, std=0.001)
-        for layer in (self.deconv, self.predictor):
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(R, C, S, S) to (R, classes, 2S, 2S) logits."""
-        logits: Tensor = self.predictor(F.relu(self.deconv(features)))
-        return logits.float()
-
-
-class Res5RoIHeads(nn.Module):
-    """RoIAlign on one map, then res5, an extra BatchNorm, and the predictors (MoCo's Res5ROIHeadsExtraNorm).
+    A subclass pools the regions from its feature maps. After its own layers it calls `add_predictors`, so that layers, and
+    with them an optimizer's parameters, have the order of the computation.
 
     Args:
-        res5: The trunk's last stage.
-        channels: The number of its output channels.
-        stride: The stride of the feature map, in pixels of the image.
         num_classes: Foreground classes.
-        masks: Whether there is a mask branch.
-        recipe: The options for sampling, pooling and selection.
+        recipe: The options for sampling and selection.
     """
 
-    def __init__(
-        self, res5: nn.Module, channels: int, stride: int, num_classes: int, masks: bool, recipe: RoIRecipe
-    ) -> None:
+    mask_head: MaskHead | None
+
+    def __init__(self, num_classes: int, recipe: RoIRecipe) -> None:
         super().__init__()
-        self.recipe, self.num_classes, self.stride = recipe, num_classes, stride
-        self.res5 = res5
-        # A BN in the newly initialised head calibrates the features' magnitudes (arXiv:1911.05722, section 4.2).
-        self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, num_classes + 1)
-        self.regressor = nn.Linear(channels, 4 * num_classes)
+        self.recipe, self.num_classes = recipe, num_classes
+
+    def add_predictors(self, width: int, mask_head: Callable[[], MaskHead] | None) -> None:
+        """Add ``classifier`` and ``regressor`` for vectors of a ``width``, and the mask head (None: no masks)."""
+        num_classes = self.num_classes
+        self.classifier = nn.Linear(width, num_classes + 1)
+        self.regressor = nn.Linear(width, 4 * num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.normal_(self.regressor.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         nn.init.zeros_(self.regressor.bias)
-        self.mask_head = MaskHead(channels, num_classes) if masks else None
+        self.mask_head = None if mask_head is None else mask_head()
 
-    def pool(self, features: Tensor, boxes: list[Tensor]) -> Tensor:
-        """(N, C, H, W) and boxes per image to (R, C', S, S): RoIAlign (aligned, adaptive sampling), res5, BatchNorm."""
-        size = self.recipe.pooler_resolution
-        rois = roi_align(features.float(), boxes, size, 1.0 / self.stride, sampling_ratio=0, aligned=True)
-        if features.is_contiguous(memory_format=torch.channels_last):  # RoIAlign's output never is
-            rois = rois.contiguous(memory_format=torch.channels_last)
-        pooled: Tensor = self.norm(self.res5(rois))
-        return pooled
+    @abstractmethod
+    def vectors(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(R, width) vectors of the (·, 4) boxes of each image; also their pooled regions, if masks can use them."""
 
-    def predict(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def for_masks(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
+        """The pooled regions of boxes, as the mask head wants them."""
+
+    def predict(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (R, classes + 1), background last, and box deltas (R, 4 · classes)."""
-        vector = pooled.mean(dim=(2, 3))
-        return self.classifier(vector).float(), self.regressor(vector).float()
+        return self.classifier(vectors).float(), self.regressor(vectors).float()
 
     @torch.no_grad()
     def sample(
@@ -126,11 +106,11 @@ class Res5RoIHeads(nn.Module):
         return sampled
 
     def losses(
-        self, features: Tensor, targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
+        self, maps: Sequence[Tensor], targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> dict[str, Tensor]:
         """Cross-entropy over the sampled boxes, L1 of the foreground ones over the number of all, and the mask loss."""
-        pooled = self.pool(features, [chosen.boxes for chosen in sampled])
-        logits, deltas = self.predict(pooled)
+        vectors, pooled = self.vectors(maps, [chosen.boxes for chosen in sampled])
+        logits, deltas = self.predict(vectors)
         truth = torch.cat([chosen.classes for chosen in sampled])
         foreground = (truth < self.num_classes).nonzero().flatten()
         boxes, objects = [], []
@@ -146,7 +126,8 @@ class Res5RoIHeads(nn.Module):
             "roi_box": (given - wanted).abs().sum() / max(len(truth), 1),
         }
         if self.mask_head is not None:
-            masks = self.mask_head(pooled[foreground])
+            regions = self.for_masks(maps, boxes) if pooled is None else pooled[foreground]
+            masks = self.mask_head(regions).float()
             losses["roi_mask"] = self._mask_loss(masks, truth[foreground], targets, sampled)
         return losses
 
@@ -167,9 +148,9 @@ class Res5RoIHeads(nn.Module):
         return F.binary_cross_entropy_with_logits(own_class, truth)
 
     @torch.no_grad()
-    def detect(self, features: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
+    def detect(self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
         """Detections of each image: score threshold, per-class non-maximum suppression, then masks."""
-        logits, deltas = self.predict(self.pool(features, proposals))
+        logits, deltas = self.predict(self.vectors(maps, proposals)[0])
         probabilities = logits.softmax(dim=1)[:, :-1]
         boxes = decode_boxes(deltas, torch.cat(proposals), WEIGHTS)
         counts = [len(p) for p in proposals]
@@ -188,7 +169,7 @@ class Res5RoIHeads(nn.Module):
         if self.mask_head is None:
             return found
         # Masks belong to the final boxes, which need a RoIAlign of their own.
-        masks = self.mask_head(self.pool(features, [d.boxes for d in found])).sigmoid()
+        masks = self.mask_head(self.for_masks(maps, [d.boxes for d in found])).float().sigmoid()
         labels = torch.cat([d.labels for d in found])
         own = masks[torch.arange(len(labels), device=labels.device), labels]
         parts = torch.split(own, [len(d.labels) for d in found])

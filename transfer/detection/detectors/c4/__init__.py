@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.transfer.detection.detector import DetectorRecipe
-from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
+from mixmask.transfer.detection.detectors.c4.names import detector_from_detectron2, detector_to_detectron2
 from mixmask.transfer.detection.detectors.c4.network import C4Detector, check_backbone
-from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe
+from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe, configure_roi, configure_rpn
 
 HEADS = "Res5ROIHeadsExtraNorm"  # as `heads` registers them
 
 
 class C4Recipe(DetectorRecipe):
     """conv1 … layer3 of a ResNet as the backbone, layer4 as the RoI head."""
+
+    suffix: ClassVar[str] = ""  # it was there first
 
     kind: Literal["c4"] = "c4"
     rpn: RPNRecipe = RPNRecipe()
@@ -39,27 +41,16 @@ class C4Recipe(DetectorRecipe):
 
     @override
     def configure(self, cfg: Any, backbone: BackboneRecipe, num_classes: int) -> None:
-        model = cfg.MODEL
-        model.ANCHOR_GENERATOR.SIZES = [list(self.rpn.anchor_sizes)]
-        model.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(self.rpn.aspect_ratios)]
-        model.RPN.IOU_THRESHOLDS = [self.rpn.iou_negative, self.rpn.iou_positive]
-        model.RPN.BATCH_SIZE_PER_IMAGE = self.rpn.batch_per_image
-        model.RPN.POSITIVE_FRACTION = self.rpn.positive_fraction
-        model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TRAIN = self.rpn.pre_nms_train, self.rpn.post_nms_train
-        model.RPN.PRE_NMS_TOPK_TEST, model.RPN.POST_NMS_TOPK_TEST = self.rpn.pre_nms_test, self.rpn.post_nms_test
-        model.RPN.NMS_THRESH = self.rpn.nms_threshold
-        heads = model.ROI_HEADS
-        heads.NAME, heads.NUM_CLASSES = HEADS, num_classes
-        heads.BATCH_SIZE_PER_IMAGE, heads.POSITIVE_FRACTION = self.roi.batch_per_image, self.roi.positive_fraction
-        heads.IOU_THRESHOLDS = [self.roi.iou_positive]
-        heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST = self.roi.score_threshold, self.roi.nms_threshold
-        model.ROI_BOX_HEAD.POOLER_RESOLUTION = self.roi.pooler_resolution
-        model.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-        cfg.TEST.DETECTIONS_PER_IMAGE = self.roi.detections_per_image
+        configure_rpn(cfg.MODEL, self.rpn, [self.rpn.anchor_sizes])
+        configure_roi(cfg, self.roi, HEADS, num_classes)
 
     @override
     def to_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return detector_to_detectron2(state)
+
+    @override
+    def from_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return detector_from_detectron2(state)
 
     @override
     def place_in_detectron2(self, name: str) -> str:

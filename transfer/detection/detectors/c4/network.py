@@ -11,10 +11,10 @@ from typing_extensions import override
 from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.precision import Precision
-from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.transfer.detection.detectors.c4.roi import Res5RoIHeads
 from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe
-from mixmask.transfer.detection.layers.roi_heads import Res5RoIHeads
 from mixmask.transfer.detection.layers.rpn import RPN
+from mixmask.transfer.detection.layers.two_stage import TwoStageDetector
 
 STRIDE = 16  # of layer3's map, in pixels of the image
 
@@ -42,7 +42,7 @@ def check_backbone(backbone: BackboneRecipe) -> None:
             )
 
 
-class C4Detector(Detector):
+class C4Detector(TwoStageDetector):
     """Faster R-CNN, or Mask R-CNN with masks, on a stride-16 map.
 
     Args:
@@ -70,7 +70,7 @@ class C4Detector(Detector):
         self.stem = nn.Sequential(trunk.conv1, trunk.bn1, activation, trunk.maxpool)
         self.res2, self.res3, self.res4 = trunk.layer1, trunk.layer2, trunk.layer3
         channels = width_of(trunk)
-        self.rpn = RPN(channels // 2, STRIDE, rpn)
+        self.rpn = RPN(channels // 2, [STRIDE], [rpn.anchor_sizes], rpn)
         self.roi_heads = Res5RoIHeads(trunk.layer4, channels, STRIDE, num_classes, masks, roi)
 
     @override
@@ -97,28 +97,7 @@ class C4Detector(Detector):
         }
         return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
 
-    def features(self, images: list[Tensor]) -> Tensor:
+    @override
+    def maps(self, images: list[Tensor]) -> list[Tensor]:
         """The stride-16 map, (N, 1024, H/16, W/16) for a ResNet-50."""
-        features: Tensor = self.res4(self.res3(self.res2(self.stem(self.batch(images)))))
-        return features
-
-    @override
-    def losses(self, images: list[Tensor], targets: list[Targets], rng: list[torch.Generator]) -> dict[str, Tensor]:
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        features = self.features(images)
-        anchors, logits, deltas = self.rpn(features)
-        losses: dict[str, Tensor] = self.rpn.losses(
-            anchors, logits, deltas, targets, self.rpn.sample(anchors, targets, rng)
-        )
-        proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
-        losses.update(self.roi_heads.losses(features, targets, self.roi_heads.sample(proposals, targets, rng)))
-        return losses
-
-    @override
-    @torch.no_grad()
-    def detect(self, images: list[Tensor]) -> list[Detections]:
-        sizes = [(image.shape[1], image.shape[2]) for image in images]
-        features = self.features(images)
-        anchors, logits, deltas = self.rpn(features)
-        proposals = self.rpn.proposals(anchors, logits, deltas, sizes)
-        return self.roi_heads.detect(features, proposals, sizes)
+        return [self.res4(self.res3(self.res2(self.stem(self.batch(images)))))]
