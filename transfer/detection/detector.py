@@ -105,11 +105,19 @@ class DetectorRecipe(Recipe, ABC):
     Attributes:
         suffix: What its results have after the protocol's name in records and tables (``detect_coco_fpn``).
         gives_masks: Whether it can have a mask head; without one, COCO is measured by boxes alone.
+        losses: Detectron2's names of its losses, and those of `Detector.losses`; both engines log the latter.
     """
 
     kind: str
     suffix: ClassVar[str]
     gives_masks: ClassVar[bool] = True
+    losses: ClassVar[Mapping[str, str]] = {
+        "loss_rpn_cls": "rpn_objectness",
+        "loss_rpn_loc": "rpn_box",
+        "loss_cls": "roi_class",
+        "loss_box_reg": "roi_box",
+        "loss_mask": "roi_mask",
+    }
 
     @abstractmethod
     def check_backbone(self, backbone: BackboneRecipe) -> None:

@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 from mixmask.engine.backbones import load_backbone
 from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.detector import Detector
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config
 from mixmask.transfer.detection.engines.setting import DetectionSetting
@@ -32,7 +33,7 @@ class Pair:
     """The same network in both engines, with the same weights."""
 
     recipe: DetectRecipe
-    ours: TwoStageDetector
+    ours: Any  # a `Detector`, of the recipe's kind
     theirs: Any
     cfg: Any
     train: DetectionSet
@@ -79,14 +80,19 @@ def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
     )
     torch.manual_seed(0)
     ours = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
-    assert isinstance(ours, TwoStageDetector)
-    with torch.no_grad():  # so that scores, boxes and masks differ from place to place
-        ours.rpn.objectness.weight.normal_(std=0.05)
-        ours.rpn.deltas.weight.normal_(std=0.01)
-        ours.roi_heads.classifier.weight.normal_(std=0.1)
-        ours.roi_heads.regressor.weight.normal_(std=0.02)
-        if ours.roi_heads.mask_head is not None:
-            ours.roi_heads.mask_head.get_parameter("predictor.weight").normal_(std=0.1)
+    spread = {  # so that scores, boxes and masks differ from place to place
+        "rpn.objectness.weight": 0.05,
+        "rpn.deltas.weight": 0.01,
+        "roi_heads.classifier.weight": 0.1,
+        "roi_heads.regressor.weight": 0.02,
+        "roi_heads.mask_head.predictor.weight": 0.1,
+        "head.cls_score.weight": 0.3,
+        "head.bbox_pred.weight": 0.1,
+    }
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name in spread:
+                parameter.normal_(std=spread[name])
     calibrate(ours)
     theirs = build_model(cfg)
     found = theirs.load_state_dict(recipe.detector.to_detectron2(ours.state_dict()), strict=False)
@@ -95,7 +101,7 @@ def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
     return Pair(recipe, ours, theirs, cfg, setting.train_set, setting.test_set)
 
 
-def calibrate(detector: TwoStageDetector) -> None:
+def calibrate(detector: Detector) -> None:
     """Make random weights behave as trained ones: weak residual branches, and the batch statistics of pictures.
 
     Without it values and gradients grow from layer to layer, and with them the rounding of fp32.
@@ -108,11 +114,14 @@ def calibrate(detector: TwoStageDetector) -> None:
         layer.momentum = 1.0
     detector.train()
     with torch.no_grad():
-        maps = detector.maps(pictures())
-        boxes = [torch.tensor([[8.0, 8, 60, 70], [20, 4, 100, 50], [2, 30, 40, 79]])] * 2
-        detector.roi_heads.vectors(maps, boxes)
-        if detector.roi_heads.mask_head is not None:
-            detector.roi_heads.mask_head(detector.roi_heads.for_masks(maps, boxes))
+        if isinstance(detector, TwoStageDetector):
+            maps = detector.maps(pictures())
+            boxes = [torch.tensor([[8.0, 8, 60, 70], [20, 4, 100, 50], [2, 30, 40, 79]])] * 2
+            detector.roi_heads.vectors(maps, boxes)
+            if detector.roi_heads.mask_head is not None:
+                detector.roi_heads.mask_head(detector.roi_heads.for_masks(maps, boxes))
+        else:
+            detector.detect(pictures())
     for layer in layers:
         layer.momentum = 0.1
 

@@ -47,14 +47,27 @@ detector:
   box_head: {num_conv: 2, conv_dim: 16, fc_dim: 32}
   mask_head: {num_conv: 2, conv_dim: 16}
 """
+RETINANET = """
+detector:
+  kind: retinanet
+  channels: 32
+  num_conv: 1
+  anchors: {sizes: [8, 16, 32, 64, 128], octaves: 2}
+  detections_per_image: 5
+"""
 VOC = "protocol: detect_voc\nname: voc\n" + SMALL.replace("TRAIN", "2007/trainval").replace("TEST", "2007/test")
 COCO = "protocol: detect_coco\nname: coco\n" + SMALL.replace("TRAIN", "train2017").replace("TEST", "val2017")
 
 
+def with_detector(text: str, detector: str) -> str:
+    """The config with another detector instead of C4."""
+    kept = [line for line in text.splitlines() if not line.startswith(("rpn:", "roi:"))]
+    return "\n".join([*kept, detector])
+
+
 def with_pyramid(text: str) -> str:
     """The config with FPN instead of C4; its anchors fit small pictures."""
-    kept = [line for line in text.splitlines() if not line.startswith(("rpn:", "roi:"))]
-    return "\n".join([*kept, PYRAMID])
+    return with_detector(text, PYRAMID)
 
 
 def plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> stage.TransferPlan:

@@ -20,7 +20,6 @@ from benchmarks.detection import their_batch
 from mixmask.engine.randomness import generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 from mixmask.transfer.detection.layers import roi_heads, rpn
 from mixmask.transfer.detection.layers.roi_heads import SampledBoxes
@@ -168,7 +167,7 @@ def their_samples(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def both_losses(pair: Pair, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     with EventStorage():
-        theirs = {detectron2_engine.LOSSES[name]: loss for name, loss in pair.theirs(their_batch(batch)).items()}
+        theirs = {pair.recipe.detector.losses[name]: loss for name, loss in pair.theirs(their_batch(batch)).items()}
     rng = [generator(0, row) for row in range(len(batch.images))]
     return theirs, pair.ours.losses(batch.images, batch.targets, rng)
 

@@ -49,15 +49,7 @@ from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.metrics import FoundObject, voc_metrics
 
-# Detectron2's names of the losses, and the ones that both engines log.
-LOSSES = {
-    "total_loss": "loss",
-    "loss_rpn_cls": "rpn_objectness",
-    "loss_rpn_loc": "rpn_box",
-    "loss_cls": "roi_class",
-    "loss_box_reg": "roi_box",
-    "loss_mask": "roi_mask",
-}
+TOTAL = "total_loss"  # what Detectron2 calls the sum of the losses
 
 
 def run(recipe: DetectRecipe, setting: DetectionSetting, weights: Path) -> Outcome:
@@ -188,7 +180,7 @@ def _train(cfg: Any, model: nn.Module, recipe: DetectRecipe, setting: DetectionS
         if first < last:
             statistics = [_PreciseStatistics(cfg, model, setting)] if recipe.precise_bn_iterations else []
             keep = _Checkpoints(setting, checkpointer, stop)
-            trainer.register_hooks([_LogHook(setting, progress, before), *statistics, keep])
+            trainer.register_hooks([_LogHook(setting, progress, before, recipe.detector.losses), *statistics, keep])
             try:
                 trainer.train(first, last)
             except FloatingPointError as error:
@@ -259,19 +251,22 @@ class _Hook(HookBase):  # type: ignore[misc]
 class _LogHook(_Hook):
     """Logs mean losses, learning rate and images per second, under the names that both engines use."""
 
-    def __init__(self, setting: DetectionSetting, progress: StepProgress, before: float) -> None:
+    def __init__(
+        self, setting: DetectionSetting, progress: StepProgress, before: float, names: Mapping[str, str]
+    ) -> None:
         super().__init__(setting)
+        self.names = {TOTAL: "loss", **names}
         self.progress, self.before = progress, before
         self.sums: dict[str, list[float]] = {}
 
     def after_step(self) -> None:
         values = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
-        self.progress.advance(f"loss {values['total_loss']:.3f}" if "total_loss" in values else "")
-        for name in LOSSES.keys() & values.keys():
-            self.sums.setdefault(LOSSES[name], []).append(values[name])
+        self.progress.advance(f"loss {values[TOTAL]:.3f}" if TOTAL in values else "")
+        for name in self.names.keys() & values.keys():
+            self.sums.setdefault(self.names[name], []).append(values[name])
         done = self.trainer.iter + 1
         if distributed.world().is_writer and (done % self.setting.log_every == 0 or done == self.trainer.max_iter):
-            means = {name: float(np.mean(self.sums[name])) for name in LOSSES.values() if name in self.sums}
+            means = {name: float(np.mean(self.sums[name])) for name in self.names.values() if name in self.sums}
             rate = round(self.progress.images_per_second, 2)
             line = {"step": done, "of": self.trainer.max_iter, **means, "lr": values["lr"], "images_per_second": rate}
             line["seconds"] = round(self.before + self.progress.seconds, 3)
