@@ -17,7 +17,8 @@ from mixmask.evaluate.statistics import compare_classifiers, difference, summari
 from mixmask.launch.demo import demo_data
 from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_matches, coco_metrics, voc_matches, voc_metrics
+from mixmask.transfer.detection.results.coco_matches import coco_matches
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_matches, voc_metrics
 
 
 def test_words_are_plain() -> None:

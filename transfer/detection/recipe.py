@@ -53,8 +53,9 @@ class DetectRecipe(Recipe):
 
     ``lr``, ``iterations``, ``milestones`` and ``warmup_iterations`` are given for ``reference_batch_size`` images per
     iteration. Another ``batch_size`` scales the learning rate linearly and the lengths inversely; a null reference
-    turns scaling off. ``detector`` is the detector built on the trunk. ``save_predictions`` keeps the detections of the
-    test pictures, ``save_detector`` the trained network.
+    turns scaling off. ``detector`` is the detector built on the trunk. ``test_batch_size`` pictures
+    are tested at a time; padding them to one size changes detections a little. ``save_predictions`` keeps the detections
+    of the test pictures, ``save_detector`` the trained network.
     """
 
     moved: ClassVar[Mapping[str, str]] = {"rpn": "detector.rpn", "roi": "detector.roi"}
@@ -77,6 +78,7 @@ class DetectRecipe(Recipe):
     max_size_train: int = Field(1333, ge=32)
     min_size_test: int = Field(800, ge=32)
     max_size_test: int = Field(1333, ge=32)
+    test_batch_size: int = added(1, ge=1)
     precise_bn_iterations: int = Field(200, ge=0)
     detector: AnyDetector = C4Recipe()
     save_predictions: bool = operational(True)

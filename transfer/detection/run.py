@@ -19,7 +19,8 @@ from mixmask.engine.storage import write_atomic
 from mixmask.transfer.checkpoints.export import write_detectron2
 from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_matches, voc_matches
+from mixmask.transfer.detection.results.coco_matches import coco_matches
+from mixmask.transfer.detection.results.metrics import FoundObject, voc_matches
 from mixmask.transfer.detection.results.predictions import NAME, save_detections
 from mixmask.transfer.detection.results.show import draw_sheet
 

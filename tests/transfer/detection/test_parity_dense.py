@@ -63,7 +63,9 @@ def test_same_detections(pair: Pair) -> None:
         detections = pair.ours.detect(images)
     for number, (one, other) in enumerate(zip(theirs, detections, strict=True)):
         height, width = sizes[number]
-        found = torchvision_engine._in_original_pixels(other, number, images[number].shape[1:], width, height)
+        found = torchvision_engine.in_original_pixels(
+            torchvision_engine.on_cpu(other), number, images[number].shape[1:], width, height
+        )
         assert len(found) == len(one) > 2
         assert [f.label for f in found] == one.pred_classes.tolist()
         close(torch.tensor([f.score for f in found]), one.scores)

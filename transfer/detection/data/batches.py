@@ -150,29 +150,39 @@ def training_batches(
     yield from from_workers(loader)
 
 
-class _Testing(Dataset[tuple[Tensor, int, tuple[int, int]]]):
+TestImage = tuple[Tensor, int, tuple[int, int]]  # the image, its index, and the (width, height) of its file
+
+
+class _Testing(Dataset[list[TestImage]]):
+    """Item n is the n-th batch of this rank's share of the pictures."""
+
     def __init__(self, pictures: DetectionSet, recipe: DetectRecipe) -> None:
         self.pictures, self.recipe = pictures, recipe
         # Without padding, unlike DistributedSampler: each picture is evaluated once.
-        self.indices = range(world().rank, len(pictures), world().size)
+        self.indices = list(range(world().rank, len(pictures), world().size))
+        if recipe.test_batch_size > 1:  # wide ones together, and tall ones: they need little padding
+            self.indices.sort(key=lambda index: pictures.pictures[index].width <= pictures.pictures[index].height)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int, tuple[int, int]]:
-        index = self.indices[number]
+    def __getitem__(self, number: int) -> list[TestImage]:
+        size = self.recipe.test_batch_size
+        return [self._image(index) for index in self.indices[number * size : (number + 1) * size]]
+
+    def _image(self, index: int) -> TestImage:
         image = read_rgb(self.pictures.pictures[index].path)
         width, height = shortest_edge(*image.size, self.recipe.min_size_test, self.recipe.max_size_test)
         return _to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)), index, image.size
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return -(-len(self.indices) // self.recipe.test_batch_size)
 
 
 def _unchanged(item: T) -> T:
     return item
 
 
-def evaluation_images(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[tuple[Tensor, int, tuple[int, int]]]:
-    """This rank's share of the pictures, each once: resized (3, H, W) uint8, its index, and its own (width, height)."""
-    loader: DataLoader[tuple[Tensor, int, tuple[int, int]]] = DataLoader(
+def evaluation_batches(pictures: DetectionSet, recipe: DetectRecipe) -> Iterator[list[TestImage]]:
+    """Batches of this rank's share of the pictures, each once, resized to (3, H, W) uint8."""
+    loader: DataLoader[list[TestImage]] = DataLoader(
         _Testing(pictures, recipe),
         batch_size=None,
         num_workers=useful_workers(recipe.data.num_workers),

@@ -333,11 +333,11 @@ def evaluate(
     (name,) = cfg.DATASETS.TEST
     judge = COCOEvaluator(name, output_dir=None) if recipe.coco else PascalVOCDetectionEvaluator(name)
     collector = _Collector(recipe, setting)
-    loader = build_detection_test_loader(cfg, name)
+    loader = build_detection_test_loader(cfg, name, batch_size=recipe.test_batch_size)
     model.eval()
     judge.reset()
     with torch.no_grad():
-        for inputs in track(f"{setting.title}: test pictures", loader, len(loader), 1):
+        for inputs in track(f"{setting.title}: test pictures", loader, len(loader), recipe.test_batch_size):
             outputs = model(inputs)
             judge.process(inputs, outputs)
             collector.process(inputs, outputs)

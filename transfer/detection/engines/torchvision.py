@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,13 +19,15 @@ from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.engine.training import train
 from mixmask.transfer.detection.data.annotations import DetectionSet
-from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_images, training_batches
+from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_batches, training_batches
 from mixmask.transfer.detection.detector import Detections, Detector, Targets
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
-from mixmask.transfer.detection.layers.roi_heads import paste_mask
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_metrics
+from mixmask.transfer.detection.results.masks import encode_mask
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_backend, coco_metrics, voc_metrics
+
+MOST_WAITING = 64  # pictures whose masks are not yet encoded
 
 
 def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
@@ -96,7 +99,10 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
 
 def measure(recipe: DetectRecipe, found: Sequence[FoundObject], pictures: DetectionSet) -> dict[str, float]:
     """COCO's metrics, with masks if there are any, else VOC's; in percent."""
-    return coco_metrics(found, pictures, recipe.masks) if recipe.coco else voc_metrics(found, pictures)
+    if not recipe.coco:
+        return voc_metrics(found, pictures)
+    say(f"COCO metrics by {coco_backend()}")
+    return coco_metrics(found, pictures, recipe.masks)
 
 
 def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator]:
@@ -123,36 +129,58 @@ def build_optimizer(detector: nn.Module, recipe: DetectRecipe) -> torch.optim.SG
 
 @torch.no_grad()
 def find_objects(detector: Detector, recipe: DetectRecipe, setting: DetectionSetting) -> list[FoundObject]:
-    """Detections in this rank's share of the test pictures, in pixels of the original images."""
+    """Detections in this rank's share of the test pictures, in pixels of the original images.
+
+    Masks are drawn and encoded by a thread of its own: the device goes on with the next pictures meanwhile.
+    """
     detector.eval()
-    found: list[FoundObject] = []
-    images = evaluation_images(setting.test_set, recipe)
-    total = len(range(world().rank, len(setting.test_set), world().size))
-    for image, index, (width, height) in track(f"{setting.title}: test pictures", images, total, 1):
-        with autocast(setting.device, setting.precision):
-            (detections,) = detector.detect([image.to(setting.device)])
-        found += _in_original_pixels(detections, index, image.shape[1:], width, height)
+    batches = evaluation_batches(setting.test_set, recipe)
+    total = math.ceil(len(range(world().rank, len(setting.test_set), world().size)) / recipe.test_batch_size)
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[list[FoundObject]]] = deque()
+        found: list[FoundObject] = []
+        for batch in track(f"{setting.title}: test pictures", batches, total, recipe.test_batch_size):
+            with autocast(setting.device, setting.precision):
+                every = detector.detect([image.to(setting.device) for image, _, _ in batch])
+            for detections, (image, index, (width, height)) in zip(every, batch, strict=True):
+                waiting.append(
+                    pool.submit(in_original_pixels, on_cpu(detections), index, image.shape[1:], width, height)
+                )
+            while len(waiting) > MOST_WAITING:
+                found += waiting.popleft().result()
+        for rest in waiting:
+            found += rest.result()
     return found
 
 
-def _in_original_pixels(
+def on_cpu(detections: Detections) -> Detections:
+    """The detections of one image, moved to the CPU."""
+    masks = None if detections.masks is None else detections.masks.float().cpu()
+    return Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu(), masks)
+
+
+def in_original_pixels(
     detections: Detections, index: int, seen: torch.Size, width: int, height: int
 ) -> list[FoundObject]:
+    """The detections of one image in the pixels of its file; a box that clipping left empty is dropped, as in Detectron2.
+
+    Args:
+        detections: On the CPU.
+        index: The picture's index in its `DetectionSet`.
+        seen: Height and width of the image that the network saw.
+        width: The file's width.
+        height: The file's height.
+    """
     scale = torch.tensor([width / seen[1], height / seen[0]] * 2)
-    boxes = detections.boxes.cpu() * scale
     limits = torch.tensor([width, height, width, height])
-    boxes = torch.minimum(boxes.clamp(min=0), limits)
+    boxes = torch.minimum((detections.boxes * scale).clamp(min=0), limits)
     found = []
     for number, (box, score, label) in enumerate(
-        zip(boxes, detections.scores.tolist(), detections.labels.tolist(), strict=True)
+        zip(boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
     ):
-        # As in Detectron2, a box that clipping left empty is dropped.
-        if box[2] <= box[0] or box[3] <= box[1]:
+        left, top, right, bottom = box
+        if right <= left or bottom <= top:
             continue
-        mask = None
-        if detections.masks is not None:
-            pixels = paste_mask(detections.masks[number], box, height, width).numpy()
-            mask = coco_mask.encode(np.asfortranarray(pixels.astype(np.uint8)))
-        left, top, right, bottom = box.tolist()
+        mask = None if detections.masks is None else encode_mask(detections.masks[number], tuple(box), height, width)
         found.append(FoundObject(index, label, score, (left, top, right, bottom), mask))
     return found

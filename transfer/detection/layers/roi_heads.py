@@ -186,30 +186,3 @@ def rasterise(polygons: list[list[float]], box: list[float], side: int) -> np.ty
         moved.append(((points - [left, top]) * [scale_x, scale_y]).ravel().tolist())
     mask: np.typing.NDArray[np.uint8] = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(moved, side, side)))
     return mask
-
-
-def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> Tensor:
-    """Put an (M, M) probability mask into its box of an image, bilinearly, and threshold it at 0.5.
-
-    Args:
-        mask: (M, M) in [0, 1].
-        box: (4,) in the pixels of the image.
-        height: Image height.
-        width: Image width.
-
-    Returns:
-        (height, width) bool.
-    """
-    left, top, right, bottom = box.tolist()
-    x0, y0 = max(int(np.floor(left)) - 1, 0), max(int(np.floor(top)) - 1, 0)
-    x1, y1 = min(int(np.ceil(right)) + 1, width), min(int(np.ceil(bottom)) + 1, height)
-    result = torch.zeros(height, width, dtype=torch.bool)
-    if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
-        return result
-    # Pixel centres in the coordinates of grid_sample: -1 and 1 are the borders of the box.
-    x = (torch.arange(x0, x1) + 0.5 - left) / (right - left) * 2 - 1
-    y = (torch.arange(y0, y1) + 0.5 - top) / (bottom - top) * 2 - 1
-    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None]
-    values = F.grid_sample(mask.float().cpu()[None, None], grid, align_corners=False)[0, 0]
-    result[y0:y1, x0:x1] = values >= 0.5
-    return result

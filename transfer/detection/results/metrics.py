@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 from collections.abc import Sequence
@@ -201,90 +202,59 @@ def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, mask
 
     AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = _coco_truth(pictures)
-        metrics: dict[str, float] = {}
-        for kind in ("bbox", "segm") if masks else ("bbox",):
-            # pycocotools cannot load an empty list of results.
-            if not detections:
-                metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[:3]})
-                continue
-            evaluation = _coco_evaluation(truth, detections, pictures, kind)
-            evaluation.accumulate()
-            evaluation.summarize()
-            values = zip(COCO_NAMES, evaluation.stats[:6].tolist(), strict=True)
-            # -1 where no object has the size.
-            metrics.update({f"{kind}/{name}": 100 * value for name, value in values if value >= 0})
-            precision = evaluation.eval["precision"][
-                ..., 0, -1
-            ]  # (overlaps, recalls, classes), all sizes, 100 detections
-            for number, name in enumerate(pictures.classes):
-                of_class = precision[:, :, number]
-                if (of_class > -1).any():
-                    metrics[f"{kind}/AP/{name}"] = float(100 * of_class[of_class > -1].mean())
+    metrics: dict[str, float] = {}
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        # pycocotools cannot load an empty list of results.
+        if not detections:
+            metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[:3]})
+            continue
+        stats, every = _coco_evaluation(detections, pictures, kind)
+        # -1 where no object has the size.
+        metrics.update(
+            {f"{kind}/{name}": 100 * value for name, value in zip(COCO_NAMES, stats[:6], strict=True) if value >= 0}
+        )
+        precision = every[..., 0, -1]  # (overlaps, recalls, classes), all sizes, 100 detections
+        for number, name in enumerate(pictures.classes):
+            of_class = precision[:, :, number]
+            if (of_class > -1).any():
+                metrics[f"{kind}/AP/{name}"] = float(100 * of_class[of_class > -1].mean())
     return metrics
 
 
-def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> DetectionMatches:
-    """The matches of all detections by COCO's rules (all sizes, 100 per image and class), for per-image statistics.
+def coco_backend() -> str:
+    """What computes COCO's metrics here: ``faster-coco-eval`` where it is installed, else ``pycocotools``.
 
-    Args:
-        detections: What was found.
-        pictures: The test set.
-        kind: ``bbox`` or ``segm``.
+    They agree to rounding: both go through the same matches, and sum in another order.
     """
+    return "pycocotools" if importlib.util.find_spec("faster_coco_eval") is None else "faster-coco-eval"
+
+
+def _coco_evaluation(
+    detections: Sequence[FoundObject], pictures: DetectionSet, kind: str
+) -> tuple[list[float], npt.NDArray[np.float64]]:
+    """The 12 statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
+    reader, judge = COCO, COCOeval
+    if coco_backend() == "faster-coco-eval":
+        import faster_coco_eval
+
+        reader, judge = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = _coco_evaluation(_coco_truth(pictures), detections, pictures, kind)
-    index = {int(picture.key): number for number, picture in enumerate(pictures.pictures)}
-    label_of = {category: label for label, category in enumerate(pictures.category_ids)}
-    num_thresholds = len(evaluation.params.iouThrs)
-    objects = np.zeros((len(pictures), len(pictures.classes)), dtype=np.int32)
-    parts: dict[int, list[dict[str, Any]]] = {label: [] for label in range(len(pictures.classes))}
-    whole = evaluation.params.areaRng[0]
-    for one in evaluation.evalImgs:
-        if one is not None and one["aRng"] == whole:
-            label = label_of[one["category_id"]]
-            objects[index[one["image_id"]], label] = int((np.asarray(one["gtIgnore"]) == 0).sum())
-            parts[label].append(one)
-    images, labels, founds, ignores = [], [], [], []
-    for label, ones in parts.items():
-        most = [min(len(one["dtScores"]), evaluation.params.maxDets[-1]) for one in ones]
-        scores = np.concatenate([np.zeros(0), *(one["dtScores"][:n] for one, n in zip(ones, most, strict=True))])
-        order = np.argsort(-scores, kind="mergesort")  # as COCOeval.accumulate
-        matched = [np.asarray(one["dtMatches"])[:, :n] != 0 for one, n in zip(ones, most, strict=True)]
-        ignored = [np.asarray(one["dtIgnore"])[:, :n] != 0 for one, n in zip(ones, most, strict=True)]
-        none = np.zeros((num_thresholds, 0), dtype=bool)
-        matches, ignore = (np.concatenate([none, *side], axis=1)[:, order] for side in (matched, ignored))
-        own = np.repeat([index[one["image_id"]] for one in ones], most).astype(np.int64)[order]
-        images.append(own)
-        labels.append(np.full(len(own), label, dtype=np.int64))
-        founds.append(matches & ~ignore)
-        ignores.append(ignore)
-    return DetectionMatches(
-        images=str(pictures.summary()["listing"]),
-        metric="coco",
-        thresholds=np.asarray(evaluation.params.iouThrs),
-        image=np.concatenate(images),
-        label=np.concatenate(labels),
-        found=np.concatenate(founds, axis=1),
-        ignored=np.concatenate(ignores, axis=1),
-        objects=objects,
-    )
+        truth = coco_truth(pictures, reader)
+        found = truth.loadRes([coco_row(d, pictures, kind) for d in detections])
+        evaluation = judge(truth, found, kind)
+        evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(value) for value in evaluation.stats[:12]], np.asarray(evaluation.eval["precision"])
 
 
-def _coco_truth(pictures: DetectionSet) -> COCO:
-    truth = COCO()
+def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
+    """The annotations as an instance of pycocotools' ``COCO``, or of a class with its interface."""
+    truth = reader()
     truth.dataset = _merged(pictures)
     truth.createIndex()
     return truth
-
-
-def _coco_evaluation(truth: COCO, detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> COCOeval:
-    rows = [_coco_row(d, pictures, kind) for d in detections]
-    evaluation = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
-    evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
-    evaluation.evaluate()
-    return evaluation
 
 
 def _merged(pictures: DetectionSet) -> dict[str, Any]:
@@ -298,7 +268,8 @@ def _merged(pictures: DetectionSet) -> dict[str, Any]:
     }
 
 
-def _coco_row(found: FoundObject, pictures: DetectionSet, kind: str) -> dict[str, Any]:
+def coco_row(found: FoundObject, pictures: DetectionSet, kind: str) -> dict[str, Any]:
+    """A detection as COCO's result files have it."""
     left, top, right, bottom = found.box
     row: dict[str, Any] = {
         "image_id": int(pictures.pictures[found.picture].key),
