@@ -174,6 +174,7 @@ def in_original_pixels(
     scale = torch.tensor([width / seen[1], height / seen[0]] * 2)
     limits = torch.tensor([width, height, width, height])
     boxes = torch.minimum((detections.boxes * scale).clamp(min=0), limits)
+    masks = None if detections.masks is None else detections.masks.numpy()
     found = []
     for number, (box, score, label) in enumerate(
         zip(boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
@@ -181,6 +182,6 @@ def in_original_pixels(
         left, top, right, bottom = box
         if right <= left or bottom <= top:
             continue
-        mask = None if detections.masks is None else encode_mask(detections.masks[number], tuple(box), height, width)
+        mask = None if masks is None else encode_mask(masks[number], (left, top, right, bottom), height, width)
         found.append(FoundObject(index, label, score, (left, top, right, bottom), mask))
     return found

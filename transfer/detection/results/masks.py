@@ -6,19 +6,21 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy.typing as npt
 from pycocotools import mask as coco_mask
-from torch import Tensor
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
 
 
-def encode_mask(mask: Tensor, box: tuple[float, float, float, float], height: int, width: int) -> dict[str, Any]:
+def encode_mask(mask: Floats, box: tuple[float, float, float, float], height: int, width: int) -> dict[str, Any]:
     """Put an (M, M) probability mask into its box of an image, bilinearly, threshold it at 0.5, and encode it.
 
-    The result is that of pycocotools' ``encode`` of the whole image, byte for byte.
+    The code is that of pycocotools' ``encode`` of the whole image, byte for byte. Pixels are sampled as by torch's
+    ``grid_sample`` without aligned corners, zeros outside, up to rounding.
 
     Args:
-        mask: (M, M) in [0, 1], on the CPU.
+        mask: (M, M) in [0, 1].
         box: Left, top, right, bottom in the pixels of the image.
         height: Image height.
         width: Image width.
@@ -31,21 +33,32 @@ def encode_mask(mask: Tensor, box: tuple[float, float, float, float], height: in
     x1, y1 = min(math.ceil(right) + 1, width), min(math.ceil(bottom) + 1, height)
     changes = np.zeros(0, dtype=np.int64)
     if x1 > x0 and y1 > y0 and right > left and bottom > top:
-        # Pixel centres in the coordinates of grid_sample: -1 and 1 are the borders of the box.
-        x = (torch.arange(x0, x1) + 0.5 - left) / (right - left) * 2 - 1
-        y = (torch.arange(y0, y1) + 0.5 - top) / (bottom - top) * 2 - 1
-        # Columns first, as in the code: its runs go down the columns.
-        shape = (len(x), len(y))
-        grid = torch.stack([x[:, None].expand(shape), y[None].expand(shape)], dim=-1)[None]
-        values = F.grid_sample(mask.float()[None, None], grid, align_corners=False)[0, 0]
-        changes = _changes((values >= 0.5).numpy(), x0, y0, height)
+        framed = np.pad(mask, 1)  # outside of the box is 0
+        column, to_right = _between(left, right, x0, x1, mask.shape[1])
+        row, down = _between(top, bottom, y0, y1, mask.shape[0])
+        across = framed[:, column]
+        across = (across + (framed[:, column + 1] - across) * to_right).T
+        values = across[:, row]
+        values = values + (across[:, row + 1] - values) * down
+        changes = _changes(values >= 0.5, x0, y0, height)
     pixels = height * width
     counts = np.diff(changes[changes < pixels], prepend=0, append=pixels)  # the last run ends with the image
     encoded: dict[str, Any] = coco_mask.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
     return encoded
 
 
-def _changes(inside: np.typing.NDArray[np.bool_], x0: int, y0: int, height: int) -> np.typing.NDArray[np.int64]:
+def _between(low: float, high: float, first: int, last: int, cells: int) -> tuple[Indices, Floats]:
+    """Where the centres of the pixels ``first`` … ``last`` - 1 lie among the centres of a side's cells.
+
+    Returns:
+        The cell to the left or above, counted in a mask with a frame of one cell, and the distance to it, in [0, 1].
+    """
+    place = (np.arange(first, last, dtype=np.float32) + np.float32(0.5 - low)) * np.float32(cells / (high - low)) + 0.5
+    cell = np.clip(place.astype(np.int64), 0, cells)
+    return cell, np.clip(place - cell, 0, 1).astype(np.float32)
+
+
+def _changes(inside: npt.NDArray[np.bool_], x0: int, y0: int, height: int) -> Indices:
     """Where an image of ``height``, read column by column, changes between outside and inside.
 
     Args:
@@ -54,14 +67,19 @@ def _changes(inside: np.typing.NDArray[np.bool_], x0: int, y0: int, height: int)
         y0: Its first row.
         height: Height of the whole image.
     """
-    framed = np.zeros((inside.shape[0], inside.shape[1] + 2), dtype=np.int8)
-    framed[:, 1:-1] = inside
-    column, row = np.nonzero(np.diff(framed, axis=1))
+    framed = np.zeros((inside.shape[0], inside.shape[1] + 1), dtype=bool)  # every column ends outside
+    framed[:, :-1] = inside
+    flat = framed.ravel()
+    places = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    if flat[0]:
+        places = np.append(0, places)
+    column, row = np.divmod(places, framed.shape[1])
     changes = (x0 + column) * height + y0 + row  # in turn the beginning and the end of a run
     # A run that ends at the bottom of a column goes on if the next column begins inside.
     goes_on = changes[1:-1:2] == changes[2::2]
+    if not goes_on.any():
+        return changes
     kept = np.ones(len(changes), dtype=bool)
     kept[1:-1:2] &= ~goes_on
     kept[2::2] &= ~goes_on
-    result: np.typing.NDArray[np.int64] = changes[kept]
-    return result
+    return changes[kept]
