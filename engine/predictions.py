@@ -121,6 +121,59 @@ class DetectionMatches:
         )
 
 
+PIXELS = "pixels.npz"
+
+
+@dataclass(frozen=True, eq=False)
+class PixelCounts:
+    """How a segmentation network answered every test image; IoU of any resampling of the images follows from it.
+
+    Attributes:
+        images: Identity of the test split.
+        agreed: (N, C) int64, pixels of each class where answer and label agree.
+        answered: (N, C) int64, pixels of the answer.
+        labelled: (N, C) int64, pixels of the label.
+    """
+
+    images: str
+    agreed: npt.NDArray[np.int64]
+    answered: npt.NDArray[np.int64]
+    labelled: npt.NDArray[np.int64]
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        _write(path, "pixels-1", **{name: np.asarray(value) for name, value in vars(self).items()})
+
+    @classmethod
+    def read(cls, path: Path) -> PixelCounts:
+        """Read the file.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+        content = _read(path, "pixels-1", ("images", "agreed", "answered", "labelled"))
+        found = cls(str(content["images"]), content["agreed"], content["answered"], content["labelled"])
+        shape = found.agreed.shape
+        fits = len(shape) == 2 and shape[0] > 0 and found.answered.shape == found.labelled.shape == shape
+        if not fits or (found.agreed > np.minimum(found.answered, found.labelled)).any() or (found.agreed < 0).any():
+            raise DataError(f"{path}: damaged (its arrays do not fit each other)")
+        return found
+
+    def iou(self, weights: npt.NDArray[np.float64] | None = None) -> npt.NDArray[np.float64]:
+        """(C,) intersection over union, each image counted with its weight; NaN for a class without pixels."""
+        sums = [
+            (one if weights is None else one * weights[:, None]).sum(axis=0).astype(np.float64)
+            for one in (self.agreed, self.answered, self.labelled)
+        ]
+        union = sums[1] + sums[2] - sums[0]
+        found: npt.NDArray[np.float64] = np.divide(sums[0], union, out=np.full_like(union, np.nan), where=union > 0)
+        return found
+
+    def mean_iou(self, weights: npt.NDArray[np.float64] | None = None) -> float:
+        """mIoU in percent, over the classes that have pixels."""
+        return 100 * float(np.nanmean(self.iou(weights)))
+
+
 def _write(path: Path, form: str, **arrays: Any) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, format=np.array(form), **arrays)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from mixmask.engine.errors import UserError
-from mixmask.engine.predictions import CLASSES, MATCHES, ClassPredictions, DetectionMatches
+from mixmask.engine.predictions import CLASSES, MATCHES, PIXELS, ClassPredictions, DetectionMatches, PixelCounts
 from mixmask.engine.wording import printable
 from mixmask.evaluate.average_precision import THRESHOLDS, compare_detectors
 from mixmask.evaluate.collect import Collection, Run, frame, one_run, select
 from mixmask.evaluate.names import method_place, name, text_of
 from mixmask.evaluate.results import Result, backbone_words, of_backbone, results_of, telling_keys
-from mixmask.evaluate.statistics import Difference, PairOfRuns, compare_classifiers, difference
+from mixmask.evaluate.statistics import Difference, PairOfRuns, compare_classifiers, compare_segmentations, difference
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,16 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         raise UserError(
             f"{first} is a run of {runs[0].record.protocol} and {second} of {runs[1].record.protocol}: not comparable"
         )
+    if any((run.path / PIXELS).is_file() for run in runs):
+        if metrics is not None and metrics != ["mIoU"]:
+            raise UserError(
+                f"--metric {', '.join(metrics)}: of two runs of {runs[0].record.protocol}, mIoU is compared"
+            )
+        counts = [PixelCounts.read(run.path / PIXELS) for run in runs]
+        _require_same(
+            counts[0].images == counts[1].images and np.array_equal(counts[0].labelled, counts[1].labelled), runs
+        )
+        return [compare_segmentations(counts[0], counts[1])]
     if not any((run.path / file).is_file() for run in runs for file in MATCHES.values()):
         metric = next((one for one in runs[0].record.headlines if one.endswith("/top1")), "")
         if metrics is not None and metrics != [metric]:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from mixmask.engine.predictions import PixelCounts
+
 CONFIDENCE = 0.95
 FEW_SEEDS = 5
 RESAMPLES = 9_999
@@ -192,3 +194,21 @@ def compare_classifiers(
     p = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     values = (100.0 * float(first.mean()), 100.0 * float(second.mean()))
     return PairOfRuns(metric, values, float(low), float(high), total, p)
+
+
+def compare_segmentations(first: PixelCounts, second: PixelCounts, seed: int = 0) -> PairOfRuns:
+    """Per-image bootstrap of the difference of two mIoUs; both see the same resampled images.
+
+    Args:
+        first: The counts of the first network.
+        second: Of the second, on the same images.
+        seed: Of the resampling.
+    """
+    num = len(first.agreed)
+    generator = np.random.default_rng(seed)
+    gaps = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        drawn = np.bincount(generator.integers(num, size=num), minlength=num).astype(np.float64)
+        gaps[number] = first.mean_iou(drawn) - second.mean_iou(drawn)
+    low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return PairOfRuns("mIoU", (first.mean_iou(), second.mean_iou()), float(low), float(high), num)

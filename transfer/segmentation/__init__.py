@@ -1,0 +1,1 @@
+"""Semantic segmentation: data sets, a dilated trunk with an FCN head, training and evaluation."""
