@@ -112,7 +112,7 @@ def jittered(image: Tensor, rng: torch.Generator) -> Tensor:
 Crops = tuple[Tensor, Tensor, Tensor]
 
 
-class _Training(Dataset[Crops]):
+class _Crops(Dataset[Crops]):
     """Item (step, row, index) is the view of an image at a row of the batch of a step."""
 
     def __init__(self, images: SegmentationSet, recipe: SegmentationTraining, seed: int) -> None:
@@ -142,7 +142,7 @@ def training_batches(
             yield [(step, row, indices[row]) for row in range(rows.start, rows.stop)]
 
     loader: DataLoader[Crops] = DataLoader(
-        _Training(images, recipe, seed),
+        _Crops(images, recipe, seed),
         batch_sampler=keys(),
         num_workers=useful_workers(recipe.data.num_workers),
         worker_init_fn=outlive_stop_signals,
@@ -154,7 +154,7 @@ T = TypeVar("T")
 TestImage = tuple[Tensor, Tensor, int]
 
 
-class _Testing(Dataset[TestImage]):
+class _Whole(Dataset[TestImage]):
     """Item n is the n-th image of this rank's share, its label map, and its index."""
 
     def __init__(self, images: SegmentationSet, recipe: SegmentationTraining) -> None:
@@ -181,7 +181,7 @@ def _unchanged(item: T) -> T:
 def test_images(images: SegmentationSet, recipe: SegmentationTraining) -> Iterator[TestImage]:
     """This rank's share of the test images, each once, with their label maps."""
     loader: DataLoader[TestImage] = DataLoader(
-        _Testing(images, recipe),
+        _Whole(images, recipe),
         batch_size=None,
         num_workers=useful_workers(recipe.data.num_workers),
         collate_fn=_unchanged,

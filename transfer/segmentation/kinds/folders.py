@@ -15,7 +15,7 @@ from mixmask.transfer.segmentation.recipe import SegmentationData
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class Folders(SegmentationKind):
+class LabelFolders(SegmentationKind):
     """``images/SPLIT/x.jpg`` and ``annotations/SPLIT/x.png``; ``classes.txt`` has one class name per line, class 0 first."""
 
     kind: ClassVar[str] = "folders"
