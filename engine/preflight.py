@@ -118,7 +118,8 @@ def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None)
     if not (root / name).exists() and name not in (there := find_splits(root, layout)):
         raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
     others = [split for split in USUAL_SPLITS if split != name]
-    train = name if name == "train" or not (root / "train").is_dir() else "train"
+    # Where splits are no folders, "train" and "test" are the only names.
+    train = name if name == "train" or ((root / name).exists() and not (root / "train").is_dir()) else "train"
     data = DataRecipe(
         name="data", root=str(root), train=train, test=name if name != train else others[0], layout=layout
     )

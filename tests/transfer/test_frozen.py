@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,11 @@ def test_features_are_extracted_once_for_all_protocols(
     for change in ("evaluation.crop=24", "precision=bf16", "feature_dtype=fp16", "normalization=cifar10"):
         with pytest.raises(AssertionError, match="in the cache"):  # other features
             stage.run(make_plan(KNN, shapes, tmp_path, resnet18, cache, change))
+    shutil.copytree(shapes, tmp_path / "changed")
+    path = next((tmp_path / "changed" / "val").glob("*/*"))
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(AssertionError, match="in the cache"):  # other images under the same names
+        stage.run(make_plan(KNN, tmp_path / "changed", tmp_path, resnet18, cache, runs="changed"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixmask.engine.builtin_configs import configs_folder
-from mixmask.engine.errors import CheckpointError, ConfigError, DataError
+from mixmask.engine.errors import CheckpointError, ConfigError, DataError, UserError
 from mixmask.transfer import stage
 from mixmask.transfer.classifier_file import FILE, load_classifier
 from mixmask.transfer.protocols.robustness import ALEXNET, accuracy, calibration_error
@@ -181,3 +181,24 @@ def test_what_is_refused(classifier: Path, shapes: Path, tmp_path: Path, resnet1
     )
     with pytest.raises(DataError, match="1 of its class folders are not classes of the classifier: zebra"):
         make_plan(ROBUST, shapes, tmp_path, resnet18, f"classifier={classifier}", f"sets={{a: {tmp_path / 'strange'}}}")
+
+
+def test_other_images_under_the_same_names_are_another_measurement(
+    classifier: Path, shapes: Path, tmp_path: Path, resnet18: Path
+) -> None:
+    """A finished run is not reused for them, whatever folder they lie in, and damaged ones are found before the start."""
+    for folder in ("one", "two"):
+        shutil.copytree(shapes / "val", tmp_path / folder)
+    given = [f"classifier={classifier}", f"sets={{blurred: {tmp_path / 'one'}}}"]
+    stage.run(make_plan(ROBUST, shapes, tmp_path, resnet18, *given))
+    other = make_plan(ROBUST, shapes, tmp_path, resnet18, given[0], f"sets={{blurred: {tmp_path / 'two'}}}")
+    assert other.finished() is not None  # copies are the same images
+    path = next((tmp_path / "two").glob("*/*"))
+    path.write_bytes(path.read_bytes()[:200])
+    changed = make_plan(ROBUST, shapes, tmp_path, resnet18, given[0], f"sets={{blurred: {tmp_path / 'two'}}}")
+    with pytest.raises(UserError, match="other data"):
+        changed.finished()
+    with pytest.raises(DataError, match=path.name):
+        changed.train.check()
+    with pytest.raises(ConfigError, match="sets: 'top1' is the name of a metric"):
+        make_plan(ROBUST, shapes, tmp_path, resnet18, given[0], f"sets={{top1: {tmp_path / 'one'}}}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,6 +36,7 @@ ALEXNET = {
     "jpeg_compression": 0.606500,
 }  # fmt: skip
 SEVERITIES = ("1", "2", "3", "4", "5")
+RESERVED = ("top1", "ece", "mCE", "error")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
@@ -77,6 +79,9 @@ class RobustnessRecipe(ClassifyRecipe):
             )
         sets = given.get("sets") or {}
         names = sorted(sets) if isinstance(sets, dict) else []
+        taken = [name for name in names if name in RESERVED]
+        if taken:
+            raise ValueError(f"sets: '{taken[0]}' is the name of a metric; give the set another one")
         return {
             **given,
             "classifier_fingerprint": info.fingerprint,
@@ -116,7 +121,7 @@ class RobustnessRecipe(ClassifyRecipe):
             )
 
     @override
-    def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
+    def open(self, open_images: OpenImages = open_split) -> tuple[Any, ImageSet]:
         info = self.info
         test = open_images(self.data, "test")
         if test.labels.ndim == 2 or test.classes != info.classes:
@@ -124,11 +129,14 @@ class RobustnessRecipe(ClassifyRecipe):
                 f"{test.root}: its {len(test.classes)} classes are not the {len(info.classes)} that {self.classifier} was "
                 f"trained for ({info.dataset})"
             )
-        for name, folder in self.sets.items():
-            _shifted(name, Path(folder).expanduser(), info.classes)
+        shifted = {
+            name: _shifted(name, Path(folder).expanduser(), info.classes) for name, folder in sorted(self.sets.items())
+        }
         if self.corruptions is not None:
-            _corrupted(Path(self.corruptions).expanduser(), info.classes)
-        return test, test  # nothing is trained
+            for corruption, severity, images in _corrupted(Path(self.corruptions).expanduser(), info.classes):
+                shifted[f"{corruption}/{severity}"] = images
+        # Nothing is trained. In place of training images stand the shifted ones: they are checked and identified like these.
+        return ShiftedImages(test, shifted) if shifted else test, test
 
     def measure(self, setting: Images) -> dict[str, float]:
         """Top-1 on every set, mCE, and ECE, in percent."""
@@ -165,6 +173,49 @@ class RobustnessRecipe(ClassifyRecipe):
         said = (f"{name.split('/')[-1]} {value:.2f}" for name, value in found.items() if name.count("/") < 2)
         say(f"{self.name}: {', '.join(said)}")
         return found
+
+
+@dataclass(frozen=True)
+class ShiftedImages:
+    """All images beside the classifier's own test images, as one split.
+
+    Attributes:
+        own: The classifier's own test images.
+        sets: The others, by name.
+    """
+
+    own: ImageSet
+    sets: Mapping[str, FileImages]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classifier's classes."""
+        return self.own.classes
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sets.values()))
+
+    def summary(self) -> dict[str, str | int]:
+        """The count, and a digest of the names of all sets, of their images and of the sizes of these files."""
+        return {"num_images": len(self), "listing": self._listing}
+
+    @cached_property
+    def _listing(self) -> str:
+        digest = hashlib.sha256()
+        for name, images in self.sets.items():
+            digest.update(f"{name} {images.summary()['listing']}\n".encode())
+            # The copies of an image in several sets have one name.
+            digest.update(" ".join(str(path.stat().st_size) for path in images.paths).encode())
+        return digest.hexdigest()[:16]
+
+    def check(self) -> None:
+        """Look for damaged files in every set.
+
+        Raises:
+            DataError: If there are any; names them.
+        """
+        for images in self.sets.values():
+            images.check()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
