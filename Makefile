@@ -29,7 +29,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco show-detections suite status tables report plots verify reference bench doctor
+.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ detect-voc: $(READY) ## Faster R-CNN on VOC, five seeds: BACKBONE=… ENGINE=tor
 detect-coco: $(READY) ## Mask R-CNN on COCO: BACKBONE=… ENGINE=torchvision|detectron2 SCHEDULE=1x|2x ARGS="data.root=…"
 	$(if $(filter 1x 2x,$(SCHEDULE)),,$(error SCHEDULE=$(SCHEDULE): 1x and 2x are valid))$(MIXMASK) transfer configs/transfer/detect_coco$(COCO_$(SCHEDULE)).yaml backbone=$(BACKBONE) \
 		engine=$(ENGINE) --runs $(RUNS) $(ARGS)
+
+segment: $(READY) ## Semantic segmentation: BACKBONE=… CONFIG=segment_voc|segment_voc_moco|segment_cityscapes ARGS="data.root=…"
+	$(MIXMASK) transfer $(if $(filter segment%,$(CONFIG)),$(CONFIG),segment_voc) backbone=$(BACKBONE) --runs $(RUNS) $(ARGS)
 
 show-detections: $(READY) ## What a detection run found, beside the truth: RUN=runs/transfer/… ARGS="--out found.html"
 	$(if $(RUN),,$(error make show-detections: which run? RUN=runs/transfer/…))$(MIXMASK) show-detections $(RUN) $(ARGS)

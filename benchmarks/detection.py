@@ -1,6 +1,6 @@
 """Seconds of one training iteration of both detection engines: same recipe, weights and batches, on this machine.
 
-    PYTHONPATH=<detectron2's source tree> python -m benchmarks.detection --root DATA [--protocol detect_voc] [--short 256]
+    PYTHONPATH=<detectron2's source tree> python -m benchmarks.detection --root DATA [--config detect_coco_fpn] [--short 256]
 
 ResNet-50, batch 2 (16 on a GPU), pictures whose short side is ``--short`` pixels (the recipe's 480 … 800 on a GPU).
 """
@@ -21,7 +21,6 @@ from mixmask.engine.precision import autocast, fast_bf16
 from mixmask.engine.randomness import generator
 from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.detectors.c4.names import detector_to_detectron2
 from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config, require_detectron2
 from mixmask.transfer.detection.recipe import DetectRecipe
@@ -47,27 +46,27 @@ def their_batch(batch: DetectionBatch) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--root", required=True)
-    arguments.add_argument("--protocol", choices=["detect_voc", "detect_coco"], default="detect_voc")
+    arguments.add_argument("--config", default="detect_voc", help="a config in configs/transfer, by its name")
     arguments.add_argument("--train", default=None, help="the training split; the recipe's by default")
     arguments.add_argument("--short", type=int, default=None, help="short side in pixels; the recipe's by default")
     arguments.add_argument("--batch", type=int, default=16 if DEVICE.type == "cuda" else 2)
     arguments.add_argument("--arch", default="resnet50")
-    arguments.add_argument("overrides", nargs="*", help="keys of the recipe, for example roi.batch_per_image=64")
+    arguments.add_argument(
+        "overrides", nargs="*", help="keys of the recipe, for example detector.roi.batch_per_image=64"
+    )
     given = arguments.parse_args()
     require_detectron2()
     from detectron2.modeling import build_model
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
 
-    import mixmask.transfer.detection.detectors.c4.heads  # noqa: F401 (registers the head)
-
     overrides = [f"data.root={given.root}", "backbone=none", f"batch_size={given.batch}", "data.num_workers=0"]
     overrides += given.overrides
     if given.train is not None:
-        overrides += [f"data.train=[{given.train}]", f"data.test=[{given.train}]"]
+        overrides += [f"data.train=[{given.train}]", f"data.test=[{given.train}]", "data.allow_overlap=true"]
     if given.short is not None:
         overrides.append(f"min_size_train=[{given.short}]")
-    recipe = load_transfer_recipe(configs_folder() / "transfer" / f"{given.protocol}.yaml", overrides)
+    recipe = load_transfer_recipe(configs_folder() / "transfer" / f"{given.config}.yaml", overrides)
     assert isinstance(recipe, DetectRecipe)
     pictures, _ = open_detection(recipe)
     backbone = BackboneRecipe(arch=given.arch)
@@ -89,7 +88,7 @@ def main() -> None:
             checkpoint_every=500,
         )
     theirs = build_model(cfg)
-    theirs.load_state_dict(detector_to_detectron2(ours.state_dict()), strict=False)
+    theirs.load_state_dict(recipe.detector.to_detectron2(ours.state_dict()), strict=False)
     ours.train()
     theirs.train()
     batch = next(training_batches(pictures, recipe, 0, 0, 1))
@@ -124,17 +123,17 @@ def main() -> None:
         calls["torchvision_bf16"] = lambda: torchvision("bf16")
     measured = interleaved(calls, given.repeats, "detectron2")
     answer = {
-        "question": f"seconds of an iteration of {given.batch} images on {given.protocol}, and over Detectron2's",
+        "question": f"seconds of an iteration of {given.batch} images on {given.config}, and over Detectron2's",
         "sizes": [list(image.shape[1:]) for image in batch.images],
         **measured,
     }
     command = " ".join(
         [
-            f"python -m benchmarks.detection --protocol {given.protocol} --short {given.short} --batch {given.batch}",
+            f"python -m benchmarks.detection --config {given.config} --short {given.short} --batch {given.batch}",
             *given.overrides,
         ]
     )
-    report(given.protocol, command, [answer], given.out)
+    report(given.config, command, [answer], given.out)
 
 
 if __name__ == "__main__":
