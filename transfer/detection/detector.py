@@ -103,13 +103,11 @@ class DetectorRecipe(Recipe, ABC):
     """The keys of a detector, and how it is built on both engines.
 
     Attributes:
-        suffix: What its results have after the protocol's name in records and tables (``detect_coco_fpn``).
         gives_masks: Whether it can have a mask head; without one, COCO is measured by boxes alone.
         losses: Detectron2's names of its losses, and those of `Detector.losses`; both engines log the latter.
     """
 
     kind: str
-    suffix: ClassVar[str]
     gives_masks: ClassVar[bool] = True
     losses: ClassVar[Mapping[str, str]] = {
         "loss_rpn_cls": "rpn_objectness",
@@ -118,6 +116,11 @@ class DetectorRecipe(Recipe, ABC):
         "loss_box_reg": "roi_box",
         "loss_mask": "roi_mask",
     }
+
+    @property
+    def suffix(self) -> str:
+        """What follows the protocol's name in records and tables (``detect_coco_fpn``): results of detectors differ."""
+        return f"_{self.kind}"
 
     @abstractmethod
     def check_backbone(self, backbone: BackboneRecipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
@@ -20,11 +20,14 @@ HEADS = "Res5ROIHeadsExtraNorm"  # as `heads` registers them
 class C4Recipe(DetectorRecipe):
     """conv1 … layer3 of a ResNet as the backbone, layer4 as the RoI head."""
 
-    suffix: ClassVar[str] = ""  # it was there first
-
     kind: Literal["c4"] = "c4"
     rpn: RPNRecipe = RPNRecipe()
     roi: RoIRecipe = RoIRecipe()
+
+    @property
+    @override
+    def suffix(self) -> str:
+        return ""  # it was there first
 
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -30,8 +30,6 @@ class FPNRecipe(DetectorRecipe):
     ``norm`` is batch normalisation in the pyramid, which MoCo's protocol adds to what is newly initialised
     (arXiv:1911.05722, section 4.2; ``MODEL.FPN.NORM: SyncBN`` in the configs of DenseCL, PixPro, SoCo, DetCo and mmselfsup).
     """
-
-    suffix: ClassVar[str] = "_fpn"
 
     kind: Literal["fpn"] = "fpn"
     channels: int = Field(256, ge=1)

@@ -53,7 +53,6 @@ class RetinaNetRecipe(DetectorRecipe):
     loss's (equation 5), ``prior`` is the initial probability of an object (section 4.1).
     """
 
-    suffix: ClassVar[str] = "_retinanet"
     gives_masks: ClassVar[bool] = False
     losses: ClassVar[Mapping[str, str]] = {"loss_cls": "class", "loss_box_reg": "box"}
 
