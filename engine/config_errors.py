@@ -130,7 +130,10 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
         text = f"{source}: unknown key '{dotted}' (given: {given!r}). {hint}".rstrip()
         return f"{text} Valid keys here: {', '.join(valid)}"
     if kind == "missing":
-        return f"{path}: the key '{dotted}' is required and missing: give {dotted}=… on the command line or in the file"
+        # Items of a list have no key of their own on the command line.
+        inside = any(part.isdigit() for part in keys)
+        how = "" if inside else f": give {dotted}=… on the command line or in the file"
+        return f"{path}: the key '{dotted}' is required and missing{how}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tag = str(problem["ctx"]["discriminator"]).strip("'")
         value = given.get(tag) if isinstance(given, Mapping) else given

@@ -87,6 +87,8 @@ def find_splits(root: Path, layout: str | None = None) -> list[str]:
     known = KINDS.classes() if layout is None else [KINDS.get(layout, "--layout")]
     kinds = sorted((one() for one in known), key=lambda one: one.general)
     splits = next((found for one in kinds if (found := one.splits(root))), [])
+    if not splits and layout is not None:
+        kinds[0].open(root, DataRecipe(name="data", root=str(root), layout=layout), "train")  # says what it expected
     if not splits and root.is_file():
         raise DataError(f"{root}: is a file and no archive that is known; a folder was expected")
     if not splits and images_in(root):

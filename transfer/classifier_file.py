@@ -110,7 +110,9 @@ def read_info(path: Path) -> ClassifierInfo:
         with safe_open(path, framework="pt") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
+        raise CheckpointError(
+            f"{path}: damaged, or no classifier; {FILE} of a run with save_classifier=true is one ({error})"
+        ) from None
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is no classifier; {FILE} of a run with save_classifier=true is one")
     try:

@@ -166,7 +166,7 @@ def _state_of(path: Path) -> str:
 
 def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -> Tensor:
     """The features in ``folder``, or new ones that are written there; one job at a time extracts, the others wait."""
-    file, owner, waits = folder / FILE, Owner(RunDirectory(folder).owner_file), False
+    file, owner, waits, wrote = folder / FILE, Owner(RunDirectory(folder).owner_file), False, False
 
     def claimed() -> str:
         """Empty if this job may write; else who does."""
@@ -191,7 +191,7 @@ def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -
         found = _read(file, num)
         if not any_of(found is None):  # on every process: another job may have written it between two looks
             assert found is not None
-            say(f"{title}: {num:,} features from {folder}")
+            say(f"{title}: {num:,} features {'kept in' if wrote else 'from'} {folder}")
             return found
         other = from_first(agreed(lambda: claimed() if world().is_writer else ""))
         if other:  # another job extracts them: what it writes serves this one, too
@@ -204,6 +204,7 @@ def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -
             if from_first(_read(file, num) is None):  # not written between the look and the lock
                 features = extract()
                 on_rank0(lambda: write(features))  # noqa: B023
+                wrote = True
         finally:
             if world().is_writer:
                 owner.release()

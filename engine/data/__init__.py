@@ -13,6 +13,7 @@ from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.randomness import draw_per_class
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text
+from mixmask.engine.wording import closest_first
 
 KINDS: Registry[DataKind] = Registry(
     DataKind, __name__, "mixmask.data", "kind of data", lambda one: [one.kind] if "kind" in vars(one) else []
@@ -28,7 +29,10 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
     """
     root = Path(data.root).expanduser()
     if not root.exists():
-        raise DataError(f"{root}: no such data folder; give the place of '{data.name}' with data.root=PATH")
+        raise DataError(
+            f"{root}: no such data folder; give the place of '{data.name}' with data.root=PATH, or in a suite "
+            f"with data.{data.name}=PATH"
+        )
     if data.holdout:
         return _held_out(data, root, part)
     if part == "test" and data.test is None:
@@ -64,7 +68,10 @@ def _of_classes(images: ImageSet, file: Path) -> ImageSet:
     unknown = [name for name in names if name not in images.classes]
     if unknown or not names:
         problem = (
-            f"{len(unknown)} of its classes are not in {images.root}: {', '.join(unknown[:3])}" if names else "empty"
+            f"{len(unknown)} of its classes {'are' if len(unknown) > 1 else 'is'} not in {images.root}: "
+            f"{', '.join(unknown[:3])}; there are {', '.join(closest_first(unknown[0], images.classes)[:5])} …"
+            if names
+            else "empty"
         )
         raise DataError(f"{file}: {problem} (data.class_list: one class per line)")
     if not isinstance(images, Images) or images.labels.ndim == 2:

@@ -40,7 +40,7 @@ class KnnRecipe(FrozenRecipe):
     depends_on_seed: ClassVar[bool] = False
 
     protocol: Literal["knn"]
-    k: int = Field(200, ge=1)
+    k: int = Field(200, ge=1, description="one number; further ones go into other_k")
     temperature: float = Field(0.1, gt=0, le=1e6)
     other_k: tuple[Neighbours, ...] = added((10, 20, 100, 200))
     other_temperatures: tuple[Temperature, ...] = added((0.07, 0.1))

@@ -86,7 +86,8 @@ class SvmVoc07Recipe(FrozenRecipe):
                 )
         if self.low_shot and fewest < max(self.low_shot):
             raise ConfigError(
-                f"low_shot {max(self.low_shot)}: class '{name}' is in {fewest} training images of '{self.data.name}' only"
+                f"low_shot {max(self.low_shot)}: class '{name}' is in {fewest} training images of '{self.data.name}' only; "
+                f"low_shot=[{', '.join(str(k) for k in self.low_shot if k <= fewest)}] would do"
             )
         return train, test
 

@@ -33,7 +33,8 @@ def encode_mask(mask: Floats, box: tuple[float, float, float, float], height: in
     x1, y1 = min(math.ceil(right) + 1, width), min(math.ceil(bottom) + 1, height)
     changes = np.zeros(0, dtype=np.int64)
     if x1 > x0 and y1 > y0 and right > left and bottom > top:
-        framed = np.pad(mask, 1)  # outside of the box is 0
+        framed = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), dtype=np.float32)  # outside of the box is 0
+        framed[1:-1, 1:-1] = mask
         column, to_right = _between(left, right, x0, x1, mask.shape[1])
         row, down = _between(top, bottom, y0, y1, mask.shape[0])
         across = framed[:, column]
@@ -53,9 +54,15 @@ def _between(low: float, high: float, first: int, last: int, cells: int) -> tupl
     Returns:
         The cell to the left or above, counted in a mask with a frame of one cell, and the distance to it, in [0, 1].
     """
-    place = (np.arange(first, last, dtype=np.float32) + np.float32(0.5 - low)) * np.float32(cells / (high - low)) + 0.5
-    cell = np.clip(place.astype(np.int64), 0, cells)
-    return cell, np.clip(place - cell, 0, 1).astype(np.float32)
+    place = np.arange(first, last, dtype=np.float32)
+    place += np.float32(0.5 - low)
+    place *= np.float32(cells / (high - low))
+    place += np.float32(0.5)
+    np.maximum(place, 0, out=place)
+    np.minimum(place, cells + 1, out=place)
+    cell = np.minimum(place.astype(np.int64), cells)
+    place -= cell
+    return cell, place
 
 
 def _changes(inside: npt.NDArray[np.bool_], x0: int, y0: int, height: int) -> Indices:
