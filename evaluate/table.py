@@ -308,7 +308,8 @@ def _texts(groups: Sequence[_Group]) -> dict[_Group, _Texts]:
     seen = Counter((group.place, texts[group]) for group in groups)
     for group in groups:
         if seen[group.place, texts[group]] > 1:
-            told = f"backbone {group.first.pool[4][:8]}, measured as {group.first.protocol_key[:8]}"
+            own = group.first
+            told = f"run {own.run.record.name}: backbone {own.pool[4][:8]}, measured as {own.protocol_key[:8]}"
             texts[group] = _Texts(texts[group].backbone, (*texts[group].measurement, told))
     return texts
 

@@ -201,7 +201,7 @@ def test_masks_are_drawn_in_their_box_and_pasted_back() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.tuples(*[st.floats(-5, 45)] * 4),
+    st.tuples(*[st.integers(-40, 360).map(lambda eighths: eighths / 8)] * 4),
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
     st.integers(0, 999),
     st.booleans(),
