@@ -135,3 +135,14 @@ def test_without_the_faster_backend_pycocotools_is_taken(tmp_path: Path, monkeyp
     slow = coco_metrics(found, pictures, masks=True)
     assert slow.keys() == other.keys()
     assert slow == pytest.approx(other, abs=1e-12)
+
+
+def test_many_masks_are_no_trouble(tmp_path: Path) -> None:
+    """pycocotools gives the areas of at most 255 masks at once."""
+    pictures, found = random_set(5, tmp_path)
+    many = [*found, *(FoundObject(one.picture, one.label, 0.01, one.box, one.mask) for one in found * 60)]
+    assert len(many) > 700
+    evaluation = theirs(pictures, many, "segm")
+    np.testing.assert_allclose(
+        metrics._coco_evaluation(many, pictures, "segm")[0], evaluation.stats, rtol=0, atol=1e-15
+    )

@@ -195,6 +195,7 @@ def voc_metrics(detections: Sequence[FoundObject], pictures: DetectionSet) -> di
 
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
+MOST_AT_ONCE = 200  # pycocotools counts the masks whose areas it gives in eight bits
 COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -264,7 +265,9 @@ def _results(detections: Sequence[FoundObject], pictures: DetectionSet, kind: st
     """What COCO's ``loadRes`` would make of the detections, with the areas of all masks at once."""
     rows = [coco_row(detection, pictures, kind) for detection in detections]
     if kind == "segm":
-        areas = coco_mask.area([row["segmentation"] for row in rows]).tolist()
+        codes = [row["segmentation"] for row in rows]
+        parts = [codes[first : first + MOST_AT_ONCE] for first in range(0, len(codes), MOST_AT_ONCE)]
+        areas = [area for part in parts for area in coco_mask.area(part).tolist()]
     else:
         areas = [row["bbox"][2] * row["bbox"][3] for row in rows]
     for number, (row, area) in enumerate(zip(rows, areas, strict=True), start=1):
