@@ -122,6 +122,11 @@ class DetectorRecipe(Recipe, ABC):
         """What follows the protocol's name in records and tables (``detect_coco_fpn``): results of detectors differ."""
         return f"_{self.kind}"
 
+    @property
+    def label(self) -> str:
+        """What follows "detection" in the titles of its results."""
+        return self.kind
+
     @abstractmethod
     def check_backbone(self, backbone: BackboneRecipe) -> None:
         """Refuse a trunk on which the detector cannot be built.

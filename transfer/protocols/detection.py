@@ -35,7 +35,7 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
     @property
     @override
     def title(self) -> str:
-        return f"detection{self.detector.suffix.replace('_', ' ').upper()}"
+        return f"detection {self.detector.label}".strip()
 
     @property
     @override

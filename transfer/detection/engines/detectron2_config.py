@@ -237,7 +237,7 @@ def dump_config(
         checkpoint_every=5000,
     )
     module = recipe.detector.detectron2_module
-    head = f"# {recipe.protocol} as a Detectron2 config. The trunk is {weights}.\n"
+    head = f"# {recipe.protocol}{recipe.detector.suffix} as a Detectron2 config. The trunk is {weights}.\n"
     if module is not None:
         head += f"# Its heads are not Detectron2's own: `import {module}` in your program registers them.\n"
     if own:

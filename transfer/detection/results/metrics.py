@@ -257,7 +257,8 @@ def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
     """The annotations as an instance of pycocotools' ``COCO``, or of a class with its interface."""
     truth = reader()
     truth.dataset = _merged(pictures)
-    truth.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it does so
+        truth.createIndex()
     return truth
 
 

@@ -30,7 +30,7 @@ class VOC(SegmentationKind):
 
     @override
     def recognises(self, root: Path) -> bool:
-        return any((folder / "SegmentationClass").is_dir() for folder in root.glob("VOC*"))
+        return any((folder / "JPEGImages").is_dir() for folder in root.glob("VOC*"))
 
     @override
     def classes(self, root: Path) -> tuple[str, ...]:
@@ -64,9 +64,12 @@ def _names(folder: Path, name: str, root: Path) -> list[str]:
     listing = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not name or not listing.is_file():
         there = sorted(f"{p.parts[-4][3:]}/{p.stem}" for p in root.glob("VOC*/ImageSets/Segmentation/*.txt"))
-        raise DataError(
-            f"{listing}: no such image list. Splits there: {', '.join(there) or 'none'}, and 2012/{AUGMENTED}"
+        lists = (
+            f"Splits there: {', '.join(there)}, and 2012/{AUGMENTED}"
+            if there
+            else "VOC 2012's archive has lists in ImageSets/Segmentation and maps in SegmentationClass; this devkit has none"
         )
+        raise DataError(f"{listing}: no such image list. {lists}")
     names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
     if not names:
         raise DataError(f"{listing}: empty")

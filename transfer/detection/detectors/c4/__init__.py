@@ -29,6 +29,11 @@ class C4Recipe(DetectorRecipe):
     def suffix(self) -> str:
         return ""  # it was there first
 
+    @property
+    @override
+    def label(self) -> str:
+        return ""
+
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
         check_backbone(backbone)

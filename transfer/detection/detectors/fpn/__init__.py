@@ -39,6 +39,11 @@ class FPNRecipe(DetectorRecipe):
     box_head: BoxHeadRecipe = BoxHeadRecipe()
     mask_head: MaskHeadRecipe = MaskHeadRecipe()
 
+    @property
+    @override
+    def label(self) -> str:
+        return "FPN"
+
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
         check_maps(backbone, "detection (FPN)")

@@ -69,6 +69,11 @@ class RetinaNetRecipe(DetectorRecipe):
     nms_threshold: float = Field(0.5, gt=0, le=1)
     detections_per_image: int = Field(100, ge=1)
 
+    @property
+    @override
+    def label(self) -> str:
+        return "RetinaNet"
+
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
         check_maps(backbone, "detection (RetinaNet)")
