@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.transfer.detection.detector import DetectorRecipe
-from mixmask.transfer.detection.detectors.c4.names import detector_from_detectron2, detector_to_detectron2
+from mixmask.transfer.detection.detectors.c4 import names
 from mixmask.transfer.detection.detectors.c4.network import C4Detector, check_backbone
 from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe, configure_roi, configure_rpn
 
@@ -53,12 +52,12 @@ class C4Recipe(DetectorRecipe):
         configure_roi(cfg, self.roi, HEADS, num_classes)
 
     @override
-    def to_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return detector_to_detectron2(state)
+    def name_in_detectron2(self, name: str) -> str | None:
+        return names.name_in_detectron2(name)
 
     @override
-    def from_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return detector_from_detectron2(state)
+    def name_here(self, name: str) -> str | None:
+        return names.name_here(name)
 
     @override
     def place_in_detectron2(self, name: str) -> str:

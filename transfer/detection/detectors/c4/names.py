@@ -1,65 +1,36 @@
-"""Convert the tensor names of a C4 detector between our network and Detectron2's, in both directions."""
+"""The names of a C4 detector's tensors in our network and in Detectron2's, in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from mixmask.transfer.checkpoints.names import from_detectron2, to_detectron2
+from mixmask.transfer.detection.layers.tensor_names import RPN_AND_BOXES, renamed, reversed_names
 
-STEM = {"stem.0.": "conv1.", "stem.1.": "bn1."}
-STAGES = {"res2.": "layer1.", "res3.": "layer2.", "res4.": "layer3.", "roi_heads.res5.": "layer4."}
-HEADS = {
-    "rpn.conv.": "proposal_generator.rpn_head.conv.",
-    "rpn.objectness.": "proposal_generator.rpn_head.objectness_logits.",
-    "rpn.deltas.": "proposal_generator.rpn_head.anchor_deltas.",
-    "roi_heads.norm.": "roi_heads.res5.norm.",
-    "roi_heads.classifier.": "roi_heads.box_predictor.cls_score.",
-    "roi_heads.regressor.": "roi_heads.box_predictor.bbox_pred.",
-    "roi_heads.mask_head.": "roi_heads.mask_head.",
+TRUNK = {
+    "stem.0.": "conv1.",
+    "stem.1.": "bn1.",
+    "res2.": "layer1.",
+    "res3.": "layer2.",
+    "res4.": "layer3.",
+    "roi_heads.res5.": "layer4.",
 }
-TRUNK = STEM | STAGES
+HEADS = {**RPN_AND_BOXES, "roi_heads.norm.": "roi_heads.res5.norm."}
 
 
-def _renamed(name: str, table: Mapping[str, str]) -> str | None:
-    return next((new + name[len(old) :] for old, new in table.items() if name.startswith(old)), None)
-
-
-def detector_to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of a `C4Detector` to Detectron2's ``GeneralizedRCNN`` with `Res5ROIHeadsExtraNorm`.
-
-    Raises:
-        KeyError: If a tensor has no counterpart there.
-    """
-    return {_theirs(name): tensor for name, tensor in state.items()}
-
-
-def detector_from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `detector_to_detectron2`.
-
-    Raises:
-        KeyError: If a tensor has no place here.
-    """
-    return {_ours(name): tensor for name, tensor in state.items()}
-
-
-def _theirs(name: str) -> str:
-    head = _renamed(name, HEADS)
+def name_in_detectron2(name: str) -> str | None:
+    """Detectron2's name of a tensor of a `C4Detector`; None if there is none."""
+    head = renamed(name, HEADS)
     if head is not None:
         return head
-    trunk = _renamed(name, TRUNK)
+    trunk = renamed(name, TRUNK)
     if trunk is None:
-        raise KeyError(name)
+        return None
     return f"{'roi_heads' if trunk.startswith('layer4') else 'backbone'}.{to_detectron2(trunk)}"
 
 
-def _ours(name: str) -> str:
-    head = _renamed(name, {theirs: ours for ours, theirs in HEADS.items()})
+def name_here(name: str) -> str | None:
+    """The inverse of `name_in_detectron2`."""
+    head = renamed(name, reversed_names(HEADS))
     if head is not None:
         return head
     trunk = from_detectron2(name.removeprefix("backbone.").removeprefix("roi_heads."))
-    ours = _renamed(trunk, {theirs: ours for ours, theirs in TRUNK.items()})
-    if ours is None:
-        raise KeyError(name)
-    return ours
+    return renamed(trunk, reversed_names(TRUNK))

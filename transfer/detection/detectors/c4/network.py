@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, width_of
 from mixmask.engine.errors import ConfigError
-from mixmask.engine.precision import Precision
 from mixmask.transfer.detection.detectors.c4.roi import Res5RoIHeads
 from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe
 from mixmask.transfer.detection.layers.rpn import RPN
@@ -73,17 +72,10 @@ class C4Detector(TwoStageDetector):
         self.rpn = RPN(channels // 2, [STRIDE], [rpn.anchor_sizes], rpn)
         self.roi_heads = Res5RoIHeads(trunk.layer4, channels, STRIDE, num_classes, masks, roi)
 
+    @property
     @override
-    def arrange(self, device: torch.device, precision: Precision) -> None:
-        """Move to a device, in the memory format that is fastest there.
-
-        Channels last is faster on a GPU, in bf16, and for bottlenecks (1.14 times on a CPU in fp32). On a CPU in fp32,
-        the 3×3 convolutions of basic blocks are up to a quarter slower with it (`benchmarks/detection.py`).
-        """
-        bottlenecks = hasattr(self.res2[0], "conv3")
-        last = device.type == "cuda" or precision != "fp32" or bottlenecks
-        self.memory_format = torch.channels_last if last else torch.contiguous_format
-        super().arrange(device, precision)
+    def bottlenecks(self) -> bool:
+        return hasattr(self.res2[0], "conv3")
 
     def trunk_state(self) -> dict[str, Tensor]:
         """The trunk inside the detector, under torchvision's names again."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.engine.precision import Precision
 from mixmask.transfer.detection.layers.heads import BoxHead, MaskHead
 from mixmask.transfer.detection.layers.pyramid import STRIDES, Pyramid, pool_from_levels, trunk_maps
 from mixmask.transfer.detection.layers.recipes import BoxHeadRecipe, MaskHeadRecipe, PyramidRoIRecipe, PyramidRPNRecipe
@@ -102,12 +100,10 @@ class FPNDetector(TwoStageDetector):
         self.rpn = RPN(channels, [*STRIDES, 2 * STRIDES[-1]], rpn.sizes, rpn)
         self.roi_heads = PyramidRoIHeads(channels, num_classes, roi, box_head, mask_head)
 
+    @property
     @override
-    def arrange(self, device: torch.device, precision: Precision) -> None:
-        """Move to a device, in the memory format that is fastest there: see `C4Detector.arrange`."""
-        last = device.type == "cuda" or precision != "fp32" or self.backbone.trunk.bottlenecks
-        self.memory_format = torch.channels_last if last else torch.contiguous_format
-        super().arrange(device, precision)
+    def bottlenecks(self) -> bool:
+        return self.backbone.trunk.bottlenecks
 
     @override
     def maps(self, images: list[Tensor]) -> list[Tensor]:

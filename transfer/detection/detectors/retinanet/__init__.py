@@ -11,10 +11,8 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.config import Recipe
-from mixmask.transfer.detection.detector import DetectorRecipe
-from mixmask.transfer.detection.detectors.retinanet.names import detector_from_detectron2, detector_to_detectron2
 from mixmask.transfer.detection.detectors.retinanet.network import RetinaNet
-from mixmask.transfer.detection.layers.pyramid import check_maps
+from mixmask.transfer.detection.layers.pyramid_recipe import PyramidRecipe
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -46,19 +44,20 @@ class DenseAnchorRecipe(Recipe):
         return [[size * 2 ** (step / self.octaves) for step in range(self.octaves)] for size in self.sizes]
 
 
-class RetinaNetRecipe(DetectorRecipe):
+class RetinaNetRecipe(PyramidRecipe):
     """Class and box of every anchor on a pyramid of strides 8 to 128; without masks.
 
-    ``norm`` is batch normalisation in the pyramid; the head has none. ``focal_alpha`` and ``focal_gamma`` are the focal
+    The head has no batch normalisation. ``focal_alpha`` and ``focal_gamma`` are the focal
     loss's (equation 5), ``prior`` is the initial probability of an object (section 4.1).
     """
 
+    finest: ClassVar[int] = 3
+    heads: ClassVar[dict[str, str]] = {"head.": "head."}
+    ours_alone: ClassVar[tuple[str, ...]] = ("normalizer",)  # Detectron2 forgets it when a run is resumed
     gives_masks: ClassVar[bool] = False
     losses: ClassVar[Mapping[str, str]] = {"loss_cls": "class", "loss_box_reg": "box"}
 
     kind: Literal["retinanet"] = "retinanet"
-    channels: int = Field(256, ge=1)
-    norm: bool = True
     num_conv: int = Field(4, ge=0)
     anchors: DenseAnchorRecipe = DenseAnchorRecipe()
     focal_alpha: float = Field(0.25, ge=0, le=1)
@@ -73,10 +72,6 @@ class RetinaNetRecipe(DetectorRecipe):
     @override
     def label(self) -> str:
         return "RetinaNet"
-
-    @override
-    def check_backbone(self, backbone: BackboneRecipe) -> None:
-        check_maps(backbone, "detection (RetinaNet)")
 
     @override
     def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> RetinaNet:
@@ -99,18 +94,11 @@ class RetinaNetRecipe(DetectorRecipe):
             detections_per_image=self.detections_per_image,
         )
 
-    @property
-    @override
-    def detectron2_module(self) -> None:
-        return None
-
     @override
     def configure(self, cfg: Any, backbone: BackboneRecipe, num_classes: int) -> None:
-        model, stages = cfg.MODEL, ["res3", "res4", "res5"]
+        model = cfg.MODEL
         model.META_ARCHITECTURE = "RetinaNet"
-        model.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
-        model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = stages
-        model.FPN.OUT_CHANNELS, model.FPN.NORM = self.channels, model.RESNETS.NORM if self.norm else ""
+        self.configure_pyramid(cfg, "build_retinanet_resnet_fpn_backbone", ["res3", "res4", "res5"])
         model.ANCHOR_GENERATOR.SIZES = self.anchors.of_each_map
         model.ANCHOR_GENERATOR.ASPECT_RATIOS = [list(self.anchors.aspect_ratios)]
         head = model.RETINANET
@@ -121,15 +109,3 @@ class RetinaNetRecipe(DetectorRecipe):
         head.SCORE_THRESH_TEST, head.NMS_THRESH_TEST = self.score_threshold, self.nms_threshold
         head.TOPK_CANDIDATES_TEST = self.pre_nms
         cfg.TEST.DETECTIONS_PER_IMAGE = self.detections_per_image
-
-    @override
-    def to_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return detector_to_detectron2(state)
-
-    @override
-    def from_detectron2(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return detector_from_detectron2(state)
-
-    @override
-    def place_in_detectron2(self, name: str) -> str:
-        return f"backbone.bottom_up.{name}"

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.distributed import mean
-from mixmask.engine.precision import Precision
 from mixmask.transfer.detection.detector import Detections, Detector, Targets
 from mixmask.transfer.detection.layers.anchors import Anchors, by_anchor
 from mixmask.transfer.detection.layers.boxes import IGNORED, POSITIVE, clip_boxes, decode_boxes, encode_boxes, match
@@ -112,12 +111,10 @@ class RetinaNet(Detector):
         self.head = RetinaNetHead(channels, num_conv, self.anchors.per_position, num_classes, prior)
         self.register_buffer("normalizer", torch.tensor(START))
 
+    @property
     @override
-    def arrange(self, device: torch.device, precision: Precision) -> None:
-        """Move to a device, in the memory format that is fastest there: see `C4Detector.arrange`."""
-        last = device.type == "cuda" or precision != "fp32" or self.backbone.trunk.bottlenecks
-        self.memory_format = torch.channels_last if last else torch.contiguous_format
-        super().arrange(device, precision)
+    def bottlenecks(self) -> bool:
+        return self.backbone.trunk.bottlenecks
 
     def predict(self, images: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of each map the anchors, class logits and deltas."""
