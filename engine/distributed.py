@@ -22,7 +22,7 @@ import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 from mixmask.engine.errors import ConfigError, Interrupted, RunFailure, UserError
-from mixmask.engine.progress import quieten
+from mixmask.engine.progress import quieten, say
 
 T = TypeVar("T")
 
@@ -328,6 +328,14 @@ def parallel(module: nn.Module, device: torch.device, not_shared: tuple[str, ...
 def convert_sync_batchnorm(model: nn.Module) -> None:
     """Replace the BatchNorm layers inside a model by SyncBatchNorm, whose statistics are over all ranks (on GPUs)."""
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device, title: str) -> None:
+    """With several ranks that have few images each, take batch statistics over all of them; GPUs only, else say so."""
+    if _world.size > 1 and device.type == "cuda":
+        convert_sync_batchnorm(model)
+    elif _world.size > 1:
+        say(f"{title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
 
 
 def environment() -> dict[str, Any]:

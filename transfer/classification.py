@@ -30,7 +30,7 @@ from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
-from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
+from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end, require_shares
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
 Images = Setting[ImageSet]
@@ -115,10 +115,7 @@ class TrainedRecipe(ClassifyRecipe):
 
     @override
     def check_processes(self, processes: int) -> None:
-        if self.batch_size % processes:
-            raise ConfigError(
-                f"batch_size {self.batch_size} cannot be shared by {processes} processes: choose a multiple"
-            )
+        require_shares(self.batch_size, processes)
 
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:

@@ -17,6 +17,7 @@ from pydantic import Field
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
+from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import DeviceName, Precision
@@ -193,3 +194,34 @@ def beyond_end(milestones: Sequence[int], length: float, unit: str) -> list[str]
         f"milestones {', '.join(map(str, late))} are not reached in {length:g} {unit}: the learning rate is not reduced "
         f"there"
     ]
+
+
+def require_shares(batch_size: int, processes: int) -> None:
+    """Refuse a batch that so many processes cannot share equally.
+
+    Raises:
+        ConfigError: The message says what would be valid.
+    """
+    if batch_size % processes:
+        raise ConfigError(
+            f"batch_size {batch_size} cannot be shared by {processes} processes: choose a multiple of {processes}"
+        )
+
+
+def require_imagenet_statistics(recipe: TransferRecipe, source: Source, what: str) -> None:
+    """Refuse a trunk that was trained with the mean and deviation of another data set than ImageNet.
+
+    Args:
+        recipe: Its ``normalization`` comes before the file's.
+        source: The backbone.
+        what: What takes ImageNet's only, for the message.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    normalization = recipe.normalization or source.info.normalization
+    if normalization != "imagenet":
+        raise ConfigError(
+            f"normalization: this trunk was trained with the mean and deviation of {normalization}; {what} takes "
+            f"ImageNet's only"
+        )

@@ -23,6 +23,7 @@ from mixmask.transfer.detection.results.coco_matches import coco_matches
 from mixmask.transfer.detection.results.metrics import FoundObject, voc_matches
 from mixmask.transfer.detection.results.predictions import NAME, save_detections
 from mixmask.transfer.detection.results.show import draw_sheet
+from mixmask.transfer.protocol import require_shares
 
 
 def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.device, precision: Precision) -> None:
@@ -33,11 +34,7 @@ def check_engine(recipe: DetectRecipe, backbone: BackboneRecipe, device: torch.d
             batch size.
     """
     recipe.detector.check_backbone(backbone)
-    size = distributed.world().size
-    if recipe.batch_size % size:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} cannot be shared by {size} processes: choose a multiple of {size}"
-        )
+    require_shares(recipe.batch_size, distributed.world().size)
     if recipe.save_detector and backbone.arch.startswith(TIMM):
         raise ConfigError(
             f"save_detector: the file has Detectron2's names, which {backbone.arch} has not; leave it false"

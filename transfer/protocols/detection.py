@@ -10,13 +10,18 @@ from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
-from mixmask.engine.errors import ConfigError
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
 from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection
-from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
+from mixmask.transfer.protocol import (
+    Setting,
+    TransferRecipe,
+    beyond_end,
+    require_imagenet_statistics,
+    require_shares,
+)
 
 BOXES = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "bbox/AP75": "box AP75"}
 MASKS = {"segm/AP": "mask AP", "segm/AP50": "mask AP50", "segm/AP75": "mask AP75"}
@@ -73,20 +78,12 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
 
     @override
     def check(self, source: Source, device: torch.device) -> None:
-        normalization = self.normalization or source.info.normalization
-        if normalization != "imagenet":
-            raise ConfigError(
-                f"normalization: this trunk was trained with the mean and deviation of {normalization}; detection takes "
-                f"ImageNet's only (MoCo's protocol)"
-            )
+        require_imagenet_statistics(self, source, "detection")
         check_engine(self, source.info.recipe, device, self.precision)
 
     @override
     def check_processes(self, processes: int) -> None:
-        if self.batch_size % processes:
-            raise ConfigError(
-                f"batch_size {self.batch_size} cannot be shared by {processes} processes: choose a multiple"
-            )
+        require_shares(self.batch_size, processes)
 
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[DetectionSet, DetectionSet]:

@@ -12,16 +12,21 @@ from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
-from mixmask.engine.distributed import convert_sync_batchnorm, from_first, on_rank0, world
-from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.distributed import from_first, on_rank0, synchronise_batchnorm, world
+from mixmask.engine.errors import DataError
 from mixmask.engine.job import Job, Part
 from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import PIXELS
-from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
 from mixmask.transfer.checkpoints.source import Source
-from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end
+from mixmask.transfer.protocol import (
+    Setting,
+    TransferRecipe,
+    beyond_end,
+    require_imagenet_statistics,
+    require_shares,
+)
 from mixmask.transfer.segmentation.batches import training_batches
 from mixmask.transfer.segmentation.dataset import IGNORED, SegmentationSet
 from mixmask.transfer.segmentation.evaluation import evaluate, metrics_of
@@ -67,21 +72,13 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
 
     @override
     def check(self, source: Source, device: torch.device) -> None:
-        normalization = self.normalization or source.info.normalization
-        if normalization != "imagenet":
-            raise ConfigError(
-                f"normalization: this trunk was trained with the mean and deviation of {normalization}; segmentation takes "
-                f"ImageNet's only"
-            )
+        require_imagenet_statistics(self, source, "segmentation")
         check_backbone(source.info.recipe, self.output_stride)
         self.check_processes(world().size)
 
     @override
     def check_processes(self, processes: int) -> None:
-        if self.batch_size % processes:
-            raise ConfigError(
-                f"batch_size {self.batch_size} cannot be shared by {processes} processes: choose a multiple"
-            )
+        require_shares(self.batch_size, processes)
 
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[SegmentationSet, SegmentationSet]:
@@ -105,10 +102,7 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
             auxiliary=self.auxiliary,
         )
         network.to(setting.device).to(memory_format=torch.channels_last)
-        if world().size > 1 and setting.device.type == "cuda":
-            convert_sync_batchnorm(network)
-        elif world().size > 1:
-            say(f"{self.name}: warning: without a GPU, each process normalises its own images (no SyncBN)")
+        synchronise_batchnorm(network, setting.device, self.name)
         optimizer = torch.optim.SGD(
             network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )

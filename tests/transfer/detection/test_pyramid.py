@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mixmask.transfer import stage
 from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.pyramid import TrunkMaps, pool_from_levels, trunk_maps
+from mixmask.transfer.detection.recipe import DetectRecipe
 from tests.transfer.detection.test_detection import (
     COCO,
     PYRAMID,
@@ -51,7 +53,8 @@ def test_a_run_keeps_what_it_found_and_learnt(
     assert ("segm/AP" in record.metrics) == masks
     assert 0 <= record.metrics["bbox/AP"] <= record.metrics["bbox/AP50"] <= 100
     lines = [json.loads(line) for line in ready.run.log_file.read_text().splitlines()]
-    losses = {*ready.recipe.detector.losses.values()} - (set() if masks else {"roi_mask"})  # type: ignore[attr-defined]
+    assert isinstance(ready.recipe, DetectRecipe)
+    losses = {*ready.recipe.detector.losses.values()} - (set() if masks else {"roi_mask"})
     assert {"step", "loss", *losses} <= lines[-1].keys()
     saved = torch.load(ready.run.path / "detector.pth", weights_only=True)["model"]
     state, _ = load_backbone(resnet18)
@@ -98,16 +101,16 @@ def test_networks_of_timm_are_measured_too(arch: str, voc: Path, tmp_path: Path)
 
 def test_the_maps_of_a_timm_trunk_are_its_own_and_all_are_trained() -> None:
     recipe = BackboneRecipe(arch="timm/convnext_atto")
-    trunk = build_trunk(recipe)
+    trunk: Any = build_trunk(recipe)
     images = torch.randn(2, 3, 64, 96)
     maps: TrunkMaps = trunk_maps(recipe, trunk.state_dict())
     found = maps.eval()(images)
-    wanted = trunk.eval().forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
+    wanted = trunk.eval().forward_intermediates(images, intermediates_only=True)
     assert [tuple(one.shape) for one in found] == [
         (2, c, 64 // s, 96 // s) for c, s in zip(maps.channels, (4, 8, 16, 32))
     ]
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-    sum(one.sum() for one in found).backward()  # type: ignore[union-attr]
+    torch.stack([one.sum() for one in found]).sum().backward()
     assert [name for name, parameter in maps.named_parameters() if parameter.grad is None] == []
 
 
@@ -123,8 +126,9 @@ def test_trunks_without_the_strides_are_refused(
     detector: str, arch: str, stem: str, problem: str, voc: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_of(with_detector(VOC, detector), voc, tmp_path).detector
+    backbone = BackboneRecipe.model_validate({"arch": arch, "stem": stem})
     with pytest.raises(ConfigError, match=problem):
-        recipe.check_backbone(BackboneRecipe(arch=arch, stem=stem))  # type: ignore[arg-type]
+        recipe.check_backbone(backbone)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask.engine.distributed import convert_sync_batchnorm, from_first, gather_to_rank0, world
+from mixmask.engine.distributed import from_first, gather_to_rank0, synchronise_batchnorm, world
 from mixmask.engine.job import Job, Part
 from mixmask.engine.precision import autocast
 from mixmask.engine.progress import say, track
@@ -36,11 +36,7 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
     torch.manual_seed(derived_seed(setting.seed, "detector"))
     detector = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
     detector.arrange(setting.device, setting.precision)
-    # A rank has few images, too few for batch statistics of its own. SyncBN exists on GPUs only.
-    if world().size > 1 and setting.device.type == "cuda":
-        convert_sync_batchnorm(detector)
-    elif world().size > 1:
-        say(f"{setting.title}: warning: without a GPU, each process normalises its own images (no SyncBN)")
+    synchronise_batchnorm(detector, setting.device, setting.title)
     iterations = recipe.scaled_length(recipe.iterations)
     milestones = [recipe.scaled_length(m) for m in recipe.milestones]
     warmup = recipe.warmup_in_force

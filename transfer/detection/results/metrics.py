@@ -46,7 +46,6 @@ class FoundObject:
 
 # --- VOC -------------------------------------------------------------------------------------------------------------
 
-
 Truth = dict[int, tuple[Floats, npt.NDArray[np.bool_]]]  # picture: boxes (G, 4), 1-based inclusive; difficult (G,)
 
 
