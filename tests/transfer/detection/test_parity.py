@@ -16,15 +16,23 @@ pytest.importorskip("detectron2", reason="Detectron2 cannot be imported")
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
 
-from benchmarks.detection import their_batch
-from mixmask.engine.randomness import generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
 from mixmask.transfer.detection.engines import torchvision as torchvision_engine
 from mixmask.transfer.detection.layers import roi_heads, rpn
 from mixmask.transfer.detection.layers.roi_heads import SampledBoxes
 from tests.conftest import make_backbone
-from tests.transfer.detection.engine_pairs import SIZES, Pair, make_pair, pictures
+from tests.transfer.detection.engine_pairs import (
+    SIZES,
+    Pair,
+    both_losses,
+    close,
+    detected_by_both,
+    fix_statistics,
+    make_pair,
+    pictures,
+    require_same_gradients,
+)
 from tests.transfer.detection.test_detection import COCO, VOC, with_pyramid
 
 
@@ -41,21 +49,6 @@ def pair(request: pytest.FixtureRequest, coco: Path, voc: Path, tmp_path_factory
     ]
     overrides = plain if detector == "fpn_2fc" else []
     return make_pair(text, root, where, make_backbone(where / "b.safetensors", f"resnet{data[-2:]}"), *overrides)
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    """Equal within 1e-4 of the largest value: sums of fp32 products in another order do not agree to the last element."""
-    assert found.shape == wanted.shape
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
-
-
-def fix_statistics(pair: Pair, train: bool) -> None:
-    """Training mode, but for batch normalisation: statistics of a handful of positions would magnify rounding."""
-    for model in (pair.ours, pair.theirs):
-        model.train(train)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
 
 
 def proposals_of(pair: Pair, images: list[Tensor], train: bool) -> tuple[list[Any], list[Tensor]]:
@@ -99,23 +92,7 @@ def test_same_anchors_objectness_and_proposals(pair: Pair, train: bool) -> None:
 
 
 def test_same_detections_and_masks(pair: Pair) -> None:
-    images = pictures()
-    pair.ours.eval()
-    pair.theirs.eval()
-    sizes = [(121, 161), (352, 480)]  # the pictures' own, from which they were resized
-    inputs = [{"image": image, "height": h, "width": w} for image, (h, w) in zip(images, sizes)]
-    with torch.no_grad():
-        theirs = [output["instances"] for output in pair.theirs(inputs)]
-        detections = pair.ours.detect(images)
-    for number, (one, other) in enumerate(zip(theirs, detections, strict=True)):
-        height, width = sizes[number]
-        found = torchvision_engine.in_original_pixels(
-            torchvision_engine.on_cpu(other), number, images[number].shape[1:], width, height
-        )
-        assert len(found) == len(one) > 2
-        assert [f.label for f in found] == one.pred_classes.tolist()
-        close(torch.tensor([f.score for f in found]), one.scores)
-        torch.testing.assert_close(torch.tensor([f.box for f in found]), one.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
+    for one, found in detected_by_both(pair):
         if pair.recipe.masks:
             masks = torch.from_numpy(np.stack([coco_mask.decode(f.mask) for f in found])).bool()
             assert float((masks != one.pred_masks).float().mean()) < 1e-3
@@ -167,13 +144,6 @@ def their_samples(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.ours.roi_heads, "sample", lambda proposals, targets, rng: list(sampled))
 
 
-def both_losses(pair: Pair, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    with EventStorage():
-        theirs = {pair.recipe.detector.losses[name]: loss for name, loss in pair.theirs(their_batch(batch)).items()}
-    rng = [generator(0, row) for row in range(len(batch.images))]
-    return theirs, pair.ours.losses(batch.images, batch.targets, rng)
-
-
 @pytest.mark.usefixtures("no_chance")
 def test_same_samples_and_losses(pair: Pair) -> None:
     batch = batch_of(pair)
@@ -197,16 +167,7 @@ def test_same_losses_and_gradients_for_the_same_samples(pair: Pair) -> None:
     pair.theirs.load_state_dict(pair.recipe.detector.to_detectron2(before), strict=False)
     fix_statistics(pair, train=True)
     theirs, ours = both_losses(pair, batch)
-    pair.ours.zero_grad()
-    pair.theirs.zero_grad()
-    sum(ours.values()).backward()
-    sum(theirs.values()).backward()
-    wanted = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
-    given = pair.recipe.detector.to_detectron2({name: p.grad for name, p in pair.ours.named_parameters()})
-    assert given.keys() == wanted.keys()
-    for name, gradient in given.items():
-        # Rounding of 1e-6 turns a share of 1e-6 of all ReLUs on or off, and that is 1e-3 of a gradient's norm per layer.
-        assert float((gradient - wanted[name]).norm()) < 2e-2 * float(wanted[name].norm()) + 1e-6, name
+    require_same_gradients(pair, ours, theirs)
 
 
 @pytest.mark.usefixtures("no_chance")

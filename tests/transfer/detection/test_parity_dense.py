@@ -7,20 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("detectron2", reason="Detectron2 cannot be imported")
 
-from detectron2.utils.events import EventStorage
 
-from benchmarks.detection import their_batch
-from mixmask.engine.randomness import generator
-from mixmask.transfer.detection.data.batches import DetectionBatch, training_batches
-from mixmask.transfer.detection.engines import torchvision as torchvision_engine
+from mixmask.transfer.detection.data.batches import training_batches
 from tests.conftest import make_backbone
-from tests.transfer.detection.engine_pairs import Pair, make_pair, pictures
+from tests.transfer.detection.engine_pairs import (
+    Pair,
+    both_losses,
+    close,
+    detected_by_both,
+    fix_statistics,
+    make_pair,
+    pictures,
+    require_same_gradients,
+)
 from tests.transfer.detection.test_detection import COCO, RETINANET, VOC, with_detector
-from tests.transfer.detection.test_parity import close, fix_statistics
 
 
 @pytest.fixture(scope="module", params=["coco50", "voc18"])
@@ -55,29 +58,7 @@ def test_same_anchors_and_predictions(pair: Pair) -> None:
 
 
 def test_same_detections(pair: Pair) -> None:
-    images, sizes = pictures(), [(121, 161), (352, 480)]
-    fix_statistics(pair, train=False)
-    inputs = [{"image": image, "height": h, "width": w} for image, (h, w) in zip(images, sizes)]
-    with torch.no_grad():
-        theirs = [output["instances"] for output in pair.theirs(inputs)]
-        detections = pair.ours.detect(images)
-    for number, (one, other) in enumerate(zip(theirs, detections, strict=True)):
-        height, width = sizes[number]
-        found = torchvision_engine.in_original_pixels(
-            torchvision_engine.on_cpu(other), number, images[number].shape[1:], width, height
-        )
-        assert len(found) == len(one) > 2
-        assert [f.label for f in found] == one.pred_classes.tolist()
-        close(torch.tensor([f.score for f in found]), one.scores)
-        torch.testing.assert_close(torch.tensor([f.box for f in found]), one.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
-
-
-def both_losses(pair: Pair, batch: DetectionBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    names = pair.recipe.detector.losses
-    with EventStorage():
-        theirs = {names[name]: loss for name, loss in pair.theirs(their_batch(batch)).items()}
-    rng = [generator(0, row) for row in range(len(batch.images))]
-    return theirs, pair.ours.losses(batch.images, batch.targets, rng)
+    assert len(list(detected_by_both(pair))) == 2
 
 
 def test_same_losses_and_gradients_step_after_step(pair: Pair) -> None:
@@ -89,12 +70,4 @@ def test_same_losses_and_gradients_step_after_step(pair: Pair) -> None:
         assert theirs.keys() == ours.keys()
         for name in ours:
             assert float(ours[name].detach()) == pytest.approx(float(theirs[name].detach()), rel=1e-4, abs=1e-5), name
-    pair.ours.zero_grad()
-    pair.theirs.zero_grad()
-    sum(ours.values()).backward()
-    sum(theirs.values()).backward()
-    wanted = {name: parameter.grad for name, parameter in pair.theirs.named_parameters()}
-    given = pair.recipe.detector.to_detectron2({name: p.grad for name, p in pair.ours.named_parameters()})
-    assert given.keys() == wanted.keys()
-    for name, gradient in given.items():
-        assert float((gradient - wanted[name]).norm()) < 2e-2 * float(wanted[name].norm()) + 1e-6, name
+    require_same_gradients(pair, ours, theirs)
