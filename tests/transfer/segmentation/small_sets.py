@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+
+from mixmask.transfer.segmentation.recipe import SegmentationData
 
 Pixels = np.typing.NDArray[np.uint8]
 COLOURS = np.array([[20, 20, 20], [220, 30, 30], [30, 220, 30], [30, 30, 220]], dtype=np.uint8)
@@ -79,3 +82,9 @@ def make_folders(root: Path, num: int = 8) -> Path:
             save_labels(root / "annotations" / split / f"{i}.png", labels)
     (root / "classes.txt").write_text("ground\nred\ngreen\nblue\n")
     return root
+
+
+def data_of(root: Path, **keys: Any) -> SegmentationData:
+    return SegmentationData.model_validate(
+        {"name": "x", "root": str(root), "train": ["train"], "test": ["val"], **keys}
+    )
