@@ -40,6 +40,7 @@ RANDOM = {"demo": "pretrain", "name": "random", "set": {"epochs": 0}}
 VANILLA = {"demo": "pretrain", "name": "vanilla", "set": {"mix.kind": "none"}}
 MIXMASK = {"demo": "pretrain", "name": "mixmask"}
 KNN = {"demo": "knn", "name": "knn"}
+ENDLESS = {"demo": "pretrain", "name": "mixmask", "set": {"max_steps": None, "epochs": 100_000}}  # until it is stopped
 
 FIRST_JOB_SECONDS = 120
 

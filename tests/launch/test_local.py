@@ -19,7 +19,7 @@ from mixmask.engine.records import Record
 from mixmask.launch.commands.app import app
 from mixmask.launch.slurm.attempts import Attempts
 from mixmask.launch.suite import manifest
-from tests.launch.small import KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
+from tests.launch.small import ENDLESS, KNN, MIXMASK, RANDOM, found, launch, profile, write_suite
 
 
 @pytest.mark.slow
@@ -131,8 +131,7 @@ def _hear_ctrl_c() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_a_signal_stops_the_processes_with_a_checkpoint(number: int, tmp_path: Path, shapes: Path) -> None:
     """As a user would: the command in a terminal's process group, and Ctrl-C for the whole group."""
-    long = {**MIXMASK, "set": {**MIXMASK.get("set", {}), "epochs": 2000, "max_steps": None}}
-    suite = write_suite(tmp_path, [{"pretrain": [long, {**RANDOM, "name": "later"}]}], shapes)
+    suite = write_suite(tmp_path, [{"pretrain": [ENDLESS, {**RANDOM, "name": "later"}]}], shapes)
     runs = tmp_path / "runs"
     program = [sys.executable, "-m", "mixmask", "launch", str(suite), "--runs", str(runs), "--cluster", "local"]
     started = subprocess.Popen(

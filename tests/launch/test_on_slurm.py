@@ -16,6 +16,7 @@ from mixmask.launch.slurm import slurm_cli, submission
 from mixmask.launch.suite import manifest
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
+    ENDLESS,
     FIRST_JOB_SECONDS,
     KNN,
     MIXMASK,
@@ -203,8 +204,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
     accounting: bool, request: pytest.FixtureRequest, tmp_path: Path, shapes: Path
 ) -> None:
     slurm: Slurm = request.getfixturevalue("slurm_with_accounting" if accounting else "slurm")
-    long = {**MIXMASK, "set": {"max_steps": 100_000}, "seeds": [0, 1]}
-    suite = write_suite(tmp_path, [{"pretrain": [long]}], shapes)
+    suite = write_suite(tmp_path, [{"pretrain": [{**ENDLESS, "seeds": [0, 1]}]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
     killed, cancelled = found(runs)["mixmask_seed-0"], found(runs)["mixmask_seed-1"]
@@ -230,8 +230,7 @@ def test_a_killed_job_is_reported_with_accounting_and_without(
 def test_cancel_and_logs(slurm: Slurm, tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mixmask.launch.commands.app import app
 
-    long = {**MIXMASK, "set": {"max_steps": 100_000}}
-    suite = write_suite(tmp_path, [{"pretrain": [long], "transfer": [KNN]}], shapes)
+    suite = write_suite(tmp_path, [{"pretrain": [ENDLESS], "transfer": [KNN]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile())
     one = found(runs)["mixmask"]

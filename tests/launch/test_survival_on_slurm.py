@@ -18,6 +18,7 @@ from mixmask.launch.suite.cells import expand
 from mixmask.launch.suite.suite import load_suite
 from tests.launch.slurm import Slurm, wait_for
 from tests.launch.small import (
+    ENDLESS,
     FIRST_JOB_SECONDS,
     MIXMASK,
     events,
@@ -158,7 +159,7 @@ def test_preempted_and_told_to_stop_it_ends_with_the_weights_of_an_undisturbed_r
 def test_at_its_time_limit_a_job_is_queued_again_so_often_and_no_oftener(
     slurm: Slurm, tmp_path: Path, shapes: Path
 ) -> None:
-    endless = {**MIXMASK, "set": {"max_steps": None, "epochs": 100000}, "resources": {"time_min": 1}}
+    endless = {**ENDLESS, "resources": {"time_min": 1}}
     suite = write_suite(tmp_path, [{"pretrain": [endless]}], shapes)
     runs = tmp_path / "runs"
     assert launch(suite, runs, profile(signal_delay_s=15, max_timeouts=1))
