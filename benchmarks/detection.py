@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def their_batch(batch: DetectionBatch) -> list[dict[str, Any]]:
-    from detectron2.structures import Boxes, Instances, PolygonMasks
+    from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 
     inputs = []
     for image, target in zip(batch.images, batch.targets, strict=True):
@@ -39,6 +39,8 @@ def their_batch(batch: DetectionBatch) -> list[dict[str, Any]]:
         instances.gt_classes = target.labels
         if any(target.polygons):
             instances.gt_masks = PolygonMasks([[np.asarray(p) for p in one] for one in target.polygons])
+        if target.keypoints is not None:
+            instances.gt_keypoints = Keypoints(target.keypoints)
         inputs.append({"image": image, "instances": instances})
     return inputs
 

@@ -20,7 +20,7 @@ from mixmask.engine.texts import read_run_file
 
 MAX_FILE, MAX_UNPACKED = 1 << 32, 1 << 34  # bytes
 CLASSES = "predictions.npz"
-MATCHES = {"bbox": "matches_bbox.npz", "segm": "matches_segm.npz"}
+MATCHES = {"bbox": "matches_bbox.npz", "segm": "matches_segm.npz", "keypoints": "matches_keypoints.npz"}
 SHEET = "detections.jpg"  # some test images with their detections drawn in
 
 

@@ -199,7 +199,7 @@ def compare_runs(first: Path, second: Path, metrics: Sequence[str] | None = None
         return [compare_classifiers(metric, right[0], right[1])]
     found = []
     for kind, file in MATCHES.items():
-        if not all((run.path / file).is_file() for run in runs) and kind == "segm":
+        if not all((run.path / file).is_file() for run in runs) and kind != "bbox":
             continue
         wanted = [short for short in THRESHOLDS if metrics is None or f"{kind}/{short}" in metrics]
         matches = [DetectionMatches.read(run.path / file) for run in runs] if wanted else []

@@ -28,11 +28,19 @@ PIXEL_STD = tuple(255 * value for value in IMAGENET_STD)
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of one image: ``boxes`` (G, 4), ``labels`` (G,) int64, ``polygons`` per object (empty without masks)."""
+    """The objects of one image.
+
+    Attributes:
+        boxes: (G, 4).
+        labels: (G,) int64.
+        polygons: Of each object; empty without masks.
+        keypoints: (G, K, 3), x, y and COCO's flag of each (0: not labelled), or None.
+    """
 
     boxes: Tensor
     labels: Tensor
     polygons: list[list[list[float]]]
+    keypoints: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,14 @@ class Detections:
         scores: (D,) in [0, 1].
         labels: (D,) int64.
         masks: (D, M, M) probabilities inside each box, or None.
+        keypoints: (D, K, 3), x, y and probability of each, or None.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: Tensor | None
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
 
 class Detector(nn.Module, ABC):
@@ -114,13 +124,13 @@ class DetectorRecipe(Recipe, ABC):
     """The keys of a detector, and how it is built on both engines.
 
     Attributes:
-        gives_masks: Whether it can have a mask head; without one, COCO is measured by boxes alone.
+        measures: What is measured of it on COCO, in COCO's names (``bbox``, ``segm``, ``keypoints``). On VOC, it is boxes.
         losses: Detectron2's names of its losses, and those of `Detector.losses`; both engines log the latter.
         ours_alone: Tensors of our network that Detectron2 does not keep.
     """
 
     kind: str
-    gives_masks: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("bbox", "segm")
     losses: ClassVar[Mapping[str, str]] = {
         "loss_rpn_cls": "rpn_objectness",
         "loss_rpn_loc": "rpn_box",
@@ -129,6 +139,11 @@ class DetectorRecipe(Recipe, ABC):
         "loss_mask": "roi_mask",
     }
     ours_alone: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """How precisely each keypoint of an object can be placed (COCO's OKS); empty if it finds no keypoints."""
+        return ()
 
     @property
     def suffix(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -20,9 +21,9 @@ class DetectionData(Recipe):
     """Where the pictures and their boxes are.
 
     VOC: ``root`` is a VOCdevkit and a split is ``2007/trainval`` (VOC2007/ImageSets/Main/trainval.txt). COCO: a split is
-    ``train2017`` (annotations/instances_train2017.json and the folder train2017). ``classes: null`` takes the names found
-    in the annotations. ``allow_overlap`` permits pictures that are in both splits, for example to see a
-    detector overfit.
+    ``train2017``: the folder train2017, and annotations/instances_train2017.json or, for keypoints,
+    annotations/person_keypoints_train2017.json. ``classes: null`` takes the names found in the annotations.
+    ``allow_overlap`` permits pictures that are in both splits, for example to see a detector overfit.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
@@ -97,15 +98,31 @@ class DetectRecipe(Recipe):
             return identity
         return {**{key: value for key, value in identity.items() if key != "detector"}, **detector}
 
+    @model_validator(mode="after")
+    def _keypoints_are_in_coco(self) -> DetectRecipe:
+        if self.detector.sigmas and not self.coco:
+            raise ValueError(f"detector: {self.detector.kind}: VOC has no keypoints; protocol: detect_coco has")
+        return self
+
     @property
     def coco(self) -> bool:
         """Whether the data are COCO's json, and the measure is COCO's; else VOC's."""
         return self.protocol == "detect_coco"
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """What is measured, in COCO's names: ``bbox``, ``segm``, ``keypoints``."""
+        return self.detector.measures if self.coco else ("bbox",)
+
+    @property
     def masks(self) -> bool:
         """Whether a mask head is trained (Mask R-CNN on COCO)."""
-        return self.coco and self.detector.gives_masks
+        return "segm" in self.measures
+
+    def coco_file(self, split: str) -> Path:
+        """The annotations of a split of COCO."""
+        kind = "person_keypoints" if "keypoints" in self.measures else "instances"
+        return Path(self.data.root).expanduser() / "annotations" / f"{kind}_{split}.json"
 
     @property
     def scale(self) -> float:

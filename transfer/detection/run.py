@@ -91,7 +91,7 @@ def _keep_predictions(recipe: DetectRecipe, setting: DetectionSetting, found: Se
     folder, pictures = setting.run.path, setting.test_set
     save_detections(folder / NAME, found, pictures)
     if recipe.coco:
-        for kind in ("bbox", "segm") if recipe.masks else ("bbox",):
+        for kind in recipe.measures:
             coco_matches(found, pictures, kind).write(folder / MATCHES[kind])
     else:
         voc_matches(found, pictures).write(folder / MATCHES["bbox"])

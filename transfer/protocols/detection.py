@@ -24,6 +24,7 @@ from mixmask.transfer.protocol import (
 )
 
 BOXES = {"bbox/AP": "box AP", "bbox/AP50": "box AP50", "bbox/AP75": "box AP75"}
+KEYPOINTS = {"keypoints/AP": "keypoint AP", "keypoints/AP50": "keypoint AP50", "keypoints/AP75": "keypoint AP75"}
 MASKS = {"segm/AP": "mask AP", "segm/AP50": "mask AP50", "segm/AP75": "mask AP75"}
 
 
@@ -55,7 +56,8 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
     @property
     @override
     def headlines(self) -> Mapping[str, str]:
-        return {**BOXES, **MASKS} if self.masks else BOXES
+        every = {"bbox": BOXES, "segm": MASKS, "keypoints": KEYPOINTS}
+        return {metric: title for kind in self.measures for metric, title in every[kind].items()}
 
     @override
     def settings(self, train: DetectionSet) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def make_pair(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides:
         "roi_heads.classifier.weight": 0.1,
         "roi_heads.regressor.weight": 0.02,
         "roi_heads.mask_head.predictor.weight": 0.1,
+        "roi_heads.keypoint_head.score_lowres.weight": 0.1,
         "head.cls_score.weight": 0.3,
         "head.bbox_pred.weight": 0.1,
     }

@@ -130,9 +130,9 @@ def test_both_backends_give_the_same_statistics(seed: int, tmp_path_factory: pyt
 
 def test_without_the_faster_backend_pycocotools_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, found = random_set(5, tmp_path)
-    other = coco_metrics(found, pictures, masks=True)
+    other = coco_metrics(found, pictures, ("bbox", "segm"))
     monkeypatch.setattr(metrics, "coco_backend", lambda: "pycocotools")
-    slow = coco_metrics(found, pictures, masks=True)
+    slow = coco_metrics(found, pictures, ("bbox", "segm"))
     assert slow.keys() == other.keys()
     assert slow == pytest.approx(other, abs=1e-12)
 

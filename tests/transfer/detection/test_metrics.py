@@ -95,9 +95,9 @@ def test_coco_metrics_of_the_truth_are_perfect(coco: Path) -> None:
             outline = [list(polygon) for polygon in instance.polygons]
             mask = coco_mask.merge(coco_mask.frPyObjects(outline, item.height, item.width))
             detections.append(FoundObject(number, instance.label, 0.9, instance.box, mask))
-    metrics = coco_metrics(detections, truth, masks=True)
+    metrics = coco_metrics(detections, truth, ("bbox", "segm"))
     for name in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50"):
         assert metrics[name] == pytest.approx(100.0), name
-    assert coco_metrics([], truth, masks=True) == {
+    assert coco_metrics([], truth, ("bbox", "segm")) == {
         f"{k}/{n}": 0.0 for k in ("bbox", "segm") for n in ("AP", "AP50", "AP75")
     }

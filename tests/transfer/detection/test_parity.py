@@ -33,15 +33,24 @@ from tests.transfer.detection.engine_pairs import (
     pictures,
     require_same_gradients,
 )
+from tests.transfer.detection.keypoint_sets import KEYPOINTS, persons
 from tests.transfer.detection.test_detection import COCO, VOC, with_pyramid
 
+__all__ = ["persons"]
 
-@pytest.fixture(scope="module", params=["c4-coco50", "c4-voc18", "fpn-coco50", "fpn-voc18", "fpn_2fc-coco18"])
-def pair(request: pytest.FixtureRequest, coco: Path, voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+
+@pytest.fixture(
+    scope="module", params=["c4-coco50", "c4-voc18", "fpn-coco50", "fpn-voc18", "fpn_2fc-coco18", "keypoints-coco18"]
+)
+def pair(
+    request: pytest.FixtureRequest, coco: Path, voc: Path, persons: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
     where = tmp_path_factory.mktemp(request.param)
     detector, data = request.param.split("-")
     text, root = (COCO, coco) if data.startswith("coco") else (VOC, voc)
     text = text if detector == "c4" else with_pyramid(text)
+    if detector == "keypoints":
+        text, root = KEYPOINTS, persons
     plain = [
         "detector.norm=false",
         "detector.box_head={num_conv: 0, num_fc: 2, fc_dim: 32}",
@@ -91,11 +100,15 @@ def test_same_anchors_objectness_and_proposals(pair: Pair, train: bool) -> None:
         torch.testing.assert_close(other, one.proposal_boxes.tensor, rtol=1e-4, atol=1e-3)
 
 
-def test_same_detections_and_masks(pair: Pair) -> None:
+def test_same_detections_masks_and_keypoints(pair: Pair) -> None:
     for one, found in detected_by_both(pair):
         if pair.recipe.masks:
             masks = torch.from_numpy(np.stack([coco_mask.decode(f.mask) for f in found])).bool()
             assert float((masks != one.pred_masks).float().mean()) < 1e-3
+        if "keypoints" in pair.recipe.measures:
+            points = torch.tensor([f.keypoints for f in found])
+            torch.testing.assert_close(points[..., :2], one.pred_keypoints[..., :2], rtol=1e-4, atol=1e-2)
+            close(points[..., 2], one.pred_keypoints[..., 2])
 
 
 def batch_of(pair: Pair) -> DetectionBatch:

@@ -32,21 +32,29 @@ from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_metrics
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import make_pair
+from tests.transfer.detection.keypoint_sets import KEYPOINTS, SIGMAS, persons, random_finds, write_keypoints
 from tests.transfer.detection.test_detection import COCO, VOC
 
+__all__ = ["persons"]
 
-@pytest.mark.parametrize("kind", ["voc", "coco"])
-def test_same_pictures_boxes_and_polygons(kind: str, voc: Path, coco: Path, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "persons"])
+def test_same_pictures_boxes_polygons_and_keypoints(
+    kind: str, voc: Path, coco: Path, persons: Path, tmp_path: Path
+) -> None:
     """Their loader's dictionaries, resized and flipped by their own transforms, against ours."""
+    texts, roots = {"voc": VOC, "coco": COCO, "persons": KEYPOINTS}, {"voc": voc, "coco": coco, "persons": persons}
     pair = make_pair(
-        VOC if kind == "voc" else COCO,
-        voc if kind == "voc" else coco,
+        texts[kind],
+        roots[kind],
         tmp_path,
         make_backbone(tmp_path / "b.safetensors"),
     )
     dictionaries = {str(d["image_id"]): d for d in DatasetCatalog.get(pair.cfg.DATASETS.TRAIN[0])}
     assert len(dictionaries) == len(pair.train)
     mapper = DatasetMapper(pair.cfg, is_train=True)
+    if pair.train.keypoints is not None:
+        assert list(mapper.keypoint_hflip_indices) == pair.train.keypoints.mirrored
     views = _Training(pair.train, pair.recipe, 0)
     seen = set()
     for index, picture in enumerate(pair.train.pictures):
@@ -63,6 +71,8 @@ def test_same_pictures_boxes_and_polygons(kind: str, voc: Path, coco: Path, tmp_
             assert torch.equal(mapped["image"], pixels)
             assert torch.equal(mapped["instances"].gt_classes, target.labels)
             torch.testing.assert_close(mapped["instances"].gt_boxes.tensor, target.boxes, rtol=0, atol=1e-4)
+            if target.keypoints is not None:
+                torch.testing.assert_close(mapped["instances"].gt_keypoints.tensor, target.keypoints, rtol=0, atol=1e-4)
             if kind == "coco":
                 for one, other in zip(mapped["instances"].gt_masks.polygons, target.polygons, strict=True):
                     for a, b in zip(one, other, strict=True):
@@ -134,6 +144,8 @@ def as_outputs(found: list[FoundObject], pictures: DetectionSet) -> Iterator[tup
         instances.pred_classes = torch.tensor([d.label for d in own])
         if own and own[0].mask is not None:
             instances.pred_masks = torch.from_numpy(np.stack([coco_mask.decode(d.mask) for d in own])).bool()
+        if own and own[0].keypoints is not None:
+            instances.pred_keypoints = torch.tensor([d.keypoints for d in own])
         identifier = picture.key.rpartition("/")[2]
         yield {"image_id": int(identifier) if "/" not in picture.key else identifier}, {"instances": instances}
 
@@ -181,8 +193,29 @@ def test_same_average_precision_for_the_same_detections(
     for picture, output in as_outputs(found, pair.test):
         judge.process([picture], [output])
     theirs = detectron2_engine.flat_metrics(judge.evaluate())
-    ours = voc_metrics(found, pair.test) if kind == "voc" else coco_metrics(found, pair.test, masks=True)
+    ours = voc_metrics(found, pair.test) if kind == "voc" else coco_metrics(found, pair.test, pair.recipe.measures)
     assert theirs["bbox/AP"] > 1
+    for metric, value in theirs.items():
+        assert ours[metric] == pytest.approx(value, abs=1e-6), metric
+
+
+def test_same_keypoint_metrics_for_the_same_detections(coco: Path, tmp_path: Path) -> None:
+    pair = make_pair(
+        KEYPOINTS,
+        write_keypoints(coco, tmp_path / "coco", crowd=True),
+        tmp_path,
+        make_backbone(tmp_path / "b.safetensors"),
+    )
+    name = pair.cfg.DATASETS.TEST[0]
+    DatasetCatalog.get(name)
+    judge = COCOEvaluator(name, output_dir=None, kpt_oks_sigmas=SIGMAS)
+    judge.reset()
+    found = random_finds(pair.test, 1)
+    for picture, output in as_outputs(found, pair.test):
+        judge.process([picture], [output])
+    theirs = detectron2_engine.flat_metrics(judge.evaluate())
+    ours = coco_metrics(found, pair.test, pair.recipe.measures)
+    assert theirs["keypoints/AP"] > 1
     for metric, value in theirs.items():
         assert ours[metric] == pytest.approx(value, abs=1e-6), metric
 

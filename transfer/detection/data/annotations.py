@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +21,7 @@ from mixmask.engine.images import check_files
 from mixmask.engine.progress import say
 from mixmask.engine.texts import read_bytes, read_text
 from mixmask.transfer.detection.data.coco_checks import check_document
+from mixmask.transfer.detection.data.keypoints import Keypoints, read_keypoints
 from mixmask.transfer.detection.recipe import DetectRecipe
 
 MAX_XML = 1 << 26
@@ -28,6 +29,7 @@ EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
 Outline = npt.NDArray[np.float64]
+Points = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,7 @@ class Instance:
             without masks.
         difficult: VOC's flag: neither counted nor punished in evaluation.
         crowd: COCO's flag: not trained on.
+        keypoints: (K, 3) x, y and COCO's flag (0: not labelled, 1: hidden, 2: visible); None without keypoints.
     """
 
     box: tuple[float, float, float, float]
@@ -48,6 +51,7 @@ class Instance:
     polygons: tuple[Outline, ...] = ()
     difficult: bool = False
     crowd: bool = False
+    keypoints: Points | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,13 +69,15 @@ class Picture:
 class DetectionSet:
     """Pictures of one split and what their labels mean.
 
-    ``source`` holds the COCO json files (none for VOC); ``category_ids`` COCO's id of each class.
+    ``source`` holds the COCO json files (none for VOC); ``category_ids`` COCO's id of each class; ``keypoints`` what the
+    keypoints are, if they are read.
     """
 
     pictures: tuple[Picture, ...]
     classes: tuple[str, ...]
     source: tuple[Path, ...] = ()
     category_ids: tuple[int, ...] = ()
+    keypoints: Keypoints | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -85,6 +91,8 @@ class DetectionSet:
                 digest.update(repr((i.box, i.label, i.difficult, i.crowd)).encode())
                 for outline in i.polygons:
                     digest.update(outline.tobytes())
+                if i.keypoints is not None:
+                    digest.update(i.keypoints.tobytes())
         objects = sum(len(picture.instances) for picture in self.pictures)
         return {"num_images": len(self), "num_objects": objects, "listing": digest.hexdigest()[:16]}
 
@@ -99,6 +107,8 @@ class DetectionSet:
     def for_training(self, masks: bool) -> DetectionSet:
         """Without crowds, and without pictures that then have no object (Detectron2's FILTER_EMPTY_ANNOTATIONS).
 
+        With keypoints, pictures without a labelled one are left out, too (MIN_KEYPOINTS_PER_IMAGE).
+
         Args:
             masks: Leave out objects without a usable polygon, too.
 
@@ -108,11 +118,13 @@ class DetectionSet:
         kept = []
         for picture in self.pictures:
             instances = tuple(i for i in picture.instances if not i.crowd and (i.polygons or not masks))
-            if instances:
-                kept.append(Picture(picture.key, picture.path, picture.width, picture.height, instances))
+            labelled = any(i.keypoints is not None and (i.keypoints[:, 2] > 0).any() for i in instances)
+            if instances and (labelled or self.keypoints is None):
+                kept.append(replace(picture, instances=instances))
         if not kept:
-            raise DataError(f"none of the {len(self)} training pictures has an annotated object")
-        return DetectionSet(tuple(kept), self.classes, self.source, self.category_ids)
+            what = "an annotated object" if self.keypoints is None else "an object with a labelled keypoint"
+            raise DataError(f"none of the {len(self)} training pictures has {what}")
+        return replace(self, pictures=tuple(kept))
 
 
 def open_detection(recipe: DetectRecipe) -> tuple[DetectionSet, DetectionSet]:
@@ -188,7 +200,7 @@ def _classes(recipe: DetectRecipe) -> tuple[str, ...] | None:
 
 def _read(recipe: DetectRecipe, splits: tuple[str, ...], classes: Sequence[str] | None) -> DetectionSet:
     if recipe.coco:
-        return _read_coco(_root(recipe), splits, classes, evaluated=splits == recipe.data.test)
+        return _read_coco(recipe, splits, classes, evaluated=splits == recipe.data.test)
     return _read_voc(_root(recipe), splits, classes)
 
 
@@ -294,15 +306,19 @@ def _text(node: ElementTree.Element, tag: str) -> str:
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 
-def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None, evaluated: bool) -> DetectionSet:
+def _read_coco(
+    recipe: DetectRecipe, splits: Sequence[str], classes: Sequence[str] | None, evaluated: bool
+) -> DetectionSet:
     """Read COCO JSON; ``evaluated`` also requires the fields that COCO's evaluation needs and training does not."""
     pictures: list[Picture] = []
     names: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
-    files = tuple(root / "annotations" / f"instances_{split}.json" for split in splits)
+    keypoints: Keypoints | None = None
+    root, sigmas = _root(recipe), recipe.detector.sigmas
+    files = tuple(recipe.coco_file(split) for split in splits)
     for split, file in zip(splits, files, strict=True):
         document = _load_json(file)
-        remark = check_document(document, file, evaluated)
+        remark = check_document(document, file, evaluated, len(sigmas))
         if remark is not None:
             say(remark)
         # By id, the order of classes in COCOeval and Detectron2.
@@ -310,13 +326,17 @@ def _read_coco(root: Path, splits: Sequence[str], classes: Sequence[str] | None,
         found = tuple(category["name"] for category in categories)
         if names and found != names:
             raise DataError(f"{file}: its categories differ from those of {files[0]}")
+        if sigmas:
+            keypoints = read_keypoints(categories, file, sigmas)
         names, ids = found, tuple(category["id"] for category in categories)
-        pictures += _coco_pictures(document, {i: n for n, i in enumerate(ids)}, root / split, file, evaluated)
+        pictures += _coco_pictures(
+            document, {i: n for n, i in enumerate(ids)}, root / split, file, evaluated, bool(sigmas)
+        )
     if evaluated and len({picture.key for picture in pictures}) < len(pictures):
         raise DataError(f"{files[0]} and the other test files use the same image ids: evaluate one of them at a time")
     if classes is not None and tuple(classes) != names:
         raise DataError(f"{files[0]}: its {len(names)} categories are not the {len(classes)} classes of the recipe")
-    return DetectionSet(tuple(pictures), names, files, ids)
+    return DetectionSet(tuple(pictures), names, files, ids, keypoints)
 
 
 def _load_json(path: Path) -> Any:
@@ -330,7 +350,9 @@ def _load_json(path: Path) -> Any:
         raise DataError(f"{path}: not a COCO annotation file: nested too deeply") from None
 
 
-def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Path, evaluated: bool) -> list[Picture]:
+def _coco_pictures(
+    document: Any, index: dict[int, int], folder: Path, file: Path, evaluated: bool, keypoints: bool
+) -> list[Picture]:
     """The pictures of a document that `check_document` has let pass."""
     objects: dict[int, list[Instance]] = {image["id"]: [] for image in document["images"]}
     for item in document["annotations"]:
@@ -341,7 +363,7 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
         if isinstance(outline, list):
             # As in Detectron2, polygons of fewer than three points are left out.
             polygons = tuple(np.array(p, dtype=np.float64) for p in outline if len(p) >= 6 and len(p) % 2 == 0)
-        elif outline and not crowd and not evaluated:
+        elif outline and not crowd and not evaluated and not keypoints:
             raise DataError(
                 f"{file}: annotation {item['id']} has a run-length mask and is no crowd; training needs polygons"
             )
@@ -352,6 +374,7 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
                 polygons,
                 False,
                 crowd,
+                _points(item["keypoints"]) if keypoints else None,
             )
         )
     pictures = []
@@ -369,3 +392,10 @@ def _coco_pictures(document: Any, index: dict[int, int], folder: Path, file: Pat
             )
         )
     return pictures
+
+
+def _points(numbers: Sequence[float]) -> Points:
+    """(K, 3); COCO's keypoints are numbers of pixels, whose middles are meant here as in Detectron2."""
+    points = np.array(numbers, dtype=np.float64).reshape(-1, 3)
+    points[:, :2] += 0.5
+    return points

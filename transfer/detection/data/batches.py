@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.loader import from_workers, useful_workers
 from mixmask.engine.randomness import generator
 from mixmask.engine.stopping import outlive_stop_signals
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.annotations import DetectionSet, Instance
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.boxes import nonempty
 from mixmask.transfer.detection.recipe import DetectRecipe
@@ -95,8 +95,32 @@ class _Training(Dataset[tuple[Tensor, Targets]]):
         # The threshold of Detectron2's filter_empty_instances.
         keep = nonempty(boxes, 1e-5)
         labels = torch.tensor([i.label for i in picture.instances], dtype=torch.int64)
+        points = None
+        if self.pictures.keypoints is not None:
+            mirrored = self.pictures.keypoints.mirrored if flip else None
+            points = _moved(picture.instances, scale, width, height, mirrored)[keep]
         kept = [[p.ravel().tolist() for p in one] for one, good in zip(polygons, keep.tolist(), strict=True) if good]
-        return pixels, Targets(boxes[keep], labels[keep], kept)
+        return pixels, Targets(boxes[keep], labels[keep], kept, points)
+
+
+def _moved(instances: Sequence[Instance], scale: Tensor, width: int, height: int, mirrored: list[int] | None) -> Tensor:
+    """(G, K, 3) keypoints in the resized picture; those that are not labelled, or not in it, are zeros.
+
+    Args:
+        instances: Of the picture.
+        scale: (2,) of x and y.
+        width: Of the resized picture.
+        height: Likewise.
+        mirrored: Which keypoint is at the place of each in the mirrored picture; None if it is not mirrored.
+    """
+    points = torch.stack([torch.from_numpy(i.keypoints) for i in instances if i.keypoints is not None])
+    points[..., :2] *= scale
+    if mirrored is not None:
+        points[..., 0] = width - points[..., 0]
+        points = points[:, mirrored]
+    x, y, flag = points.unbind(dim=2)
+    there = (x >= 0) & (x <= width) & (y >= 0) & (y <= height) & (flag > 0)
+    return (points * there[..., None]).float()
 
 
 def _grouped(pictures: DetectionSet, batch_size: int, seed: int) -> Iterator[list[int]]:

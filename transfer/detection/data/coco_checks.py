@@ -19,13 +19,14 @@ MAX_ID = 1 << 53  # the largest whole number that every reader of JSON keeps
 SLACK_PIXELS, SLACK_PART = 10.0, 0.1  # how far a box may reach over the border
 
 
-def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
+def check_document(document: Any, file: Path, evaluated: bool, num_keypoints: int = 0) -> str | None:
     """Check every image, category and annotation of a document.
 
     Args:
         document: What the file holds.
         file: For messages.
         evaluated: Whether the file is used for evaluation, which needs more fields than training.
+        num_keypoints: Keypoints that every object must have; 0 if they are not used.
 
     Returns:
         A line that counts the boxes that training leaves out or clips; None if there are none.
@@ -58,8 +59,10 @@ def check_document(document: Any, file: Path, evaluated: bool) -> str | None:
         over += left < 0 or top < 0 or left + wide > width or top + high > height
         _check_flags(item, where)
         _check_outline(item, where, width, height)
+        if num_keypoints:
+            _check_keypoints(item, num_keypoints, where, width, height)
         if evaluated:
-            _check_evaluated(item, where)
+            _check_evaluated(item, where, "num_keypoints" if num_keypoints else "segmentation")
     parts = [
         f"{what}: {number:,}"
         for number, what in (
@@ -201,11 +204,28 @@ def _decoded(text: str, where: str, pixels: int) -> list[int]:
     raise DataError(f"{where}: its compressed run-length mask is damaged")
 
 
-def _check_evaluated(item: Mapping[str, Any], where: str) -> None:
-    absent = [key for key in ("area", "iscrowd", "segmentation", "bbox", "category_id") if key not in item]
+def _check_keypoints(item: Mapping[str, Any], number: int, where: str, width: int, height: int) -> None:
+    points = item.get("keypoints")
+    if not isinstance(points, list) or len(points) != 3 * number or not all(_number(value) for value in points):
+        raise DataError(f"{where}: keypoints is {_shown(points)}; {number} times x, y, 0 … 2 is valid")
+    if not set(points[2::3]) <= {0, 1, 2}:
+        raise DataError(f"{where}: keypoints has the flags {_shown(points[2::3])}; 0, 1 and 2 are valid")
+    labelled = [(x, y) for x, y, flag in zip(points[0::3], points[1::3], points[2::3], strict=True) if flag]
+    if labelled:
+        xs, ys = zip(*labelled, strict=True)
+        _require_within((min(xs), max(xs)), (min(ys), max(ys)), width, height, f"{where}: one of its keypoints")
+    told = item.get("num_keypoints", len(labelled))
+    if told != len(labelled):
+        raise DataError(f"{where}: num_keypoints is {_shown(told)}, labelled are {len(labelled)} of its keypoints")
+
+
+def _check_evaluated(item: Mapping[str, Any], where: str, shape: str) -> None:
+    absent = [key for key in ("area", "iscrowd", shape, "bbox", "category_id") if key not in item]
     if absent:
         raise DataError(f"{where} has no {', '.join(absent)}, which COCO's evaluation needs")
-    outline = item["segmentation"]
+    outline = item.get("segmentation") if shape == "segmentation" else None
+    if outline is None:
+        return
     if isinstance(outline, list) and not (outline and all(len(p) >= 6 and len(p) % 2 == 0 for p in outline)):
         raise DataError(f"{where} has an outline of fewer than three points: no mask to evaluate")
 

@@ -117,7 +117,9 @@ def _register(recipe: DetectRecipe, setting: DetectionSetting, split: str) -> st
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     if recipe.coco:
-        register_coco_instances(name, {}, str(root / "annotations" / f"instances_{split}.json"), str(root / split))
+        names = setting.train_set.keypoints
+        about = {} if names is None else {"keypoint_names": list(names.names), "keypoint_flip_map": names.pairs}
+        register_coco_instances(name, about, str(recipe.coco_file(split)), str(root / split))
     else:
         year, _, images = split.partition("/")
         # Its evaluator takes the 11-point AP for the year 2007 only, and that is the protocol's for every split.
@@ -331,7 +333,11 @@ def evaluate(
 ) -> tuple[dict[str, float], list[FoundObject]]:
     """Evaluate with Detectron2's evaluators: metrics in percent on every rank, detections on rank 0."""
     (name,) = cfg.DATASETS.TEST
-    judge = COCOEvaluator(name, output_dir=None) if recipe.coco else PascalVOCDetectionEvaluator(name)
+    judge = (
+        COCOEvaluator(name, output_dir=None, kpt_oks_sigmas=recipe.detector.sigmas)
+        if recipe.coco
+        else PascalVOCDetectionEvaluator(name)
+    )
     collector = _Collector(recipe, setting)
     loader = build_detection_test_loader(cfg, name, batch_size=recipe.test_batch_size)
     model.eval()
@@ -339,8 +345,8 @@ def evaluate(
     with torch.no_grad():
         for inputs in track(f"{setting.title}: test pictures", loader, len(loader), recipe.test_batch_size):
             outputs = model(inputs)
+            collector.process(inputs, outputs)  # first: the judge of keypoints moves them by half a pixel in place
             judge.process(inputs, outputs)
-            collector.process(inputs, outputs)
     with contextlib.redirect_stdout(io.StringIO()):  # COCO's evaluation prints its table
         results = judge.evaluate() or {}
     found = sorted((one for share in comm.gather(collector.found) for one in share), key=lambda one: one.picture)
@@ -351,8 +357,7 @@ def evaluate(
             **metrics,
         }  # for the APs per class, which Detectron2's VOC evaluator does not report
     if not found:  # without detections, Detectron2's AP on COCO is NaN
-        kinds = ("bbox", "segm") if recipe.masks else ("bbox",)
-        metrics = {f"{kind}/{name}": 0.0 for kind in kinds for name in ("AP", "AP50", "AP75")} | metrics
+        metrics = {f"{kind}/{name}": 0.0 for kind in recipe.measures for name in ("AP", "AP50", "AP75")} | metrics
     return distributed.from_first(metrics), found
 
 
@@ -371,11 +376,12 @@ class _Collector:
             instances = output["instances"].to("cpu")
             boxes = instances.pred_boxes.tensor.tolist()
             masks = instances.pred_masks.numpy() if instances.has("pred_masks") else [None] * len(boxes)
-            for box, score, label, mask in zip(
-                boxes, instances.scores.tolist(), instances.pred_classes.tolist(), masks, strict=True
+            points = instances.pred_keypoints.tolist() if instances.has("pred_keypoints") else [None] * len(boxes)
+            for box, score, label, mask, own in zip(
+                boxes, instances.scores.tolist(), instances.pred_classes.tolist(), masks, points, strict=True
             ):
                 coded = None if mask is None else coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-                self.found.append(FoundObject(number, label, score, tuple(box), coded))
+                self.found.append(FoundObject(number, label, score, tuple(box), coded, own and tuple(map(tuple, own))))
 
 
 def flat_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:

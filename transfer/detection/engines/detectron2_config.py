@@ -37,6 +37,11 @@ BUILT_IN = {  # Detectron2's own names of the usual splits, which it looks for i
 }
 
 
+def built_in(recipe: DetectRecipe, split: str) -> str:
+    """Detectron2's name of a usual split."""
+    return f"keypoints_{BUILT_IN[split]}" if recipe.detector.sigmas else BUILT_IN[split]
+
+
 def require_detectron2() -> None:
     """Check that Detectron2 can be imported.
 
@@ -89,7 +94,7 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
     for split in (*recipe.data.train, *recipe.data.test):
         try:
             if recipe.coco:
-                _load_coco(root, split)
+                _load_coco(recipe.coco_file(split), root / split)
             else:
                 _load_voc(root, split, classes, split in recipe.data.test)
         except (AttributeError, AssertionError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
@@ -99,11 +104,11 @@ def check_annotations(recipe: DetectRecipe, classes: Sequence[str]) -> None:
             ) from None
 
 
-def _load_coco(root: Path, split: str) -> None:
+def _load_coco(file: Path, images: Path) -> None:
     from detectron2.data.datasets import load_coco_json
 
     with contextlib.redirect_stdout(io.StringIO()):
-        load_coco_json(str(root / "annotations" / f"instances_{split}.json"), str(root / split))
+        load_coco_json(str(file), str(images))
 
 
 def _load_voc(root: Path, split: str, classes: Sequence[str], evaluated: bool) -> None:
@@ -217,7 +222,7 @@ def dump_config(
         f'#   register_pascal_voc("{AS_2007.format(split[5:])}", "datasets/VOC2012", "{split[5:]}", 2007)\n'
         for split in own
     )
-    usual = 80 if recipe.coco else 20
+    usual = (1 if recipe.detector.sigmas else 80) if recipe.coco else 20
     if len(pictures.classes) != usual:
         raise ConfigError(
             f"data: holds {len(pictures.classes)} classes, the sets that Detectron2 knows under these names have {usual}"
@@ -231,8 +236,8 @@ def dump_config(
         seed=seed,
         weights=weights,
         output=Path("output"),
-        train=[BUILT_IN[split] for split in recipe.data.train],
-        test=[AS_2007.format(split[5:]) if split in own else BUILT_IN[split] for split in recipe.data.test],
+        train=[built_in(recipe, split) for split in recipe.data.train],
+        test=[AS_2007.format(split[5:]) if split in own else built_in(recipe, split) for split in recipe.data.test],
         num_workers=recipe.data.num_workers,
         checkpoint_every=5000,
     )

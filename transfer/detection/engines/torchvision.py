@@ -98,7 +98,7 @@ def measure(recipe: DetectRecipe, found: Sequence[FoundObject], pictures: Detect
     if not recipe.coco:
         return voc_metrics(found, pictures)
     say(f"COCO metrics by {coco_backend()}")
-    return coco_metrics(found, pictures, recipe.masks)
+    return coco_metrics(found, pictures, recipe.measures)
 
 
 def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator]:
@@ -110,7 +110,15 @@ def draws_of(recipe: DetectRecipe, seed: int, step: int) -> list[torch.Generator
 def to_device(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor], list[Targets]]:
     """Move a batch to a device; polygons stay on the CPU, where mask targets are rasterised."""
     images = [image.to(device, non_blocking=True) for image in batch.images]
-    targets = [Targets(t.boxes.to(device), t.labels.to(device), t.polygons) for t in batch.targets]
+    targets = [
+        Targets(
+            t.boxes.to(device),
+            t.labels.to(device),
+            t.polygons,
+            None if t.keypoints is None else t.keypoints.to(device),
+        )
+        for t in batch.targets
+    ]
     return images, targets
 
 
@@ -152,7 +160,8 @@ def find_objects(detector: Detector, recipe: DetectRecipe, setting: DetectionSet
 def on_cpu(detections: Detections) -> Detections:
     """The detections of one image, moved to the CPU."""
     masks = None if detections.masks is None else detections.masks.float().cpu()
-    return Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu(), masks)
+    points = None if detections.keypoints is None else detections.keypoints.float().cpu()
+    return Detections(detections.boxes.cpu(), detections.scores.cpu(), detections.labels.cpu(), masks, points)
 
 
 def in_original_pixels(
@@ -171,6 +180,9 @@ def in_original_pixels(
     limits = torch.tensor([width, height, width, height])
     boxes = torch.minimum((detections.boxes * scale).clamp(min=0), limits)
     masks = None if detections.masks is None else detections.masks.numpy()
+    points: list[list[list[float]]] | None = None
+    if detections.keypoints is not None:
+        points = (detections.keypoints * torch.cat([scale[:2], torch.ones(1)])).tolist()
     found = []
     for number, (box, score, label) in enumerate(
         zip(boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True)
@@ -179,5 +191,6 @@ def in_original_pixels(
         if right <= left or bottom <= top:
             continue
         mask = None if masks is None else encode_mask(masks[number], (left, top, right, bottom), height, width)
-        found.append(FoundObject(index, label, score, (left, top, right, bottom), mask))
+        own = None if points is None else tuple((x, y, probability) for x, y, probability in points[number])
+        found.append(FoundObject(index, label, score, (left, top, right, bottom), mask, own))
     return found

@@ -12,7 +12,15 @@ from typing_extensions import override
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.transfer.detection.detector import DetectorRecipe
 from mixmask.transfer.detection.layers.pyramid import check_maps
+from mixmask.transfer.detection.layers.recipes import (
+    BoxHeadRecipe,
+    PyramidRoIRecipe,
+    PyramidRPNRecipe,
+    configure_roi,
+    configure_rpn,
+)
 from mixmask.transfer.detection.layers.tensor_names import (
+    RPN_AND_BOXES,
     pyramid_from_detectron2,
     pyramid_to_detectron2,
     renamed,
@@ -69,3 +77,31 @@ class PyramidRecipe(DetectorRecipe):
     @override
     def place_in_detectron2(self, name: str) -> str:
         return f"backbone.bottom_up.{name}"
+
+
+class PyramidRCNNRecipe(PyramidRecipe):
+    """A two-stage detector on the trunk's four maps: the RPN on five levels, RoI heads on four."""
+
+    finest: ClassVar[int] = 2
+    heads: ClassVar[dict[str, str]] = {**RPN_AND_BOXES, "roi_heads.box_head.": "roi_heads.box_head."}
+
+    box_head: BoxHeadRecipe = BoxHeadRecipe()
+
+    @property
+    @abstractmethod
+    @override
+    def label(self) -> str: ...
+
+    def configure_heads(self, cfg: Any, rpn: PyramidRPNRecipe, roi: PyramidRoIRecipe, num_classes: int) -> None:
+        """Set the keys of a Detectron2 config for the pyramid, the RPN and the box head."""
+        model = cfg.MODEL
+        levels = ["p2", "p3", "p4", "p5"]
+        self.configure_pyramid(cfg, "build_resnet_fpn_backbone", ["res2", "res3", "res4", "res5"])
+        model.RPN.IN_FEATURES, model.ROI_HEADS.IN_FEATURES = [*levels, "p6"], levels
+        configure_rpn(model, rpn, rpn.sizes)
+        configure_roi(cfg, roi, "StandardROIHeads", num_classes)
+        box = model.ROI_BOX_HEAD
+        box.NAME = "FastRCNNConvFCHead"
+        box.NUM_CONV, box.CONV_DIM = self.box_head.num_conv, self.box_head.conv_dim
+        box.NUM_FC, box.FC_DIM = self.box_head.num_fc, self.box_head.fc_dim
+        box.NORM = model.RESNETS.NORM if self.box_head.norm else ""

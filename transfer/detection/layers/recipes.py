@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from mixmask.engine.config import Recipe
+from mixmask.engine.config import Recipe, added
 
 Positive = Annotated[float, Field(gt=0)]
+Width = Annotated[int, Field(ge=1)]
 
 
 class RPNRecipe(Recipe):
@@ -64,11 +65,15 @@ class PyramidRPNRecipe(RPNRecipe):
 
 
 class RoIRecipe(Recipe):
-    """Sampling, pooling and final selection of the RoI heads; the defaults are Detectron2's for C4."""
+    """Sampling, pooling and final selection of the RoI heads; the defaults are Detectron2's for C4.
+
+    ``smooth_l1_beta`` is where the box loss turns from a parabola to a line; 0 is L1.
+    """
 
     batch_per_image: int = Field(512, ge=2)
     positive_fraction: float = Field(0.25, gt=0, lt=1)
     iou_positive: float = Field(0.5, gt=0, le=1)
+    smooth_l1_beta: float = added(0.0, ge=0)
     pooler_resolution: int = Field(14, ge=2)
     score_threshold: float = Field(0.05, ge=0, lt=1)
     nms_threshold: float = Field(0.5, gt=0, le=1)
@@ -104,6 +109,13 @@ class MaskHeadRecipe(Recipe):
     norm: bool = True
 
 
+class KeypointHeadRecipe(Recipe):
+    """The keypoint branch: 3×3 convolutions and a transposed one, without normalisation (Detectron2's defaults)."""
+
+    conv_dims: tuple[Width, ...] = (512,) * 8
+    pooler_resolution: int = Field(14, ge=2)
+
+
 def configure_rpn(model: Any, rpn: RPNRecipe, sizes: Sequence[Sequence[float]]) -> None:
     """Set the RPN's keys under ``MODEL`` of a Detectron2 config; ``sizes`` are the anchor sizes of each map."""
     model.ANCHOR_GENERATOR.SIZES = [list(own) for own in sizes]
@@ -124,5 +136,6 @@ def configure_roi(cfg: Any, roi: RoIRecipe, name: str, num_classes: int) -> None
     heads.IOU_THRESHOLDS = [roi.iou_positive]
     heads.SCORE_THRESH_TEST, heads.NMS_THRESH_TEST = roi.score_threshold, roi.nms_threshold
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = roi.pooler_resolution
+    cfg.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = roi.smooth_l1_beta
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     cfg.TEST.DETECTIONS_PER_IMAGE = roi.detections_per_image

@@ -1,10 +1,10 @@
-"""What the RoI heads of two-stage detectors share: sampling, losses, detections and masks."""
+"""What the RoI heads of two-stage detectors share: sampling, losses, detections, masks and keypoints."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torchvision.ops import batched_nms
 from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.layers.boxes import POSITIVE, clip_boxes, decode_boxes, encode_boxes, match, sample
 from mixmask.transfer.detection.layers.heads import MaskHead
+from mixmask.transfer.detection.layers.keypoints import KeypointHead, inside, keypoint_loss, most_likely_places
 from mixmask.transfer.detection.layers.recipes import RoIRecipe
 
 # Of the x, y, width and height deltas (Detectron2's ROI_BOX_HEAD.BBOX_REG_WEIGHTS).
@@ -40,8 +41,8 @@ class SampledBoxes:
 class RoIHeads(nn.Module, ABC):
     """What the heads on pooled regions share: sampling, losses and the selection of detections.
 
-    A subclass pools the regions from its feature maps. After its own layers it calls `add_predictors`, so that layers, and
-    with them an optimizer's parameters, have the order of the computation.
+    A subclass pools the regions from its feature maps. After its own layers it calls `add_predictors`, then it sets the
+    heads that it has, so that layers, and with them an optimizer's parameters, have the order of the computation.
 
     Args:
         num_classes: Foreground classes.
@@ -49,13 +50,15 @@ class RoIHeads(nn.Module, ABC):
     """
 
     mask_head: MaskHead | None
+    keypoint_head: KeypointHead | None
 
     def __init__(self, num_classes: int, recipe: RoIRecipe) -> None:
         super().__init__()
         self.recipe, self.num_classes = recipe, num_classes
+        self.mask_head = self.keypoint_head = None
 
-    def add_predictors(self, width: int, mask_head: Callable[[], MaskHead] | None) -> None:
-        """Add ``classifier`` and ``regressor`` for vectors of a ``width``, and the mask head (None: no masks)."""
+    def add_predictors(self, width: int) -> None:
+        """Add ``classifier`` and ``regressor`` for vectors of a ``width``."""
         num_classes = self.num_classes
         self.classifier = nn.Linear(width, num_classes + 1)
         self.regressor = nn.Linear(width, 4 * num_classes)
@@ -63,7 +66,6 @@ class RoIHeads(nn.Module, ABC):
         nn.init.normal_(self.regressor.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         nn.init.zeros_(self.regressor.bias)
-        self.mask_head = None if mask_head is None else mask_head()
 
     @abstractmethod
     def vectors(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -72,6 +74,10 @@ class RoIHeads(nn.Module, ABC):
     @abstractmethod
     def for_masks(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
         """The pooled regions of boxes, as the mask head wants them."""
+
+    def for_keypoints(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
+        """The pooled regions of boxes, as the keypoint head wants them."""
+        raise NotImplementedError
 
     def predict(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (R, classes + 1), background last, and box deltas (R, 4 · classes)."""
@@ -108,7 +114,7 @@ class RoIHeads(nn.Module, ABC):
     def losses(
         self, maps: Sequence[Tensor], targets: Sequence[Targets], sampled: Sequence[SampledBoxes]
     ) -> dict[str, Tensor]:
-        """Cross-entropy over the sampled boxes, L1 of the foreground ones over the number of all, and the mask loss."""
+        """Cross-entropy over the sampled boxes, L1 of the foreground ones over the number of all, masks and keypoints."""
         vectors, pooled = self.vectors(maps, [chosen.boxes for chosen in sampled])
         logits, deltas = self.predict(vectors)
         truth = torch.cat([chosen.classes for chosen in sampled])
@@ -123,12 +129,15 @@ class RoIHeads(nn.Module, ABC):
         losses = {
             "roi_class": F.cross_entropy(logits, truth),
             # Over all boxes, as in Detectron2: a foreground box weighs the same, however many there are.
-            "roi_box": (given - wanted).abs().sum() / max(len(truth), 1),
+            "roi_box": F.smooth_l1_loss(given, wanted, reduction="sum", beta=self.recipe.smooth_l1_beta)
+            / max(len(truth), 1),
         }
         if self.mask_head is not None:
             regions = self.for_masks(maps, boxes) if pooled is None else pooled[foreground]
             masks = self.mask_head(regions).float()
             losses["roi_mask"] = self._mask_loss(masks, truth[foreground], targets, sampled)
+        if self.keypoint_head is not None:
+            losses["roi_keypoint"] = self._keypoint_loss(self.keypoint_head, maps, boxes, targets, sampled)
         return losses
 
     def _mask_loss(
@@ -147,9 +156,28 @@ class RoIHeads(nn.Module, ABC):
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]
         return F.binary_cross_entropy_with_logits(own_class, truth)
 
+    def _keypoint_loss(
+        self,
+        head: KeypointHead,
+        maps: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        targets: Sequence[Targets],
+        sampled: Sequence[SampledBoxes],
+    ) -> Tensor:
+        """Of the foreground boxes that hold a visible keypoint of their object."""
+        usable, wanted = [], []
+        for own, target, chosen in zip(boxes, targets, sampled, strict=True):
+            assert target.keypoints is not None
+            points = target.keypoints[chosen.matched[chosen.classes < self.num_classes]]
+            held = inside(points, own).any(dim=1)
+            usable.append(own[held])
+            wanted.append(points[held])
+        logits = head(self.for_keypoints(maps, usable)).float()
+        return keypoint_loss(logits, torch.cat(usable), torch.cat(wanted))
+
     @torch.no_grad()
     def detect(self, maps: Sequence[Tensor], proposals: list[Tensor], sizes: list[tuple[int, int]]) -> list[Detections]:
-        """Detections of each image: score threshold, per-class non-maximum suppression, then masks."""
+        """Detections of each image: score threshold, per-class non-maximum suppression, then masks or keypoints."""
         logits, deltas = self.predict(self.vectors(maps, proposals)[0])
         probabilities = logits.softmax(dim=1)[:, :-1]
         boxes = decode_boxes(deltas, torch.cat(proposals), WEIGHTS)
@@ -165,15 +193,19 @@ class RoIHeads(nn.Module, ABC):
             candidates, confidence = per_class[row, label], scores[row, label]
             keep = batched_nms(candidates, confidence, label, self.recipe.nms_threshold)
             keep = keep[: self.recipe.detections_per_image]
-            found.append(Detections(candidates[keep], confidence[keep], label[keep], None))
-        if self.mask_head is None:
-            return found
-        # Masks belong to the final boxes, which need a RoIAlign of their own.
-        masks = self.mask_head(self.for_masks(maps, [d.boxes for d in found])).float().sigmoid()
-        labels = torch.cat([d.labels for d in found])
-        own = masks[torch.arange(len(labels), device=labels.device), labels]
-        parts = torch.split(own, [len(d.labels) for d in found])
-        return [Detections(d.boxes, d.scores, d.labels, m) for d, m in zip(found, parts, strict=True)]
+            found.append(Detections(candidates[keep], confidence[keep], label[keep]))
+        # Masks and keypoints belong to the final boxes, which need a RoIAlign of their own.
+        final, counts = [one.boxes for one in found], [len(one.boxes) for one in found]
+        if self.mask_head is not None:
+            masks = self.mask_head(self.for_masks(maps, final)).float().sigmoid()
+            labels = torch.cat([one.labels for one in found])
+            parts = torch.split(masks[torch.arange(len(labels), device=labels.device), labels], counts)
+            found = [replace(one, masks=own) for one, own in zip(found, parts, strict=True)]
+        if self.keypoint_head is not None:
+            logits = self.keypoint_head(self.for_keypoints(maps, final)).float()
+            parts = torch.split(most_likely_places(logits, torch.cat(final)), counts)
+            found = [replace(one, keypoints=own) for one, own in zip(found, parts, strict=True)]
+        return found
 
 
 def rasterise(polygons: list[list[float]], box: list[float], side: int) -> np.typing.NDArray[np.uint8]:

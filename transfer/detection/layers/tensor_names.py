@@ -14,6 +14,7 @@ RPN_AND_BOXES = {
     "roi_heads.classifier.": "roi_heads.box_predictor.cls_score.",
     "roi_heads.regressor.": "roi_heads.box_predictor.bbox_pred.",
     "roi_heads.mask_head.": "roi_heads.mask_head.",
+    "roi_heads.keypoint_head.": "roi_heads.keypoint_head.",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Objects:
 
 
 def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> DetectionMatches:
-    """The matches of all detections: objects of all sizes, and at most 100 detections per image and class.
+    """The matches of all detections: objects of all sizes, and per image and class at most 100 detections (20 of keypoints).
 
     pycocotools' ``evaluateImg`` gives the same. It goes through four ranges of sizes, and in Python through all pairs of a
     detection and an object; here only detections that overlap an object by half are looked at.
@@ -38,7 +38,7 @@ def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind
     Args:
         detections: What was found.
         pictures: The test set.
-        kind: ``bbox`` or ``segm``.
+        kind: ``bbox``, ``segm`` or ``keypoints``.
     """
     params = Params(iouType=kind)
     thresholds, most = np.asarray(params.iouThrs), params.maxDets[-1]
@@ -126,7 +126,11 @@ def _objects(pictures: DetectionSet, kind: str, sizes: Sequence[float]) -> dict[
     for item in truth.dataset["annotations"]:
         crowd = bool(item.get("iscrowd", 0))
         ignored = crowd or not sizes[0] <= item["area"] <= sizes[1]
-        shape = item["bbox"] if kind == "bbox" else truth.annToRLE(item)
+        if kind == "keypoints":
+            ignored = ignored or item["num_keypoints"] == 0
+            shape: Any = item
+        else:
+            shape = item["bbox"] if kind == "bbox" else truth.annToRLE(item)
         listed[label_of[item["category_id"]], index[item["image_id"]]].append((ignored, crowd, shape))
     found = {}
     for place, own in listed.items():
@@ -136,10 +140,40 @@ def _objects(pictures: DetectionSet, kind: str, sizes: Sequence[float]) -> dict[
 
 
 def _overlaps(ranked: Sequence[FoundObject], objects: _Objects, pictures: DetectionSet, kind: str) -> Floats:
-    """(D, G) IoU by pycocotools; with a crowd, the share of the detection that is inside."""
+    """(D, G) IoU by pycocotools, with a crowd the share of the detection that is inside; of keypoints their similarity."""
     if not objects.shapes:
         return np.zeros((len(ranked), 0))
+    if kind == "keypoints":
+        assert pictures.keypoints is not None
+        found = np.array([coco_row(one, pictures, kind)["keypoints"] for one in ranked]).reshape(len(ranked), -1, 3)
+        every = [keypoint_similarity(found, item, pictures.keypoints.sigmas) for item in objects.shapes]
+        return np.stack(every, axis=1)
     key = "bbox" if kind == "bbox" else "segmentation"
     shapes = [coco_row(one, pictures, kind)[key] for one in ranked]
     overlaps: Floats = np.asarray(coco_mask.iou(shapes, objects.shapes, [int(crowd) for crowd in objects.crowd]))
     return overlaps
+
+
+def keypoint_similarity(found: Floats, item: Mapping[str, Any], sigmas: Sequence[float]) -> Floats:
+    """(D,) COCO's object keypoint similarity (OKS) of detections with one object.
+
+    The mean over the labelled keypoints of exp(-d² / 2 s² k²), with the distance d, the object's area s² and twice the
+    keypoint's sigma k. If none is labelled, it is how far all keypoints are from the object's box, doubled to each side.
+
+    Args:
+        found: (D, K, 3) x, y and anything.
+        item: A COCO annotation with keypoints.
+        sigmas: (K,).
+    """
+    truth = np.array(item["keypoints"], dtype=np.float64).reshape(-1, 3)
+    labelled = truth[:, 2] > 0
+    if labelled.any():
+        away = found[..., :2] - truth[:, :2]
+    else:
+        left, top, width, height = item["bbox"]
+        low, high = np.array([left - width, top - height]), np.array([left + 2 * width, top + 2 * height])
+        away = np.maximum(low - found[..., :2], 0) + np.maximum(found[..., :2] - high, 0)
+        labelled = np.ones(len(truth), dtype=bool)
+    spread = (2 * np.array(sigmas)) ** 2 * 2 * (item["area"] + np.spacing(1))
+    similarity: Floats = np.exp(-(away**2).sum(axis=2) / spread)[:, labelled].mean(axis=1)
+    return similarity

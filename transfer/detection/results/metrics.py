@@ -35,6 +35,7 @@ class FoundObject:
         score: Confidence in [0, 1].
         box: Left, top, right, bottom, continuous.
         mask: COCO run-length encoding, or None.
+        keypoints: x, y and probability of each, or None.
     """
 
     picture: int
@@ -42,6 +43,7 @@ class FoundObject:
     score: float
     box: tuple[float, float, float, float]
     mask: dict[str, Any] | None = None
+    keypoints: tuple[tuple[float, float, float], ...] | None = None
 
 
 # --- VOC -------------------------------------------------------------------------------------------------------------
@@ -195,26 +197,31 @@ def voc_metrics(detections: Sequence[FoundObject], pictures: DetectionSet) -> di
 # --- COCO ------------------------------------------------------------------------------------------------------------
 
 MOST_AT_ONCE = 200  # pycocotools counts the masks whose areas it gives in eight bits
-COCO_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+# In the order of COCOeval's ``stats``; of keypoints, small objects are not measured.
+COCO_NAMES = {
+    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+}
 
 
-def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, masks: bool) -> dict[str, float]:
-    """COCOeval's average precision in percent: boxes as ``bbox/…``, masks as ``segm/…``.
+def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, kinds: Sequence[str]) -> dict[str, float]:
+    """COCOeval's average precision in percent of each kind: ``bbox/…``, ``segm/…``, ``keypoints/…``.
 
     AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
     """
     metrics: dict[str, float] = {}
-    for kind in ("bbox", "segm") if masks else ("bbox",):
+    for kind in kinds:
         # pycocotools cannot load an empty list of results.
         if not detections:
-            metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[:3]})
+            metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[kind][:3]})
             continue
         stats, every = _coco_evaluation(detections, pictures, kind)
         # -1 where no object has the size.
         metrics.update(
-            {f"{kind}/{name}": 100 * value for name, value in zip(COCO_NAMES, stats[:6], strict=True) if value >= 0}
+            {f"{kind}/{name}": 100 * value for name, value in zip(COCO_NAMES[kind], stats, strict=False) if value >= 0}
         )
-        precision = every[..., 0, -1]  # (overlaps, recalls, classes), all sizes, 100 detections
+        precision = every[..., 0, -1]  # (overlaps, recalls, classes), all sizes, as many detections as count
         for number, name in enumerate(pictures.classes):
             of_class = precision[:, :, number]
             if (of_class > -1).any():
@@ -233,7 +240,7 @@ def coco_backend() -> str:
 def _coco_evaluation(
     detections: Sequence[FoundObject], pictures: DetectionSet, kind: str
 ) -> tuple[list[float], npt.NDArray[np.float64]]:
-    """The 12 statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
+    """The statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
     reader, judge = COCO, COCOeval
     if coco_backend() == "faster-coco-eval":
         import faster_coco_eval
@@ -246,10 +253,12 @@ def _coco_evaluation(
         found.createIndex()
         evaluation = judge(truth, found, kind)
         evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
+        if pictures.keypoints is not None:
+            evaluation.params.kpt_oks_sigmas = np.array(pictures.keypoints.sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return [float(value) for value in evaluation.stats[:12]], np.asarray(evaluation.eval["precision"])
+    return [float(value) for value in evaluation.stats], np.asarray(evaluation.eval["precision"])
 
 
 def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
@@ -268,8 +277,8 @@ def _results(detections: Sequence[FoundObject], pictures: DetectionSet, kind: st
         codes = [row["segmentation"] for row in rows]
         parts = [codes[first : first + MOST_AT_ONCE] for first in range(0, len(codes), MOST_AT_ONCE)]
         areas = [area for part in parts for area in coco_mask.area(part).tolist()]
-    else:
-        areas = [row["bbox"][2] * row["bbox"][3] for row in rows]
+    else:  # of keypoints, too: Detectron2 gives COCO's evaluation the boxes with them
+        areas = [(d.box[2] - d.box[0]) * (d.box[3] - d.box[1]) for d in detections]
     for number, (row, area) in enumerate(zip(rows, areas, strict=True), start=1):
         row.update(id=number, area=area, iscrowd=0)
     return rows
@@ -296,6 +305,10 @@ def coco_row(found: FoundObject, pictures: DetectionSet, kind: str) -> dict[str,
     }
     if kind == "bbox":
         row["bbox"] = [left, top, right - left, bottom - top]
-    else:
+    elif kind == "segm":
         row["segmentation"] = found.mask
+    else:  # COCO's keypoints are numbers of pixels: 0 is the middle of the first
+        row["keypoints"] = [
+            value for x, y, probability in found.keypoints or () for value in (x - 0.5, y - 0.5, probability)
+        ]
     return row

@@ -19,7 +19,7 @@ FORMAT = "mixmask-detections-1"
 
 
 def save_detections(path: Path, found: Sequence[FoundObject], pictures: DetectionSet) -> None:
-    """Write detections as compressed JSON: picture keys, class names, and rows of picture, label, score, box and mask."""
+    """Write compressed JSON: picture keys, class names, and rows of picture, label, score, box, mask and keypoints."""
     rows = [
         [
             d.picture,
@@ -27,6 +27,7 @@ def save_detections(path: Path, found: Sequence[FoundObject], pictures: Detectio
             d.score,
             list(d.box),
             None if d.mask is None else [d.mask["size"], _text(d.mask["counts"])],
+            *([] if d.keypoints is None else [d.keypoints]),
         ]
         for d in found
     ]
@@ -59,9 +60,14 @@ def load_detections(path: Path, pictures: DetectionSet) -> list[FoundObject]:
         keys, classes, rows = content["pictures"], content["classes"], content["detections"]
         found = [
             FoundObject(
-                picture, label, score, tuple(box), None if mask is None else {"size": mask[0], "counts": mask[1]}
+                picture,
+                label,
+                score,
+                tuple(box),
+                None if mask is None else {"size": mask[0], "counts": mask[1]},
+                tuple((x, y, probability) for x, y, probability in points[0]) if points else None,
             )
-            for picture, label, score, box, mask in rows
+            for picture, label, score, box, mask, *points in rows
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None

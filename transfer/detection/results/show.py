@@ -33,6 +33,7 @@ COLOURS = (
 )  # told apart by colour-blind eyes
 
 MOST = 20  # detections drawn in a picture
+LEAST_PROBABILITY = 0.05  # of a keypoint that is drawn, as in Detectron2
 # On these colours, labels are black.
 LIGHT = ("#f0e442", "#56b4e9", "#e69f00")
 
@@ -158,10 +159,13 @@ def _figure(rows: Sequence[tuple[Picture, list[FoundObject]]], pictures: Detecti
             label = f"{pictures.classes[detection.label]} {detection.score:.2f}"
             mask = None if detection.mask is None else coco_mask.decode(detection.mask).astype(bool)
             _draw(left, detection.box, label, _colour(detection.label), mask)
+            _draw_keypoints(left, detection.keypoints, LEAST_PROBABILITY, pictures, _colour(detection.label))
         for instance in picture.instances:
-            mask = _outline_mask(instance, picture)
+            # Beside keypoints, outlines would only hide them: no masks are found then.
+            mask = _outline_mask(instance, picture) if pictures.keypoints is None else None
             dashed = instance.difficult or instance.crowd
             _draw(right, instance.box, pictures.classes[instance.label], _colour(instance.label), mask, dashed)
+            _draw_keypoints(right, instance.keypoints, 1, pictures, _colour(instance.label))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -203,3 +207,15 @@ def _draw(
     inside = top < 0.08 * axes.get_ylim()[0]  # above the box there is no room for its label
     place = "top" if inside else "bottom"
     axes.text(max(left, 0), max(top, 0), label, fontsize=7, color=ink, va=place, bbox=ground, clip_on=True)
+
+
+def _draw_keypoints(axes: Any, points: Any, least: float, pictures: DetectionSet, colour: str) -> None:
+    """Draw (K, 3) keypoints, those whose third number is ``least`` or more, and the lines of the skeleton between them."""
+    if points is None or pictures.keypoints is None:
+        return
+    every = np.asarray(points, dtype=np.float64)
+    shown = every[:, 2] >= least
+    for one, other in pictures.keypoints.skeleton:
+        if shown[one] and shown[other]:
+            axes.plot(*every[[one, other], :2].T, color=colour, linewidth=1.2, alpha=0.8)
+    axes.scatter(*every[shown, :2].T, s=9, color=colour, edgecolors="white", linewidths=0.5, zorder=3)

@@ -33,7 +33,9 @@ class Res5RoIHeads(RoIHeads):
         self.stride, self.res5 = stride, res5
         # A BN in the newly initialised head calibrates the features' magnitudes (arXiv:1911.05722, section 4.2).
         self.norm = nn.BatchNorm2d(channels)
-        self.add_predictors(channels, (lambda: MaskHead(channels, num_classes)) if masks else None)
+        self.add_predictors(channels)
+        if masks:
+            self.mask_head = MaskHead(channels, num_classes)
 
     def pool(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
         """(N, C, H, W) and boxes per image to (R, C', S, S): RoIAlign (aligned, adaptive sampling), res5, BatchNorm."""

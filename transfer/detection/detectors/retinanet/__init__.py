@@ -54,7 +54,7 @@ class RetinaNetRecipe(PyramidRecipe):
     finest: ClassVar[int] = 3
     heads: ClassVar[dict[str, str]] = {"head.": "head."}
     ours_alone: ClassVar[tuple[str, ...]] = ("normalizer",)  # Detectron2 forgets it when a run is resumed
-    gives_masks: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]] = ("bbox",)
     losses: ClassVar[Mapping[str, str]] = {"loss_cls": "class", "loss_box_reg": "box"}
 
     kind: Literal["retinanet"] = "retinanet"

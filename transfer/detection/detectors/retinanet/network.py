@@ -175,5 +175,5 @@ class RetinaNet(Detector):
             candidates, confidence, classes = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
             keep = batched_nms(candidates, confidence, classes, self.nms_threshold)[: self.detections_per_image]
             kept = clip_boxes(candidates[keep], image.shape[1], image.shape[2])
-            found.append(Detections(kept, confidence[keep], classes[keep], None))
+            found.append(Detections(kept, confidence[keep], classes[keep]))
         return found

@@ -1,4 +1,4 @@
-"""The R50-FPN detector: a trunk's maps, a pyramid, the RPN on five of its levels and RoI heads on four."""
+"""Faster, Mask and Keypoint R-CNN on a feature pyramid: the RPN on five of its levels, RoI heads on four."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.transfer.detection.layers.heads import BoxHead, MaskHead
+from mixmask.transfer.detection.layers.keypoints import KeypointHead
 from mixmask.transfer.detection.layers.pyramid import STRIDES, Pyramid, pool_from_levels, trunk_maps
-from mixmask.transfer.detection.layers.recipes import BoxHeadRecipe, MaskHeadRecipe, PyramidRoIRecipe, PyramidRPNRecipe
+from mixmask.transfer.detection.layers.recipes import (
+    BoxHeadRecipe,
+    KeypointHeadRecipe,
+    MaskHeadRecipe,
+    PyramidRoIRecipe,
+    PyramidRPNRecipe,
+)
 from mixmask.transfer.detection.layers.roi_heads import RoIHeads
 from mixmask.transfer.detection.layers.rpn import RPN
 from mixmask.transfer.detection.layers.two_stage import TwoStageDetector
 
 
 class PyramidRoIHeads(RoIHeads):
-    """Regions pooled from the level that fits their size; boxes and masks have heads of their own.
+    """Regions pooled from the level that fits their size; boxes, masks and keypoints have heads of their own.
 
     Args:
         channels: Channels of the pyramid.
@@ -26,6 +33,8 @@ class PyramidRoIHeads(RoIHeads):
         roi: The options for sampling, pooling and selection.
         box_head: The box head.
         mask_head: The mask branch; None without masks.
+        keypoint_head: The keypoint branch; None without keypoints.
+        num_keypoints: Of each object.
     """
 
     def __init__(
@@ -35,9 +44,12 @@ class PyramidRoIHeads(RoIHeads):
         roi: PyramidRoIRecipe,
         box_head: BoxHeadRecipe,
         mask_head: MaskHeadRecipe | None,
+        keypoint_head: KeypointHeadRecipe | None,
+        num_keypoints: int,
     ) -> None:
         super().__init__(num_classes, roi)
         self.size, self.mask_size = roi.pooler_resolution, roi.mask_pooler_resolution
+        self.keypoint_size = 0 if keypoint_head is None else keypoint_head.pooler_resolution
         self.box_head = BoxHead(
             channels,
             self.size,
@@ -47,13 +59,11 @@ class PyramidRoIHeads(RoIHeads):
             fc_dim=box_head.fc_dim,
             norm=box_head.norm,
         )
-        masks = mask_head
-        self.add_predictors(
-            box_head.fc_dim,
-            None
-            if masks is None
-            else lambda: MaskHead(channels, num_classes, masks.num_conv, masks.conv_dim, masks.norm),
-        )
+        self.add_predictors(box_head.fc_dim)
+        if mask_head is not None:
+            self.mask_head = MaskHead(channels, num_classes, mask_head.num_conv, mask_head.conv_dim, mask_head.norm)
+        if keypoint_head is not None:
+            self.keypoint_head = KeypointHead(channels, keypoint_head.conv_dims, num_keypoints)
 
     @override
     def vectors(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, None]:
@@ -64,9 +74,13 @@ class PyramidRoIHeads(RoIHeads):
     def for_masks(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
         return pool_from_levels(maps[: len(STRIDES)], boxes, self.mask_size)
 
+    @override
+    def for_keypoints(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Tensor:
+        return pool_from_levels(maps[: len(STRIDES)], boxes, self.keypoint_size)
 
-class FPNDetector(TwoStageDetector):
-    """Faster R-CNN, or Mask R-CNN with a mask head, on a feature pyramid.
+
+class PyramidRCNN(TwoStageDetector):
+    """Faster R-CNN on a feature pyramid; with a mask head Mask R-CNN, with a keypoint head Keypoint R-CNN.
 
     Args:
         backbone: A trunk that `check_maps` accepts.
@@ -78,6 +92,8 @@ class FPNDetector(TwoStageDetector):
         roi: The options of the RoI heads.
         box_head: The box head.
         mask_head: The mask branch; None without masks.
+        keypoint_head: The keypoint branch; None without keypoints.
+        num_keypoints: Of each object.
     """
 
     multiple_of = STRIDES[-1]
@@ -93,12 +109,14 @@ class FPNDetector(TwoStageDetector):
         rpn: PyramidRPNRecipe,
         roi: PyramidRoIRecipe,
         box_head: BoxHeadRecipe,
-        mask_head: MaskHeadRecipe | None,
+        mask_head: MaskHeadRecipe | None = None,
+        keypoint_head: KeypointHeadRecipe | None = None,
+        num_keypoints: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = Pyramid(trunk_maps(backbone, state), len(STRIDES), channels, norm, LastLevelMaxPool())
         self.rpn = RPN(channels, [*STRIDES, 2 * STRIDES[-1]], rpn.sizes, rpn)
-        self.roi_heads = PyramidRoIHeads(channels, num_classes, roi, box_head, mask_head)
+        self.roi_heads = PyramidRoIHeads(channels, num_classes, roi, box_head, mask_head, keypoint_head, num_keypoints)
 
     @property
     @override
