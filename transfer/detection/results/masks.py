@@ -12,6 +12,8 @@ from pycocotools import mask as coco_mask
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
+BEGINNING = np.zeros(1, dtype=np.int64)
+
 
 def encode_mask(mask: Floats, box: tuple[float, float, float, float], height: int, width: int) -> dict[str, Any]:
     """Put an (M, M) probability mask into its box of an image, bilinearly, threshold it at 0.5, and encode it.
@@ -37,15 +39,23 @@ def encode_mask(mask: Floats, box: tuple[float, float, float, float], height: in
         framed[1:-1, 1:-1] = mask
         column, to_right = _between(left, right, x0, x1, mask.shape[1])
         row, down = _between(top, bottom, y0, y1, mask.shape[0])
-        across = framed[:, column]
-        across = (across + (framed[:, column + 1] - across) * to_right).T
-        values = across[:, row]
-        values = values + (across[:, row + 1] - values) * down
-        changes = _changes(values >= 0.5, x0, y0, height)
+        across = _mixed(framed, column, to_right, axis=1)
+        inside = _mixed(across, row, down[:, None], axis=0) >= 0.5
+        changes = _changes(inside.T, x0, y0, height)
     pixels = height * width
-    counts = np.diff(changes[changes < pixels], prepend=0, append=pixels)  # the last run ends with the image
+    ends = np.concatenate([BEGINNING, changes[changes < pixels], [pixels]])  # the last run ends with the image
+    counts = ends[1:] - ends[:-1]
     encoded: dict[str, Any] = coco_mask.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
     return encoded
+
+
+def _mixed(values: Floats, place: Indices, share: Floats, axis: int) -> Floats:
+    """Rows or columns between those at ``place`` and the next ones."""
+    here, mixed = values.take(place, axis=axis), values.take(place + 1, axis=axis)
+    mixed -= here  # in place: allocating is what takes the time
+    mixed *= share
+    mixed += here
+    return mixed
 
 
 def _between(low: float, high: float, first: int, last: int, cells: int) -> tuple[Indices, Floats]:
