@@ -141,6 +141,8 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
         hint = did_you_mean(value, re.findall(r"'([^']+)'", expected))
         where = sources.get(f"{dotted}.{tag}", source)
         return f"{where}: {dotted}.{tag}: given {value!r}; valid: {expected}. {hint}".rstrip()
+    if kind == "model_type":
+        return f"{where}: a mapping with the keys {', '.join(owner.model_fields)} was expected (given: {given!r})"
     message = _in_our_words(problem["msg"])
     if kind == "value_error" and isinstance(given, Mapping):
         with_overrides = f"{path} and {_the(origin)}" if origin in sources.values() else path

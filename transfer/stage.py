@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class TransferPlan(RecordedWork[Record]):
     @override
     def work(self) -> Record:
         recipe, info, data = self.recipe, self.source.info, self.data
+        begun = time.monotonic()
         metrics = recipe.measure(
             Setting(
                 self.run,
@@ -76,7 +78,7 @@ class TransferPlan(RecordedWork[Record]):
                 f"protocol {recipe.protocol}: measured {', '.join(metrics) or 'nothing'}, and its headlines are "
                 f"{', '.join(recipe.headlines)}; one of them must be measured"
             )
-        seconds = metrics.pop("seconds", 0.0)
+        seconds = metrics.pop("seconds", time.monotonic() - begun)  # of training, if the protocol trains
         metrics.pop("images_per_second", None)
         record = Record(
             stage="transfer",

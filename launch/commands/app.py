@@ -117,8 +117,8 @@ def transfer(
     from mixmask.engine.distributed import agreed, session
     from mixmask.engine.progress import say
     from mixmask.transfer import stage
-    from mixmask.transfer.detection.results.summary import per_class_table
     from mixmask.transfer.recipe import load_transfer_recipe
+    from mixmask.transfer.summary import detail_tables
 
     if dump_detectron2_config is not None:
         from mixmask.transfer.detection import commands
@@ -140,8 +140,8 @@ def transfer(
             for name, value in record.metrics.items():
                 if name.count("/") < 2:
                     show(f"{name} {value:.4g}" if "chosen" in name else f"{name} {value:.2f}")
-            table = per_class_table(record.metrics)
-            show(f"\n{table}\n" if table else "", nl=False)
+            for table in detail_tables(record.metrics):
+                show(f"\n{table}")
             show(plan.run.record_file)
 
 

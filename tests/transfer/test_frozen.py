@@ -314,7 +314,7 @@ def test_svms_are_scikit_learns(voc: Path, tmp_path: Path, resnet18: Path) -> No
     found = []
     for label in range(3):
         known = labels[:, label] >= 0
-        cost = record.metrics[f"svm/chosen_C/{label}"]
+        cost = record.metrics[f"svm/chosen_C/{plan.train.classes[label]}"]
         model = LinearSVC(C=cost, class_weight={0: 1, 1: 2}, dual=False, tol=1e-8, max_iter=100_000)
         model.fit(features[known], labels[known, label])
         counts = answers[:, label] >= 0

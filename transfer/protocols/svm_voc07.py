@@ -100,11 +100,15 @@ class SvmVoc07Recipe(FrozenRecipe):
 
         # scikit-learn works on the CPU, and on all of its cores: one process does it for all.
         def work() -> dict[str, float]:
-            return self._found(_unit(features), labels, _unit(asked), answers) if world().is_writer else {}
+            if not world().is_writer:
+                return {}
+            return self._found(_unit(features), labels, _unit(asked), answers, setting.train.classes)
 
         return from_first(agreed(work))
 
-    def _found(self, features: Array, labels: Array, asked: Array, answers: Array) -> dict[str, float]:
+    def _found(
+        self, features: Array, labels: Array, asked: Array, answers: Array, classes: Sequence[str]
+    ) -> dict[str, float]:
         num_classes = labels.shape[1]
         # liblinear draws from one generator per process, so that fits in threads would disturb each other. Processes pay
         # for themselves on real data only.
@@ -122,7 +126,9 @@ class SvmVoc07Recipe(FrozenRecipe):
             values = [score for (shot, _), score in zip(draws, scores, strict=True) if shot == k]
             found[f"svm/low_shot/{k}"] = float(np.mean(values))
             found[f"svm/low_shot_std/{k}"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        return {**found, **{f"svm/chosen_C/{number}": float(cost) for number, cost in enumerate(costs)}}
+        found.update({f"svm/AP/{name}": 100 * float(own) for name, own in zip(classes, points, strict=True)})
+        found.update({f"svm/chosen_C/{name}": float(cost) for name, cost in zip(classes, costs, strict=True)})
+        return found
 
 
 def _cores() -> int:

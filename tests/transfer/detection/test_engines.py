@@ -26,7 +26,6 @@ from mixmask.transfer.detection.commands import dump_detectron2_config, show_det
 from mixmask.transfer.detection.data.annotations import open_detection, open_test
 from mixmask.transfer.detection.results.metrics import FoundObject
 from mixmask.transfer.detection.results.predictions import load_detections, save_detections
-from mixmask.transfer.detection.results.summary import per_class_table
 from mixmask.transfer.detection.run import describe_schedule
 from tests.processes import ROOT, finish, processes
 from tests.transfer.detection.test_detection import COCO, VOC, plan, recipe_of
@@ -164,14 +163,6 @@ def test_the_schedule_in_force_is_told(voc: Path, tmp_path: Path) -> None:
     text = describe_schedule(recipe_of(VOC, voc, tmp_path, *keys))
     assert text.startswith("48,000 iterations of 8 images, lr 0.01, steps 36000, 44000, warm-up 2")
     assert "scaled linearly from 24,000 of 16, lr 0.02, steps 18000, 22000, warm-up 1" in text
-
-
-def test_table_per_class() -> None:
-    table = per_class_table({"bbox/AP": 3, "bbox/AP/cat": 1.0, "segm/AP/cat": 2.0, "bbox/AP/dog": 30.0})
-    rows = [line.split() for line in table.splitlines()]
-    assert rows[0] == ["class", "bbox/AP", "segm/AP"]
-    assert rows[2:] == [["dog", "30.0", "-"], ["cat", "1.0", "2.0"]]
-    assert per_class_table({"knn/top1": 3}) == ""
 
 
 @pytest.mark.slow
