@@ -167,7 +167,7 @@ def test_every_image_once_gives_the_metrics_of_the_record(
         ),
         (
             coco_matches(guesses(coco_pictures, seed), coco_pictures, "bbox"),
-            coco_metrics(guesses(coco_pictures, seed), coco_pictures, masks=False),
+            coco_metrics(guesses(coco_pictures, seed), coco_pictures, ("bbox",)),
         ),
     ]
     for matches, metrics in cases:

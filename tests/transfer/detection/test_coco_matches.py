@@ -19,7 +19,7 @@ from mixmask.evaluate.average_precision import AveragePrecision
 from mixmask.transfer.detection.data.annotations import DetectionSet, Picture
 from mixmask.transfer.detection.results import metrics
 from mixmask.transfer.detection.results.coco_matches import coco_matches
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, coco_row, coco_truth
+from mixmask.transfer.detection.results.metrics import SHAPES, FoundObject, coco_metrics, coco_shape, coco_truth
 
 HEIGHT, WIDTH = 60, 80
 
@@ -74,10 +74,23 @@ def random_set(seed: int, folder: Path) -> tuple[DetectionSet, list[FoundObject]
     return DetectionSet(pictures, ("a", "b", "c"), (file,), (3, 5, 9)), found
 
 
+def rows_of(pictures: DetectionSet, found: list[FoundObject], kind: str) -> list[dict[str, Any]]:
+    """As in COCO's result files."""
+    return [
+        {
+            "image_id": int(pictures.pictures[one.picture].key),
+            "category_id": pictures.category_ids[one.label],
+            "score": one.score,
+            SHAPES[kind]: coco_shape(one, kind),
+        }
+        for one in found
+    ]
+
+
 def theirs(pictures: DetectionSet, found: list[FoundObject], kind: str) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco_truth(pictures)
-        evaluation = COCOeval(truth, truth.loadRes([coco_row(one, pictures, kind) for one in found]), kind)
+        evaluation = COCOeval(truth, truth.loadRes(rows_of(pictures, found, kind)), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -122,7 +135,7 @@ def test_both_backends_give_the_same_statistics(seed: int, tmp_path_factory: pyt
         return
     for kind in ("bbox", "segm"):
         evaluation = theirs(pictures, found, kind)
-        stats, precision = metrics._coco_evaluation(found, pictures, kind)
+        stats, precision = metrics._coco_evaluation(found, pictures, ("bbox", "segm"))[kind]
         # The same matches, summed in another order: the last bit of a mean may differ.
         np.testing.assert_allclose(stats, evaluation.stats, rtol=0, atol=1e-15)
         np.testing.assert_allclose(precision, evaluation.eval["precision"], rtol=0, atol=1e-15)
@@ -144,5 +157,5 @@ def test_many_masks_are_no_trouble(tmp_path: Path) -> None:
     assert len(many) > 700
     evaluation = theirs(pictures, many, "segm")
     np.testing.assert_allclose(
-        metrics._coco_evaluation(many, pictures, "segm")[0], evaluation.stats, rtol=0, atol=1e-15
+        metrics._coco_evaluation(many, pictures, ["segm"])["segm"][0], evaluation.stats, rtol=0, atol=1e-15
     )

@@ -33,9 +33,10 @@ from mixmask.transfer.detection.detectors.keypoints import KeypointRecipe
 from mixmask.transfer.detection.layers.keypoints import KeypointHead, keypoint_loss, most_likely_places, to_cells
 from mixmask.transfer.detection.results import metrics
 from mixmask.transfer.detection.results.coco_matches import coco_matches, keypoint_similarity
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, coco_row, coco_truth
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, coco_truth
 from mixmask.transfer.detection.results.predictions import NAME, load_detections, save_detections
 from tests.transfer.detection.keypoint_sets import KEYPOINTS, NAMES, SIGMAS, persons, random_finds, write_keypoints
+from tests.transfer.detection.test_coco_matches import rows_of
 from tests.transfer.detection.test_detection import VOC, plan, recipe_of, with_detector
 from tests.transfer.detection.test_engines import ENGINES
 
@@ -250,7 +251,8 @@ def test_cocos_own_sigmas_are_the_default() -> None:
 
 
 def theirs(pictures: DetectionSet, found: list[FoundObject]) -> COCOeval:
-    rows = [{**coco_row(one, pictures, "keypoints"), **coco_row(one, pictures, "bbox")} for one in found]
+    both = zip(rows_of(pictures, found, "keypoints"), rows_of(pictures, found, "bbox"), strict=True)
+    rows = [{**points, **boxes} for points, boxes in both]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco_truth(pictures)
         evaluation = COCOeval(truth, truth.loadRes(rows), "keypoints")
@@ -293,7 +295,7 @@ def test_both_backends_give_the_same_statistics(persons: Path, tmp_path: Path) -
     pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     _, pictures = open_detection(recipe_of(KEYPOINTS, persons, tmp_path))
     found = random_finds(pictures, 3)
-    stats, _ = metrics._coco_evaluation(found, pictures, "keypoints")
+    stats, _ = metrics._coco_evaluation(found, pictures, ["bbox", "keypoints"])["keypoints"]
     np.testing.assert_allclose(stats, theirs(pictures, found).stats, rtol=0, atol=1e-15)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture
+from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
 from mixmask.transfer.detection.results.metrics import (
     FoundObject,
     coco_metrics,
@@ -13,6 +13,7 @@ from mixmask.transfer.detection.results.metrics import (
     voc_metrics,
 )
 from mixmask.transfer.scores import eleven_point_ap
+from tests.transfer.detection.test_detection import COCO, recipe_of
 
 
 def picture(number: int, *instances: Instance) -> Picture:
@@ -83,12 +84,10 @@ def test_no_detections_is_zero() -> None:
     assert voc_metrics([], truth)["bbox/AP"] == 0.0
 
 
-def test_coco_metrics_of_the_truth_are_perfect(coco: Path) -> None:
+def test_coco_metrics_of_the_truth_are_perfect(coco: Path, tmp_path: Path) -> None:
     from pycocotools import mask as coco_mask
 
-    from mixmask.transfer.detection.data.annotations import _read_coco
-
-    truth = _read_coco(coco, ["val2017"], None, evaluated=True)
+    truth = open_test(recipe_of(COCO, coco, tmp_path))
     detections = []
     for number, item in enumerate(truth.pictures):
         for instance in item.instances:

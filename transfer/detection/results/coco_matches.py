@@ -14,7 +14,7 @@ from pycocotools.cocoeval import Params
 
 from mixmask.engine.predictions import DetectionMatches
 from mixmask.transfer.detection.data.annotations import DetectionSet
-from mixmask.transfer.detection.results.metrics import FoundObject, coco_row, coco_truth
+from mixmask.transfer.detection.results.metrics import FoundObject, coco_shape, coco_truth
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -145,11 +145,10 @@ def _overlaps(ranked: Sequence[FoundObject], objects: _Objects, pictures: Detect
         return np.zeros((len(ranked), 0))
     if kind == "keypoints":
         assert pictures.keypoints is not None
-        found = np.array([coco_row(one, pictures, kind)["keypoints"] for one in ranked]).reshape(len(ranked), -1, 3)
+        found = np.array([coco_shape(one, kind) for one in ranked]).reshape(len(ranked), -1, 3)
         every = [keypoint_similarity(found, item, pictures.keypoints.sigmas) for item in objects.shapes]
         return np.stack(every, axis=1)
-    key = "bbox" if kind == "bbox" else "segmentation"
-    shapes = [coco_row(one, pictures, kind)[key] for one in ranked]
+    shapes = [coco_shape(one, kind) for one in ranked]
     overlaps: Floats = np.asarray(coco_mask.iou(shapes, objects.shapes, [int(crowd) for crowd in objects.crowd]))
     return overlaps
 

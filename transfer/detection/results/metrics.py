@@ -198,6 +198,7 @@ def voc_metrics(detections: Sequence[FoundObject], pictures: DetectionSet) -> di
 
 MOST_AT_ONCE = 200  # pycocotools counts the masks whose areas it gives in eight bits
 # In the order of COCOeval's ``stats``; of keypoints, small objects are not measured.
+SHAPES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # COCO's keys of them
 COCO_NAMES = {
     "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -210,13 +211,10 @@ def coco_metrics(detections: Sequence[FoundObject], pictures: DetectionSet, kind
 
     AP, AP50, AP75, APs, APm, APl, and ``AP/cat`` … per class. Sizes and classes without objects are left out.
     """
+    if not detections:  # pycocotools cannot load an empty list of results
+        return {f"{kind}/{name}": 0.0 for kind in kinds for name in COCO_NAMES[kind][:3]}
     metrics: dict[str, float] = {}
-    for kind in kinds:
-        # pycocotools cannot load an empty list of results.
-        if not detections:
-            metrics.update({f"{kind}/{name}": 0.0 for name in COCO_NAMES[kind][:3]})
-            continue
-        stats, every = _coco_evaluation(detections, pictures, kind)
+    for kind, (stats, every) in _coco_evaluation(detections, pictures, kinds).items():
         # -1 where no object has the size.
         metrics.update(
             {f"{kind}/{name}": 100 * value for name, value in zip(COCO_NAMES[kind], stats, strict=False) if value >= 0}
@@ -238,27 +236,32 @@ def coco_backend() -> str:
 
 
 def _coco_evaluation(
-    detections: Sequence[FoundObject], pictures: DetectionSet, kind: str
-) -> tuple[list[float], npt.NDArray[np.float64]]:
-    """The statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
+    detections: Sequence[FoundObject], pictures: DetectionSet, kinds: Sequence[str]
+) -> dict[str, tuple[list[float], npt.NDArray[np.float64]]]:
+    """Of each kind the statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
     reader, judge = COCO, COCOeval
     if coco_backend() == "faster-coco-eval":
         import faster_coco_eval
 
         reader, judge = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    judged = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco_truth(pictures, reader)
-        found = reader()
-        found.dataset = {**truth.dataset, "annotations": _results(detections, pictures, kind)}
+        truth, found = coco_truth(pictures, reader), reader()
+        rows = _results(detections, pictures, kinds)
+        found.dataset = {**truth.dataset, "annotations": rows}
         found.createIndex()
-        evaluation = judge(truth, found, kind)
-        evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
-        if pictures.keypoints is not None:
-            evaluation.params.kpt_oks_sigmas = np.array(pictures.keypoints.sigmas)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return [float(value) for value in evaluation.stats], np.asarray(evaluation.eval["precision"])
+        for kind in kinds:
+            for row, area in zip(rows, _areas(detections, kind), strict=True):
+                row["area"] = area
+            evaluation = judge(truth, found, kind)
+            evaluation.params.imgIds = [int(picture.key) for picture in pictures.pictures]
+            if pictures.keypoints is not None:
+                evaluation.params.kpt_oks_sigmas = np.array(pictures.keypoints.sigmas)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            judged[kind] = ([float(value) for value in evaluation.stats], np.asarray(evaluation.eval["precision"]))
+    return judged
 
 
 def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
@@ -270,18 +273,31 @@ def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
     return truth
 
 
-def _results(detections: Sequence[FoundObject], pictures: DetectionSet, kind: str) -> list[dict[str, Any]]:
-    """What COCO's ``loadRes`` would make of the detections, with the areas of all masks at once."""
-    rows = [coco_row(detection, pictures, kind) for detection in detections]
-    if kind == "segm":
-        codes = [row["segmentation"] for row in rows]
-        parts = [codes[first : first + MOST_AT_ONCE] for first in range(0, len(codes), MOST_AT_ONCE)]
-        areas = [area for part in parts for area in coco_mask.area(part).tolist()]
-    else:  # of keypoints, too: Detectron2 gives COCO's evaluation the boxes with them
-        areas = [(d.box[2] - d.box[0]) * (d.box[3] - d.box[1]) for d in detections]
-    for number, (row, area) in enumerate(zip(rows, areas, strict=True), start=1):
-        row.update(id=number, area=area, iscrowd=0)
+def _results(detections: Sequence[FoundObject], pictures: DetectionSet, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What COCO's ``loadRes`` would make of the detections, for all kinds at once, but without areas."""
+    keys, categories = [int(picture.key) for picture in pictures.pictures], pictures.category_ids
+    rows = []
+    for number, one in enumerate(detections, start=1):
+        row: dict[str, Any] = {
+            "id": number,
+            "image_id": keys[one.picture],
+            "category_id": categories[one.label],
+            "score": one.score,
+            "iscrowd": 0,
+        }
+        for kind in kinds:
+            row[SHAPES[kind]] = coco_shape(one, kind)
+        rows.append(row)
     return rows
+
+
+def _areas(detections: Sequence[FoundObject], kind: str) -> list[float]:
+    """Areas in pixels. Of keypoints it is the box's: Detectron2 gives COCO's evaluation the boxes with them."""
+    if kind != "segm":
+        return [(right - left) * (bottom - top) for left, top, right, bottom in (one.box for one in detections)]
+    codes = [one.mask for one in detections]
+    parts = [codes[first : first + MOST_AT_ONCE] for first in range(0, len(codes), MOST_AT_ONCE)]
+    return [area for part in parts for area in coco_mask.area(part).tolist()]
 
 
 def _merged(pictures: DetectionSet) -> dict[str, Any]:
@@ -295,20 +311,12 @@ def _merged(pictures: DetectionSet) -> dict[str, Any]:
     }
 
 
-def coco_row(found: FoundObject, pictures: DetectionSet, kind: str) -> dict[str, Any]:
-    """A detection as COCO's result files have it."""
-    left, top, right, bottom = found.box
-    row: dict[str, Any] = {
-        "image_id": int(pictures.pictures[found.picture].key),
-        "category_id": pictures.category_ids[found.label],
-        "score": found.score,
-    }
+def coco_shape(found: FoundObject, kind: str) -> Any:
+    """What of a detection is compared with the objects, as COCO's result files have it."""
     if kind == "bbox":
-        row["bbox"] = [left, top, right - left, bottom - top]
-    elif kind == "segm":
-        row["segmentation"] = found.mask
-    else:  # COCO's keypoints are numbers of pixels: 0 is the middle of the first
-        row["keypoints"] = [
-            value for x, y, probability in found.keypoints or () for value in (x - 0.5, y - 0.5, probability)
-        ]
-    return row
+        left, top, right, bottom = found.box
+        return [left, top, right - left, bottom - top]
+    if kind == "segm":
+        return found.mask
+    # COCO's keypoints are numbers of pixels: 0 is the middle of the first.
+    return [value for x, y, probability in found.keypoints or () for value in (x - 0.5, y - 0.5, probability)]
