@@ -30,6 +30,7 @@ class Job:
             ``fixed_lr: True`` keeps its rate.
         schedule: Maps a step to the factor of the base rates.
         num_steps: Length of the run.
+        weight_decay: Maps a step to the weight decay of the groups with ``decays: True``; None keeps every group's own.
         images_per_step: Global batch size, for the throughput in the log.
         device: Where the model and the batches are.
         seed: torch's global generator is re-seeded from it at every step, for dropout and the like.
@@ -56,6 +57,7 @@ class Job:
     images_per_step: int
     device: torch.device
     seed: int
+    weight_decay: Callable[[int], float] | None = None
     precision: Precision = "fp32"
     log_every: int = 10
     checkpoint_every: int = 1000

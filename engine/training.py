@@ -105,6 +105,8 @@ def train(
             for group, rate in zip(job.optimizer.param_groups, job.base_rates, strict=True):
                 # SimSiam's predictor keeps its rate (arXiv:2011.10566, section 4.1).
                 group["lr"] = rate if group.get("fixed_lr") else rate * job.schedule(step)
+                if job.weight_decay is not None and group.get("decays"):
+                    group["weight_decay"] = job.weight_decay(step)
             before = time.monotonic()
             batch = next(remaining)
             waited += time.monotonic() - before

@@ -6,20 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mixmask.engine.config import Recipe
+from mixmask.engine.config import Recipe, added
 from mixmask.engine.schedule import cosine_factor
 
 Epochs = Annotated[int, Field(ge=1)]
 
 
 class CosineRecipe(Recipe):
-    """Half a cosine to 0, after a linear warm-up of ``warmup_epochs``."""
+    """Half a cosine to ``final`` times the base rate, after a linear warm-up of ``warmup_epochs``."""
 
     kind: Literal["cosine"] = "cosine"
+    final: float = added(0.0, ge=0, le=1)
 
     def factor(self, step: int, num_steps: int, steps_per_epoch: int, warmup_steps: int) -> float:
         """Factor of the base learning rate at ``step``, which counts from 0; in [0, 1]."""
-        return cosine_factor(step, num_steps, warmup_steps)
+        factor = cosine_factor(step, num_steps, warmup_steps)
+        return factor if step < warmup_steps else self.final + (1 - self.final) * factor
 
     def warmup(self, warmup_steps: int) -> int:
         """Length of the warm-up in steps; ``warmup_steps`` is ``warmup_epochs`` in steps, used as it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -347,6 +347,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         optimizer=build_optimizer(recipe.optimizer, model, recipe.batch_size),
         schedule=lambda step: recipe.schedule.factor(step, plan.num_steps, per_epoch, recipe.warmup_steps(per_epoch)),
         num_steps=plan.num_steps,
+        weight_decay=_weight_decay(plan),
         images_per_step=recipe.batch_size,
         device=plan.device,
         seed=recipe.seed,
@@ -378,6 +379,11 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     # Only rank 0 writes the log.
     last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}
     return {**last, **result}
+
+
+def _weight_decay(plan: PretrainPlan) -> Callable[[int], float] | None:
+    optimizer = plan.recipe.optimizer
+    return None if optimizer.weight_decay_end is None else lambda step: optimizer.decay(step, plan.num_steps)
 
 
 def _last_logged(run: RunDirectory, names: Sequence[str]) -> dict[str, float]:

@@ -20,7 +20,6 @@ from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
 from mixmask.pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
 from mixmask.pretrain.mixture import Mixture, mixture_loss
-from mixmask.pretrain.optimizers import AdamRecipe, SGDRecipe, build_optimizer, parameter_groups
 
 MOCO = MoCoRecipe(kind="mocov2", dim=8, queue_size=16, momentum=0.9, temperature=0.2, bn_splits=2)
 RECIPES: dict[str, FrameworkRecipe] = {
@@ -231,7 +230,7 @@ def test_cosine_momentum_rises_to_one() -> None:
     assert cosine_momentum(0.99, 1) == 1
 
 
-# --- heads and optimizers --------------------------------------------------------------------------------------------
+# --- heads --------------------------------------------------------------------------------------------
 
 
 def test_heads_have_the_layers_of_their_papers() -> None:
@@ -253,33 +252,6 @@ def test_heads_have_the_layers_of_their_papers() -> None:
     assert layers(byol.get_submodule("predictor")) == ["8-16", "bn", "relu", "16-8"]
     assert layers(simsiam.get_submodule("encoder.projector")) == ["512-512", "bn", "relu", "512-8", "bn-plain"]
     assert layers(simsiam.get_submodule("predictor")) == ["8-2", "bn", "relu", "2-8"]
-
-
-def test_parameter_groups_say_who_decays_and_whose_rate_is_fixed() -> None:
-    simsiam = build("simsiam")
-    groups = parameter_groups(SGDRecipe(lr=0.1, decay_norm_and_bias=False), simsiam)
-    assert {(group["fixed_lr"], "weight_decay" in group) for group in groups} == {
-        (fixed, exempt) for fixed in (False, True) for exempt in (False, True)
-    }
-    assert sum(len(group["params"]) for group in groups) == len([*simsiam.parameters()])
-    for group in groups:
-        assert all((parameter.ndim == 1) == ("weight_decay" in group) for parameter in group["params"])
-    predictor = {id(parameter) for parameter in simsiam.get_submodule("predictor").parameters()}
-    fixed = {id(parameter) for group in groups if group["fixed_lr"] for parameter in group["params"]}
-    assert fixed == predictor
-    (everything,) = parameter_groups(SGDRecipe(lr=0.1), build("byol"))
-    assert not everything["fixed_lr"]
-    assert len(everything["params"]) == sum(p.requires_grad for p in build("byol").parameters())
-
-
-def test_optimizers_and_the_linear_rule(moco: MoCo) -> None:
-    sgd = build_optimizer(SGDRecipe(lr=0.03, reference_batch_size=256, weight_decay=1e-4), moco, 1024)
-    assert isinstance(sgd, torch.optim.SGD)
-    assert sgd.param_groups[0]["lr"] == pytest.approx(0.12)
-    adam = build_optimizer(AdamRecipe(lr=0.003, weight_decay=1e-6), build("simclr"), 512)
-    assert isinstance(adam, torch.optim.Adam)
-    assert not isinstance(adam, torch.optim.AdamW)
-    assert (adam.param_groups[0]["lr"], adam.param_groups[0]["weight_decay"]) == (0.003, 1e-6)
 
 
 def test_simclr_counts_itself_out(moco: MoCo) -> None:

@@ -125,6 +125,16 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
+def test_the_weight_decay_follows_its_schedule(config: Path, tmp_path: Path) -> None:
+    optimizer = (
+        "optimizer={kind: adamw, lr: 0.001, weight_decay: 0.1, weight_decay_end: 0.5, decay_norm_and_bias: false}"
+    )
+    broken = plan(config, tmp_path, optimizer, "checkpoint_every=1")
+    interrupt_at(5, broken)
+    groups = read_checkpoint(broken.run.checkpoint_file)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, broken.recipe.optimizer.decay(4, 14)}
+
+
 @pytest.mark.slow
 def test_products_record_and_asking_twice(config: Path, tmp_path: Path) -> None:
     first = plan(config, tmp_path, "epochs=1", "monitor.every_epochs=1", "monitor.k=5")
