@@ -48,7 +48,7 @@ class CropRecipe(Recipe):
 
 
 class AugmentRecipe(CropRecipe):
-    """One random view: crop and flip (on uint8), then jitter, greyscale and blur (on the device).
+    """One random view: crop and flip (on uint8), then jitter, greyscale, blur and solarisation (on the device).
 
     Defaults are MoCo v2's "aug+" (arXiv:2003.04297, section 2) at 224 pixels. ``normalization`` names the data set whose
     mean and standard deviation the images are normalised with; the backbone file keeps it for the transfer protocols.
@@ -63,6 +63,7 @@ class AugmentRecipe(CropRecipe):
     grayscale_probability: float = Field(0.2, ge=0, le=1)
     blur_probability: float = Field(0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = added(0.0, ge=0, le=1)
     normalization: Normalization = added("imagenet")
 
     @model_validator(mode="after")
@@ -296,6 +297,11 @@ def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     return result
 
 
+def solarize(images: Tensor) -> Tensor:
+    """Invert the pixels from 128 of 255 on, as Pillow does with its usual threshold."""
+    return torch.where(images >= 127.5 / 255, 1 - images, images)
+
+
 @dataclass(frozen=True)
 class PhotometricDraws:
     """Parameters drawn for a batch, each (N,); ``order`` (N, 4) permutes brightness, contrast, saturation and hue."""
@@ -309,6 +315,7 @@ class PhotometricDraws:
     grayscale: Tensor
     blur: Tensor
     sigma: Tensor
+    solarize: Tensor
 
     def rows(self, chosen: slice) -> PhotometricDraws:
         """The draws of some of the samples."""
@@ -334,11 +341,15 @@ def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator
         grayscale=uniform[5] < recipe.grayscale_probability,
         blur=uniform[6] < recipe.blur_probability,
         sigma=sigma_low + (sigma_high - sigma_low) * uniform[7],
+        # Drawn last, and only if asked for: older recipes keep their draws.
+        solarize=torch.rand(num, generator=generator) < recipe.solarize_probability
+        if recipe.solarize_probability
+        else torch.zeros(num, dtype=torch.bool),
     )
 
 
 def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
-    """Jitter, greyscale and blur a batch of (N, 3, H, W) images in [0, 1]; the input is not changed."""
+    """Jitter, greyscale, blur and solarise (N, 3, H, W) images in [0, 1]; the input is not changed."""
     images = images.clone()
     operations = (
         (adjust_brightness, draws.brightness),
@@ -351,6 +362,7 @@ def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
             _apply(operation, images, draws.jitter & (draws.order[:, position] == number), values)
     _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
     _apply(gaussian_blur, images, draws.blur, draws.sigma)
+    _apply(lambda chosen, _: solarize(chosen), images, draws.solarize, draws.sigma)
     return images
 
 

@@ -16,6 +16,7 @@ class HeadInfo(BaseModel):
         norm: BatchNorm before each ReLU.
         last_norm: BatchNorm after the last layer.
         last_affine: Whether the last BatchNorm has weight and bias.
+        last_bias: Whether the last layer has a bias, if no BatchNorm follows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,6 +25,7 @@ class HeadInfo(BaseModel):
     norm: bool
     last_norm: bool = False
     last_affine: bool = True
+    last_bias: bool = True
 
 
 class Head(nn.Sequential):
@@ -35,7 +37,8 @@ class Head(nn.Sequential):
             last = number == len(info.widths) - 2
             followed = info.last_norm if last else info.norm
             # A bias before BatchNorm would have no effect, because BatchNorm subtracts the mean.
-            layers.append(nn.Linear(before, after, bias=not followed))
+            biased = not followed and (info.last_bias or not last)
+            layers.append(nn.Linear(before, after, bias=biased))
             if followed:
                 layers.append(nn.BatchNorm1d(after, affine=info.last_affine if last else True))
             if not last:
@@ -44,6 +47,9 @@ class Head(nn.Sequential):
         self.info = info
 
 
-def mlp(widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True) -> Head:
+def mlp(
+    widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True, last_bias: bool = True
+) -> Head:
     """Build a head; the arguments are the attributes of `HeadInfo`."""
-    return Head(HeadInfo(widths=tuple(widths), norm=norm, last_norm=last_norm, last_affine=last_affine))
+    info = HeadInfo(widths=tuple(widths), norm=norm, last_norm=last_norm, last_affine=last_affine, last_bias=last_bias)
+    return Head(info)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.config import Recipe
 from mixmask.engine.heads import Head
 
-Views = tuple[Tensor, Tensor]
+Views = tuple[Tensor, ...]
 
 MAX_WIDTH = 2**17  # of an embedding or a hidden layer: a wider one does not fit into any machine's memory
 
@@ -41,6 +42,10 @@ class FrameworkRecipe(Recipe, ABC):
             ValueError: If the batch does not fit; the message says what would.
         """
 
+    def small_views(self, augment: AugmentRecipe) -> list[AugmentRecipe]:
+        """The augmentations of the views besides the two full ones (multi-crop); ``augment`` is that of the first view."""
+        return []
+
     def remarks(self, num_images: int) -> list[str]:
         """Warnings about unusual but valid settings, for ``num_images`` training images; shown before the run."""
         return []
@@ -53,8 +58,8 @@ class Clean:
     Attributes:
         losses: (N,) loss of each image.
         query: (N, dim) queries of the first view, used for diagnostics only.
-        keys: Keys, each (N, dim) unit vectors. Every mixture of the first view is compared with each of them. The first
-            entry is the key of the second view.
+        keys: Keys, each (N, ·), of the form that the framework's `loss` takes. Every mixture of the first view is compared
+            with each of them. The first entry is the key of the second view.
         metrics: Further scalars for the log.
     """
 
@@ -67,8 +72,9 @@ class Clean:
 class Framework(nn.Module, ABC):
     """A network and its loss of a query against a key.
 
-    A training step calls `forward_views` with two views of the batch, then `query` and `mixed_loss` for each mixture,
-    and `after_step` after the optimizer step. Only queries are mixed, so a mixture works with every framework.
+    A training step calls `forward_views` with the views of the batch, then `query` and `mixed_loss` for each mixture,
+    `before_step` and `after_step` before and after the optimizer step. Only queries are mixed, so a mixture works with
+    every framework.
     """
 
     not_shared: tuple[str, ...] = ()  # buffers that the framework keeps equal on all ranks; they are not broadcast
@@ -87,7 +93,7 @@ class Framework(nn.Module, ABC):
 
     @abstractmethod
     def query(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) images to queries for `loss`: (N, dim) unit vectors with gradient."""
+        """(N, 3, H, W) images to queries for `loss`: (N, ·), with gradient."""
 
     @abstractmethod
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
@@ -113,10 +119,14 @@ class Framework(nn.Module, ABC):
         """The framework's loss on a batch.
 
         Args:
-            queries: Two views (N, 3, H, W) for the query side; only the first is used unless `asks_with_both_views`.
+            queries: Two views (N, 3, H, W) for the query side; only the first is used unless `asks_with_both_views`. Then
+                the small views, if the recipe has any.
             keys: The two views for the key side: the same tensors, unless a mixture erases parts of the queries.
             rng: For the framework's own draws; in the same state on every rank.
         """
+
+    def before_step(self, progress: float) -> None:
+        """Change gradients before the optimizer step; ``progress`` is the share of the run before it, in [0, 1)."""
 
     def after_step(self, progress: float) -> None:
         """Update momentum encoder and queue after the optimizer step; ``progress`` is the finished share, in (0, 1]."""

@@ -42,6 +42,13 @@ class MonitorRecipe(Recipe):
     batch_size: int = operational(256, ge=1)
 
 
+class SecondViewRecipe(Recipe):
+    """What is different in the second view of an image (BYOL, arXiv:2006.07733, appendix B); null is as in the first."""
+
+    blur_probability: float | None = Field(None, ge=0, le=1)
+    solarize_probability: float | None = Field(None, ge=0, le=1)
+
+
 class PretrainRecipe(Recipe):
     """A pretraining run.
 
@@ -56,6 +63,7 @@ class PretrainRecipe(Recipe):
     framework: AnyFramework = MoCoRecipe()
     mix: AnyMixture = NoMix()
     augment: AugmentRecipe = AugmentRecipe()
+    second_view: SecondViewRecipe = added(SecondViewRecipe())
     optimizer: AnyOptimizer
     schedule: AnySchedule = added(CosineRecipe())
     epochs: int = Field(ge=0, le=10**6)
@@ -117,8 +125,11 @@ class PretrainRecipe(Recipe):
 
     @property
     def views(self) -> list[AugmentRecipe]:
-        """The augmentation of each view of an image: two full views, then the extra views of the mixture."""
-        return [self.augment, self.augment, *self.mix.extra_views(self.augment)]
+        """The augmentation of each view of an image: two full views, the framework's small ones, those of the mixture."""
+        changed = {key: value for key, value in self.second_view if value is not None}
+        second = self.augment.model_copy(update=changed) if changed else self.augment
+        small = self.framework.small_views(self.augment)
+        return [self.augment, second, *small, *self.mix.extra_views(self.augment)]
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run, after the cut by ``max_steps``."""

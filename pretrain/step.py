@@ -45,6 +45,7 @@ def step_terms(
     rng: random.Random,
     shuffle: torch.Generator,
     rows: Rows | None = None,
+    num_small: int = 0,
 ) -> Iterator[Term]:
     """Yield the terms of L = L(q, k) + Σ over mixtures of λ L(q_mix, k) + (1 - λ) L(q_mix[p⁻¹], k) (equations 4-6).
 
@@ -55,21 +56,23 @@ def step_terms(
         framework: The framework.
         mix: The mixture.
         views: (N, 3, H, W) each, augmented and normalised: two full views of the same images, then those of
-            `MixtureRecipe.extra_views`.
+            `FrameworkRecipe.small_views`, then those of `MixtureRecipe.extra_views`.
         rng: For masks and permutations; in the same state on every rank.
         shuffle: For the framework's own draws, such as MoCo's shuffled batches; in the same state on every rank.
         rows: Which rows these are, among the rows that all ranks compute at once; all of them by default.
+        num_small: How many of the views are the framework's small ones.
     """
     x1, x2 = views[0], views[1]
+    small, extra = views[2 : 2 + num_small], views[2 + num_small :]
 
     # Equation 4: L(q, k). Clean and mixed queries are encoded in separate passes, so they do not share batch
     # statistics.
     queries = mix.hide((x1, x2), framework.asks_with_both_views, rng, rows)
-    clean = framework.forward_views(queries, (x1, x2), shuffle)
+    clean = framework.forward_views((*queries, *small), (x1, x2), shuffle)
     yield Term(mix.clean_name, clean.losses.mean(), mix.clean_weight, clean)
 
     # Only queries are mixed, never keys: "only one additional view per image" (section 1), also for symmetric losses.
-    for mixture in mix.draw(views, rng, rows):
+    for mixture in mix.draw((x1, x2, *extra), rng, rows):
         q_mix = framework.query(mixture.images)
         loss = torch.zeros((), device=q_mix.device)
         for k in clean.keys:
@@ -118,6 +121,7 @@ def batch_parts(
             python_generator(recipe.seed, "mask", step, 0, number),  # the same draws on every process
             generator(recipe.seed, "shuffle", step, number),
             Rows(world().rank * each, each, each * world().size),
+            len(recipe.framework.small_views(recipe.augment)),
         )
         for term in terms:
             yield _logged(term, 1 / recipe.accumulate, diagnosed)

@@ -8,17 +8,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss import NTXentLoss
+from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
 from torch import Tensor, nn
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.heads import mlp
 from mixmask.engine.randomness import generator
+from mixmask.pretrain.batch_loss import BatchLossFramework
 from mixmask.pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
+from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
 from mixmask.pretrain.frameworks.byol import BYOLRecipe
 from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
+from mixmask.pretrain.frameworks.mocov3 import MoCoV3Recipe
 from mixmask.pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
 from mixmask.pretrain.mixture import Mixture, mixture_loss
 
 MOCO = MoCoRecipe(kind="mocov2", dim=8, queue_size=16, momentum=0.9, temperature=0.2, bn_splits=2)
@@ -27,6 +31,9 @@ RECIPES: dict[str, FrameworkRecipe] = {
     "simclr": SimCLRRecipe(dim=8, projector_width=16, temperature=0.3),
     "byol": BYOLRecipe(dim=8, projector_width=16, momentum=0.9),
     "simsiam": SimSiamRecipe(dim=8, projector_layers=2),
+    "mocov3": MoCoV3Recipe(dim=8, projector_width=16, momentum=0.9, temperature=0.3),
+    "barlowtwins": BarlowTwinsRecipe(dim=8, projector_width=16),
+    "vicreg": VICRegRecipe(dim=8, projector_width=16),
 }
 BACKBONE = BackboneRecipe(arch="resnet18", stem="cifar")
 
@@ -125,6 +132,103 @@ def test_lightly_agrees_on_moco_and_simclr(moco: MoCo) -> None:
     assert float(ours) == pytest.approx(float(NTXentLoss(temperature=0.3)(query, key)), rel=1e-6)
 
 
+def slow_barlow_twins(first: Tensor, second: Tensor, weight: float) -> float:
+    """Equations 1 and 2 of the Barlow Twins paper, number by number."""
+    num, dim = first.shape
+
+    def normalised(view: Tensor) -> list[list[float]]:
+        columns = []
+        for column in view.T.tolist():
+            mean = sum(column) / num
+            spread = math.sqrt(sum((value - mean) ** 2 for value in column) / num + 1e-5)
+            columns.append([(value - mean) / spread for value in column])
+        return columns
+
+    one, other = normalised(first), normalised(second)
+    total = 0.0
+    for i in range(dim):
+        for j in range(dim):
+            c = sum(a * b for a, b in zip(one[i], other[j])) / num
+            total += (1 - c) ** 2 if i == j else weight * c * c
+    return total
+
+
+def slow_vicreg(first: Tensor, second: Tensor) -> float:
+    """Equations 1 to 6 of the VICReg paper, with the factors of its code."""
+    num, dim = first.shape
+    distance = sum((float(a) - float(b)) ** 2 for a, b in zip(first.flatten(), second.flatten())) / (num * dim)
+    hinges, products = 0.0, 0.0
+    for view in (first, second):
+        columns = [[value - sum(column) / num for value in column] for column in view.T.tolist()]
+        for i in range(dim):
+            variance = sum(value * value for value in columns[i]) / (num - 1)
+            hinges += max(0.0, 1 - math.sqrt(variance + 1e-4)) / dim
+            for j in range(dim):
+                if i != j:
+                    products += (sum(a * b for a, b in zip(columns[i], columns[j])) / (num - 1)) ** 2 / dim
+    return 25 * distance + 25 * hinges / 2 + products
+
+
+def embeddings(num: int, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(num, 8, generator=rng, dtype=torch.float64) * torch.rand(8, generator=rng, dtype=torch.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(2, 6), seed=st.integers(0, 1000))
+def test_losses_of_a_batch(num: int, seed: int) -> None:
+    query, key = embeddings(num, seed), embeddings(num, seed + 1)
+    for name, slow in (("barlowtwins", slow_barlow_twins(query, key, 0.0051)), ("vicreg", slow_vicreg(query, key))):
+        assert build(name).loss(query, key).tolist() == pytest.approx([slow] * num, rel=1e-6), name
+
+
+@settings(max_examples=20, deadline=None)
+@given(num=st.integers(3, 6), seed=st.integers(0, 1000), share=st.floats(0.01, 1))
+def test_the_mixed_loss_of_a_batch(num: int, seed: int, share: float) -> None:
+    """The properties that make it the counterpart of equation 6."""
+    query, key = embeddings(num, seed), embeddings(num, seed + 1)
+    lam = torch.rand(num, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for name in ("barlowtwins", "vicreg"):
+        framework = build(name)
+        assert isinstance(framework, BatchLossFramework)
+        whole = float(framework.loss(query, key)[0])
+        same = framework.mixed_loss(query, key, torch.full((num,), share, dtype=torch.float64))
+        assert float(same) == pytest.approx(share * whole, rel=1e-6)
+        # An image twice is an image with twice the weight.
+        double = torch.cat([query, query[:1]]), torch.cat([key, key[:1]])
+        weights = torch.cat([torch.full((1,), 2.0, dtype=torch.float64), torch.ones(num - 1, dtype=torch.float64)])
+        if name == "barlowtwins":
+            twice = framework.mixed_loss(query, key, weights / 2) * num
+            listed = framework.mixed_loss(*double, torch.full((num + 1,), 0.5, dtype=torch.float64)) * (num + 1)
+            assert float(twice) == pytest.approx(float(listed), rel=1e-6)
+        # One of which nothing is seen changes nothing.
+        lam[0] = 0
+        moved = query.clone()
+        moved[0] += 5
+        assert float(framework.mixed_loss(moved, key, lam)) == pytest.approx(
+            float(framework.mixed_loss(query, key, lam)), rel=1e-6
+        )
+        nothing = framework.mixed_loss(query, key, torch.zeros(num, dtype=torch.float64))
+        assert float(nothing) == 0
+
+
+def test_lightly_agrees_on_barlow_twins_and_vicreg() -> None:
+    query, key = embeddings(12, 0), embeddings(12, 1)
+    ours = build("vicreg").loss(query, key)[0]
+    assert float(ours) == pytest.approx(float(VICRegLoss()(query, key)), rel=1e-6)
+    # It takes the unbiased variance in the normalisation, and 5e-3.
+    ours = BarlowTwinsRecipe(dim=8, projector_width=16, off_diagonal=5e-3).build(BACKBONE).loss(query, key)[0]
+    assert float(ours) == pytest.approx(float(BarlowTwinsLoss()(query, key)), rel=1e-3)
+
+
+def test_mocov3_loss() -> None:
+    """Algorithm 1: 2τ times the cross-entropy of each direction; the keys of the other images are the negatives."""
+    query, key = rows(5, 8, 0), rows(5, 8, 1)
+    logits = [[dot(q, k) / 0.3 for k in key] for q in query]
+    wanted = [4 * 0.3 * (math.log(sum(map(math.exp, row))) - row[number]) for number, row in enumerate(logits)]
+    assert build("mocov3").loss(query, key).tolist() == pytest.approx(wanted)
+
+
 def test_loss_is_fp32_inside_autocast(moco: MoCo) -> None:
     query, key = rows(4, 8, 0).float(), rows(4, 8, 1).float()
     plain = moco.loss(query, key)
@@ -148,8 +252,12 @@ def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
     elif name == "simclr":
         key = q2
         expected = (framework.loss(q1, q2) + framework.loss(q2, q1)) / 2
+    elif isinstance(framework, BatchLossFramework):
+        key = q2
+        expected = framework.loss(q1, q2)
     else:
-        encoder: Any = framework.target if name == "byol" else framework.encoder
+        slow: Any = {"byol": "target", "mocov3": "momentum_encoder", "simsiam": "encoder"}[name]
+        encoder = framework.get_submodule(slow)
         k1, key = F.normalize(encoder(first), dim=1), F.normalize(encoder(second), dim=1)
         expected = (framework.loss(q1, key) + framework.loss(q2, k1)) / 2
         if name == "byol":  # the paper's: the squared distances of both directions, added
@@ -187,7 +295,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
     framework.forward_views(views, views, generator(0)).losses.mean().backward()
     for parameter_name, parameter in framework.named_parameters():
-        slow = parameter_name.startswith(("key_encoder", "target"))
+        slow = parameter_name.startswith(("key_encoder", "target", "momentum_encoder"))
         assert parameter.requires_grad is not slow
         assert (parameter.grad is None) is slow, parameter_name
 

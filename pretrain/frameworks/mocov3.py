@@ -1,0 +1,116 @@
+"""MoCo v3 in its form for ConvNets (arXiv:2104.02057, algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.distributed import gather, world
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import (
+    MAX_WIDTH,
+    Clean,
+    Encoder,
+    Framework,
+    FrameworkRecipe,
+    Views,
+    cosine_momentum,
+    move_average,
+    unit,
+)
+
+
+class MoCoV3Recipe(FrameworkRecipe):
+    """Momentum contrast without a queue: the keys of the batch are the negatives, and queries have a predictor.
+
+    The default values and layers are those of ``facebookresearch/moco-v3`` for ResNets: projector and predictor have one
+    hidden layer; the projector ends in batch normalisation without weights, the predictor in a layer without bias.
+    ``momentum`` rises to 1 along half a cosine over the run. With ``accumulate``, negatives come from one part.
+    """
+
+    kind: Literal["mocov3"] = "mocov3"
+    dim: int = Field(256, ge=1, le=MAX_WIDTH)
+    projector_width: int = Field(4096, ge=1, le=MAX_WIDTH)
+    momentum: float = Field(0.99, ge=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+
+    @override
+    def build(self, backbone: BackboneRecipe) -> MoCoV3:
+        return MoCoV3(self, backbone)
+
+
+class MoCoV3(Framework):
+    """Encoder with projector and predictor, and its moving average for the keys."""
+
+    def __init__(self, recipe: MoCoV3Recipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        hidden = recipe.projector_width
+        self.encoder = Encoder(
+            trunk, mlp([width_of(trunk), hidden, recipe.dim], norm=True, last_norm=True, last_affine=False)
+        )
+        self.predictor = mlp([recipe.dim, hidden, recipe.dim], norm=True, last_bias=False)
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    @property
+    @override
+    def trunk(self) -> nn.Module:
+        return self.encoder.trunk
+
+    @property
+    @override
+    def head(self) -> Head:
+        return self.encoder.projector
+
+    @override
+    def encoders(self) -> Iterable[nn.Module]:
+        return self.encoder.trunk, self.momentum_encoder.trunk
+
+    @override
+    def query(self, images: Tensor) -> Tensor:
+        return unit(self.predictor(self.encoder(images)).float())
+
+    @torch.no_grad()
+    def key(self, images: Tensor) -> Tensor:
+        """(N, dim) unit vectors without gradient."""
+        return unit(self.momentum_encoder(images))
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """4τ times the cross-entropy of each query's own key among the keys of all ranks (algorithm 1, ``ctr``).
+
+        The paper adds both directions, each 2τ times the cross-entropy. The clean loss is the mean of two of these values,
+        which is the same sum, so that the loss of one query has the scale of the clean loss.
+        """
+        return 4 * self.recipe.temperature * self._contrast(query, key)[0]
+
+    def _contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) cross-entropies, and (N,) whether the own key is the nearest."""
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query @ gather(key).T / self.recipe.temperature
+            own = world().rank * len(query) + torch.arange(len(query), device=query.device)
+            positive = logits.gather(1, own[:, None])[:, 0]
+            return torch.logsumexp(logits, dim=1) - positive, logits.detach().argmax(dim=1) == own
+
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """Each view is the query once and the key once."""
+        first, second = self.query(queries[0]), self.query(queries[1])
+        key_first, key_second = self.key(keys[0]), self.key(keys[1])
+        losses = (self.loss(first, key_second) + self.loss(second, key_first)) / 2
+        nearest = self._contrast(first.detach(), key_second)[1]
+        return Clean(losses, first, (key_second,), {"contrast_accuracy": 100 * nearest.float().mean()})
+
+    def after_step(self, progress: float) -> None:
+        """Move the momentum encoder towards the encoder.
+
+        The published code does this before the keys are computed. In the first step both are equal, so the keys are the
+        same.
+        """
+        move_average(self.momentum_encoder, self.encoder, cosine_momentum(self.recipe.momentum, progress))
