@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -13,9 +14,10 @@ class HeadInfo(BaseModel):
 
     Attributes:
         widths: Input, hidden and output widths.
-        norm: BatchNorm before each ReLU.
+        norm: BatchNorm before each activation.
         last_norm: BatchNorm after the last layer.
         last_affine: Whether the last BatchNorm has weight and bias.
+        activation: Between the layers.
         last_bias: Whether the last layer has a bias, if no BatchNorm follows.
     """
 
@@ -26,10 +28,11 @@ class HeadInfo(BaseModel):
     last_norm: bool = False
     last_affine: bool = True
     last_bias: bool = True
+    activation: Literal["relu", "gelu"] = "relu"
 
 
 class Head(nn.Sequential):
-    """Linear layers with ReLU between them: (N, widths[0]) to (N, widths[-1])."""
+    """Linear layers with an activation between them: (N, widths[0]) to (N, widths[-1])."""
 
     def __init__(self, info: HeadInfo) -> None:
         layers: list[nn.Module] = []
@@ -42,14 +45,28 @@ class Head(nn.Sequential):
             if followed:
                 layers.append(nn.BatchNorm1d(after, affine=info.last_affine if last else True))
             if not last:
-                layers.append(nn.ReLU(inplace=True))
+                layers.append(nn.ReLU(inplace=True) if info.activation == "relu" else nn.GELU())
         super().__init__(*layers)
         self.info = info
 
 
 def mlp(
-    widths: list[int], *, norm: bool, last_norm: bool = False, last_affine: bool = True, last_bias: bool = True
+    widths: list[int],
+    *,
+    norm: bool,
+    last_norm: bool = False,
+    last_affine: bool = True,
+    last_bias: bool = True,
+    activation: Literal["relu", "gelu"] = "relu",
 ) -> Head:
     """Build a head; the arguments are the attributes of `HeadInfo`."""
-    info = HeadInfo(widths=tuple(widths), norm=norm, last_norm=last_norm, last_affine=last_affine, last_bias=last_bias)
-    return Head(info)
+    return Head(
+        HeadInfo(
+            widths=tuple(widths),
+            norm=norm,
+            last_norm=last_norm,
+            last_affine=last_affine,
+            last_bias=last_bias,
+            activation=activation,
+        )
+    )

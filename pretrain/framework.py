@@ -61,12 +61,14 @@ class Clean:
         keys: Keys, each (N, ·), of the form that the framework's `loss` takes. Every mixture of the first view is compared
             with each of them. The first entry is the key of the second view.
         metrics: Further scalars for the log.
+        partner: (N, dim) embeddings of the second view, which diagnostics compare with ``query``; the first key by default.
     """
 
     losses: Tensor
     query: Tensor
     keys: tuple[Tensor, ...]
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    partner: Tensor | None = None
 
 
 class Framework(nn.Module, ABC):
@@ -80,6 +82,7 @@ class Framework(nn.Module, ABC):
     not_shared: tuple[str, ...] = ()  # buffers that the framework keeps equal on all ranks; they are not broadcast
     keys_have_gradient = False  # whether the loss also trains through the keys, as in SimCLR
     asks_with_both_views = True  # whether both views serve as queries, or only the first
+    progress = 0.0  # share of the run before the present step; the training sets it
 
     @property
     @abstractmethod
@@ -90,6 +93,11 @@ class Framework(nn.Module, ABC):
     @abstractmethod
     def head(self) -> Head:
         """The projector on top of the trunk; it is saved in the same file."""
+
+    @property
+    def slow(self) -> Encoder | None:
+        """The momentum encoder (teacher), if there is one that may be kept for transfer instead."""
+        return None
 
     @abstractmethod
     def query(self, images: Tensor) -> Tensor:
@@ -125,8 +133,8 @@ class Framework(nn.Module, ABC):
             rng: For the framework's own draws; in the same state on every rank.
         """
 
-    def before_step(self, progress: float) -> None:
-        """Change gradients before the optimizer step; ``progress`` is the share of the run before it, in [0, 1)."""
+    def before_step(self) -> None:
+        """Change gradients before the optimizer step."""
 
     def after_step(self, progress: float) -> None:
         """Update momentum encoder and queue after the optimizer step; ``progress`` is the finished share, in (0, 1]."""

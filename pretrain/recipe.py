@@ -6,15 +6,19 @@ import math
 from typing import Literal
 
 from pydantic import Field, model_validator
+from torch import nn
 
 from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.backbones import TIMM, BackboneRecipe
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
+from mixmask.engine.heads import Head
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Method
 from mixmask.engine.watching import WatchRecipe
+from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks import AnyFramework
 from mixmask.pretrain.frameworks.moco import MoCoRecipe
 from mixmask.pretrain.mixtures import AnyMixture
@@ -53,7 +57,8 @@ class PretrainRecipe(Recipe):
     """A pretraining run.
 
     ``batch_size`` is global: the sum over all processes and all gradient accumulation parts. ``epochs: 0`` trains
-    nothing and saves the trunk as the seed initialises it: the random baseline of the recipe.
+    nothing and saves the trunk as the seed initialises it: the random baseline of the recipe. ``export`` is what is kept
+    and monitored: the encoder that is trained, or its moving average, where the framework has one.
     """
 
     name: str = operational(..., pattern=r"^[A-Za-z0-9_.+-]+$")
@@ -74,6 +79,7 @@ class PretrainRecipe(Recipe):
         1, ge=1, le=2**22, description="parts of a batch, one after another, whose gradients are summed"
     )
     clip_norm: float | None = Field(None, gt=0)
+    export: Literal["online", "momentum"] = added("online")
     sync_bn: bool = Field(False, description="batch statistics over all processes (GPUs only)")
     precision: Precision = "fp32"
     compile: bool = Field(
@@ -130,6 +136,20 @@ class PretrainRecipe(Recipe):
         second = self.augment.model_copy(update=changed) if changed else self.augment
         small = self.framework.small_views(self.augment)
         return [self.augment, second, *small, *self.mix.extra_views(self.augment)]
+
+    def exported(self, framework: Framework) -> tuple[nn.Module, Head]:
+        """The trunk and the head that are kept.
+
+        Raises:
+            ConfigError: If the framework has no momentum encoder.
+        """
+        if self.export == "online":
+            return framework.trunk, framework.head
+        if framework.slow is None:
+            raise ConfigError(
+                f"export: momentum: {self.framework.kind} has no momentum encoder; export: online is valid"
+            )
+        return framework.slow.trunk, framework.slow.projector
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run, after the cut by ``max_steps``."""

@@ -19,6 +19,7 @@ from mixmask.engine.config import fingerprint_of, fingerprinted, identity
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages, other_classes, require_same_classes
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.loader import Batch, BatchPlan, check_crop, open_source
@@ -241,6 +242,7 @@ def _check_network(recipe: PretrainRecipe, device: torch.device) -> None:
                 raise ConfigError(
                     f"backbone.arch {recipe.backbone.arch} cannot take images of {view.crop} pixels: {reason}"
                 ) from None
+    recipe.exported(model)
     _check_memory(recipe, model, device)
     if recipe.sync_bn:
         plain = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -281,7 +283,8 @@ def _finish(
 ) -> None:
     """Write the backbone, then the record: a run with a record counts as finished."""
     recipe = plan.recipe
-    save_backbone(plan.backbone_file, model.trunk.state_dict(), _info(plan, model), model.head.state_dict())
+    trunk, head = recipe.exported(model)
+    save_backbone(plan.backbone_file, trunk.state_dict(), _info(plan, head), head.state_dict())
     record = Record(
         stage="pretrain",
         protocol="pretrain",
@@ -309,7 +312,7 @@ def _finish(
     plan.finish(record)
 
 
-def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:
+def _info(plan: PretrainPlan, head: Head) -> BackboneInfo:
     recipe = plan.recipe
     return BackboneInfo(
         arch=recipe.backbone.arch,
@@ -323,7 +326,7 @@ def _info(plan: PretrainPlan, model: Framework) -> BackboneInfo:
         seed=recipe.seed,
         pretraining=identity(recipe),
         normalization=recipe.augment.normalization,
-        head=model.head.info,
+        head=head.info,
     )
 
 
@@ -337,7 +340,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
     if plan.test_images is not None:
-        monitor = Monitor(recipe, model.trunk, model.head, source, plan.test_images, plan.device)
+        monitor = Monitor(recipe, *recipe.exported(model), source, plan.test_images, plan.device)
     job = Job(
         title=recipe.name,
         run=plan.run,
@@ -357,7 +360,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         evaluate=monitor,
         evaluate_every=recipe.monitor.every_epochs * per_epoch if recipe.monitor is not None else 0,
         clip_norm=recipe.clip_norm,
-        before_step=lambda step: model.before_step(step / plan.num_steps),
+        before_step=lambda step: model.before_step(),
         after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
         not_shared=model.not_shared,
         watch=collapse_warning,
@@ -371,6 +374,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
 
     def losses(batch: Batch, step: int) -> list[Part]:
         # The diagnostics need singular values, so they are computed for logged steps only.
+        model.progress = step / plan.num_steps
         logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
         return batch_parts(model, recipe, batch, step, diagnosed=logged)
 

@@ -143,7 +143,11 @@ def _logged(term: Term, share: float, diagnosed: bool) -> dict[str, Tensor]:
     values = {"loss": term.loss * term.weight * share, term.name: term.loss.detach() * share}
     if term.clean is not None:
         clean = term.clean
-        more = diagnose(clean.query.detach(), clean.keys[0].detach()) if diagnosed else {}
+        more = (
+            diagnose(clean.query.detach(), (clean.keys[0] if clean.partner is None else clean.partner).detach())
+            if diagnosed
+            else {}
+        )
         values |= {metric: value * share for metric, value in {**clean.metrics, **more}.items()}
     return values
 

@@ -66,6 +66,11 @@ class BYOL(Framework):
     def head(self) -> Head:
         return self.online.projector
 
+    @property
+    @override
+    def slow(self) -> Encoder:
+        return self.target
+
     @override
     def encoders(self) -> Iterable[nn.Module]:
         return self.online.trunk, self.target.trunk

@@ -119,6 +119,11 @@ class MoCo(Framework):
     def head(self) -> Head:
         return self.query_encoder.projector
 
+    @property
+    @override
+    def slow(self) -> Encoder:
+        return self.key_encoder
+
     @override
     def encoders(self) -> Iterable[nn.Module]:
         return self.query_encoder.trunk, self.key_encoder.trunk

@@ -70,6 +70,11 @@ class MoCoV3(Framework):
     def head(self) -> Head:
         return self.encoder.projector
 
+    @property
+    @override
+    def slow(self) -> Encoder:
+        return self.momentum_encoder
+
     @override
     def encoders(self) -> Iterable[nn.Module]:
         return self.encoder.trunk, self.momentum_encoder.trunk

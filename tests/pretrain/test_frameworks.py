@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
+from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch import Tensor, nn
 
 from mixmask.engine.backbones import BackboneRecipe
@@ -18,10 +19,12 @@ from mixmask.pretrain.batch_loss import BatchLossFramework
 from mixmask.pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
 from mixmask.pretrain.frameworks.byol import BYOLRecipe
+from mixmask.pretrain.frameworks.dino import DINO, DINORecipe
 from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
 from mixmask.pretrain.frameworks.mocov3 import MoCoV3Recipe
 from mixmask.pretrain.frameworks.simclr import SimCLR, SimCLRRecipe
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.frameworks.swav import SwAV, SwAVRecipe, sinkhorn
 from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
 from mixmask.pretrain.mixture import Mixture, mixture_loss
 
@@ -32,6 +35,8 @@ RECIPES: dict[str, FrameworkRecipe] = {
     "byol": BYOLRecipe(dim=8, projector_width=16, momentum=0.9),
     "simsiam": SimSiamRecipe(dim=8, projector_layers=2),
     "mocov3": MoCoV3Recipe(dim=8, projector_width=16, momentum=0.9, temperature=0.3),
+    "swav": SwAVRecipe(dim=8, projector_width=16, prototypes=12, num_small=2, small_crop=8, queue_size=8),
+    "dino": DINORecipe(dim=8, projector_width=16, outputs=12, momentum=0.9, num_small=2, small_crop=8),
     "barlowtwins": BarlowTwinsRecipe(dim=8, projector_width=16),
     "vicreg": VICRegRecipe(dim=8, projector_width=16),
 }
@@ -221,6 +226,125 @@ def test_lightly_agrees_on_barlow_twins_and_vicreg() -> None:
     assert float(ours) == pytest.approx(float(BarlowTwinsLoss()(query, key)), rel=1e-3)
 
 
+def slow_sinkhorn(similarity: list[list[float]], epsilon: float, iterations: int) -> list[list[float]]:
+    """Algorithm 1 of the SwAV paper, appendix A, number by number."""
+    codes = [[math.exp(value / epsilon) for value in row] for row in similarity]
+    num, clusters = len(codes), len(codes[0])
+    for _ in range(iterations):
+        for cluster in range(clusters):
+            total = sum(row[cluster] for row in codes)
+            for row in codes:
+                row[cluster] /= total * clusters
+        for row in codes:
+            total = sum(row)
+            row[:] = [value / total / num for value in row]
+    return [[value * num for value in row] for row in codes]
+
+
+@settings(max_examples=25, deadline=None)
+@given(num=st.integers(1, 6), clusters=st.integers(2, 5), seed=st.integers(0, 10**6), iterations=st.integers(1, 4))
+def test_sinkhorn(num: int, clusters: int, seed: int, iterations: int) -> None:
+    similarity = torch.rand(num, clusters, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ours = sinkhorn(similarity, 0.05, iterations)
+    assert ours.flatten().tolist() == pytest.approx(
+        [code for row in slow_sinkhorn(similarity.tolist(), 0.05, iterations) for code in row]
+    )
+    assert ours.sum(dim=1).tolist() == pytest.approx([1.0] * num)
+    theirs = lightly_sinkhorn(similarity.clone(), iterations=iterations, epsilon=0.05, gather_distributed=False)
+    torch.testing.assert_close(ours, theirs)
+
+
+def swapped(predictions: list[Tensor], codes: list[Tensor]) -> Tensor:
+    """Each full view's code, predicted by every other view (SwAV equation 1, DINO equation 3), number by number."""
+    terms = []
+    for number, code in enumerate(codes):
+        for view, prediction in enumerate(predictions):
+            if view != number:
+                terms.append([
+                    -sum(c * math.log(p) for c, p in zip(codes_of, probabilities))
+                    for codes_of, probabilities in zip(code.tolist(), (prediction / 0.1).softmax(dim=1).tolist())
+                ])  # fmt: skip
+    return torch.tensor(terms).mean(dim=0)
+
+
+def test_small_views_predict_both_codes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    full = [torch.randn(5, 3, 16, 16, generator=rng) for _ in range(2)]
+    small = [torch.randn(5, 3, 8, 8, generator=rng) for _ in range(2)]
+    for name in ("swav", "dino"):
+        framework = build(name).eval()
+        clean = framework.forward_views((*full, *small), (full[0], full[1]), generator(0))
+        predictions = [framework.query(view).detach() for view in (*full, *small)]
+        if isinstance(framework, DINO):
+            codes = [((framework.teacher.cosines(framework.teacher(v))) / 0.04).softmax(dim=1).detach() for v in full]
+        else:
+            codes = [sinkhorn(prediction, 0.05, 3) for prediction in predictions[:2]]
+        assert torch.allclose(clean.losses.detach(), swapped(predictions, codes), atol=1e-4)
+        assert torch.allclose(clean.keys[0], codes[1], atol=1e-4)
+
+
+def test_the_queue_of_swav_helps_to_make_codes_when_it_is_full() -> None:
+    recipe = SwAVRecipe(dim=8, projector_width=16, prototypes=12, num_small=0, queue_size=6, queue_starts=0.2)
+    torch.manual_seed(0)
+    framework = recipe.build(BACKBONE)
+    assert isinstance(framework, SwAV)
+    views = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    for progress, filled in ((0.1, 0), (0.3, 4), (0.5, 6)):
+        clean = framework.forward_views((views[0], views[1]), (views[0], views[1]), generator(0))
+        assert clean.partner is not None
+        newest, before = clean.partner, framework.queue.clone()
+        framework.after_step(progress)
+        assert framework._num_filled() == int(framework.queue_filled) == filled
+        if filled:
+            assert torch.equal(framework.queue[1, :4], newest)
+            assert torch.equal(framework.queue[1, 4:], before[1, :2])
+    similarity = framework._similarity(torch.cat([framework.queue[1], newest]))
+    codes = framework.eval()._codes([newest, newest])
+    assert torch.allclose(codes[1], sinkhorn(similarity, 0.05, 3)[6:])
+    assert not torch.allclose(codes[1], sinkhorn(similarity[6:], 0.05, 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["swav", "dino"])
+def test_prototypes_stay_for_the_first_share(name: str) -> None:
+    framework = build(name)
+    views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    weight = next(p for n, p in framework.named_parameters() if n.endswith("prototypes.weight") and p.requires_grad)
+    for progress, frozen in ((0.0, True), (0.5, False)):
+        framework.progress = progress
+        framework.forward_views(views, views, generator(0)).losses.mean().backward()
+        framework.before_step()
+        assert (weight.grad is None) is frozen
+    framework.after_step(0.5)
+    if name == "swav":
+        assert weight.norm(dim=1).tolist() == pytest.approx([1.0] * 12, abs=1e-6)
+
+
+def test_the_centre_and_the_temperature_of_dino() -> None:
+    framework = build("dino")
+    assert isinstance(framework, DINO)
+    assert [framework.teacher_temperature(share) for share in (0, 0.03125, 0.0625, 0.9)] == pytest.approx(
+        [0.04, 0.055, 0.07, 0.07]
+    )
+    views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
+    framework.forward_views(views, views, generator(0))
+    mean = framework.fresh[0].clone()
+    framework.after_step(0.1)
+    assert torch.allclose(framework.center, 0.1 * mean)
+    with pytest.raises(ValueError, match="the teacher must be sharper than the student"):
+        DINORecipe(teacher_temperature=0.1)
+
+
+def test_lightly_agrees_on_dino() -> None:
+    """Its loss also takes outputs and a centre; with two views of each side both are equation 3."""
+    framework = build("dino")
+    student = [embeddings(5, seed).float() for seed in (1, 2)]
+    teacher = [embeddings(5, seed).float() for seed in (3, 4)]
+    keys = [(one / 0.04).softmax(dim=1) for one in teacher]
+    ours = (framework.loss(student[0], keys[1]) + framework.loss(student[1], keys[0])).mean() / 2
+    theirs = DINOLoss(output_dim=8, teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=1)
+    assert float(ours) == pytest.approx(float(theirs(teacher, student, epoch=0)), rel=1e-5)
+
+
 def test_mocov3_loss() -> None:
     """Algorithm 1: 2τ times the cross-entropy of each direction; the keys of the other images are the negatives."""
     query, key = rows(5, 8, 0), rows(5, 8, 1)
@@ -245,8 +369,17 @@ def test_clean_loss_is_put_together_from_its_parts(name: str) -> None:
     first, second = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
     clean = framework.forward_views((first, second), (first, second), generator(0))
     q1, q2 = framework.query(first), framework.query(second)
-    assert torch.allclose(clean.query, q1, atol=1e-5)
-    if name == "moco":
+    if clean.partner is None:
+        assert torch.allclose(clean.query, q1, atol=1e-5)
+    if name == "swav":
+        # Both views' codes, each predicted from the other view (equation 1).
+        code, key = (sinkhorn(q.detach(), 0.05, 3) for q in (q1, q2))
+        expected = (framework.loss(q2, code) + framework.loss(q1, key)) / 2
+    elif isinstance(framework, DINO):
+        answers = [framework.teacher.cosines(framework.teacher(view)) for view in (first, second)]
+        k1, key = (((answer - framework.center) / 0.04).softmax(dim=1) for answer in answers)
+        expected = (framework.loss(q1, key) + framework.loss(q2, k1)) / 2
+    elif name == "moco":
         key = F.normalize(framework.key_encoder(second), dim=1)
         expected = framework.loss(q1, key)
     elif name == "simclr":
@@ -285,7 +418,8 @@ def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
     whole = framework.forward_views((first, second), (first, second), generator(0))
     erased = framework.forward_views((hidden, hidden), (first, second), generator(0))
     assert torch.allclose(erased.keys[0], whole.keys[0], atol=1e-5)
-    assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
+    if erased.partner is None:
+        assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
     assert not torch.allclose(erased.losses, whole.losses)
 
 
@@ -295,7 +429,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
     views = (torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16))
     framework.forward_views(views, views, generator(0)).losses.mean().backward()
     for parameter_name, parameter in framework.named_parameters():
-        slow = parameter_name.startswith(("key_encoder", "target", "momentum_encoder"))
+        slow = parameter_name.startswith(("key_encoder", "target", "momentum_encoder", "teacher"))
         assert parameter.requires_grad is not slow
         assert (parameter.grad is None) is slow, parameter_name
 
@@ -354,6 +488,16 @@ def test_heads_have_the_layers_of_their_papers() -> None:
         return names
 
     assert layers(mlp([4, 3, 2], norm=False)) == ["4-3", "relu", "3-2"]
+    dino = build("dino").get_submodule("student.projector")
+    assert [type(layer).__name__ for layer in dino] == [
+        "Linear", "BatchNorm1d", "GELU", "Linear", "BatchNorm1d", "GELU", "Linear"
+    ]  # fmt: skip
+    barlow = layers(build("barlowtwins").get_submodule("encoder.projector"))
+    assert barlow == ["512-16", "bn", "relu", "16-16", "bn", "relu", "16-8"]
+    last = build("vicreg").get_submodule("encoder.projector.6")
+    assert isinstance(last, nn.Linear)
+    assert last.bias is None
+    assert layers(build("mocov3").get_submodule("encoder.projector")) == ["512-16", "bn", "relu", "16-8", "bn-plain"]
     simclr, byol, simsiam = (build(name) for name in ("simclr", "byol", "simsiam"))
     assert layers(simclr.get_submodule("encoder.projector")) == ["512-16", "bn", "relu", "16-8", "bn"]
     assert layers(byol.get_submodule("online.projector")) == ["512-16", "bn", "relu", "16-8"]

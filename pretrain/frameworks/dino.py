@@ -1,0 +1,162 @@
+"""DINO for ConvNets (arXiv:2104.14294)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.distributed import gather
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Views, cosine_momentum, move_average, unit
+from mixmask.pretrain.multi_crop import MultiCropRecipe, of_each_view
+
+
+class DINORecipe(MultiCropRecipe):
+    """A student predicts the output distribution of its moving average, which is centred and sharpened.
+
+    The head has ``projector_layers`` layers down to ``dim``, then ``outputs`` prototypes of unit length (section 3).
+    The teacher's temperature rises linearly from ``warmup_teacher_temperature`` to ``teacher_temperature`` over the share
+    ``teacher_warmup`` of the run (50 epochs of 800 are 0.0625); the published code does it epoch by epoch. The prototypes
+    stay as they are for the share ``freeze_prototypes``. ``momentum`` of the teacher rises to 1 along half a cosine.
+    """
+
+    kind: Literal["dino"] = "dino"
+    dim: int = Field(256, ge=1, le=MAX_WIDTH)
+    projector_layers: int = Field(3, ge=1, le=10)
+    projector_width: int = Field(2048, ge=1, le=MAX_WIDTH)
+    projector_norm: bool = True
+    outputs: int = Field(65536, ge=2, le=MAX_WIDTH)
+    momentum: float = Field(0.996, ge=0, lt=1)
+    temperature: float = Field(0.1, gt=0)
+    teacher_temperature: float = Field(0.07, gt=0)
+    warmup_teacher_temperature: float = Field(0.04, gt=0)
+    teacher_warmup: float = Field(0.0625, ge=0, le=1)
+    center_momentum: float = Field(0.9, ge=0, lt=1)
+    freeze_prototypes: float = Field(0.00125, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _sharper(self) -> DINORecipe:
+        if max(self.teacher_temperature, self.warmup_teacher_temperature) >= self.temperature:
+            raise ValueError(
+                f"the teacher must be sharper than the student: teacher_temperature {self.teacher_temperature} and "
+                f"warmup_teacher_temperature {self.warmup_teacher_temperature} must be below temperature {self.temperature}"
+            )
+        return self
+
+    @override
+    def build(self, backbone: BackboneRecipe) -> DINO:
+        return DINO(self, backbone)
+
+
+class DINOEncoder(Encoder):
+    """Trunk, head, and prototypes; images to (N, outputs) cosines."""
+
+    def __init__(self, trunk: nn.Module, projector: Head, outputs: int) -> None:
+        super().__init__(trunk, projector)
+        self.prototypes = nn.Linear(projector.info.widths[-1], outputs, bias=False)
+
+    def cosines(self, embedding: Tensor) -> Tensor:
+        """(N, dim) embeddings to their cosines with the prototypes."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return F.linear(unit(embedding), F.normalize(self.prototypes.weight, dim=1))
+
+
+class DINO(Framework):
+    """Student and teacher.
+
+    A query is the student's (N, outputs) cosines, a key the teacher's distribution of a clean image. The centre is made of
+    clean images only. So a mixed query has a loss of its own against each of its images, and the mixed loss is the usual
+    mean, weighted by area.
+    """
+
+    not_shared = ("center",)  # every rank computes it from the outputs of all
+    center: Tensor
+
+    def __init__(self, recipe: DINORecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        hidden = [recipe.projector_width] * (recipe.projector_layers - 1)
+        head = mlp([width_of(trunk), *hidden, recipe.dim], norm=recipe.projector_norm, activation="gelu")
+        self.student = DINOEncoder(trunk, head, recipe.outputs)
+        for layer in head:
+            if isinstance(layer, nn.Linear):  # as in the published code
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(recipe.outputs))
+        self.fresh: list[Tensor] = []  # means of this step's teacher outputs over all ranks
+
+    @property
+    @override
+    def trunk(self) -> nn.Module:
+        return self.student.trunk
+
+    @property
+    @override
+    def head(self) -> Head:
+        return self.student.projector
+
+    @property
+    @override
+    def slow(self) -> Encoder:
+        return self.teacher
+
+    @override
+    def encoders(self) -> Iterable[nn.Module]:
+        return self.student.trunk, self.teacher.trunk
+
+    @override
+    def query(self, images: Tensor) -> Tensor:
+        return self.student.cosines(self.student(images))
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Cross-entropy of the student with the teacher's distribution (equation 2)."""
+        return -(key * (query / self.recipe.temperature).log_softmax(dim=1)).sum(dim=1)
+
+    def teacher_temperature(self, progress: float) -> float:
+        """The teacher's temperature after a share of the run."""
+        recipe = self.recipe
+        share = min(progress / recipe.teacher_warmup, 1.0) if recipe.teacher_warmup else 1.0
+        return recipe.warmup_teacher_temperature + share * (
+            recipe.teacher_temperature - recipe.warmup_teacher_temperature
+        )
+
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """The mean over all pairs of a full view for the teacher and another view for the student (equation 3)."""
+        asked = of_each_view(self.student.trunk, self.student.projector, queries)
+        predictions = [self.student.cosines(one) for one in asked]
+        with torch.no_grad():
+            answered = of_each_view(self.teacher.trunk, self.teacher.projector, keys)
+            outputs = [self.teacher.cosines(one) for one in answered]
+            temperature = self.teacher_temperature(self.progress)
+            wanted = [((one - self.center) / temperature).softmax(dim=1) for one in outputs]
+            if self.training:
+                self.fresh.append(torch.stack([gather(one).mean(dim=0) for one in outputs]).mean(dim=0))
+        pairs = [(full, view) for full in range(2) for view in range(len(predictions)) if view != full]
+        losses = torch.stack([self.loss(predictions[view], wanted[full]) for full, view in pairs]).mean(dim=0)
+        # A mixture of the first view is compared with the teacher's answer to the second.
+        return Clean(losses, asked[0], (wanted[1],), partner=answered[1])
+
+    @override
+    def before_step(self) -> None:
+        if self.progress < self.recipe.freeze_prototypes:
+            self.student.prototypes.weight.grad = None
+
+    @override
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Move the centre (equation 4) and the teacher."""
+        if self.fresh:
+            self.center.lerp_(torch.stack(self.fresh).mean(dim=0), 1 - self.recipe.center_momentum)
+            self.fresh.clear()
+        move_average(self.teacher, self.student, cosine_momentum(self.recipe.momentum, progress))

@@ -1,0 +1,174 @@
+"""SwAV (arXiv:2006.09882)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.distributed import gather, world
+from mixmask.engine.heads import Head, mlp
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Views, unit
+from mixmask.pretrain.multi_crop import MultiCropRecipe, of_each_view
+
+
+class SwAVRecipe(MultiCropRecipe):
+    """Each view predicts the cluster assignment ("code") of the other full view; the small views predict both.
+
+    ``epsilon`` is that of the Sinkhorn-Knopp algorithm. ``queue_size`` embeddings of each full view from earlier steps
+    help to make the codes of a small batch; they are collected once ``queue_starts`` of the run is over, and used when there
+    are enough (section 4.1; 15 epochs of 200 are 0.075). The prototypes stay as they are for the share
+    ``freeze_prototypes`` of the run (one epoch of 400 is 0.0025).
+    """
+
+    kind: Literal["swav"] = "swav"
+    dim: int = Field(128, ge=1, le=MAX_WIDTH)
+    projector_width: int = Field(2048, ge=1, le=MAX_WIDTH)
+    prototypes: int = Field(3000, ge=2, le=MAX_WIDTH)
+    temperature: float = Field(0.1, gt=0)
+    epsilon: float = Field(0.05, gt=0)
+    sinkhorn_iterations: int = Field(3, ge=1, le=1000)
+    queue_size: int = Field(0, ge=0, le=2**24)
+    queue_starts: float = Field(0.0, ge=0, le=1)
+    freeze_prototypes: float = Field(0.0025, ge=0, le=1)
+
+    @override
+    def build(self, backbone: BackboneRecipe) -> SwAV:
+        return SwAV(self, backbone)
+
+
+class SwAV(Framework):
+    """One encoder, and prototypes of unit length.
+
+    A query is its (N, prototypes) similarities, a key its code. Codes are made of clean images only, all at once: they are
+    the key side of equation 6. A mixed query then has a loss of its own against the code of each of its images, so the mixed
+    loss is the usual mean, weighted by area.
+    """
+
+    # Every rank collects the same gathered embeddings.
+    not_shared = ("queue", "queue_filled")
+    queue: Tensor
+    queue_filled: Tensor
+
+    def __init__(self, recipe: SwAVRecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        trunk = build_trunk(backbone)
+        self.encoder = Encoder(trunk, mlp([width_of(trunk), recipe.projector_width, recipe.dim], norm=True))
+        self.prototypes = nn.Linear(recipe.dim, recipe.prototypes, bias=False)
+        self._to_unit_length()
+        self.register_buffer("queue", torch.zeros(2, recipe.queue_size, recipe.dim))
+        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
+        self.fresh: list[Tensor] = []  # this step's (2, n, dim) embeddings of all ranks
+        self.filled: int | None = None  # host copy of queue_filled: reading the buffer would wait for the GPU
+        self.register_load_state_dict_post_hook(_forget_filled)  # type: ignore[no-untyped-call]
+
+    @property
+    @override
+    def trunk(self) -> nn.Module:
+        return self.encoder.trunk
+
+    @property
+    @override
+    def head(self) -> Head:
+        return self.encoder.projector
+
+    @override
+    def query(self, images: Tensor) -> Tensor:
+        return self._similarity(unit(self.encoder(images)))
+
+    def _similarity(self, embedding: Tensor) -> Tensor:
+        with torch.autocast(embedding.device.type, enabled=False):
+            return F.linear(embedding, self.prototypes.weight)
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Cross-entropy of the prediction softmax(similarity / temperature) with the code (equation 2)."""
+        return -(key * (query / self.recipe.temperature).log_softmax(dim=1)).sum(dim=1)
+
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """Swapped prediction (equation 1), a mean over all pairs of a full view and another view."""
+        asked = [unit(one) for one in of_each_view(self.encoder.trunk, self.encoder.projector, queries)]
+        answered = asked[:2]
+        if keys[0] is not queries[0]:
+            with torch.no_grad():
+                answered = [unit(one) for one in of_each_view(self.encoder.trunk, self.encoder.projector, keys)]
+        predictions = [self._similarity(one) for one in asked]
+        codes = self._codes([one.detach() for one in answered])
+        pairs = [(code, view) for code in range(2) for view in range(len(predictions)) if view != code]
+        losses = torch.stack([self.loss(predictions[view], codes[code]) for code, view in pairs]).mean(dim=0)
+        # A mixture of the first view is compared with the code of the second.
+        return Clean(losses, asked[0], (codes[1],), partner=answered[1].detach())
+
+    @torch.no_grad()
+    def _codes(self, answered: Sequence[Tensor]) -> list[Tensor]:
+        """The codes of this rank's rows, made from the rows of all ranks and the queue."""
+        everyone = torch.stack([gather(one) for one in answered])
+        full = self.recipe.queue_size > 0 and self._num_filled() >= self.recipe.queue_size
+        if self.training and self.recipe.queue_size:
+            self.fresh.append(everyone)  # they enter the queue in `after_step`
+        codes = []
+        for number, rows in enumerate(everyone):
+            earlier = self.queue[number] if full else rows[:0]
+            assigned = sinkhorn(
+                self._similarity(torch.cat([earlier, rows])), self.recipe.epsilon, self.recipe.sinkhorn_iterations
+            )
+            own = assigned[len(earlier) :]
+            codes.append(own[world().share(len(own))])
+        return codes
+
+    def _num_filled(self) -> int:
+        if self.filled is None:
+            self.filled = int(self.queue_filled)
+        return self.filled
+
+    @override
+    def before_step(self) -> None:
+        if self.progress < self.recipe.freeze_prototypes:
+            self.prototypes.weight.grad = None
+
+    @override
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Bring the prototypes to unit length, and put the newest embeddings into the queue."""
+        self._to_unit_length()
+        if self.fresh and progress > self.recipe.queue_starts:
+            size = self.recipe.queue_size
+            self.queue.copy_(torch.cat([*reversed(self.fresh), self.queue], dim=1)[:, :size])
+            self.filled = min(self._num_filled() + sum(one.shape[1] for one in self.fresh), size)
+            self.queue_filled.fill_(self.filled)
+        self.fresh.clear()
+
+    @torch.no_grad()
+    def _to_unit_length(self) -> None:
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+
+def _forget_filled(module: nn.Module, incompatible: object) -> None:
+    assert isinstance(module, SwAV)
+    module.filled = None
+
+
+def sinkhorn(similarity: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The codes of a batch: assignments that use all prototypes equally (equations 3 to 5, Sinkhorn-Knopp).
+
+    Args:
+        similarity: (B, K) of images and prototypes.
+        epsilon: How soft the assignments are.
+        iterations: Of the normalisation of rows and columns.
+
+    Returns:
+        (B, K); each row has the sum 1.
+    """
+    codes = ((similarity - similarity.max()) / epsilon).exp()
+    codes = codes / codes.sum()
+    num, prototypes = codes.shape
+    for _ in range(iterations):
+        codes = codes / codes.sum(dim=0, keepdim=True).clamp(min=1e-30) / prototypes
+        codes = codes / codes.sum(dim=1, keepdim=True).clamp(min=1e-30) / num
+    return codes * num
