@@ -72,7 +72,11 @@ def test_a_class_that_lacks_a_method_is_a_mistake() -> None:
     ("module", "name", "valid"),
     [
         ("mixmask.transfer.protocols", "PROTOCOLS", {"knn", "linear", "semisup", "detect_voc", "detect_coco"}),
-        ("mixmask.pretrain.frameworks", "FRAMEWORKS", {"moco", "mocov2", "simclr", "byol", "simsiam"}),
+        (
+            "mixmask.pretrain.frameworks",
+            "FRAMEWORKS",
+            {"moco", "mocov2", "simclr", "byol", "simsiam", "mocov3", "barlowtwins", "vicreg", "swav", "dino"},
+        ),
         ("mixmask.pretrain.mixtures", "MIXTURES", {"none", "mixmask", "unmix", "mixmask+unmix", "erase"}),
         ("mixmask.engine.data", "KINDS", {"folder", "tiny_imagenet", "cifar"}),
     ],

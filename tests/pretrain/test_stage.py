@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -40,6 +41,25 @@ batch_size: 16
 log_every: 1
 checkpoint_every: 3
 """
+
+
+SMALL_FRAMEWORKS = {
+    "moco": "framework={kind: moco, dim: 16, queue_size: 64, momentum: 0.9, bn_splits: 1}",
+    "byol": "framework={kind: byol, dim: 16, projector_width: 32}",
+    "simclr": "framework={kind: simclr, dim: 16, projector_width: 32}",
+    "simsiam": "framework={kind: simsiam, dim: 16, projector_layers: 2}",
+    "mocov3": "framework={kind: mocov3, dim: 16, projector_width: 32, momentum: 0.9}",
+    "barlowtwins": "framework={kind: barlowtwins, dim: 16, projector_width: 32}",
+    "vicreg": "framework={kind: vicreg, dim: 16, projector_width: 32}",
+    "swav": (
+        "framework={kind: swav, dim: 16, projector_width: 32, prototypes: 20, num_small: 2, small_crop: 16, queue_size: 24, "
+        "queue_starts: 0.1, freeze_prototypes: 0.3}"
+    ),
+    "dino": (
+        "framework={kind: dino, dim: 16, projector_width: 32, outputs: 24, momentum: 0.9, num_small: 2, small_crop: 16, "
+        "teacher_warmup: 0.5, freeze_prototypes: 0.3}"
+    ),
+}
 
 
 @pytest.fixture
@@ -136,6 +156,33 @@ def test_the_weight_decay_follows_its_schedule(config: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("framework", [name for name in SMALL_FRAMEWORKS if name != "moco"])
+def test_every_framework_resumes_to_the_same_weights(framework: str, config: Path, tmp_path: Path) -> None:
+    """With a mixture, views of different kinds, and the moving average kept where there is one."""
+    recipe = [SMALL_FRAMEWORKS[framework], "data.storage=resident", "epochs=1", "checkpoint_every=1"]
+    recipe += ["second_view={blur_probability: 0.1, solarize_probability: 0.2}", "export=online"]
+    if framework in ("byol", "mocov3", "dino"):
+        recipe[-1] = "export=momentum"
+    whole = plan(config, tmp_path / "whole", *recipe)
+    expected, info = load_backbone(stage.run(whole))
+    assert info.framework == framework
+    stop = random.Random(framework).randrange(1, 7)
+    broken = plan(config, tmp_path / "broken", *recipe)
+    interrupt_at(stop, broken)
+    state, _ = load_backbone(stage.run(broken))
+    assert all(torch.equal(expected[name], state[name]) for name in expected), stop
+    logged = [json.loads(line) for line in whole.run.log_file.read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) and line["rank_me"] > 1 for line in logged)
+
+
+def test_only_a_momentum_encoder_can_be_kept_instead(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"export: momentum: simsiam has no momentum encoder; export: online is valid"
+    ):
+        plan(config, tmp_path, SMALL_FRAMEWORKS["simsiam"], "export=momentum")
+
+
+@pytest.mark.slow
 def test_products_record_and_asking_twice(config: Path, tmp_path: Path) -> None:
     first = plan(config, tmp_path, "epochs=1", "monitor.every_epochs=1", "monitor.k=5")
     product = stage.run(first)
@@ -168,19 +215,19 @@ def test_zero_epochs_give_the_initial_trunk(config: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("kind", "num_terms"), [("none", 1), ("unmix", 3), ("mixmask", 3), ("mixmask+unmix", 5)])
-@pytest.mark.parametrize("framework", ["moco", "byol"])
+@pytest.mark.parametrize("framework", ["moco", "byol", "swav", "dino"])
 def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int, config: Path, tmp_path: Path) -> None:
     """The step's loss is put together again from single images, with λ counted from the mixtures' pixels."""
-    smaller = ["framework.dim=16"] + ["framework.queue_size=64", "framework.bn_splits=1"] * (framework == "moco")
-    recipe = plan(config, tmp_path, f"mix.kind={kind}", f"framework.kind={framework}", *smaller).recipe
+    recipe = plan(config, tmp_path, f"mix.kind={kind}", SMALL_FRAMEWORKS[framework]).recipe
     torch.manual_seed(0)
     model = recipe.framework.build(recipe.backbone).eval()  # in eval mode an embedding depends on its own image alone
     rng = torch.Generator().manual_seed(0)
-    views = [torch.randn(16, 3, 32, 32, generator=rng) for _ in range(2)]
+    views = [torch.randn(16, 3, view.crop, view.crop, generator=rng) for view in recipe.views]
+    num_small = len(views) - 2
     with torch.no_grad():
         rng = python_generator(recipe.seed, "mask", 7, 0, 0)
-        found = list(step_terms(model, recipe.mix, views, rng, generator(0)))
-        clean = model.forward_views((views[0], views[1]), (views[0], views[1]), torch.Generator())
+        found = list(step_terms(model, recipe.mix, views, rng, generator(0), num_small=num_small))
+        clean = model.forward_views(tuple(views), (views[0], views[1]), torch.Generator())
         expected, counted = float(clean.losses.mean()), 1
         for mixture in draw_mixtures(recipe.mix, views[0], python_generator(recipe.seed, "mask", 7, 0, 0)):
             for i in range(16):
