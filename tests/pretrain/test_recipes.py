@@ -164,9 +164,59 @@ def test_adams_recipes_leave_norms_and_biases_out_of_the_decay() -> None:
     assert read("cifar100_simsiam").optimizer.decay_norm_and_bias
 
 
+# Of other papers, from their code: epochs, batch, kind and rate of the optimizer at that batch, weight decay, warm-up, final
+# rate over base rate, who is left out of the decay, linear top-1 of their READMEs.
+FIELD = {
+    "imagenet_simsiam": (100, 512, "sgd", 0.1, 1e-4, 0, 0, False, 68.1),
+    "imagenet_mocov3": (100, 4096, "lars", 9.6, 1e-6, 10, 0, True, 68.9),
+    "imagenet_barlowtwins": (1000, 2048, "lars", 1.6, 1e-6, 10, 0.001, True, 73.5),
+    "imagenet_vicreg": (1000, 2048, "lars", 1.6, 1e-6, 10, 0.001, True, 73.2),
+    "imagenet_swav": (200, 4096, "lars", 4.8, 1e-6, 10, 0.001, False, 73.9),
+    "imagenet_dino": (100, 512, "sgd", 0.06, 1e-4, 10, 0, True, None),
+}
+BYOLS = (
+    1.0,
+    0.0,
+    0.1,
+    0.2,
+)  # blur and solarisation of both views, as BYOL's, Barlow Twins', MoCo v3's and DINO's code has it
+VIEWS = {  # scale and jitter (brightness, contrast, saturation, hue), interpolation, blur and solarisation
+    "imagenet_simsiam": ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), "bilinear", (0.5, 0.0, 0.5, 0.0)),
+    "imagenet_mocov3": ((0.2, 1.0), (0.4, 0.4, 0.2, 0.1), "bilinear", BYOLS),
+    "imagenet_barlowtwins": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
+    "imagenet_vicreg": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
+    "imagenet_swav": ((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), "bilinear", (0.5, 0.0, 0.5, 0.0)),
+    "imagenet_dino": ((0.14, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
+}
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_recipes_of_other_papers(name: str) -> None:
+    recipe = read(name)
+    optimizer = recipe.optimizer
+    assert recipe.schedule.kind == "cosine"
+    expected = recipe.expected[0].value if recipe.expected else None
+    assert FIELD[name] == (
+        recipe.epochs, recipe.batch_size, optimizer.kind, pytest.approx(optimizer.rate(recipe.batch_size)),
+        optimizer.weight_decay, recipe.warmup_epochs, recipe.schedule.final, not optimizer.decay_norm_and_bias, expected,
+    )  # fmt: skip
+    first, second = recipe.views[:2]
+    assert VIEWS[name] == (
+        first.scale, (first.brightness, first.contrast, first.saturation, first.hue), first.interpolation,
+        (first.blur_probability, first.solarize_probability, second.blur_probability, second.solarize_probability),
+    )  # fmt: skip
+    assert (first.jitter_probability, first.grayscale_probability, first.crop) == (0.8, 0.2, 224)
+    small = recipe.views[2:]
+    assert len(small) == {"imagenet_swav": 6, "imagenet_dino": 8}.get(name, 0)
+    assert {(view.crop, view.scale, view.blur_probability, view.solarize_probability) for view in small} <= {
+        (96, (0.05, 0.14), 0.5, 0.0)
+    }
+    assert recipe.export == ("momentum" if name == "imagenet_dino" else "online")
+
+
 def test_there_are_no_other_pretraining_recipes() -> None:
     other = {"imagenet_mocov2_mscn", "cifar100_moco_as_unmix", "cifar100_simclr_as_wmse", "cifar100_byol_as_wmse"}
-    expected = {f"{base}{row}" for base in BASES for row in ROWS} | other
+    expected = {f"{base}{row}" for base in BASES for row in ROWS} | other | FIELD.keys()
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
     mscn = read("imagenet_mocov2_mscn").mix
     assert isinstance(mscn, Erase)
