@@ -91,19 +91,26 @@ class LARSRecipe(OptimizerRecipe):
 
     With ``decay_norm_and_bias: false`` biases and normalisation layers are left out of the scaling, too, as in the
     published code of BYOL, Barlow Twins, VICReg and MoCo v3. That code divides by |gradient + decay · w|; timm's, which
-    is used here, by |gradient| + decay · |w|, as the paper of LARS does. With decays of 1e-6 they agree to 1e-3.
+    is used here, by |gradient| + decay · |w|, as the paper of LARS does. With decays of 1e-6 they agree to 1e-3. ``clip``
+    takes no step that is longer than SGD's (LARC, as in apex).
     """
 
     kind: Literal["lars"] = "lars"
     momentum: float = Field(0.9, ge=0, lt=1)
     trust_coefficient: float = Field(0.001, gt=0)
+    clip: bool = False
 
     @override
     def build(self, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
         # timm leaves groups without weight decay out of the scaling, unless told otherwise.
         told = [{"always_adapt": group["decays"], **group} for group in groups]
         lars: torch.optim.Optimizer = Lars(
-            told, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay, trust_coeff=self.trust_coefficient
+            told,
+            lr=rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            trust_coeff=self.trust_coefficient,
+            trust_clip=self.clip,
         )
         return lars
 

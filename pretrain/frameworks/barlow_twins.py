@@ -30,6 +30,7 @@ class BarlowTwinsRecipe(FrameworkRecipe):
     projector_layers: int = Field(3, ge=1, le=10)
     projector_width: int = Field(8192, ge=1, le=MAX_WIDTH)
     off_diagonal: float = Field(0.0051, ge=0)
+    scale: float = Field(1.0, gt=0, description="of the whole loss, as solo-learn's recipes have it")
 
     @override
     def build(self, backbone: BackboneRecipe) -> BarlowTwins:
@@ -69,7 +70,8 @@ class BarlowTwins(BatchLossFramework):
         query, key = _normalised(query, weights), _normalised(key, weights)
         correlation = (weights[:, None] * query).T @ key / len(query)
         invariance = (torch.diagonal(correlation) - 1).square().sum()
-        return invariance + self.recipe.off_diagonal * off_diagonal(correlation).square().sum()
+        redundancy = off_diagonal(correlation).square().sum()
+        return self.recipe.scale * (invariance + self.recipe.off_diagonal * redundancy)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         """The first view is the query, the second the key; the loss is symmetric in them."""

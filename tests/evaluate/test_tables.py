@@ -381,7 +381,8 @@ def test_names_that_read_like_numbers_have_an_order() -> None:
 def test_unknown_tables_are_refused() -> None:
     with pytest.raises(
         UserError,
-        match="Valid: 1, 2, 3, 4, 5, semisup, 7, 7-2x, c4, code, fpn, fpn-2x, detectors, segmentation, frozen, methods",
+        match="Valid: 1, 2, 3, 4, 5, semisup, 7, 7-2x, c4, code, fpn, fpn-2x, detectors, segmentation, solo, frozen, "
+        "methods",
     ):
         choose("6", ())
     assert methods_by_protocols().id == "methods"

@@ -93,11 +93,21 @@ def norm(values: list[float]) -> float:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), decay=st.sampled_from([0.0, 1e-6, 0.05]), excluded=st.booleans())
-def test_lars_number_by_number(seed: int, decay: float, excluded: bool) -> None:
-    """arXiv:1708.03888, algorithm 1: the local rate is η |w| / (|∇| + β |w|); the momentum takes the scaled gradient."""
+@given(
+    seed=st.integers(0, 10**6),
+    decay=st.sampled_from([0.0, 1e-6, 0.05]),
+    excluded=st.booleans(),
+    clip=st.booleans(),
+    trust=st.sampled_from([0.001, 0.5]),
+)
+def test_lars_number_by_number(seed: int, decay: float, excluded: bool, clip: bool, trust: float) -> None:
+    """arXiv:1708.03888, algorithm 1: the local rate is η |w| / (|∇| + β |w|); the momentum takes the scaled gradient.
+
+    With clipping, the local rate is at most the global one.
+    """
     model: Any = Small(seed)
     recipe = LARSRecipe(lr=0.3, weight_decay=decay, momentum=0.9, decay_norm_and_bias=not excluded)
+    recipe = recipe.model_copy(update={"clip": clip, "trust_coefficient": trust})
     optimizer = build_optimizer(recipe, model, 256)
     weights = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
     speeds = {name: [0.0] * len(values) for name, values in weights.items()}
@@ -108,7 +118,9 @@ def test_lars_number_by_number(seed: int, decay: float, excluded: bool) -> None:
             w, g = weights[name], parameter.grad.flatten().tolist()
             plain = name == "bias" and excluded
             own = 0.0 if plain else decay
-            local = 1.0 if plain else 0.001 * norm(w) / (norm(g) + own * norm(w))
+            local = 1.0 if plain else trust * norm(w) / (norm(g) + own * norm(w))
+            if clip and not plain:
+                local = min(local / 0.3, 1)
             speeds[name] = [
                 0.9 * v + local * (gradient + own * value) for v, gradient, value in zip(speeds[name], g, w)
             ]

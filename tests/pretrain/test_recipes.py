@@ -214,9 +214,44 @@ def test_recipes_of_other_papers(name: str) -> None:
     assert recipe.export == ("momentum" if name == "imagenet_dino" else "online")
 
 
+# solo-learn's README: linear top-1 after 1,000 epochs.
+SOLO = {
+    "cifar10": {"barlowtwins": 92.10, "vicreg": 92.07, "mocov3": 93.10, "dino": 89.52, "swav": 89.17},
+    "cifar100": {"barlowtwins": 70.90, "vicreg": 68.54, "mocov3": 68.83, "dino": 66.76, "swav": 64.88},
+}
+# Its configs: rate for 256, weight decay; scale, brightness, saturation, blur and solarisation of both views.
+SOLOS = {
+    "barlowtwins": (0.3, 1e-4, 0.08, 0.4, 0.2, 0.0, 0.0, 0.0, 0.2),
+    "vicreg": (0.3, 1e-4, 0.2, 0.4, 0.2, 0.0, 0.1, 0.0, 0.1),
+    "mocov3": (0.3, 1e-6, 0.08, 0.4, 0.2, 0.0, 0.0, 0.0, 0.2),
+    "dino": (0.3, 1e-6, 0.08, 0.4, 0.2, 0.0, 0.0, 0.0, 0.2),
+    "swav": (0.6, 1e-6, 0.08, 0.8, 0.8, 0.5, 0.0, 0.5, 0.0),
+}
+
+
+@pytest.mark.parametrize("data", SOLO)
+@pytest.mark.parametrize("framework", SOLOS)
+def test_recipes_of_solo_learn(framework: str, data: str) -> None:
+    recipe = read(f"{data}_{framework}")
+    assert (recipe.data.name, recipe.framework.kind, recipe.expected[0].value) == (
+        data,
+        framework,
+        SOLO[data][framework],
+    )
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.optimizer.kind) == (1000, 256, 10, "lars")
+    optimizer = recipe.optimizer.model_dump()
+    assert (optimizer["trust_coefficient"], optimizer["clip"], optimizer["decay_norm_and_bias"]) == (0.02, True, False)
+    first, second = recipe.views
+    assert SOLOS[framework] == (
+        optimizer["lr"], optimizer["weight_decay"], first.scale[0], first.brightness, first.saturation,
+        first.blur_probability, first.solarize_probability, second.blur_probability, second.solarize_probability,
+    )  # fmt: skip
+
+
 def test_there_are_no_other_pretraining_recipes() -> None:
     other = {"imagenet_mocov2_mscn", "cifar100_moco_as_unmix", "cifar100_simclr_as_wmse", "cifar100_byol_as_wmse"}
-    expected = {f"{base}{row}" for base in BASES for row in ROWS} | other | FIELD.keys()
+    small = {f"{data}_{framework}" for data in SOLO for framework in SOLO[data]}
+    expected = {f"{base}{row}" for base in BASES for row in ROWS} | other | FIELD.keys() | small
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
     mscn = read("imagenet_mocov2_mscn").mix
     assert isinstance(mscn, Erase)
