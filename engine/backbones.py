@@ -108,6 +108,20 @@ def _timm_trunk(arch: str) -> nn.Module:
     return built
 
 
+def map_and_features(trunk: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A trunk's last map (N, C, H, W), and its features (N, D), which are what calling it gives."""
+    network: Any = trunk
+    if hasattr(network, "forward_features"):  # timm's
+        last = network.forward_features(images)
+        return last, network.forward_head(last, pre_logits=True)
+    last = images
+    for name, layer in network.named_children():
+        if name == "avgpool":
+            break
+        last = layer(last)
+    return last, network.fc(torch.flatten(network.avgpool(last), 1))
+
+
 def width_of(trunk: nn.Module) -> int:
     """Feature dimension of a trunk's output."""
     width = trunk.num_features

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ class FrameworkRecipe(Recipe, ABC):
     """Base of the frameworks' recipes; ``kind`` names the framework in configs, records and tables."""
 
     kind: str
+
+    compiles: ClassVar[bool] = True  # whether it calls the trunks as a whole, so that torch.compile has an effect
+    shuffles_batches: ClassVar[bool] = False  # so that queries and keys have other batch statistics
 
     @abstractmethod
     def build(self, backbone: BackboneRecipe) -> Framework:

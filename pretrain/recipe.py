@@ -100,10 +100,15 @@ class PretrainRecipe(Recipe):
         if self.epochs:
             # The recipe does not know the world size; `stage.check_inputs` repeats the check with the real one.
             self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
-        if self.sync_bn and isinstance(self.framework, MoCoRecipe):
+        if self.sync_bn and self.framework.shuffles_batches:
             raise ValueError(
                 "sync_bn gives a query and its key the same batch statistics, which MoCo shuffles batches to avoid "
                 "(arXiv:1911.05722, section 3.3); leave it out"
+            )
+        if self.compile and not self.framework.compiles:
+            raise ValueError(
+                f"compile: {self.framework.kind} reads the trunk's last map, which a compiled trunk does not give; leave "
+                f"it out"
             )
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} does not leave any of the {self.epochs} epochs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,8 +22,8 @@ from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Fra
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 
 
-class MoCoRecipe(FrameworkRecipe):
-    """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width.
+class MomentumContrastRecipe(FrameworkRecipe):
+    """The options of momentum contrast with a queue.
 
     ``bn_splits`` is the number of groups per batch with BatchNorm statistics of their own (1 on one device: ordinary
     BatchNorm). With P processes each uses bn_splits / P groups, so results are the same for every P <= bn_splits; with
@@ -34,17 +34,14 @@ class MoCoRecipe(FrameworkRecipe):
     MoCo this way (arXiv:2003.05438).
     """
 
-    kind: Literal["mocov2", "moco"] = "mocov2"
+    shuffles_batches: ClassVar[bool] = True
+
     dim: int = Field(128, ge=1, le=MAX_WIDTH)
     queue_size: int = Field(65536, ge=1, le=2**24)
     momentum: float = Field(0.999, ge=0, lt=1)
     temperature: float = Field(0.2, gt=0)
     bn_splits: int = Field(8, ge=1, le=4096)
     symmetric: bool = added(False)
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> MoCo:
-        return MoCo(self, backbone)
 
     @override
     def remarks(self, num_images: int) -> list[str]:
@@ -81,6 +78,16 @@ class MoCoRecipe(FrameworkRecipe):
             )
 
 
+class MoCoRecipe(MomentumContrastRecipe):
+    """Momentum contrast: ``moco`` has a linear head, ``mocov2`` a two-layer one of the trunk's width."""
+
+    kind: Literal["mocov2", "moco"] = "mocov2"
+
+    @override
+    def build(self, backbone: BackboneRecipe) -> MoCo:
+        return MoCo(self, backbone)
+
+
 class MoCo(Framework):
     """Query encoder, momentum encoder for the keys, and the queue of negative keys."""
 
@@ -89,7 +96,7 @@ class MoCo(Framework):
     queue: Tensor
     queue_position: Tensor
 
-    def __init__(self, recipe: MoCoRecipe, backbone: BackboneRecipe) -> None:
+    def __init__(self, recipe: MomentumContrastRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.asks_with_both_views = recipe.symmetric
@@ -99,15 +106,18 @@ class MoCo(Framework):
         if groups > 1:
             replace_batch_norm(trunk, partial(SplitBatchNorm2d, num_splits=groups))
         width = width_of(trunk)
-        head = mlp([width, width, recipe.dim] if recipe.kind == "mocov2" else [width, recipe.dim], norm=False)
+        head = mlp([width, recipe.dim] if recipe.kind == "moco" else [width, width, recipe.dim], norm=False)
         self.query_encoder = Encoder(trunk, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        # Random unit vectors are the negatives until real keys have replaced them.
-        self.register_buffer("queue", unit(torch.randn(recipe.queue_size, recipe.dim)))  # (K, dim)
+        self.register_buffer("queue", self.first_negatives())
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
         self.fresh: list[Tensor] = []  # this step's keys; they enter the queue after the optimizer step
         self.position: int | None = None  # host copy of queue_position: reading the buffer would wait for the GPU
         self.register_load_state_dict_post_hook(_forget_position)  # type: ignore[no-untyped-call]
+
+    def first_negatives(self) -> Tensor:
+        """(K, dim) random unit vectors, the negatives until real keys have replaced them."""
+        return unit(torch.randn(self.recipe.queue_size, self.recipe.dim))
 
     @property
     @override
@@ -147,29 +157,31 @@ class MoCo(Framework):
         order = torch.randperm(len(everyone), generator=rng)
         mine = world().share(len(everyone))
         shuffled = everyone[to_device(order[mine], images.device)].contiguous(memory_format=torch.channels_last)
-        embedding = gather(unit(self.key_encoder(shuffled)))
+        embedding = gather(self.answer(shuffled))
         # The inverse permutation puts the keys back into the order of their queries.
         return embedding[to_device(torch.argsort(order)[mine], images.device)]
 
+    def answer(self, images: Tensor) -> Tensor:
+        """The keys of images, in their order: (N, dim) unit vectors."""
+        return unit(self.key_encoder(images))
+
+    def negative(self, key: Tensor) -> Tensor:
+        """What of keys enters the queue: (N, dim)."""
+        return key
+
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """InfoNCE of each query against its key and the queue (arXiv:1911.05722, equation 1)."""
-        return self._contrast(query, key)[0]
+        return self.contrast(query, key)[0]
 
-    def _contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def contrast(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) InfoNCE losses, and (N,) bool: whether the positive is more similar to the query than every negative."""
-        # In fp32: the division by a small temperature would enlarge the rounding errors of half precision.
-        with torch.autocast(query.device.type, enabled=False):
-            positive = (query * key).sum(dim=1) / self.recipe.temperature  # (N,)
-            negative = query @ self.queue.T / self.recipe.temperature  # (N, K)
-            # Joining them into one row of logits first would copy the largest tensor of the loss, and its gradient.
-            losses = torch.logaddexp(positive, torch.logsumexp(negative, dim=1)) - positive
-            return losses, positive.detach() > negative.detach().amax(dim=1)
+        return info_nce(query, key, self.queue, self.recipe.temperature)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         """The first view is the query and the second the key; with ``symmetric`` also the other way round."""
         query = self.query(queries[0])
         answers = [self.key(keys[1], rng)]
-        losses, first = self._contrast(query, answers[0])
+        losses, first = self.contrast(query, answers[0])
         if self.recipe.symmetric:
             answers.append(self.key(keys[0], rng))
             losses = losses + self.loss(self.query(queries[1]), answers[1])
@@ -177,7 +189,7 @@ class MoCo(Framework):
             # They enter the queue in `after_step`: the backward pass needs the queue unchanged, and a mixture of this
             # step must not meet its own image's key as a negative. Those of the first view come first, as in Un-Mix's
             # code.
-            self.fresh += [gather(key) for key in reversed(answers)]
+            self.fresh += [gather(self.negative(key)) for key in reversed(answers)]
         return Clean(losses, query, tuple(answers), {"contrast_accuracy": 100 * first.float().mean()})
 
     @torch.no_grad()
@@ -196,6 +208,27 @@ class MoCo(Framework):
             self.queue_position.fill_(self.position)
         self.fresh.clear()
         move_average(self.key_encoder, self.query_encoder, self.recipe.momentum)
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE of queries against their keys and the negatives of a queue (arXiv:1911.05722, equation 1).
+
+    Args:
+        query: (N, dim) unit vectors.
+        key: (N, dim) unit vectors.
+        queue: (K, dim) unit vectors.
+        temperature: τ.
+
+    Returns:
+        (N,) losses, and (N,) bool: whether the positive is more similar to the query than every negative.
+    """
+    # In fp32: the division by a small temperature would enlarge the rounding errors of half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        positive = (query * key).sum(dim=1) / temperature  # (N,)
+        negative = query @ queue.T / temperature  # (N, K)
+        # Joining them into one row of logits first would copy the largest tensor of the loss, and its gradient.
+        losses = torch.logaddexp(positive, torch.logsumexp(negative, dim=1)) - positive
+        return losses, positive.detach() > negative.detach().amax(dim=1)
 
 
 def _forget_position(module: nn.Module, incompatible: object) -> None:

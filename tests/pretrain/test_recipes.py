@@ -249,7 +249,13 @@ def test_recipes_of_solo_learn(framework: str, data: str) -> None:
 
 
 def test_there_are_no_other_pretraining_recipes() -> None:
-    other = {"imagenet_mocov2_mscn", "cifar100_moco_as_unmix", "cifar100_simclr_as_wmse", "cifar100_byol_as_wmse"}
+    other = {
+        "imagenet_densecl",
+        "imagenet_mocov2_mscn",
+        "cifar100_moco_as_unmix",
+        "cifar100_simclr_as_wmse",
+        "cifar100_byol_as_wmse",
+    }
     small = {f"{data}_{framework}" for data in SOLO for framework in SOLO[data]}
     expected = {f"{base}{row}" for base in BASES for row in ROWS} | other | FIELD.keys() | small
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected

@@ -48,6 +48,7 @@ SMALL_FRAMEWORKS = {
     "byol": "framework={kind: byol, dim: 16, projector_width: 32}",
     "simclr": "framework={kind: simclr, dim: 16, projector_width: 32}",
     "simsiam": "framework={kind: simsiam, dim: 16, projector_layers: 2}",
+    "densecl": "framework={kind: densecl, dim: 16, queue_size: 64, momentum: 0.9, bn_splits: 2}",
     "mocov3": "framework={kind: mocov3, dim: 16, projector_width: 32, momentum: 0.9}",
     "barlowtwins": "framework={kind: barlowtwins, dim: 16, projector_width: 32}",
     "vicreg": "framework={kind: vicreg, dim: 16, projector_width: 32}",
@@ -161,7 +162,7 @@ def test_every_framework_resumes_to_the_same_weights(framework: str, config: Pat
     """With a mixture, views of different kinds, and the moving average kept where there is one."""
     recipe = [SMALL_FRAMEWORKS[framework], "data.storage=resident", "epochs=1", "checkpoint_every=1"]
     recipe += ["second_view={blur_probability: 0.1, solarize_probability: 0.2}", "export=online"]
-    if framework in ("byol", "mocov3", "dino"):
+    if framework in ("byol", "mocov3", "dino", "densecl"):
         recipe[-1] = "export=momentum"
     whole = plan(config, tmp_path / "whole", *recipe)
     expected, info = load_backbone(stage.run(whole))
@@ -173,6 +174,11 @@ def test_every_framework_resumes_to_the_same_weights(framework: str, config: Pat
     assert all(torch.equal(expected[name], state[name]) for name in expected), stop
     logged = [json.loads(line) for line in whole.run.log_file.read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) and line["rank_me"] > 1 for line in logged)
+
+
+def test_densecl_cannot_be_compiled(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compile: densecl reads the trunk's last map"):
+        plan(config, tmp_path, SMALL_FRAMEWORKS["densecl"], "compile=true")
 
 
 def test_only_a_momentum_encoder_can_be_kept_instead(config: Path, tmp_path: Path) -> None:
@@ -215,7 +221,7 @@ def test_zero_epochs_give_the_initial_trunk(config: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("kind", "num_terms"), [("none", 1), ("unmix", 3), ("mixmask", 3), ("mixmask+unmix", 5)])
-@pytest.mark.parametrize("framework", ["moco", "byol", "swav", "dino"])
+@pytest.mark.parametrize("framework", ["moco", "byol", "swav", "dino", "densecl"])
 def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int, config: Path, tmp_path: Path) -> None:
     """The step's loss is put together again from single images, with λ counted from the mixtures' pixels."""
     recipe = plan(config, tmp_path, f"mix.kind={kind}", SMALL_FRAMEWORKS[framework]).recipe
