@@ -113,9 +113,9 @@ def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], pa
         if ".".join(keys[:depth]) in sources:
             source = sources[".".join(keys[:depth])]
             break
-    else:
-        if any(sources[key] == origin for key in sources if key.startswith(f"{dotted}.")):
-            source = origin
+    # A section that is wrong is wrong where its keys were set last.
+    if any(sources[key] == origin for key in sources if key.startswith(f"{dotted}.")):
+        source = origin
     where = f"{source}: {dotted}" if dotted else source
     if kind == "extra_forbidden":
         valid = list(owner.model_fields)

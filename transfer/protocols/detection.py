@@ -72,7 +72,14 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
 
     @override
     def remarks(self) -> list[str]:
-        return beyond_end(self.milestones, self.iterations, "iterations")
+        remarks = beyond_end(self.milestones, self.iterations, "iterations")
+        years = {split.partition("/")[0] for split in self.data.test}
+        if not self.coco and self.data.name.startswith("voc20") and self.data.name.removeprefix("voc") not in years:
+            remarks.append(
+                f"data.name={self.data.name} is what tables will call the test pictures, and they are "
+                f"{', '.join(self.data.test)}: give data.name=voc{min(years)}"
+            )
+        return remarks
 
     @override
     def one_task_per_node(self) -> bool:

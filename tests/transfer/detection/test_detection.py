@@ -21,6 +21,7 @@ from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.engines.torchvision import build_optimizer
 from mixmask.transfer.detection.layers.rpn import Targets
 from mixmask.transfer.detection.recipe import DetectRecipe
+from mixmask.transfer.protocol import TransferRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from tests.conftest import make_backbone
 
@@ -206,7 +207,7 @@ def test_voc_trouble_is_found_before_training(my_voc: Path, tmp_path: Path) -> N
     recipe = recipe_of(VOC, my_voc, tmp_path)
     annotation = my_voc / "VOC2007" / "Annotations" / "000001.xml"
     whole = annotation.read_text()
-    with pytest.raises(DataError, match=r"split '2012/trainval'.*Lists there: 2007/test, 2007/trainval"):
+    with pytest.raises(DataError, match=r"'2012/trainval' of data.train.*Lists there: 2007/test, 2007/trainval"):
         open_detection(recipe_of(VOC, my_voc, tmp_path, "data.train=[2012/trainval]"))
     with pytest.raises(DataError, match=r"000001\.xml: unknown class '.*'; valid: cat"):
         open_detection(recipe_of(VOC, my_voc, tmp_path, "data.classes=[cat]"))
@@ -394,3 +395,12 @@ def test_what_cocos_evaluation_would_stumble_over_is_found_before_training(coco:
     rle = {"size": size, "counts": [0, size[0] * size[1]]}
     file.write_text(json.dumps({**whole, "annotations": [{**first, "segmentation": rle}, *rest]}))
     open_detection(recipe)
+
+
+def test_a_name_of_another_year_is_remarked(voc: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(VOC, voc, tmp_path, "data.name=voc2012")
+    assert isinstance(recipe, TransferRecipe)
+    assert recipe.remarks() == [
+        "data.name=voc2012 is what tables will call the test pictures, and they are 2007/test: give data.name=voc2007"
+    ]
+    assert recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": "mine"})}).remarks() == []

@@ -203,7 +203,7 @@ def set_category(**values: Any) -> Callable[[Any], None]:
         (set_first(keypoints=[1, 1, 2] * 5, num_keypoints=3), r"num_keypoints is 3, labelled are 5"),
         (set_category(keypoints=None), r"category 'person': keypoints is None; a list of names is valid"),
         (set_category(keypoints=["a", "a", "b", "c", "d"]), r"several keypoints have the same name"),
-        (set_category(keypoints=["a", "b"]), r"has 2 keypoints, detector\.oks_sigmas 5 values"),
+        (set_category(keypoints=["a", "b"]), r"has 2 keypoints \(a, b\), detector\.oks_sigmas 5 values"),
         (set_category(skeleton=[[0, 1]]), r"skeleton is \[\[0, 1\]\]; pairs of numbers from 1 to 5 are valid"),
         (
             lambda document: document["categories"].append({"id": 2, "name": "cat", "keypoints": [*"abcde"]}),

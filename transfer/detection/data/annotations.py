@@ -239,7 +239,8 @@ def _read_voc(root: Path, splits: Sequence[str], classes: Sequence[str] | None) 
         if not name or not listing.is_file():
             there = sorted(f"{p.parts[-4][3:]}/{p.stem}" for p in root.glob("VOC*/ImageSets/Main/*.txt"))
             raise DataError(
-                f"{listing}: no such image list (split '{split}'). Lists there: {', '.join(there) or 'none'}"
+                f"{listing}: no such image list (data.root, and '{split}' of data.train or data.test). Lists there: "
+                f"{', '.join(there) or 'none'}"
             )
         # The lists of single classes have a second column (1, -1 or 0).
         names = [line.split()[0] for line in read_text(listing).splitlines() if line.strip()]
@@ -318,7 +319,7 @@ def _read_coco(
     files = tuple(recipe.coco_file(split) for split in splits)
     for split, file in zip(splits, files, strict=True):
         document = _load_json(file)
-        remark = check_document(document, file, evaluated, len(sigmas))
+        remark = check_document(document, file, evaluated, sigmas)
         if remark is not None:
             say(remark)
         # By id, the order of classes in COCOeval and Detectron2.
@@ -341,7 +342,11 @@ def _read_coco(
 
 def _load_json(path: Path) -> Any:
     if not path.is_file():
-        raise DataError(f"{path}: no such annotation file")
+        there = sorted(file.name for file in path.parent.glob("*.json"))
+        raise DataError(
+            f"{path}: no such annotation file (data.root, and the splits data.train and data.test); "
+            f"{path.parent} has {', '.join(there[:8]) or 'none'}"
+        )
     try:
         return json.loads(read_text(path))
     except ValueError as error:

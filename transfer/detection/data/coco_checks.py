@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixmask.engine.errors import DataError
+from mixmask.transfer.detection.data.keypoints import read_keypoints
 
 MAX_SIDE = 1_000_000  # pixels
 MAX_ID = 1 << 53  # the largest whole number that every reader of JSON keeps
 SLACK_PIXELS, SLACK_PART = 10.0, 0.1  # how far a box may reach over the border
 
 
-def check_document(document: Any, file: Path, evaluated: bool, num_keypoints: int = 0) -> str | None:
+def check_document(document: Any, file: Path, evaluated: bool, sigmas: Sequence[float] = ()) -> str | None:
     """Check every image, category and annotation of a document.
 
     Args:
         document: What the file holds.
         file: For messages.
         evaluated: Whether the file is used for evaluation, which needs more fields than training.
-        num_keypoints: Keypoints that every object must have; 0 if they are not used.
+        sigmas: One for each keypoint that every object must have; empty if keypoints are not used.
 
     Returns:
         A line that counts the boxes that training leaves out or clips; None if there are none.
@@ -44,6 +45,8 @@ def check_document(document: Any, file: Path, evaluated: bool, num_keypoints: in
             raise DataError(f"{file}: not a COCO annotation file: {kind} with {_shown(broken[0])}")
     sizes = _images(document["images"], file)
     categories = _categories(document["categories"], file)
+    if sigmas:
+        read_keypoints(document["categories"], file, sigmas)
     _require_ids(document["annotations"], "annotations", 1, file)  # COCO's evaluation takes an annotation 0 for none
     empty = over = 0
     for item in document["annotations"]:
@@ -59,10 +62,10 @@ def check_document(document: Any, file: Path, evaluated: bool, num_keypoints: in
         over += left < 0 or top < 0 or left + wide > width or top + high > height
         _check_flags(item, where)
         _check_outline(item, where, width, height)
-        if num_keypoints:
-            _check_keypoints(item, num_keypoints, where, width, height)
+        if sigmas:
+            _check_keypoints(item, len(sigmas), where, width, height)
         if evaluated:
-            _check_evaluated(item, where, "num_keypoints" if num_keypoints else "segmentation")
+            _check_evaluated(item, where, "num_keypoints" if sigmas else "segmentation")
     parts = [
         f"{what}: {number:,}"
         for number, what in (

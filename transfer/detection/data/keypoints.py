@@ -67,7 +67,8 @@ def read_keypoints(categories: Sequence[Mapping[str, Any]], file: Path, sigmas: 
             raise DataError(f"{where}: several keypoints have the same name")
         if len(names) != len(sigmas):
             raise DataError(
-                f"{where} has {len(names)} keypoints, detector.oks_sigmas {len(sigmas)} values: give one for each keypoint"
+                f"{where} has {len(names)} keypoints ({', '.join(names)[:120]}), detector.oks_sigmas {len(sigmas)} values: "
+                f"give one for each keypoint"
             )
         own = Keypoints(tuple(names), _skeleton(lines or [], len(names), where), tuple(sigmas))
         if found is not None and found != own:

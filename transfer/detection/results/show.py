@@ -89,6 +89,8 @@ def show_detections(recipe: DetectRecipe, name: str, run: Path, out: Path, num: 
     write_atomic(out, lambda file: file.write(payload))
     drawn = sum(map(len, shown.values()))
     text = f"{out}: {len(chosen)} pictures, {drawn} detections with a score of {least_score:g} or more"
+    if pictures.keypoints is not None:
+        text += f"; keypoints with a probability of {LEAST_PROBABILITY} or more"
     best = max((d.score for d in found), default=None)
     if not drawn and best is not None:
         text += f"; the best of all pictures has {best:.2f}: --score {max(best / 2, 0.01):.2f} shows more"
@@ -154,6 +156,7 @@ def _figure(rows: Sequence[tuple[Picture, list[FoundObject]]], pictures: Detecti
         left, right = grid[number // pairs][2 * (number % pairs) :][:2]
         for axes, heading in ((left, f"{picture.key}: found"), (right, "true")):
             axes.imshow(image)
+            axes.set_autoscale_on(False)  # what reaches over the border must not make the picture smaller
             axes.set_title(heading, fontsize=9)
         for detection in reversed(found):  # the best on top
             label = f"{pictures.classes[detection.label]} {detection.score:.2f}"

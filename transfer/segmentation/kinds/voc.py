@@ -39,6 +39,8 @@ class VOC(SegmentationKind):
     @override
     def open(self, root: Path, data: SegmentationData, split: str) -> list[Labelled]:
         year, _, name = split.partition("/")
+        if not name:
+            raise DataError(f"{root}: a VOC devkit, whose splits have a year: '{split}' may be 2012/{split}")
         folder = root / f"VOC{year}"
         if name != AUGMENTED:
             return _pairs(folder, _names(folder, name, root), folder / "SegmentationClass", ".png", year)
@@ -69,7 +71,7 @@ def _names(folder: Path, name: str, root: Path) -> list[str]:
             if there
             else "VOC 2012's archive has lists in ImageSets/Segmentation and maps in SegmentationClass; this devkit has none"
         )
-        raise DataError(f"{listing}: no such image list. {lists}")
+        raise DataError(f"{listing}: no such image list (data.root, and the splits data.train and data.test). {lists}")
     names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
     if not names:
         raise DataError(f"{listing}: empty")
