@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from benchmarks.measure import parser, report, seconds
-from mixmask.transfer.detection.data.annotations import DetectionSet, Picture
+from mixmask.transfer.detection.data.pictures import DetectionSet, Picture
 from mixmask.transfer.detection.detector import Detections
 from mixmask.transfer.detection.engines.torchvision import in_original_pixels
 from mixmask.transfer.detection.results import metrics

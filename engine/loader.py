@@ -24,7 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
-from mixmask.engine.augment import CropRecipe, crop_and_flip, draw_crop, draw_crops
+from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crops
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import ConfigError, DataError

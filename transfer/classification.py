@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mixmask.engine.augment import CropRecipe
 from mixmask.engine.backbones import build_trunk, width_of
 from mixmask.engine.config import Recipe, added, operational
+from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.distributed import gather_dealt, on_rank0

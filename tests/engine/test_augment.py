@@ -11,20 +11,17 @@ from torchvision.transforms.v2 import functional as TF
 
 from mixmask.engine.augment import (
     AugmentRecipe,
-    CropRecipe,
     Photometric,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
     apply_photometric,
-    crop_and_flip,
-    draw_crop,
-    draw_crops,
     draw_photometric,
     gaussian_blur,
     grayscale,
 )
+from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crops
 from mixmask.engine.normalization import normalize
 from mixmask.engine.randomness import generator
 

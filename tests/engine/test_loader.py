@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from mixmask.engine.augment import CropRecipe, as_float
+from mixmask.engine.augment import as_float
+from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError, DataError

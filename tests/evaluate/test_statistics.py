@@ -15,7 +15,8 @@ from mixmask.engine.predictions import ClassPredictions, DetectionMatches
 from mixmask.evaluate.average_precision import AveragePrecision, compare_detectors
 from mixmask.evaluate.statistics import compare_classifiers, difference, summarize, within_noise
 from mixmask.launch.demo import demo_data
-from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.data.annotations import open_test
+from mixmask.transfer.detection.data.pictures import DetectionSet, Instance, Picture
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.coco_matches import coco_matches
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_matches, voc_metrics

@@ -7,7 +7,7 @@ from pathlib import Path
 from mixmask.engine.errors import ConfigError, RunDirectoryError
 from mixmask.engine.storage import RunDirectory, require_output_file
 from mixmask.transfer.checkpoints.export import write_detectron2
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.show import show_detections as draw
 from mixmask.transfer.recipe import load_transfer_recipe

@@ -11,7 +11,8 @@ from typing_extensions import override
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.transfer.checkpoints.source import Source
-from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.data.annotations import open_detection
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from mixmask.engine.augment import CropRecipe
 from mixmask.engine.config import added, operational
+from mixmask.engine.crops import CropRecipe
 from mixmask.engine.distributed import convert_sync_batchnorm, world
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet

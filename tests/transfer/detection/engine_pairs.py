@@ -20,8 +20,9 @@ from benchmarks.detection import their_batch
 from mixmask.engine.backbones import load_backbone
 from mixmask.engine.randomness import generator
 from mixmask.engine.storage import RunDirectory
-from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.batches import DetectionBatch
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.detector import Detector
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.results.metrics import FoundObject
 from tests.transfer.detection.test_detection import COCO, with_detector
 

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 from mixmask.evaluate.average_precision import AveragePrecision
-from mixmask.transfer.detection.data.annotations import DetectionSet, Picture
+from mixmask.transfer.detection.data.pictures import DetectionSet, Picture
 from mixmask.transfer.detection.results import metrics
 from mixmask.transfer.detection.results.coco_matches import coco_matches
 from mixmask.transfer.detection.results.metrics import SHAPES, FoundObject, coco_metrics, coco_shape, coco_truth

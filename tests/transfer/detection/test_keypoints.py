@@ -25,9 +25,10 @@ from mixmask.engine.randomness import generator
 from mixmask.evaluate.average_precision import AveragePrecision
 from mixmask.transfer import stage
 from mixmask.transfer.detection.commands import show_detections
-from mixmask.transfer.detection.data.annotations import DetectionSet, open_detection
+from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.batches import _Training, training_batches
 from mixmask.transfer.detection.data.keypoints import read_keypoints
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.detectors.keypoints import KeypointRecipe
 from mixmask.transfer.detection.layers.keypoints import KeypointHead, keypoint_loss, most_likely_places, to_cells

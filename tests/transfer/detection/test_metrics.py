@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.data.annotations import open_test
+from mixmask.transfer.detection.data.pictures import DetectionSet, Instance, Picture
 from mixmask.transfer.detection.results.metrics import (
     FoundObject,
     coco_metrics,

@@ -25,8 +25,8 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
 from mixmask.engine.randomness import generator
-from mixmask.transfer.detection.data.annotations import DetectionSet
 from mixmask.transfer.detection.data.batches import _Training, read_rgb
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, voc_metrics

@@ -18,7 +18,7 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.loader import from_workers, useful_workers
 from mixmask.engine.randomness import generator
 from mixmask.engine.stopping import outlive_stop_signals
-from mixmask.transfer.detection.data.annotations import DetectionSet, Instance
+from mixmask.transfer.detection.data.pictures import DetectionSet, Instance
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.boxes import nonempty
 from mixmask.transfer.detection.recipe import DetectRecipe

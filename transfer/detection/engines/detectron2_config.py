@@ -17,7 +17,7 @@ from mixmask.engine.errors import ConfigError
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import write_text
 from mixmask.engine.texts import read_text
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.detector import PIXEL_MEAN, PIXEL_STD
 from mixmask.transfer.detection.recipe import DetectRecipe
 

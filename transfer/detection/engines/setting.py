@@ -11,7 +11,7 @@ from torch import Tensor
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import RunDirectory
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.results.metrics import FoundObject
 
 

@@ -18,8 +18,8 @@ from mixmask.engine.progress import say, track
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.engine.training import train
-from mixmask.transfer.detection.data.annotations import DetectionSet
 from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_batches, training_batches
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.detector import Detections, Detector, Targets
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import Params
 
 from mixmask.engine.predictions import DetectionMatches
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_shape, coco_truth
 
 Floats = npt.NDArray[np.float64]

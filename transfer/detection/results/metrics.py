@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mixmask.engine.predictions import DetectionMatches
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.scores import eleven_point_ap
 
 Floats = npt.NDArray[np.float64]

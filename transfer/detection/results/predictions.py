@@ -10,7 +10,7 @@ from pathlib import Path
 from mixmask.engine.errors import DataError
 from mixmask.engine.storage import write_atomic
 from mixmask.engine.texts import read_run_file
-from mixmask.transfer.detection.data.annotations import DetectionSet
+from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.results.metrics import FoundObject
 
 MAX_FILE = 1 << 32  # bytes, unpacked

@@ -16,8 +16,9 @@ from pycocotools import mask as coco_mask
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.storage import write_atomic
-from mixmask.transfer.detection.data.annotations import DetectionSet, Instance, Picture, open_test
+from mixmask.transfer.detection.data.annotations import open_test
 from mixmask.transfer.detection.data.batches import read_rgb
+from mixmask.transfer.detection.data.pictures import DetectionSet, Instance, Picture
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.metrics import FoundObject
 from mixmask.transfer.detection.results.predictions import NAME, load_detections
