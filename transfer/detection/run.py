@@ -79,6 +79,8 @@ def run_detection(recipe: DetectRecipe, setting: DetectionSetting) -> dict[str, 
 
 def _keep(recipe: DetectRecipe, setting: DetectionSetting, outcome: Outcome) -> None:
     """Write what the recipe asks for beside the record."""
+    if not outcome.found:
+        say(f"{setting.title}: warning: no object was found with a score above the threshold, so all precisions are 0")
     if recipe.save_predictions:
         _keep_predictions(recipe, setting, outcome.found)
     if recipe.save_detector:
