@@ -57,6 +57,7 @@ def losses(run: Path) -> list[float]:
         ["data.storage=stream", "framework.dim=8"],
         ["mix.kind=mixmask", "mix.grid=4"],  # one mask for the batch, partners on the other process
         ["mix.kind=mixmask+unmix", "mix.grid=4", "mix.mask_groups=2", "framework.symmetric=true"],
+        ["framework={kind: densecl, dim: 8, queue_size: 32, momentum: 0.9, bn_splits: 2}"],
     ],
 )
 def test_two_processes_compute_what_one_does(config: Path, tmp_path: Path, overrides: list[str]) -> None:
@@ -97,21 +98,52 @@ import sys, torch
 import torch.nn.functional as F
 from mixmask.engine import distributed
 from mixmask.engine.backbones import BackboneRecipe
+from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
+from mixmask.pretrain.frameworks.mocov3 import MoCoV3Recipe
 from mixmask.pretrain.frameworks.simclr import SimCLRRecipe
+from mixmask.pretrain.frameworks.swav import SwAVRecipe
+from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
+
+def of_simclr(framework, first, second, lam):
+    return (framework.loss(first, second) + framework.loss(second, first)).mean() / 2
+
+def of_batch(framework, first, second, lam):
+    return framework.mixed_loss(first, second, lam)
+
+def of_keys(framework, first, second, lam):
+    return framework.mixed_loss(first, second.detach(), lam)
+
+def of_codes(framework, first, second, lam):
+    framework.prototypes.double()
+    codes = framework._codes([first.detach(), second.detach()])
+    return framework.mixed_loss(framework._similarity(first), codes[1], lam)
+
+KINDS = {
+    "simclr": (SimCLRRecipe(), of_simclr),
+    "barlowtwins": (BarlowTwinsRecipe(dim=4, projector_width=8), of_batch),
+    "vicreg": (VICRegRecipe(dim=4, projector_width=8), of_batch),
+    "mocov3": (MoCoV3Recipe(dim=4, projector_width=8), of_keys),
+    "swav": (SwAVRecipe(dim=4, projector_width=8, prototypes=6), of_codes),
+}
 
 with distributed.session() as world:
     draws = torch.Generator().manual_seed(0)
     raw = torch.randn(2, 8, 4, generator=draws, dtype=torch.float64)
-    mine = raw[:, world.share(8)].clone().requires_grad_()
-    framework = SimCLRRecipe().build(BackboneRecipe(arch="resnet18"))
-    first, second = F.normalize(mine, dim=2)
-    loss = (framework.loss(first, second) + framework.loss(second, first)).mean() / 2
-    loss.backward()
-    torch.save({"loss": loss.detach(), "grad": mine.grad}, f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
+    lam = torch.rand(8, generator=draws, dtype=torch.float64)[world.share(8)]
+    found = {}
+    for name, (recipe, loss_of) in KINDS.items():
+        torch.manual_seed(1)
+        mine = raw[:, world.share(8)].clone().requires_grad_()
+        framework = recipe.build(BackboneRecipe(arch="resnet18"))
+        first, second = F.normalize(mine, dim=2)
+        loss = loss_of(framework, first, second, lam)
+        loss.backward()
+        found[name] = {"loss": loss.detach(), "grad": mine.grad}
+    torch.save(found, f"{sys.argv[1]}/{world.size}-{world.rank}.pt")
 """
 
 
-def test_simclr_contrasts_with_all_processes_and_their_gradients_add_up(tmp_path: Path) -> None:
+def test_losses_are_over_all_processes_and_their_gradients_add_up(tmp_path: Path) -> None:
     script = tmp_path / "gathered.py"
     script.write_text(GATHERED)
     for count in (1, 2):
@@ -119,9 +151,11 @@ def test_simclr_contrasts_with_all_processes_and_their_gradients_add_up(tmp_path
         assert [code for code, _, _ in done] == [0] * count, done
     whole = torch.load(tmp_path / "1-0.pt")
     halves = [torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)]
-    assert float(sum(half["loss"] for half in halves)) / 2 == pytest.approx(float(whole["loss"]))
-    gradient = torch.cat([half["grad"] for half in halves], dim=1) / 2  # the processes' gradients are averaged
-    assert torch.allclose(gradient, whole["grad"])
+    for name in whole:
+        parts = [half[name] for half in halves]
+        assert float(sum(part["loss"] for part in parts)) / 2 == pytest.approx(float(whole[name]["loss"])), name
+        gradient = torch.cat([part["grad"] for part in parts], dim=1) / 2  # the processes' gradients are averaged
+        assert torch.allclose(gradient, whole[name]["grad"]), name
 
 
 RANKS = """
