@@ -16,6 +16,7 @@ from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.heads import mlp
 from mixmask.engine.randomness import generator
 from mixmask.pretrain.batch_loss import BatchLossFramework
+from mixmask.pretrain.diagnostics import feature_std
 from mixmask.pretrain.framework import Framework, FrameworkRecipe, cosine_momentum
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
 from mixmask.pretrain.frameworks.byol import BYOLRecipe
@@ -551,3 +552,38 @@ def test_simclr_counts_itself_out(moco: MoCo) -> None:
     assert isinstance(framework, SimCLR)
     query = rows(1, 8, 0)
     assert framework.loss(query, rows(1, 8, 1)).tolist() == pytest.approx([0])
+
+
+LEARNERS: dict[str, FrameworkRecipe] = {
+    "swav": SwAVRecipe(dim=16, projector_width=64, prototypes=12, num_small=0, freeze_prototypes=0),
+    "dino": DINORecipe(dim=16, projector_width=64, outputs=16, num_small=0, momentum=0.9, freeze_prototypes=0),
+    "barlowtwins": BarlowTwinsRecipe(dim=16, projector_width=64),
+    "vicreg": VICRegRecipe(dim=16, projector_width=64),
+    "mocov3": MoCoV3Recipe(dim=16, projector_width=64, momentum=0.9, temperature=0.2),
+    "densecl": DenseCLRecipe(dim=16, queue_size=64, momentum=0.9, bn_splits=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNERS)
+def test_images_are_learnt_by_heart_without_collapse(name: str) -> None:
+    """After some steps on the same images with noise, the loss has fallen and the embeddings are spread."""
+    torch.manual_seed(0)
+    framework = LEARNERS[name].build(BackboneRecipe(arch="resnet18")).train()
+    optimizer = torch.optim.AdamW([p for p in framework.parameters() if p.requires_grad], lr=1e-3)
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randn(32, 3, 32, 32, generator=rng)
+    losses, steps = [], 24
+    for step in range(steps):
+        framework.progress = step / steps
+        views = tuple(images + 0.3 * torch.randn(images.shape, generator=rng) for _ in range(2))
+        clean = framework.forward_views(views, views, generator(0, step))
+        loss = clean.losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        framework.before_step()
+        optimizer.step()
+        framework.after_step((step + 1) / steps)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * max(losses)
+    assert float(feature_std(F.normalize(clean.query.detach(), dim=1))) > 0.5
