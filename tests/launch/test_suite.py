@@ -218,7 +218,7 @@ def test_a_config_of_the_project_is_found_by_its_name(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(tree))
     assert [cell.protocol for cell in cells_of(path)] == ["pretrain", "knn"]
     path.write_text(yaml.safe_dump(tree).replace("imagenet_mocov2", "imagenet_mocov"))
-    with pytest.raises(ConfigError, match="Did you mean .*'imagenet_mocov2'"):
+    with pytest.raises(ConfigError, match=r"Did you mean .*'imagenet_mocov2'"):
         cells_of(path)
 
 
