@@ -40,7 +40,7 @@ class Job:
         evaluate: Called after every ``evaluate_every`` steps and after the last, by every process; its values are logged.
         evaluate_every: Steps between two evaluations; 0 means never.
         clip_norm: Largest gradient norm, or None.
-        before_step: Called with the step number before each optimizer step, when the gradients are there.
+        before_step: Called before each optimizer step, when the gradients are there.
         after_step: Called with the step number after each optimizer step; updates momentum encoders and queues.
         not_shared: Name suffixes of buffers that are not broadcast, as every rank computes the same values (a queue).
         watch: Given a log line and its step, returns a warning or None.
@@ -65,7 +65,7 @@ class Job:
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     clip_norm: float | None = None
-    before_step: Callable[[int], None] | None = None
+    before_step: Callable[[], None] | None = None
     after_step: Callable[[int], None] | None = None
     not_shared: tuple[str, ...] = ()
     watch: Callable[[Mapping[str, float], int], str | None] | None = None

@@ -116,7 +116,7 @@ def train(
 
             window.add(step, _backward(job, compute, losses(batch, step)))
             if job.before_step is not None:
-                job.before_step(step)
+                job.before_step()
             if job.clip_norm is not None:
                 job.scaler.unscale_(job.optimizer)  # clip the true gradients, not those scaled for fp16
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)

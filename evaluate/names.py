@@ -70,11 +70,8 @@ OLD_KEYS = {  # what earlier versions called a recipe's keys in tables and queri
     "unmix_prob": "mix.unmix_prob",
 }
 BASELINES = ("random", "vanilla")  # what every other method is compared with, so tables and legends begin with them
-FOUND = {
-    "bbox": "box",
-    "segm": "mask",
-    "keypoints": "keypoint",
-}  # COCO's names of what is detected; any other one is shown as it is
+# COCO's names of what is detected; any other one is shown as it is.
+FOUND = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
 
 def method_place(method: str) -> tuple[int, str]:

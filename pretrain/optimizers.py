@@ -22,8 +22,8 @@ class OptimizerRecipe(Recipe):
     ``lr`` is the learning rate at ``reference_batch_size`` and is scaled linearly to other batch sizes
     (arXiv:1706.02677). Without a reference it is used as given. ``decay_norm_and_bias: false`` leaves biases and the
     weights of normalisation layers out of the weight decay, as SimCLR and BYOL do. ``vector_lr`` is their learning rate
-    (Barlow Twins, arXiv:2103.03230, section 2.2); null takes ``lr``. ``weight_decay_end`` is where the weight decay ends,
-    along half a cosine over the run (DINO, arXiv:2104.14294, section 3); null keeps it constant.
+    (as Barlow Twins' code has it); null takes ``lr``. ``weight_decay_end`` is where the weight decay ends, along half a
+    cosine over the run (as DINO's code has it); null keeps it constant.
     """
 
     lr: float = Field(gt=0, le=1e30)
@@ -90,9 +90,9 @@ class LARSRecipe(OptimizerRecipe):
     """LARS (arXiv:1708.03888): SGD that scales each tensor's step by ``trust_coefficient`` · |w| / |gradient|.
 
     With ``decay_norm_and_bias: false`` biases and normalisation layers are left out of the scaling, too, as in the
-    published code of BYOL, Barlow Twins, VICReg and MoCo v3. That code divides by |gradient + decay · w|; timm's, which
-    is used here, by |gradient| + decay · |w|, as the paper of LARS does. With decays of 1e-6 they agree to 1e-3. ``clip``
-    takes no step that is longer than SGD's (LARC, as in apex).
+    published code of Barlow Twins, VICReg and MoCo v3. That code divides by |gradient + decay · w|; timm's, which is used
+    here, by |gradient| + decay · |w|, as the paper of LARS does. The step is shorter by a share of at most
+    2 · decay · |w| / |gradient|. ``clip`` takes no step that is longer than SGD's (LARC).
     """
 
     kind: Literal["lars"] = "lars"

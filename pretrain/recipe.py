@@ -47,7 +47,10 @@ class MonitorRecipe(Recipe):
 
 
 class SecondViewRecipe(Recipe):
-    """What is different in the second view of an image (BYOL, arXiv:2006.07733, appendix B); null is as in the first."""
+    """What is different in the second view of an image; null is as in the first.
+
+    The code of Barlow Twins, VICReg, MoCo v3 and DINO blurs one view always and the other rarely, and solarises the other.
+    """
 
     blur_probability: float | None = Field(None, ge=0, le=1)
     solarize_probability: float | None = Field(None, ge=0, le=1)
@@ -133,6 +136,11 @@ class PretrainRecipe(Recipe):
     def method(self) -> Method:
         """Name of the method in records and tables; ``random`` for a run of 0 epochs."""
         return "random" if self.epochs == 0 else self.mix.method
+
+    @property
+    def num_small(self) -> int:
+        """How many of the `views` are the framework's small ones."""
+        return len(self.framework.small_views(self.augment))
 
     @property
     def views(self) -> list[AugmentRecipe]:

@@ -62,8 +62,7 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
     if groups > 1:  # groups as large as in training, where the pictures suffice; else one group of them all
         fits = [count for count in range(1, num + 1) if num % count == 0 and count <= groups * num / recipe.batch_size]
         mix = mix.model_copy(update={"mask_groups": max(fits, default=1)})
-    num_small = len(recipe.framework.small_views(recipe.augment))
-    small, extra = views[2 : 2 + num_small], views[2 + num_small :]
+    small, extra = views[2 : 2 + recipe.num_small], views[2 + recipe.num_small :]
     for number, pictures in enumerate(small, start=1):
         columns.append((f"small view {number}", _shown(pictures, recipe.augment.normalization), none))
     for column in mix.pictures([*views[:2], *extra], rng):

@@ -360,7 +360,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         evaluate=monitor,
         evaluate_every=recipe.monitor.every_epochs * per_epoch if recipe.monitor is not None else 0,
         clip_norm=recipe.clip_norm,
-        before_step=lambda step: model.before_step(),
+        before_step=model.before_step,
         after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
         not_shared=model.not_shared,
         watch=collapse_warning,

@@ -121,7 +121,7 @@ def batch_parts(
             python_generator(recipe.seed, "mask", step, 0, number),  # the same draws on every process
             generator(recipe.seed, "shuffle", step, number),
             Rows(world().rank * each, each, each * world().size),
-            len(recipe.framework.small_views(recipe.augment)),
+            recipe.num_small,
         )
         for term in terms:
             yield _logged(term, 1 / recipe.accumulate, diagnosed)

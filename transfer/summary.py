@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from tabulate import tabulate
 
-HEADINGS = {"AP": "class", "IoU": "class", "low_shot": "images per class", "top1": "set"}  # by a table's first column
+# By the last part of a table's first column.
+HEADINGS = {"AP": "class", "IoU": "class", "low_shot": "images per class", "error": "corruption"}
 
 
 def detail_tables(metrics: Mapping[str, float]) -> list[str]:

@@ -20,6 +20,7 @@ from mixmask.engine.augment import (
     draw_photometric,
     gaussian_blur,
     grayscale,
+    solarize,
 )
 from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crops
 from mixmask.engine.normalization import normalize
@@ -193,3 +194,17 @@ def test_a_normalisation_is_of_its_data_set() -> None:
     recipe = AugmentRecipe(jitter_probability=0, grayscale_probability=0, blur_probability=0, normalization="cifar100")
     seen = Photometric(recipe)(image, generator(0, "x"), slice(0, 1), 1)
     assert torch.allclose(seen, normalize(image, "cifar100"))
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_solarisation_is_pillows_and_changes_no_other_draw(probability: float) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    ours = solarize(values.float() / 255)
+    assert torch.equal((ours * 255).round().to(torch.uint8), TF.solarize(values, 128))
+    plain = draw_photometric(AugmentRecipe(), 40, torch.Generator().manual_seed(0))
+    recipe = AugmentRecipe(solarize_probability=probability)
+    drawn = draw_photometric(recipe, 40, torch.Generator().manual_seed(0))
+    for name in ("jitter", "order", "hue", "blur", "sigma"):
+        assert torch.equal(getattr(plain, name), getattr(drawn, name))
+    assert not plain.solarize.any()
+    assert probability in (0.5, float(drawn.solarize.float().mean()))

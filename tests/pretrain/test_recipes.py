@@ -174,19 +174,19 @@ FIELD = {
     "imagenet_swav": (200, 4096, "lars", 4.8, 1e-6, 10, 0.001, False, 73.9),
     "imagenet_dino": (100, 512, "sgd", 0.06, 1e-4, 10, 0, True, None),
 }
-BYOLS = (
+ASYMMETRIC = (
     1.0,
     0.0,
     0.1,
     0.2,
-)  # blur and solarisation of both views, as BYOL's, Barlow Twins', MoCo v3's and DINO's code has it
+)  # blur and solarisation of both views, as Barlow Twins', MoCo v3's and DINO's code has it
 VIEWS = {  # scale and jitter (brightness, contrast, saturation, hue), interpolation, blur and solarisation
     "imagenet_simsiam": ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), "bilinear", (0.5, 0.0, 0.5, 0.0)),
-    "imagenet_mocov3": ((0.2, 1.0), (0.4, 0.4, 0.2, 0.1), "bilinear", BYOLS),
-    "imagenet_barlowtwins": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
-    "imagenet_vicreg": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
+    "imagenet_mocov3": ((0.2, 1.0), (0.4, 0.4, 0.2, 0.1), "bilinear", ASYMMETRIC),
+    "imagenet_barlowtwins": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
+    "imagenet_vicreg": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
     "imagenet_swav": ((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), "bilinear", (0.5, 0.0, 0.5, 0.0)),
-    "imagenet_dino": ((0.14, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", BYOLS),
+    "imagenet_dino": ((0.14, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
 }
 
 
