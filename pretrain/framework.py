@@ -89,14 +89,21 @@ class Framework(nn.Module, ABC):
     progress = 0.0  # share of the run before the present step; the training sets it
 
     @property
-    @abstractmethod
-    def trunk(self) -> nn.Module:
-        """The encoder without its heads: the part that is kept for transfer."""
+    def fast(self) -> Encoder:
+        """The encoder that is trained; ``self.encoder`` unless a framework calls it otherwise."""
+        encoder = self.get_submodule("encoder")
+        assert isinstance(encoder, Encoder)
+        return encoder
 
     @property
-    @abstractmethod
+    def trunk(self) -> nn.Module:
+        """The encoder without its heads: the part that is kept for transfer."""
+        return self.fast.trunk
+
+    @property
     def head(self) -> Head:
         """The projector on top of the trunk; it is saved in the same file."""
+        return self.fast.projector
 
     @property
     def slow(self) -> Encoder | None:
@@ -149,7 +156,7 @@ class Framework(nn.Module, ABC):
 
     def encoders(self) -> Iterable[nn.Module]:
         """The modules that `torch.compile` is applied to: every trunk that images pass through."""
-        return (self.trunk,)
+        return (self.trunk,) if self.slow is None else (self.trunk, self.slow.trunk)
 
 
 # --- shared by several frameworks ------------------------------------------------------------------------------------

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import (
     MAX_WIDTH,
     Clean,
@@ -58,22 +57,13 @@ class BYOL(Framework):
 
     @property
     @override
-    def trunk(self) -> nn.Module:
-        return self.online.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.online.projector
+    def fast(self) -> Encoder:
+        return self.online
 
     @property
     @override
     def slow(self) -> Encoder:
         return self.target
-
-    @override
-    def encoders(self) -> Iterable[nn.Module]:
-        return self.online.trunk, self.target.trunk
 
     def query(self, images: Tensor) -> Tensor:
         """The predictor's output, (N, dim) unit vectors."""

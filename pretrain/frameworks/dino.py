@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -98,22 +97,13 @@ class DINO(Framework):
 
     @property
     @override
-    def trunk(self) -> nn.Module:
-        return self.student.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.student.projector
+    def fast(self) -> Encoder:
+        return self.student
 
     @property
     @override
     def slow(self) -> Encoder:
         return self.teacher
-
-    @override
-    def encoders(self) -> Iterable[nn.Module]:
-        return self.student.trunk, self.teacher.trunk
 
     @override
     def query(self, images: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -15,7 +14,7 @@ from typing_extensions import override
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
 from mixmask.engine.config import added
 from mixmask.engine.distributed import gather, world
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.engine.precision import to_device
 from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
@@ -121,22 +120,13 @@ class MoCo(Framework):
 
     @property
     @override
-    def trunk(self) -> nn.Module:
-        return self.query_encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.query_encoder.projector
+    def fast(self) -> Encoder:
+        return self.query_encoder
 
     @property
     @override
     def slow(self) -> Encoder:
         return self.key_encoder
-
-    @override
-    def encoders(self) -> Iterable[nn.Module]:
-        return self.query_encoder.trunk, self.key_encoder.trunk
 
     @override
     def query(self, images: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather, world
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import (
     MAX_WIDTH,
     Clean,
@@ -62,22 +61,8 @@ class MoCoV3(Framework):
 
     @property
     @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
-
-    @property
-    @override
     def slow(self) -> Encoder:
         return self.momentum_encoder
-
-    @override
-    def encoders(self) -> Iterable[nn.Module]:
-        return self.encoder.trunk, self.momentum_encoder.trunk
 
     @override
     def query(self, images: Tensor) -> Tensor:

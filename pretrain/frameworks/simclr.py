@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather_with_gradient, world
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
@@ -45,16 +45,6 @@ class SimCLR(Framework):
         width = width_of(trunk)
         hidden = [recipe.projector_width or width] * (recipe.projector_layers - 1)
         self.encoder = Encoder(trunk, mlp([width, *hidden, recipe.dim], norm=True, last_norm=True))
-
-    @property
-    @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
 
     @override
     def query(self, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
@@ -48,16 +48,6 @@ class SimSiam(Framework):
         self.encoder = Encoder(trunk, mlp([width, *hidden, recipe.dim], norm=True, last_norm=True, last_affine=False))
         bottleneck = recipe.predictor_width or recipe.dim // 4
         self.predictor = mlp([recipe.dim, bottleneck, recipe.dim], norm=True)
-
-    @property
-    @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
 
     @override
     def fixed_rate_parameters(self) -> Iterable[nn.Parameter]:

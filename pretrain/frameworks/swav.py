@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather, world
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Views, unit
 from mixmask.pretrain.multi_crop import MultiCropRecipe, of_each_view
 
@@ -68,16 +68,6 @@ class SwAV(Framework):
         self.fresh: list[Tensor] = []  # this step's (2, n, dim) embeddings of all ranks
         self.filled: int | None = None  # host copy of queue_filled: reading the buffer would wait for the GPU
         self.register_load_state_dict_post_hook(_forget_filled)  # type: ignore[no-untyped-call]
-
-    @property
-    @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
 
     @override
     def query(self, images: Tensor) -> Tensor:

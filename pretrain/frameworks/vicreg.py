@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.batch_loss import BatchLossFramework, off_diagonal, weighted_mean
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, FrameworkRecipe, Views
 
@@ -50,16 +50,6 @@ class VICReg(BatchLossFramework):
         trunk = build_trunk(backbone)
         hidden = [recipe.projector_width] * (recipe.projector_layers - 1)
         self.encoder = Encoder(trunk, mlp([width_of(trunk), *hidden, recipe.dim], norm=True, last_bias=False))
-
-    @property
-    @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
 
     @override
     def query(self, images: Tensor) -> Tensor:

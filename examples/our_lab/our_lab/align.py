@@ -6,11 +6,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.heads import Head, mlp
+from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, unit
 
 
@@ -36,16 +36,6 @@ class Align(Framework):
         self.recipe = recipe
         trunk = build_trunk(backbone)
         self.encoder = Encoder(trunk, mlp([width_of(trunk), recipe.dim], norm=False))
-
-    @property
-    @override
-    def trunk(self) -> nn.Module:
-        return self.encoder.trunk
-
-    @property
-    @override
-    def head(self) -> Head:
-        return self.encoder.projector
 
     @override
     def query(self, images: Tensor) -> Tensor:
