@@ -17,17 +17,48 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather, gather_with_gradient
-from mixmask.pretrain.framework import Framework
+from mixmask.engine.heads import mlp
+from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views
+
+
+class BatchLossRecipe(FrameworkRecipe):
+    """The projector has hidden layers with batch normalisation, and a last layer without bias.
+
+    Statistics are over the images of all processes; with ``accumulate``, over one part.
+    """
+
+    dim: int = Field(8192, ge=2, le=MAX_WIDTH)
+    projector_layers: int = Field(3, ge=1, le=10)
+    projector_width: int = Field(8192, ge=1, le=MAX_WIDTH)
 
 
 class BatchLossFramework(Framework):
-    """A framework whose loss is one number for the global batch; every rank computes it from the rows of all."""
+    """One encoder for both views, and one loss for the global batch, which every rank computes from the rows of all."""
 
     keys_have_gradient = True
+    asks_with_both_views = False
+
+    def __init__(self, recipe: BatchLossRecipe, backbone: BackboneRecipe) -> None:
+        super().__init__()
+        trunk = build_trunk(backbone)
+        hidden = [recipe.projector_width] * (recipe.projector_layers - 1)
+        self.encoder = Encoder(trunk, mlp([width_of(trunk), *hidden, recipe.dim], norm=True, last_bias=False))
+
+    @override
+    def query(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.encoder(images)
+        return embedding
+
+    def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
+        """The first view is the query, the second the key; the loss is symmetric in them."""
+        query, key = self.query(queries[0]), self.query(keys[1])
+        return Clean(self.loss(query, key), query, (key,))
 
     @abstractmethod
     def batch_loss(self, query: Tensor, key: Tensor, weights: Tensor) -> Tensor:
@@ -51,13 +82,10 @@ class BatchLossFramework(Framework):
         """mean(λ) · L with statistics weighted by λ (see this module's text); 0 if nothing is seen of any image."""
         shares = gather(lam).to(query.dtype)
         mean = shares.mean()
-        # In fp32: sums over thousands of products are too coarse in half precision.
+        weights = shares / mean.clamp(min=1e-6)
+        # In fp32, as the encoder gives them: sums over thousands of products are too coarse in half precision.
         with torch.autocast(query.device.type, enabled=False):
-            loss = self.batch_loss(
-                gather_with_gradient(query.float() if query.dtype != torch.float64 else query),
-                gather_with_gradient(key.float() if key.dtype != torch.float64 else key),
-                shares / mean.clamp(min=1e-6),
-            )
+            loss = self.batch_loss(gather_with_gradient(query), gather_with_gradient(key), weights)
         return mean * loss
 
 

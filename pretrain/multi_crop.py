@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
-from mixmask.pretrain.framework import FrameworkRecipe
+from mixmask.pretrain.framework import Encoder, FrameworkRecipe
 
 
 class MultiCropRecipe(FrameworkRecipe):
@@ -40,14 +40,28 @@ class MultiCropRecipe(FrameworkRecipe):
         return [augment.model_copy(update=changed)] * self.num_small
 
 
-def of_each_view(trunk: nn.Module, head: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+def of_each_view(encoder: Encoder, views: Sequence[Tensor]) -> list[Tensor]:
     """The (N, dim) embeddings of each of the (N, 3, ·, ·) views.
 
     As in the published code, neighbouring views of one size pass the trunk together, and all pass the head together, so
     they share batch statistics.
     """
     features = [
-        trunk(torch.cat(list(same)).contiguous(memory_format=torch.channels_last))
+        encoder.trunk(torch.cat(list(same)).contiguous(memory_format=torch.channels_last))
         for _, same in itertools.groupby(views, key=lambda view: view.shape[-1])
     ]
-    return list(torch.split(head(torch.cat(features)).float(), [len(view) for view in views]))
+    # Under autocast the projector returns half precision, which is too coarse for the losses.
+    return list(torch.split(encoder.projector(torch.cat(features)).float(), [len(view) for view in views]))
+
+
+def cross_entropy(similarity: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """(N,) cross-entropies of softmax(similarity / temperature) with the wanted (N, K) distributions."""
+    return -(wanted * (similarity / temperature).log_softmax(dim=1)).sum(dim=1)
+
+
+def over_pairs(
+    loss: Callable[[Tensor, Tensor], Tensor], predictions: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> Tensor:
+    """(N,) mean loss over all pairs of a full view, for which something is wanted, and another view, which predicts it."""
+    pairs = [(full, view) for full in range(len(wanted)) for view in range(len(predictions)) if view != full]
+    return torch.stack([loss(predictions[view], wanted[full]) for full, view in pairs]).mean(dim=0)

@@ -15,7 +15,7 @@ from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather
 from mixmask.engine.heads import Head, mlp
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Views, cosine_momentum, move_average, unit
-from mixmask.pretrain.multi_crop import MultiCropRecipe, of_each_view
+from mixmask.pretrain.multi_crop import MultiCropRecipe, cross_entropy, of_each_view, over_pairs
 
 
 class DINORecipe(MultiCropRecipe):
@@ -111,7 +111,7 @@ class DINO(Framework):
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """Cross-entropy of the student with the teacher's distribution (equation 2)."""
-        return -(key * (query / self.recipe.temperature).log_softmax(dim=1)).sum(dim=1)
+        return cross_entropy(query, key, self.recipe.temperature)
 
     def teacher_temperature(self, progress: float) -> float:
         """The teacher's temperature after a share of the run."""
@@ -123,17 +123,16 @@ class DINO(Framework):
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         """The mean over all pairs of a full view for the teacher and another view for the student (equation 3)."""
-        asked = of_each_view(self.student.trunk, self.student.projector, queries)
+        asked = of_each_view(self.student, queries)
         predictions = [self.student.cosines(one) for one in asked]
         with torch.no_grad():
-            answered = of_each_view(self.teacher.trunk, self.teacher.projector, keys)
+            answered = of_each_view(self.teacher, keys)
             outputs = [self.teacher.cosines(one) for one in answered]
             temperature = self.teacher_temperature(self.progress)
             wanted = [((one - self.center) / temperature).softmax(dim=1) for one in outputs]
             if self.training:
                 self.fresh.append(torch.stack([gather(one).mean(dim=0) for one in outputs]).mean(dim=0))
-        pairs = [(full, view) for full in range(2) for view in range(len(predictions)) if view != full]
-        losses = torch.stack([self.loss(predictions[view], wanted[full]) for full, view in pairs]).mean(dim=0)
+        losses = over_pairs(self.loss, predictions, wanted)
         # A mixture of the first view is compared with the teacher's answer to the second.
         return Clean(losses, asked[0], (wanted[1],), partner=answered[1])
 

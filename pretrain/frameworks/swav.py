@@ -15,7 +15,7 @@ from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather, world
 from mixmask.engine.heads import mlp
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, Views, unit
-from mixmask.pretrain.multi_crop import MultiCropRecipe, of_each_view
+from mixmask.pretrain.multi_crop import MultiCropRecipe, cross_entropy, of_each_view, over_pairs
 
 
 class SwAVRecipe(MultiCropRecipe):
@@ -51,10 +51,8 @@ class SwAV(Framework):
     loss is the usual mean, weighted by area.
     """
 
-    # Every rank collects the same gathered embeddings.
-    not_shared = ("queue", "queue_filled")
+    not_shared = ("queue",)  # every rank collects the same gathered embeddings
     queue: Tensor
-    queue_filled: Tensor
 
     def __init__(self, recipe: SwAVRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
@@ -64,10 +62,18 @@ class SwAV(Framework):
         self.prototypes = nn.Linear(recipe.dim, recipe.prototypes, bias=False)
         self._to_unit_length()
         self.register_buffer("queue", torch.zeros(2, recipe.queue_size, recipe.dim))
-        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
         self.fresh: list[Tensor] = []  # this step's (2, n, dim) embeddings of all ranks
-        self.filled: int | None = None  # host copy of queue_filled: reading the buffer would wait for the GPU
-        self.register_load_state_dict_post_hook(_forget_filled)  # type: ignore[no-untyped-call]
+        self.filled = (
+            0  # rows of the queue that hold embeddings; not a buffer, because reading one would wait for the GPU
+        )
+
+    @override
+    def get_extra_state(self) -> int:
+        return self.filled
+
+    @override
+    def set_extra_state(self, state: int) -> None:
+        self.filled = state
 
     @override
     def query(self, images: Tensor) -> Tensor:
@@ -79,19 +85,18 @@ class SwAV(Framework):
 
     def loss(self, query: Tensor, key: Tensor) -> Tensor:
         """Cross-entropy of the prediction softmax(similarity / temperature) with the code (equation 2)."""
-        return -(key * (query / self.recipe.temperature).log_softmax(dim=1)).sum(dim=1)
+        return cross_entropy(query, key, self.recipe.temperature)
 
     def forward_views(self, queries: Views, keys: Views, rng: torch.Generator) -> Clean:
         """Swapped prediction (equation 1), a mean over all pairs of a full view and another view."""
-        asked = [unit(one) for one in of_each_view(self.encoder.trunk, self.encoder.projector, queries)]
+        asked = [unit(one) for one in of_each_view(self.encoder, queries)]
         answered = asked[:2]
         if keys[0] is not queries[0]:
             with torch.no_grad():
-                answered = [unit(one) for one in of_each_view(self.encoder.trunk, self.encoder.projector, keys)]
+                answered = [unit(one) for one in of_each_view(self.encoder, keys)]
         predictions = [self._similarity(one) for one in asked]
         codes = self._codes([one.detach() for one in answered])
-        pairs = [(code, view) for code in range(2) for view in range(len(predictions)) if view != code]
-        losses = torch.stack([self.loss(predictions[view], codes[code]) for code, view in pairs]).mean(dim=0)
+        losses = over_pairs(self.loss, predictions, codes)
         # A mixture of the first view is compared with the code of the second.
         return Clean(losses, asked[0], (codes[1],), partner=answered[1].detach())
 
@@ -99,7 +104,7 @@ class SwAV(Framework):
     def _codes(self, answered: Sequence[Tensor]) -> list[Tensor]:
         """The codes of this rank's rows, made from the rows of all ranks and the queue."""
         everyone = torch.stack([gather(one) for one in answered])
-        full = self.recipe.queue_size > 0 and self._num_filled() >= self.recipe.queue_size
+        full = self.recipe.queue_size > 0 and self.filled >= self.recipe.queue_size
         if self.training and self.recipe.queue_size:
             self.fresh.append(everyone)  # they enter the queue in `after_step`
         codes = []
@@ -111,11 +116,6 @@ class SwAV(Framework):
             own = assigned[len(earlier) :]
             codes.append(own[world().share(len(own))])
         return codes
-
-    def _num_filled(self) -> int:
-        if self.filled is None:
-            self.filled = int(self.queue_filled)
-        return self.filled
 
     @override
     def before_step(self) -> None:
@@ -130,18 +130,12 @@ class SwAV(Framework):
         if self.fresh and progress > self.recipe.queue_starts:
             size = self.recipe.queue_size
             self.queue.copy_(torch.cat([*reversed(self.fresh), self.queue], dim=1)[:, :size])
-            self.filled = min(self._num_filled() + sum(one.shape[1] for one in self.fresh), size)
-            self.queue_filled.fill_(self.filled)
+            self.filled = min(self.filled + sum(one.shape[1] for one in self.fresh), size)
         self.fresh.clear()
 
     @torch.no_grad()
     def _to_unit_length(self) -> None:
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
-
-
-def _forget_filled(module: nn.Module, incompatible: object) -> None:
-    assert isinstance(module, SwAV)
-    module.filled = None
 
 
 def sinkhorn(similarity: Tensor, epsilon: float, iterations: int) -> Tensor:

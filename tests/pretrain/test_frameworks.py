@@ -297,7 +297,7 @@ def test_the_queue_of_swav_helps_to_make_codes_when_it_is_full() -> None:
         assert clean.partner is not None
         newest, before = clean.partner, framework.queue.clone()
         framework.after_step(progress)
-        assert framework._num_filled() == int(framework.queue_filled) == filled
+        assert framework.filled == filled
         if filled:
             assert torch.equal(framework.queue[1, :4], newest)
             assert torch.equal(framework.queue[1, 4:], before[1, :2])
@@ -460,6 +460,10 @@ def test_an_erased_query_is_compared_with_clean_keys(name: str) -> None:
     assert torch.allclose(erased.keys[0], whole.keys[0], atol=1e-5)
     if erased.partner is None:
         assert torch.allclose(erased.query, framework.query(hidden), atol=1e-5)
+    else:
+        assert whole.partner is not None
+        assert torch.allclose(erased.partner, whole.partner, atol=1e-5)
+        assert not torch.allclose(erased.query, whole.query)
     assert not torch.allclose(erased.losses, whole.losses)
 
 
