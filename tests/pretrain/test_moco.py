@@ -16,7 +16,7 @@ from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
 from mixmask.pretrain.mixture import draw_mixtures, mixture_loss
 from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
-from tests.pretrain.test_frameworks import BACKBONE, MOCO, build, slow_info_nce
+from tests.pretrain.small_frameworks import BACKBONE, MOCO, build, slow_info_nce
 
 # --- MoCo ------------------------------------------------------------------------------------------------------------
 
