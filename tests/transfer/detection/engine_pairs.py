@@ -31,7 +31,7 @@ from mixmask.transfer.detection.engines.torchvision import in_original_pixels, o
 from mixmask.transfer.detection.layers.two_stage import TwoStageDetector
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.metrics import FoundObject
-from tests.transfer.detection.test_detection import recipe_of
+from tests.transfer.detection.small_recipes import recipe_of
 
 SIZES = [(192, 256), (176, 240)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixmask.transfer.detection.data.pictures import DetectionSet
 from mixmask.transfer.detection.results.metrics import FoundObject
-from tests.transfer.detection.test_detection import COCO, with_detector
+from tests.transfer.detection.small_recipes import COCO, with_detector
 
 NAMES = ["middle", "left_eye", "right_eye", "top", "bottom"]
 PLACES = np.array([[0.5, 0.5], [0.3, 0.4], [0.7, 0.4], [0.5, 0.1], [0.5, 0.9]])  # in the box

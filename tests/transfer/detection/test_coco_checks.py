@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.coco_checks import _decoded, check_document
-from tests.transfer.detection.test_detection import COCO, VOC, recipe_of
+from tests.transfer.detection.small_recipes import COCO, VOC, recipe_of
 
 FILE = Path("instances.json")
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mixmask.engine.backbones import load_backbone
-from mixmask.engine.errors import CheckpointError, ConfigError, DataError
+from mixmask.engine.errors import CheckpointError, ConfigError
 from mixmask.engine.predictions import MATCHES, SHEET, DetectionMatches
 from mixmask.engine.randomness import generator
 from mixmask.evaluate.average_precision import AveragePrecision
@@ -20,69 +20,13 @@ from mixmask.transfer.detection.data.batches import evaluation_batches, read_rgb
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.engines.torchvision import build_optimizer
 from mixmask.transfer.detection.layers.rpn import Targets
-from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.protocol import TransferRecipe
-from mixmask.transfer.recipe import load_transfer_recipe
 from tests.conftest import make_backbone
-
-SMALL = """
-data: {name: small, root: ROOT, train: [TRAIN], test: [TEST], num_workers: 0}
-batch_size: 2
-reference_batch_size: null
-iterations: 2
-warmup_iterations: 1
-min_size_train: [64]
-min_size_test: 64
-precise_bn_iterations: 2
-checkpoint_every: 1
-rpn: {anchor_sizes: [16, 32], pre_nms_train: 50, post_nms_train: 20, pre_nms_test: 50, post_nms_test: 10}
-roi: {batch_per_image: 8, positive_fraction: 0.5, pooler_resolution: 4, detections_per_image: 5, score_threshold: 0.01}
-"""
-PYRAMID = """
-detector:
-  kind: fpn
-  channels: 32
-  rpn: {anchor_sizes: [8, 16, 32, 64, 128], pre_nms_train: 50, post_nms_train: 20, pre_nms_test: 50, post_nms_test: 10}
-  roi: {batch_per_image: 8, positive_fraction: 0.5, detections_per_image: 5, score_threshold: 0.01}
-  box_head: {num_conv: 2, conv_dim: 16, fc_dim: 32}
-  mask_head: {num_conv: 2, conv_dim: 16}
-"""
-RETINANET = """
-detector:
-  kind: retinanet
-  channels: 32
-  num_conv: 1
-  anchors: {sizes: [8, 16, 32, 64, 128], octaves: 2}
-  detections_per_image: 5
-"""
-VOC = "protocol: detect_voc\nname: voc\n" + SMALL.replace("TRAIN", "2007/trainval").replace("TEST", "2007/test")
-COCO = "protocol: detect_coco\nname: coco\n" + SMALL.replace("TRAIN", "train2017").replace("TEST", "val2017")
-
-
-def with_detector(text: str, detector: str) -> str:
-    """The config with another detector instead of C4."""
-    kept = [line for line in text.splitlines() if not line.startswith(("rpn:", "roi:"))]
-    return "\n".join([*kept, detector])
-
-
-def with_pyramid(text: str) -> str:
-    """The config with FPN instead of C4; its anchors fit small pictures."""
-    return with_detector(text, PYRAMID)
-
-
-def plan(text: str, root: Path, tmp_path: Path, backbone: Path, *overrides: str) -> stage.TransferPlan:
-    config = tmp_path / "config.yaml"
-    config.write_text(text.replace("ROOT", str(root)))
-    recipe = load_transfer_recipe(config, [f"backbone={backbone}", *overrides])
-    return stage.plan(recipe, tmp_path / "runs")
-
-
-def recipe_of(text: str, root: Path, tmp_path: Path, *overrides: str) -> DetectRecipe:
-    config = tmp_path / "recipe.yaml"
-    config.write_text(text.replace("ROOT", str(root)))
-    recipe = load_transfer_recipe(config, ["backbone=x", *overrides])
-    assert isinstance(recipe, DetectRecipe)
-    return recipe
+from tests.transfer.detection.small_recipes import (
+    COCO,
+    VOC,
+    plan,
+    recipe_of,
+)
 
 
 def test_every_trunk_tensor_lands_in_the_detector(voc: Path, tmp_path: Path, resnet50: Path) -> None:
@@ -199,64 +143,6 @@ def test_test_images_keep_their_own_size(voc: Path, tmp_path: Path) -> None:
         assert min(image.shape[1:]) == 64
 
 
-@pytest.fixture
-def my_voc(voc: Path, tmp_path: Path) -> Path:
-    shutil.copytree(voc, tmp_path / "devkit")
-    return tmp_path / "devkit"
-
-
-def test_voc_trouble_is_found_before_training(my_voc: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(VOC, my_voc, tmp_path)
-    annotation = my_voc / "VOC2007" / "Annotations" / "000001.xml"
-    whole = annotation.read_text()
-    with pytest.raises(DataError, match=r"'2012/trainval' of data.train.*Lists there: 2007/test, 2007/trainval"):
-        open_detection(recipe_of(VOC, my_voc, tmp_path, "data.train=[2012/trainval]"))
-    with pytest.raises(DataError, match=r"000001\.xml: unknown class '.*'; valid: cat"):
-        open_detection(recipe_of(VOC, my_voc, tmp_path, "data.classes=[cat]"))
-    annotation.write_text(whole.replace("<xmax>", "<xmax>9"))
-    with pytest.raises(DataError, match=r"000001\.xml: the box .* lies outside the image"):
-        open_detection(recipe)
-    annotation.write_text(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"000001\.xml: damaged annotation"):
-        open_detection(recipe)
-    annotation.unlink()
-    with pytest.raises(DataError, match=r"000001\.xml: no such annotation file"):
-        open_detection(recipe)
-    annotation.write_text(whole)
-    picture = my_voc / "VOC2007" / "JPEGImages" / "000002.jpg"
-    content = picture.read_bytes()
-    picture.write_bytes(content[:500])
-    with pytest.raises(DataError, match=r"000002\.jpg: not a readable image"):
-        open_detection(recipe)
-    picture.unlink()
-    with pytest.raises(DataError, match=r"000002\.jpg: no such image"):
-        open_detection(recipe)
-
-
-def test_coco_trouble_is_found_before_training(coco: Path, tmp_path: Path) -> None:
-    shutil.copytree(coco, tmp_path / "mine")
-    root = tmp_path / "mine"
-    recipe = recipe_of(COCO, root, tmp_path)
-    file = root / "annotations" / "instances_train2017.json"
-    whole = json.loads(file.read_text())
-
-    def expect(message: str, **changes: object) -> None:
-        file.write_text(json.dumps({**whole, **changes}))
-        with pytest.raises(DataError, match=message):
-            open_detection(recipe)
-
-    expect("not a COCO annotation file", images=3)
-    rle = {**whole["annotations"][0], "segmentation": {"size": [96, 72], "counts": [0, 6912]}}
-    expect("has a run-length mask and is no crowd", annotations=[rle])
-    expect("which is not listed", images=whole["images"][1:])
-    expect("has the unknown category", categories=whole["categories"][1:])
-    expect("none of the 12 training pictures has an annotated object", annotations=[])
-    expect("no such image, though", images=[{**whole["images"][0], "file_name": "gone.jpg"}, *whole["images"][1:]])
-    file.write_text(json.dumps(whole)[:1000])
-    with pytest.raises(DataError, match="truncated or not JSON"):
-        open_detection(recipe)
-
-
 def test_crowds_and_empty_pictures_are_not_trained_on(coco: Path, tmp_path: Path) -> None:
     shutil.copytree(coco, tmp_path / "mine")
     file = tmp_path / "mine" / "annotations" / "instances_train2017.json"
@@ -282,14 +168,6 @@ def test_objects_without_polygons_are_not_trained_on_with_masks(coco: Path, tmp_
     train, _ = open_detection(recipe_of(COCO, tmp_path / "mine", tmp_path))
     assert len(train) == 11
     assert all(i.polygons for picture in train.pictures for i in picture.instances)
-
-
-def test_test_pictures_without_objects_are_refused(my_voc: Path, tmp_path: Path) -> None:
-    for name in (my_voc / "VOC2007" / "ImageSets" / "Main" / "test.txt").read_text().split():
-        annotation = my_voc / "VOC2007" / "Annotations" / f"{name}.xml"
-        annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
-    with pytest.raises(DataError, match="contain no object that counts"):
-        open_detection(recipe_of(VOC, my_voc, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -373,36 +251,3 @@ def test_warm_up_is_no_longer_than_the_run(voc: Path, tmp_path: Path) -> None:
     assert recipe_of(VOC, voc, tmp_path, *keys).warmup_in_force == 300
     assert recipe_of(VOC, voc, tmp_path, *keys, "milestones=[200,280]").warmup_in_force == 200
     assert recipe_of(VOC, voc, tmp_path, "iterations=300", "warmup_iterations=100").warmup_in_force == 100
-
-
-def test_what_cocos_evaluation_would_stumble_over_is_found_before_training(coco: Path, tmp_path: Path) -> None:
-    shutil.copytree(coco, tmp_path / "mine")
-    recipe = recipe_of(COCO, tmp_path / "mine", tmp_path)
-    file = tmp_path / "mine" / "annotations" / "instances_val2017.json"
-    whole = json.loads(file.read_text())
-    first, *rest = whole["annotations"]
-
-    def expect(message: str, **changes: object) -> None:
-        file.write_text(json.dumps({**whole, **changes}))
-        with pytest.raises(DataError, match=message):
-            open_detection(recipe)
-
-    expect("annotations with the id 0; whole numbers from 1", annotations=[{**first, "id": 0}, *rest])
-    expect("several annotations have the id", annotations=[first, first, *rest])
-    expect("images with the id 'x'", images=[{**whole["images"][0], "id": "x"}, *whole["images"][1:]])
-    for key in ("area", "iscrowd", "segmentation"):
-        expect(f"has no {key}", annotations=[{k: v for k, v in first.items() if k != key}, *rest])
-    expect("no mask to evaluate", annotations=[{**first, "segmentation": []}, *rest])
-    size = next([i["height"], i["width"]] for i in whole["images"] if i["id"] == first["image_id"])
-    rle = {"size": size, "counts": [0, size[0] * size[1]]}
-    file.write_text(json.dumps({**whole, "annotations": [{**first, "segmentation": rle}, *rest]}))
-    open_detection(recipe)
-
-
-def test_a_name_of_another_year_is_remarked(voc: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(VOC, voc, tmp_path, "data.name=voc2012")
-    assert isinstance(recipe, TransferRecipe)
-    assert recipe.remarks() == [
-        "data.name=voc2012 is what tables will call the test pictures, and they are 2007/test: give data.name=voc2007"
-    ]
-    assert recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": "mine"})}).remarks() == []

@@ -28,7 +28,7 @@ from mixmask.transfer.detection.results.metrics import FoundObject
 from mixmask.transfer.detection.results.predictions import load_detections, save_detections
 from mixmask.transfer.detection.run import describe_schedule
 from tests.processes import ROOT, finish, processes
-from tests.transfer.detection.test_detection import COCO, VOC, plan, recipe_of
+from tests.transfer.detection.small_recipes import COCO, VOC, plan, recipe_of
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 needs_detectron2 = pytest.mark.skipif(not HAS_DETECTRON2, reason="Detectron2 cannot be imported")

@@ -37,8 +37,8 @@ from mixmask.transfer.detection.results.coco_matches import coco_matches, keypoi
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics, coco_truth
 from mixmask.transfer.detection.results.predictions import NAME, load_detections, save_detections
 from tests.transfer.detection.keypoint_sets import KEYPOINTS, NAMES, SIGMAS, persons, random_finds, write_keypoints
+from tests.transfer.detection.small_recipes import VOC, plan, recipe_of, with_detector
 from tests.transfer.detection.test_coco_matches import rows_of
-from tests.transfer.detection.test_detection import VOC, plan, recipe_of, with_detector
 from tests.transfer.detection.test_engines import ENGINES
 
 __all__ = ["persons"]

@@ -14,7 +14,7 @@ from mixmask.transfer.detection.results.metrics import (
     voc_metrics,
 )
 from mixmask.transfer.scores import eleven_point_ap
-from tests.transfer.detection.test_detection import COCO, recipe_of
+from tests.transfer.detection.small_recipes import COCO, recipe_of
 
 
 def picture(number: int, *instances: Instance) -> Picture:

@@ -34,7 +34,7 @@ from tests.transfer.detection.engine_pairs import (
     require_same_gradients,
 )
 from tests.transfer.detection.keypoint_sets import KEYPOINTS, persons
-from tests.transfer.detection.test_detection import COCO, VOC, with_pyramid
+from tests.transfer.detection.small_recipes import COCO, VOC, with_pyramid
 
 __all__ = ["persons"]
 

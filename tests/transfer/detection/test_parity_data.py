@@ -33,7 +33,7 @@ from mixmask.transfer.detection.results.metrics import FoundObject, coco_metrics
 from tests.conftest import make_backbone
 from tests.transfer.detection.engine_pairs import make_pair
 from tests.transfer.detection.keypoint_sets import KEYPOINTS, SIGMAS, persons, random_finds, write_keypoints
-from tests.transfer.detection.test_detection import COCO, VOC
+from tests.transfer.detection.small_recipes import COCO, VOC
 
 __all__ = ["persons"]
 

@@ -23,7 +23,7 @@ from tests.transfer.detection.engine_pairs import (
     pictures,
     require_same_gradients,
 )
-from tests.transfer.detection.test_detection import COCO, RETINANET, VOC, with_detector
+from tests.transfer.detection.small_recipes import COCO, RETINANET, VOC, with_detector
 
 
 @pytest.fixture(scope="module", params=["coco50", "voc18"])

@@ -20,7 +20,7 @@ from mixmask.transfer.checkpoints.names import COUNTER, to_detectron2
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.pyramid import TrunkMaps, pool_from_levels, trunk_maps
 from mixmask.transfer.detection.recipe import DetectRecipe
-from tests.transfer.detection.test_detection import (
+from tests.transfer.detection.small_recipes import (
     COCO,
     PYRAMID,
     RETINANET,
