@@ -27,7 +27,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.augment import AugmentRecipe, Photometric
-from mixmask.engine.images import FileImages, decode
+from mixmask.engine.decoding import decode
+from mixmask.engine.images import FileImages
 from mixmask.engine.loader import BatchPlan, StreamSource
 from mixmask.engine.randomness import generator
 

@@ -166,7 +166,7 @@ class PhotometricDraws:
     sigma: Tensor
     solarize: Tensor
 
-    def rows(self, chosen: slice) -> PhotometricDraws:
+    def rows(self, chosen: slice | list[int]) -> PhotometricDraws:
         """The draws of some of the samples."""
         return PhotometricDraws(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
@@ -232,7 +232,7 @@ class Photometric:
     def __init__(self, recipe: AugmentRecipe) -> None:
         self.recipe = recipe
 
-    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice, total: int) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice | list[int], total: int) -> Tensor:
         """Augment and normalise some rows of a batch.
 
         Args:

@@ -39,8 +39,6 @@ def save(job: Job, reached: Start) -> None:
     Raises:
         RunFailure: If a weight is not finite or the file cannot be written; the previous checkpoint is kept.
     """
-    # After a resume all ranks have the batch statistics of rank 0. An uninterrupted run must continue with the same.
-    distributed.broadcast_buffers(job.model, job.not_shared)
     distributed.on_rank0(lambda: _write(job, reached))
 
 
@@ -124,11 +122,11 @@ def resume(job: Job) -> Start:
     if distributed.world().is_writer:
         job.run.rewind_log(state["step"])
     size = distributed.world().size
-    if state["world_size"] != size:
+    if state["world_size"] != size and not (job.elastic(size) and job.elastic(state["world_size"])):
         say(
             f"{job.title}: warning: this run was started with {state['world_size']} processes and resumes with {size}. "
-            f"Batch statistics (other than MoCo's groups) are each process's own, so it is not the run that either number "
-            f"alone would give"
+            f"Batch statistics are of each process's own images, so the result is not the one that either number alone "
+            f"would give"
         )
     say(f"{job.title}: resuming at step {state['step']} of {job.num_steps} from {job.run.checkpoint_file}")
     return Start(int(state["step"]), float(state["seconds"]), state["window"], state["to_evaluate"])

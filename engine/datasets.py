@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from mixmask.engine.config import Recipe, added, operational
-from mixmask.engine.errors import DataError
-from mixmask.engine.images import ImageSet
+from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.images import Images, ImageSet
 
 # Number of classes of the data sets that published numbers refer to, by data.name.
 KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet100": 100, "imagenet1k": 1000,
@@ -20,6 +20,7 @@ KNOWN_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet
     "inaturalist2018": 8142,
 }  # fmt: skip
 Part = Literal["train", "test"]
+Root = Annotated[str, Field(min_length=1)]
 
 
 class DataRecipe(Recipe):
@@ -36,10 +37,18 @@ class DataRecipe(Recipe):
     If ``root`` itself holds the class folders, it is read as a single split. ``holdout`` is the share of every class
     that is held out as the test split if the data have none. It is drawn with ``holdout_seed``; the rest is the
     training split. ``allow_overlap`` allows the same images in both splits.
+
+    ``root`` may also be a .zip file, a list of paths (.txt), a folder of packed shards (``mixmask pack``) or of parquet or
+    arrow files, or a list of several roots, whose images are joined. ``labels: false`` reads all images below a root, at
+    any depth and without classes, which is enough for pretraining.
+
+    ``skip_unreadable`` decodes every image once before the run and leaves out those that cannot be read; by default one
+    such image stops the run. ``levels`` are the values of 16-bit images that become 0 and 255. ``label_column`` and
+    ``image_column`` name columns of parquet and arrow files where they cannot be found.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    root: str = operational(..., min_length=1)
+    root: Root | tuple[Root, ...] = operational(..., min_length=1)
     train: str = "train"
     test: str | None = "val"
     storage: Literal["stream", "resident"] = "stream"
@@ -49,6 +58,37 @@ class DataRecipe(Recipe):
     allow_overlap: bool = added(False)
     layout: str | None = operational(None)
     class_list: str | None = added(None, min_length=1)
+    labels: bool = added(True)
+    skip_unreadable: bool = added(False)
+    levels: tuple[int, int] | None = added(None)
+    image_column: str | None = added(None, min_length=1)
+    label_column: str | None = added(None, min_length=1)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """All roots."""
+        return (self.root,) if isinstance(self.root, str) else self.root
+
+    @property
+    def only_root(self) -> Path:
+        """The root, where there must be only one.
+
+        Raises:
+            ConfigError: If there are several.
+        """
+        if len(self.roots) > 1:
+            raise ConfigError(f"data.root: {len(self.roots)} roots; these data must lie in one")
+        return Path(self.roots[0]).expanduser()
+
+    @model_validator(mode="after")
+    def _fits_without_labels(self) -> DataRecipe:
+        if not self.labels and self.holdout:
+            raise ValueError("holdout keeps a share of every class for testing, and labels: false reads no classes")
+        if not self.labels and self.class_list is not None:
+            raise ValueError("class_list chooses classes, and labels: false reads none")
+        if self.levels is not None and not 0 <= self.levels[0] < self.levels[1] <= 65535:
+            raise ValueError(f"levels must satisfy 0 <= low < high <= 65535, got {list(self.levels)}")
+        return self
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataRecipe:
@@ -64,7 +104,7 @@ OpenImages = Callable[[DataRecipe, Part], ImageSet]
 
 
 class DataKind(ABC):
-    """A layout of labelled images on disk.
+    """A layout of images on disk.
 
     To add one, derive a class from this one in a new file in ``engine/data/``. It needs no registration, and opens
     every root that it recognises.
@@ -78,8 +118,8 @@ class DataKind(ABC):
         """Whether ``root``, which exists, has this layout. Must be fast: look for files, do not read them."""
 
     @abstractmethod
-    def open(self, root: Path, data: DataRecipe, part: Part) -> ImageSet:
-        """List the images of one part.
+    def open(self, root: Path, data: DataRecipe, part: Part) -> Images:
+        """List the images of one part. Without ``data.labels``, images outside class folders count, too.
 
         Raises:
             DataError: If something is missing or damaged; names the file.
@@ -111,6 +151,9 @@ def require_same_classes(train: ImageSet, test: ImageSet, allow_overlap: bool = 
             f"{min(both)}: is both a training and a test image, as are {len(both) - 1:,} more: a score on them would mean "
             f"nothing. data.allow_overlap=true allows it"
         )
+    for images in (train, test):
+        if not images.classes:
+            raise DataError(f"{images.root}: its images have no labels, and a score needs them")
     if train.classes != test.classes:
         only_train = sorted(set(train.classes) - set(test.classes))[:5]
         only_test = sorted(set(test.classes) - set(train.classes))[:5]

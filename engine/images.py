@@ -1,36 +1,40 @@
-"""Sets of labelled images: their interface, and its two implementations (one file per image, or one array)."""
+"""Sets of images: their interface, and the base of its implementations: encoded images (one file each), or one array."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.v2 import functional as TF
 from typing_extensions import Self, override
 
+from mixmask.engine.decoding import RGB, Decoding, decode, decode_bytes, header_size
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
 
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+
 
 class ImageSet(Protocol):
-    """Images and their labels."""
+    """Images, and their labels if they have any."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """A path for each image: its file, or for an archive the archive's path and the image's file name in it."""
+        """A path for each image: its file, or in an archive the split's path in the archive and the image's name in it."""
 
     @property
     def labels(self) -> Tensor:
-        """(N,) int64, indices into ``classes``.
+        """(N,) int64, indices into ``classes``; zeros if there are no classes.
 
         Of multi-label images (N, C) int8: 1 for a class that is present, 0 for one that is not, -1 if it does not count.
         """
@@ -44,7 +48,7 @@ class ImageSet(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, sorted."""
+        """Class names, sorted; empty if the images have no labels."""
 
     @property
     def root(self) -> Path:
@@ -53,7 +57,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
-        """Image ``index`` as (3, H, W) uint8 RGB.
+        """Image ``index`` as (C, H, W) uint8; RGB, unless `with_decoding` was asked for something else.
 
         Raises:
             DataError: If it is missing or damaged.
@@ -67,7 +71,7 @@ class ImageSet(Protocol):
         """
 
     def array(self) -> Tensor | None:
-        """All images as (N, 3, H, W) uint8 if they are already in memory; else None."""
+        """All images as (N, C, H, W) uint8 if they are already in memory; else None."""
 
     def subset(self, indices: Sequence[int] | Tensor, root: Path | None = None) -> Self:
         """The images at ``indices``, in that order, with the same classes; ``root`` replaces the name in messages."""
@@ -75,11 +79,28 @@ class ImageSet(Protocol):
     def shard(self) -> Self:
         """This rank's images for a pass that all ranks share: with world size n, every n-th one, in order."""
 
-    def check(self) -> None:
-        """Find damaged images before long work starts.
+    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
+        """The same images, decoded to other channels, or with other levels of 16-bit values (`Decoding`); None: as now.
 
         Raises:
-            DataError: Naming the damaged files.
+            DataError: If images in memory cannot be converted.
+        """
+
+    def problem(self, index: int) -> str | None:
+        """A message if image ``index`` is damaged; else None.
+
+        A JPEG counts as whole if it begins and ends with its markers, which takes two small reads. Every other image is
+        decoded.
+        """
+
+    def states(self) -> Iterable[str]:
+        """For each image, a text that changes when its content does; found without reading it."""
+
+    def check(self) -> None:
+        """Find damaged images before long work starts; see `problem`.
+
+        Raises:
+            DataError: Naming the damaged images (the first ten).
         """
 
     def summary(self) -> dict[str, str | int]:
@@ -87,8 +108,8 @@ class ImageSet(Protocol):
 
 
 @dataclass(frozen=True)
-class Images:
-    """Base class of the two kinds of image sets; attributes as in `ImageSet`."""
+class Images(ABC):
+    """Base class of image sets; attributes and methods as in `ImageSet`."""
 
     paths: tuple[Path, ...]
     labels: Tensor
@@ -98,6 +119,30 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """Image ``index`` as (C, H, W) uint8."""
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of image ``index``."""
+
+    @abstractmethod
+    def array(self) -> Tensor | None:
+        """All images, if they are in memory."""
+
+    @abstractmethod
+    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
+        """The same images with another `Decoding`."""
+
+    @abstractmethod
+    def states(self) -> Iterable[str]:
+        """For each image, a text that changes when its content does."""
+
+    def without_labels(self) -> Self:
+        """The same images, with no classes."""
+        return replace(self, labels=torch.zeros(len(self), dtype=torch.int64), classes=(), validation=None)
 
     def subset(self, indices: Sequence[int] | Tensor, root: Path | None = None) -> Self:
         """The images at ``indices``, in that order, with the same classes."""
@@ -127,36 +172,90 @@ class Images:
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
 
     def _shown(self, label: int | list[int]) -> str:
-        return self.classes[label] if isinstance(label, int) else " ".join(map(str, label))
+        if isinstance(label, int):
+            return self.classes[label] if self.classes else ""
+        return " ".join(map(str, label))
+
+    def problem(self, index: int) -> str | None:
+        """A message if image ``index`` is damaged; images in memory are not."""
+        return None
+
+    def check(self) -> None:
+        """Look at every image, with a few threads."""
+        with ThreadPoolExecutor(8) as pool:
+            problems = [found for found in pool.map(self.problem, range(len(self)), chunksize=256) if found is not None]
+        if problems:
+            raise DataError(*listed(problems))
 
 
 @dataclass(frozen=True)
-class FileImages(Images):
-    """Images with one file each, decoded whenever they are read."""
+class EncodedImages(Images):
+    """Images that are decoded whenever they are read.
+
+    A container of images (an archive, a table) derives from this class and says where the bytes of image ``index`` are.
+
+    Attributes:
+        decoding: What they are decoded to.
+    """
+
+    decoding: Decoding = field(default=RGB, kw_only=True)
+
+    @abstractmethod
+    def content(self, index: int) -> Tensor:
+        """(n,) uint8, the encoded image.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
 
     def read(self, index: int) -> Tensor:
-        """Decode one file; see `decode`."""
-        return decode(self.paths[index])
+        """Decode image ``index``."""
+        return decode_bytes(self.content(index), self.paths[index], self.decoding)
 
     def size(self, index: int) -> tuple[int, int]:
-        """Width and height from the header. To find truncation, a JPEG's end is read, and any other file is decoded."""
-        path = self.paths[index]
-        problem = file_problem(path)
+        """Width and height from the header. To find truncation, a JPEG's end is read, and any other image is decoded."""
+        content = self.content(index)
+        problem = content_problem(content, self.paths[index], self.decoding)
         if problem is not None:
             raise DataError(problem)
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                return width, height
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path}: not a readable image ({error})") from None
+        return header_size(content, self.paths[index])
 
     def array(self) -> None:
-        """None: the images are on disk."""
+        """None: the images are not in memory."""
 
-    def check(self) -> None:
-        """Find damaged files; see `check_files`."""
-        check_files(self.paths)
+    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
+        """The same images with another `Decoding`."""
+        now = self.decoding
+        how = Decoding(now.channels if channels is None else channels, now.levels if levels is None else levels)
+        return replace(self, decoding=how)
+
+    @override
+    def problem(self, index: int) -> str | None:
+        try:
+            return content_problem(self.content(index), self.paths[index], self.decoding)
+        except DataError as error:
+            return error.one_line()
+
+
+@dataclass(frozen=True)
+class FileImages(EncodedImages):
+    """Images with one file each."""
+
+    @override
+    def content(self, index: int) -> Tensor:
+        try:
+            return torch.from_numpy(np.fromfile(self.paths[index], dtype=np.uint8))
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
+
+    @override
+    def problem(self, index: int) -> str | None:
+        return file_problem(self.paths[index], self.decoding)
+
+    def states(self) -> Iterable[str]:
+        """Sizes of the files, and times of their last change."""
+        with ThreadPoolExecutor(16) as pool:
+            yield from pool.map(state_of, self.paths, chunksize=256)
 
 
 @dataclass(frozen=True)
@@ -164,13 +263,13 @@ class ArrayImages(Images):
     """Images in memory, all of one size.
 
     Attributes:
-        pixels: (N, 3, H, W) uint8.
+        pixels: (N, C, H, W) uint8.
     """
 
     pixels: Tensor
 
     def read(self, index: int) -> Tensor:
-        """Image ``index`` as (3, H, W) uint8, a view of the array."""
+        """Image ``index`` as (C, H, W) uint8, a view of the array."""
         return self.pixels[index]
 
     def size(self, index: int) -> tuple[int, int]:
@@ -181,6 +280,23 @@ class ArrayImages(Images):
         """``pixels``, not a copy."""
         return self.pixels
 
+    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
+        """The same images; RGB can become grey. There are no 16-bit values."""
+        if channels in (None, self.pixels.shape[1]):
+            return self
+        if channels != 1 or self.pixels.shape[1] != 3:
+            raise DataError(
+                f"{self.root}: has images of {self.pixels.shape[1]} channels, and the network takes {channels} "
+                f"(backbone.in_channels)"
+            )
+        return replace(self, pixels=TF.rgb_to_grayscale(self.pixels))
+
+    def states(self) -> Iterable[str]:
+        """A digest of all pixels for every image."""
+        digest = hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
+        return [digest] * len(self)
+
+    @override
     def check(self) -> None:
         """Nothing to do: every image was read when the array was made."""
 
@@ -189,44 +305,108 @@ class ArrayImages(Images):
         return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])
 
 
-def decode(path: Path) -> Tensor:
-    """Read one image as (3, H, W) uint8 RGB; grey, palette, CMYK and 16-bit images are converted.
+@dataclass(frozen=True)
+class JoinedImages(Images):
+    """The images of several sets, one after another.
 
-    Raises:
-        DataError: If the file is missing, truncated or not an image. The message names it.
+    Attributes:
+        parts: The sets.
+        places: (N, 2) int64, for each image its set and its index there.
     """
-    try:
-        image: Tensor = decode_image(read_file(str(path)), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
-        reason = re.sub(r"^\w+, \S+:\d+, ", "", said)  # without torchvision's function and source file
-        raise DataError(f"{path}: not a readable image ({reason})") from None
-    if image.ndim == 4:  # an animation: keep the first frame
-        image = image[0]
-    if image.dtype == torch.uint16:
-        # Keep the high byte. int() first, because torch supports few operations on uint16.
-        image = (image.int() >> 8).to(torch.uint8)
-    return image
+
+    parts: tuple[ImageSet, ...]
+    places: Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[ImageSet]) -> JoinedImages:
+        """Join sets; classes of the same name become one.
+
+        Raises:
+            DataError: If only some sets have labels, or images have several labels each.
+        """
+        without = [part for part in parts if not part.classes]
+        if without and len(without) < len(parts):
+            raise DataError(
+                f"{without[0].root}: has no labels, and {next(part.root for part in parts if part.classes)} has; "
+                f"data.labels=false reads all without labels"
+            )
+        several = next((part for part in parts if part.labels.ndim == 2), None)
+        if several is not None:
+            raise DataError(f"{several.root}: its images have several labels each, so it cannot be joined with others")
+        classes = tuple(sorted({name for part in parts for name in part.classes}))
+        labels = []
+        for part in parts:
+            new = torch.tensor([classes.index(name) for name in part.classes] or [0], dtype=torch.int64)
+            labels.append(new[part.labels])
+        places = [(number, index) for number, part in enumerate(parts) for index in range(len(part))]
+        paths = tuple(path for part in parts for path in part.paths)
+        if len({*paths}) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise DataError(f"{twice}: stands in several of the folders that data.root joins")
+        return cls(
+            paths, torch.cat(labels), classes, parts[0].root, tuple(parts), torch.tensor(places, dtype=torch.int64)
+        )
+
+    def place(self, index: int) -> tuple[ImageSet, int]:
+        """The set of image ``index``, and its index there."""
+        part, row = self.places[index].tolist()
+        return self.parts[part], row
+
+    def read(self, index: int) -> Tensor:
+        """Read image ``index`` from its set."""
+        part, row = self.place(index)
+        return part.read(row)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of image ``index``, from its set."""
+        part, row = self.place(index)
+        return part.size(row)
+
+    def array(self) -> None:
+        """None: the sets may have images of several sizes."""
+
+    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
+        """The same images with another `Decoding`."""
+        return replace(self, parts=tuple(part.with_decoding(channels, levels) for part in self.parts))
+
+    def states(self) -> Iterable[str]:
+        """Those of the sets."""
+        states = [[*part.states()] for part in self.parts]
+        return [states[part][row] for part, row in self.places.tolist()]
+
+    @override
+    def problem(self, index: int) -> str | None:
+        part, row = self.place(index)
+        return part.problem(row)
+
+    @override
+    def summary(self) -> dict[str, str | int]:
+        # Paths are told relative to the image's own root: the same folders may lie elsewhere on another machine.
+        roots = [part.root for part in self.parts]
+        digest = hashlib.sha256()
+        for path, label, (part, _) in zip(self.paths, self.labels.tolist(), self.places.tolist(), strict=True):
+            digest.update(f"{part} {self._shown(label)}/{os.path.relpath(path, roots[part])}\n".encode())
+        return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
+
+    @override
+    def _chosen(self, chosen: list[int], root: Path) -> Self:
+        return replace(super()._chosen(chosen, root), places=self.places[chosen])
 
 
 def check_files(paths: Sequence[Path]) -> None:
-    """Find damaged images before long work starts.
-
-    A JPEG counts as whole if it begins and ends with its markers, which takes two small reads. Every other file is
-    decoded.
+    """Find damaged images before long work starts; see `ImageSet.problem`.
 
     Raises:
         DataError: Naming the damaged files (the first ten).
     """
-
     with ThreadPoolExecutor(8) as pool:
         problems = [found for found in pool.map(file_problem, paths) if found is not None]
     if problems:
         raise DataError(*listed(problems))
 
 
-def file_problem(path: Path) -> str | None:
-    """A message about what is wrong with one file, or None; see `check_files`."""
+def file_problem(path: Path, how: Decoding = RGB) -> str | None:
+    """A message about what is wrong with one file, or None; see `ImageSet.problem`."""
     try:
         with path.open("rb") as file:
             start = file.read(2)
@@ -235,10 +415,30 @@ def file_problem(path: Path) -> str | None:
             end = file.read(2)
     except OSError as error:
         return f"{path}: {error.strerror}"
-    if start == b"\xff\xd8" and end == b"\xff\xd9":
+    if start == JPEG_START and end == JPEG_END:
         return None
     try:
-        decode(path)
+        decode(path, how)
     except DataError as error:
         return str(error)
     return None
+
+
+def content_problem(content: Tensor, name: Path, how: Decoding = RGB) -> str | None:
+    """Like `file_problem`, for the bytes of an image."""
+    if content[:2].numpy().tobytes() == JPEG_START and content[-2:].numpy().tobytes() == JPEG_END:
+        return None
+    try:
+        decode_bytes(content, name, how)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def state_of(path: Path) -> str:
+    """Size and time of the last change of a file; empty if it is not there."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ""
+    return f"{state.st_size} {state.st_mtime_ns}"

@@ -42,7 +42,8 @@ class Job:
         clip_norm: Largest gradient norm, or None.
         before_step: Called before each optimizer step, when the gradients are there.
         after_step: Called with the step number after each optimizer step; updates momentum encoders and queues.
-        not_shared: Name suffixes of buffers that are not broadcast, as every rank computes the same values (a queue).
+        elastic: Given a world size, whether the run computes with it what it does with one process, so that it may resume
+            with another one. Batch statistics of each process's own images depend on the world size.
         watch: Given a log line and its step, returns a warning or None.
         open_sinks: Given the first step, opens the destinations of the log besides ``log.jsonl``.
     """
@@ -67,7 +68,7 @@ class Job:
     clip_norm: float | None = None
     before_step: Callable[[], None] | None = None
     after_step: Callable[[int], None] | None = None
-    not_shared: tuple[str, ...] = ()
+    elastic: Callable[[int], bool] = lambda size: False
     watch: Callable[[Mapping[str, float], int], str | None] | None = None
     open_sinks: Callable[[int], Sequence[Sink]] = lambda first: ()
     base_rates: list[float] = field(init=False)

@@ -50,7 +50,7 @@ class Batch:
             augmentation.
         labels: (B,) int64.
         step: The step it belongs to, from 0.
-        rows: Position of these rows in the global batch.
+        rows: Position of each of these rows in the global batch.
         total: Rows of the global batch.
         number: Index of this part of the step, if gradients are accumulated over parts.
     """
@@ -58,7 +58,7 @@ class Batch:
     views: list[Tensor]
     labels: Tensor
     step: int
-    rows: slice
+    rows: list[int]
     total: int
     number: int = 0
 
@@ -66,9 +66,8 @@ class Batch:
         """One of ``parts`` consecutive parts of equal size."""
         each = len(self.labels) // parts
         mine = slice(number * each, (number + 1) * each)
-        start = self.rows.start + mine.start
         views = [view[mine] for view in self.views]
-        return Batch(views, self.labels[mine], self.step, slice(start, start + each), self.total, number)
+        return Batch(views, self.labels[mine], self.step, self.rows[mine], self.total, number)
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,15 @@ class BatchPlan:
             images, so up to world size - 1 images are left out. A last batch with fewer than two images per rank is
             left out (unless it is the only one), because batch normalisation has no statistics of a single image.
         seed: The recipe's seed.
+        parts: Parts of a batch whose gradients are accumulated one after another (then `drop_last` must be set). Every
+            part is shared by all ranks, so that it holds the same images with any world size.
     """
 
     num_images: int
     batch_size: int
     drop_last: bool
     seed: int
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.drop_last and self.batch_size > self.num_images:
@@ -121,10 +123,12 @@ class BatchPlan:
         size = self.batch_size
         return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
 
-    def share(self, batch: Sequence[int]) -> slice:
-        """The rows of a global batch that belong to this rank."""
+    def share(self, batch: Sequence[int]) -> list[int]:
+        """The rows of a global batch that belong to this rank: its share of the first part, of the second, and so on."""
         size = world().size
-        return world().share(len(batch) // size * size)
+        each = len(batch) // self.parts // size * size
+        mine = range(each)[world().share(each)]
+        return [number * each + row for number in range(self.parts) for row in mine]
 
     def from_step(self, first: int, num_steps: int) -> Iterator[tuple[int, int, list[int]]]:
         """Yield (step, epoch, indices of the global batch) for the steps ``first`` … ``num_steps - 1``."""
@@ -294,7 +298,7 @@ class StreamSource(ImageSource):
     ) -> Iterator[Batch]:
         # The loader reads these keys ahead of the batches it returns, so the loop below walks the plan a second time.
         keys = (
-            [(epoch, index) for index in batch[plan.share(batch)]]
+            [(epoch, index) for index in map(batch.__getitem__, plan.share(batch))]
             for _, epoch, batch in plan.from_step(first_step, num_steps)
         )
         loaded = self._load(_Views(self.images, views, plan.seed), keys)
@@ -330,7 +334,7 @@ class ResidentSource(ImageSource):
         height, width = self.pixels.shape[-2:]
         for step, _, batch in plan.from_step(first_step, num_steps):
             rows = plan.share(batch)
-            where = to_device(torch.tensor(batch[rows]), self.device)
+            where = to_device(torch.tensor([batch[row] for row in rows]), self.device)
             pixels = self.pixels[where]
             size = torch.tensor([height, width]).expand(len(batch), 2)
             cut = []

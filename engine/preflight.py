@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mixmask.engine.data import KINDS, kind_of, open_split
-from mixmask.engine.data.folder import USUAL_SPLITS, images_in, is_unlabelled
+from mixmask.engine.data.folder import NO_CLASSES, USUAL_SPLITS, images_in, is_unlabelled
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
@@ -92,9 +92,7 @@ def find_splits(root: Path, layout: str | None = None) -> list[str]:
     if not splits and root.is_file():
         raise DataError(f"{root}: is a file and no archive that is known; a folder was expected")
     if not splits and images_in(root):
-        raise DataError(
-            f"{root}: holds images, and no folder per class. If it is one class of several, name the folder above it"
-        )
+        raise DataError(f"{root}: {NO_CLASSES}")
     if not splits:
         there = sorted(path.name for path in root.iterdir())[:10] if root.is_dir() else []
         raise DataError(

@@ -58,7 +58,7 @@ def train(
     """
     start = distributed.agreed(lambda: resume(job))
     first = start.step
-    compute = distributed.parallel(_Losses(job.model), job.device, job.not_shared)
+    compute = distributed.parallel(_Losses(job.model), job.device)
     sinks = distributed.agreed(lambda: job.open_sinks(first) if distributed.world().is_writer else ())
     started = time.monotonic()
     evaluated: dict[str, float] = {}
@@ -86,8 +86,6 @@ def train(
                 save(job, Start(done, elapsed(), window.sums, to_evaluate=True))
                 if asked is not None:
                     raise _stopped(job, done, asked)
-            # Batch statistics differ between ranks: all evaluate with those of rank 0, as the checkpoint holds them.
-            distributed.broadcast_buffers(job.model, job.not_shared)
             with progress.paused():
                 try:
                     with stop.at_once():
@@ -122,6 +120,7 @@ def train(
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
             job.scaler.step(job.optimizer)
             job.scaler.update()
+            distributed.average_statistics(job.model)
             if job.after_step is not None:
                 job.after_step(step)
 
@@ -156,7 +155,6 @@ def train(
             if stopped_by is not None:
                 raise _stopped(job, done, stopped_by)
         rate = progress.images_per_second
-    distributed.broadcast_buffers(job.model, job.not_shared)
     require_finite(job, job.num_steps)
     job.model.eval()
     return {"seconds": elapsed(), "images_per_second": rate, **evaluated}

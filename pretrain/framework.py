@@ -46,6 +46,10 @@ class FrameworkRecipe(Recipe, ABC):
             ValueError: If the batch does not fit; the message says what would.
         """
 
+    def elastic(self, processes: int) -> bool:
+        """Whether batch statistics over each process's own images are those that one process would take."""
+        return processes == 1
+
     def small_views(self, augment: AugmentRecipe) -> list[AugmentRecipe]:
         """The augmentations of the views besides the two full ones (multi-crop); ``augment`` is that of the first view."""
         return []
@@ -83,7 +87,6 @@ class Framework(nn.Module, ABC):
     every framework.
     """
 
-    not_shared: tuple[str, ...] = ()  # buffers that the framework keeps equal on all ranks; they are not broadcast
     keys_have_gradient = False  # whether the loss also trains through the keys, as in SimCLR
     asks_with_both_views = True  # whether both views serve as queries, or only the first
     progress = 0.0  # share of the run before the present step; the training sets it

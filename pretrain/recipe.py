@@ -83,7 +83,7 @@ class PretrainRecipe(Recipe):
     )
     clip_norm: float | None = Field(None, gt=0)
     export: Literal["online", "momentum"] = added("online")
-    sync_bn: bool = Field(False, description="batch statistics over all processes (GPUs only)")
+    sync_bn: bool = Field(False, description="batch statistics over all processes")
     precision: Precision = "fp32"
     compile: bool = Field(
         False, description="torch.compile the encoders; their rounding changes, so it is part of the identity"
@@ -120,6 +120,10 @@ class PretrainRecipe(Recipe):
         if self.monitor is not None and self.data.test is None:
             raise ValueError("monitor needs data.test; set monitor: null for data without a test split")
         return self
+
+    def elastic(self, processes: int) -> bool:
+        """Whether the run computes with this many processes what it does with one, up to rounding."""
+        return self.sync_bn or self.framework.elastic(processes)
 
     def remarks(self, num_images: int) -> list[str]:
         """Warnings about unusual but valid settings, for ``num_images`` training images; shown before the run."""

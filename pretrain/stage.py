@@ -111,6 +111,7 @@ class PretrainPlan(RecordedWork[Path]):
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",
             *(f"warning   {text}" for text in (*recipe.remarks(len(self.train_images)),) if recipe.epochs),
+            *self._elasticity(),
             *self._monitoring(),
             *(
                 f"expected  {expected.describe()}{other_classes(recipe.data.name, len(self.train_images.classes))}"
@@ -120,6 +121,20 @@ class PretrainPlan(RecordedWork[Path]):
             f"product   {self.backbone_file}",
         ]
         return "\n".join(lines)
+
+    def _elasticity(self) -> list[str]:
+        size = distributed.world().size
+        if self.recipe.elastic(size):
+            return []
+        return [
+            f"note      each of {size} processes takes batch statistics of its own images, so another number of processes "
+            f"gives other numbers; "
+            + (
+                f"framework.bn_splits={size} makes them independent of it"
+                if self.recipe.framework.shuffles_batches
+                else "sync_bn=true makes them independent of it"
+            )
+        ]
 
     def _length(self, shares: str) -> str:
         whole = self.recipe.epochs * self.batches.steps_per_epoch
@@ -158,8 +173,6 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     check_watch(recipe.watch)
-    if recipe.sync_bn and distributed.world().size > 1 and device.type != "cuda":
-        raise ConfigError("sync_bn: torch's SyncBatchNorm runs on GPUs only; leave it out on this machine")
     _check_network(recipe, device)
     return PretrainPlan(recipe, fingerprint, run, device, *check_inputs(recipe, distributed.world().size))
 
@@ -196,7 +209,7 @@ def check_inputs(
         )
     if test_images is not None:
         require_same_classes(train_images, test_images, recipe.data.allow_overlap)
-    batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed)
+    batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed, parts=recipe.accumulate)
     steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
     if recipe.epochs and warmup >= steps:
         key = "warmup_epochs" if recipe.warmup_epochs else "schedule.warmup_steps"
@@ -332,8 +345,8 @@ def _info(plan: PretrainPlan, head: Head) -> BackboneInfo:
 
 def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[str, float]:
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
-    if recipe.sync_bn and distributed.world().size > 1:
-        distributed.convert_sync_batchnorm(model)
+    if recipe.sync_bn:
+        distributed.synchronise_batchnorm(model, plan.device)
     if recipe.compile:
         for encoder in model.encoders():
             encoder.compile()
@@ -362,7 +375,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         clip_norm=recipe.clip_norm,
         before_step=model.before_step,
         after_step=lambda step: model.after_step((step + 1) / plan.num_steps),
-        not_shared=model.not_shared,
+        elastic=recipe.elastic,
         watch=collapse_warning,
         open_sinks=lambda first: open_sinks(
             recipe.watch, plan.run, recipe.name, plan.fingerprint, recipe.model_dump(mode="json"), first

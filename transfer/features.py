@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -21,7 +20,7 @@ from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import agreed, any_of, from_first, gather_dealt, on_rank0, world
 from mixmask.engine.errors import ConfigError, NotWritable, RunDirectoryError
 from mixmask.engine.features import extract_features
-from mixmask.engine.images import ArrayImages, ImageSet
+from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import open_source
 from mixmask.engine.ownership import Owner
 from mixmask.engine.precision import Precision
@@ -133,12 +132,9 @@ def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str)
     view = recipe.evaluation
     # Names and classes alone would not do: cars_train/00001.jpg and cars_test/00001.jpg may have one class, and the images
     # of a folder may be replaced. Sizes and times tell files apart without reading them.
-    places, root = hashlib.sha256(), Path(recipe.data.root).expanduser()
-    with ThreadPoolExecutor(16) as pool:
-        for path, state in zip(images.paths, pool.map(_state_of, images.paths, chunksize=256), strict=True):
-            places.update(os.fsencode(os.path.relpath(path, root)) + f" {state}\n".encode())
-    if isinstance(images, ArrayImages):
-        places.update(images.pixels.numpy().tobytes())
+    places, root = hashlib.sha256(), Path(recipe.data.roots[0]).expanduser()
+    for path, state in zip(images.paths, images.states(), strict=True):
+        places.update(os.fsencode(os.path.relpath(path, root)) + f" {state}\n".encode())
     identity = {
         "backbone": setting.source.info.fingerprint,
         "what": what,
@@ -153,15 +149,6 @@ def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str)
         "device": setting.device.type,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _state_of(path: Path) -> str:
-    """Size and time of the last change of a file; nothing for an image of an archive, whose pixels are in memory."""
-    try:
-        state = path.stat()
-    except OSError:
-        return ""
-    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Labelled images on disk, one module per layout. A module added here is found, and opens the roots it recognises."""
+"""Images on disk, one module per layout. A module added here is found, and opens the roots it recognises."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import Images, ImageSet
+from mixmask.engine.images import Images, ImageSet, JoinedImages
 from mixmask.engine.randomness import draw_per_class
+from mixmask.engine.readable import readable
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text
 from mixmask.engine.wording import closest_first
@@ -27,21 +28,39 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
         DataError: If it is missing, empty or damaged, or no kind of data recognises it.
         ConfigError: If ``data.layout`` names none that exists.
     """
-    root = Path(data.root).expanduser()
-    if not root.exists():
-        raise DataError(
-            f"{root}: no such data folder; give the place of '{data.name}' with data.root=PATH, or in a suite "
-            f"with data.{data.name}=PATH"
-        )
-    if data.holdout:
-        return _held_out(data, root, part)
+    images = _held_out(data, part) if data.holdout else _opened(data, part)
+    if data.levels is not None:
+        images = images.with_decoding(levels=data.levels)
+    return readable(images) if data.skip_unreadable else images
+
+
+def _opened(data: DataRecipe, part: Part) -> Images:
+    """One part of the data, from all its roots."""
+    roots = _roots(data)
     if part == "test" and data.test is None:
         raise DataError(
-            f"the data set '{data.name}' has no test split: set data.test to a folder of {data.root}, or "
+            f"the data set '{data.name}' has no test split: set data.test to a folder of {roots[0]}, or "
             f"data.holdout=0.2 to keep a fifth of every class for testing"
         )
-    images = kind_of(root, data).open(root, data, part)
+    kinds = [(kind_of(root, data), root) for root in roots]
+    if part == "test" and len(kinds) > 1:  # further roots may hold training images only
+        kinds = [one for one in kinds if one[0].has_test(one[1], data) is not None] or kinds[:1]
+    opened = [kind.open(root, data, part) for kind, root in kinds]
+    if not data.labels:
+        opened = [images.without_labels() for images in opened]
+    images = opened[0] if len(opened) == 1 else JoinedImages.of(opened)
     return images if data.class_list is None else _of_classes(images, Path(data.class_list).expanduser())
+
+
+def _roots(data: DataRecipe) -> list[Path]:
+    roots = [Path(root).expanduser() for root in data.roots]
+    for root in roots:
+        if not root.exists():
+            raise DataError(
+                f"{root}: no such data folder; give the place of '{data.name}' with data.root=PATH, or in a suite "
+                f"with data.{data.name}=PATH"
+            )
+    return roots
 
 
 def kind_of(root: Path, data: DataRecipe) -> DataKind:
@@ -61,7 +80,7 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
     return found[0] if found else next(one for one in every if one.general)
 
 
-def _of_classes(images: ImageSet, file: Path) -> ImageSet:
+def _of_classes(images: Images, file: Path) -> Images:
     """The images of the classes that a text file lists, one to a line."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     names = [*dict.fromkeys(line if line in images.classes else line.split()[0] for line in lines)]
@@ -74,8 +93,10 @@ def _of_classes(images: ImageSet, file: Path) -> ImageSet:
             else "empty"
         )
         raise DataError(f"{file}: {problem} (data.class_list: one class per line)")
-    if not isinstance(images, Images) or images.labels.ndim == 2:
-        raise DataError(f"data.class_list: {images.root} is of a kind whose classes cannot be chosen")
+    if images.labels.ndim == 2:
+        raise DataError(
+            f"data.class_list: the images of {images.root} have several labels each; classes cannot be chosen"
+        )
     classes = tuple(sorted(names))
     place = torch.full((len(images.classes),), -1, dtype=torch.int64)
     for label, name in enumerate(classes):
@@ -84,12 +105,17 @@ def _of_classes(images: ImageSet, file: Path) -> ImageSet:
     return replace(chosen, labels=place[chosen.labels], classes=classes)
 
 
-def _held_out(data: DataRecipe, root: Path, part: Part) -> ImageSet:
+def _held_out(data: DataRecipe, part: Part) -> Images:
     """The held-out share of every class of the training images (``test``), or the remaining images (``train``)."""
-    reason = kind_of(root, data).has_test(root, data)
-    if reason is not None:
-        raise DataError(reason)
-    images = open_split(data.model_copy(update={"holdout": 0.0}), "train")
+    for root in _roots(data):
+        reason = kind_of(root, data).has_test(root, data)
+        if reason is not None:
+            raise DataError(reason)
+    images = _opened(data, "train")
+    if not images.classes:
+        raise DataError(
+            f"{images.root}: its images have no labels; data.holdout keeps a share of every class for testing"
+        )
     if images.labels.ndim == 2:
         raise DataError(
             f"{images.root}: its images have several labels each, so no share of every class can be held out"

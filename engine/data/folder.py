@@ -1,4 +1,7 @@
-"""Folders of classes (ImageFolder): one folder per split with one folder per class, or the class folders alone."""
+"""Folders of classes (ImageFolder): one folder per split with one folder per class, or the class folders alone.
+
+Without labels, all images of a folder at any depth.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,15 @@ import torch
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.decoding import EXTENSIONS
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 USUAL_SPLITS = ("train", "val", "test")
+NO_CLASSES = (
+    "holds images, and no folder per class. If it is one class of several, name the folder above it; for pretraining, "
+    "data.labels=false reads images without classes"
+)
 
 
 class Folders(DataKind):
@@ -30,6 +37,8 @@ class Folders(DataKind):
     @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> FileImages:
         path = root / (data.train if part == "train" else str(data.test))
+        if not data.labels:
+            return all_images(path if path.is_dir() or part == "test" else root)
         if path.is_dir():
             return image_folder(path)
         if is_only_split(root):
@@ -40,13 +49,13 @@ class Folders(DataKind):
                 f"class for testing"
             )
         if root.is_dir() and images_in(root) and not class_folders(root):
-            raise DataError(
-                f"{root}: holds images, and no folder per class. If it is one class of several, name the folder above it"
-            )
+            raise DataError(f"{root}: {NO_CLASSES}")
         present = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         raise DataError(
             f"{path}: no such folder (data.{part} of '{data.name}'), and no archive that is known. "
             f"Folders there: {', '.join(present) or 'none'}"
+            + "; data.labels=false reads all images below, without classes"
+            * (part == "train" and bool(present))
         )
 
     @override
@@ -80,6 +89,32 @@ def is_unlabelled(path: Path) -> bool:
     return (not folders and bool(images_in(path))) or (folders == ("images",) and bool(images_in(path / "images")))
 
 
+def all_images(path: Path) -> FileImages:
+    """All images in a folder and below it, at any depth, sorted by path; no labels.
+
+    Raises:
+        DataError: If there is no such folder, or it holds no images.
+    """
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder")
+    found: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}")
+
+    for folder, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in files if is_image(name)]
+    if not found:
+        raise DataError(f"{path}: no images in it or below it ({', '.join(EXTENSIONS)})")
+    return FileImages(tuple(map(Path, sorted(found))), torch.zeros(len(found), dtype=torch.int64), (), path)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name. Hidden files are not (macOS puts ``._x.jpg`` beside ``x.jpg``)."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def class_folders(path: Path) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted."""
     return tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")))
@@ -87,7 +122,7 @@ def class_folders(path: Path) -> tuple[str, ...]:
 
 def images_in(folder: Path) -> list[str]:
     """Names of the image files in a folder, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+    return sorted(entry.name for entry in os.scandir(folder) if is_image(entry.name))
 
 
 def image_folder(path: Path) -> FileImages:
@@ -99,7 +134,8 @@ def image_folder(path: Path) -> FileImages:
     classes = class_folders(path)
     if not classes:
         raise DataError(
-            f"{path}: no class folders. Expected one folder per class with images ({', '.join(EXTENSIONS)})"
+            f"{path}: no class folders. Expected one folder per class with images ({', '.join(EXTENSIONS)}); "
+            f"data.labels=false reads images without classes"
         )
     paths: list[Path] = []
     labels: list[int] = []
@@ -109,7 +145,10 @@ def image_folder(path: Path) -> FileImages:
             folder = folder / "images"
         files = images_in(folder)
         if not files:
-            raise DataError(f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)})")
+            raise DataError(
+                f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)}); data.labels=false reads images "
+                f"at any depth, without classes"
+            )
         paths.extend(folder / file for file in files)
         labels.extend([label] * len(files))
     return FileImages(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)

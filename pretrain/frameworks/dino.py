@@ -76,7 +76,6 @@ class DINO(Framework):
     mean, weighted by area.
     """
 
-    not_shared = ("center",)  # every rank computes it from the outputs of all
     center: Tensor
 
     def __init__(self, recipe: DINORecipe, backbone: BackboneRecipe) -> None:

@@ -52,6 +52,10 @@ class MomentumContrastRecipe(FrameworkRecipe):
         ]
 
     @override
+    def elastic(self, processes: int) -> bool:
+        return self.bn_splits % processes == 0
+
+    @override
     def check_batch(self, batch_size: int, accumulate: int, processes: int) -> None:
         keys = batch_size * (2 if self.symmetric else 1)
         if self.queue_size % keys:
@@ -90,8 +94,6 @@ class MoCoRecipe(MomentumContrastRecipe):
 class MoCo(Framework):
     """Query encoder, momentum encoder for the keys, and the queue of negative keys."""
 
-    # Every rank writes the same gathered keys, so the queue stays equal without a broadcast.
-    not_shared = ("queue", "queue_position")
     queue: Tensor
     queue_position: Tensor
 

@@ -51,7 +51,6 @@ class SwAV(Framework):
     loss is the usual mean, weighted by area.
     """
 
-    not_shared = ("queue",)  # every rank collects the same gathered embeddings
     queue: Tensor
 
     def __init__(self, recipe: SwAVRecipe, backbone: BackboneRecipe) -> None:

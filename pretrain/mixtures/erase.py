@@ -111,7 +111,12 @@ def erase(recipe: Erase, images: Tensor, rng: random.Random, rows: Rows | None =
         pattern = rng.choice(recipe.mask)
         channelwise = pattern == "channelwise"
         mask, _ = recipe.draw_masks(
-            "random" if channelwise else pattern, len(group), height, width, rng, channels=3 if channelwise else 1
+            "random" if channelwise else pattern,
+            len(group),
+            height,
+            width,
+            rng,
+            channels=channels if channelwise else 1,
         )
         own = rows.hold(group)
         if own:

@@ -9,7 +9,7 @@ import pytest
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
-from mixmask.engine.images import decode
+from mixmask.engine.decoding import decode
 from mixmask.launch.demo import demo_data
 
 

@@ -366,5 +366,4 @@ def test_swavs_preset_synchronises_batch_statistics_and_its_fingerprint_says_so(
     done = finish(
         processes(2, "transfer", str(config), f"backbone={resnet18}", "preset=swav", "--runs", str(tmp_path / "two"))
     )
-    assert [code for code, _, _ in done] == [2, 2]
-    assert "SyncBatchNorm runs on GPUs only; set sync_bn=false" in done[0][2]
+    assert [code for code, _, _ in done] == [0, 0], done

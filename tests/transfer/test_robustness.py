@@ -85,7 +85,7 @@ def test_shifted_sets_with_some_classes_and_with_numbers(
     right = []
     for label, name in enumerate(names[:4]):
         for path in sorted((tmp_path / "some" / name).iterdir()):
-            from mixmask.engine.images import decode
+            from mixmask.engine.decoding import decode
             from mixmask.engine.normalization import normalize
 
             with torch.no_grad():

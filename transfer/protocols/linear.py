@@ -270,7 +270,7 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
         total = recipe.epochs * plan.steps_per_epoch
 
         def batches(first: int) -> Iterator[list[int]]:
-            return (batch[plan.share(batch)] for _, _, batch in plan.from_step(first, total))
+            return ([batch[row] for row in plan.share(batch)] for _, _, batch in plan.from_step(first, total))
 
         def losses(rows: list[int], step: int) -> list[Part]:
             which = torch.tensor(rows, device=features.device)

@@ -102,7 +102,7 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
             auxiliary=self.auxiliary,
         )
         network.to(setting.device).to(memory_format=torch.channels_last)
-        synchronise_batchnorm(network, setting.device, self.name)
+        synchronise_batchnorm(network, setting.device)
         optimizer = torch.optim.SGD(
             network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )

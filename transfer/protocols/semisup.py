@@ -12,12 +12,11 @@ from typing_extensions import override
 
 from mixmask.engine.config import added, operational
 from mixmask.engine.crops import CropRecipe
-from mixmask.engine.distributed import convert_sync_batchnorm, world
+from mixmask.engine.distributed import synchronise_batchnorm
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say
 from mixmask.engine.schedule import cosine_factor, step_factor
-from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.classification import Epoch, Images, TrainedRecipe, finetune, new_classifier, trunk_of
 from mixmask.transfer.classifier_file import save_classifier
 from mixmask.transfer.subsets import balanced_subset, listed_subset
@@ -46,7 +45,7 @@ class SemisupRecipe(TrainedRecipe):
     ``preset`` names a published pair of rates for 1, 10 and 100 % of labels; ``lr_trunk`` and ``lr_head`` replace them.
     ``schedule`` is the preset's by default: cosine for ``barlow``, steps for the others. ``label_list`` names the
     labelled images (SimCLR's lists) where ``labels`` would draw a class-balanced subset. ``sync_bn`` takes batch statistics
-    over all processes (GPUs only): by default where the preset's own code does, which is SwAV's.
+    over all processes: by default where the preset's own code does, which is SwAV's.
     """
 
     protocol: Literal["semisup"]
@@ -133,13 +132,6 @@ class SemisupRecipe(TrainedRecipe):
         }
 
     @override
-    def check(self, source: Source, device: torch.device) -> None:
-        if self.sync_bn and world().size > 1 and device.type != "cuda":
-            raise ConfigError(
-                "sync_bn (preset swav sets it): torch's SyncBatchNorm runs on GPUs only; set sync_bn=false on this machine"
-            )
-
-    @override
     def labelled(self, train: ImageSet) -> ImageSet:
         if self.label_list is None:
             return balanced_subset(train, self.labels, self.subset_seed)
@@ -154,8 +146,8 @@ class SemisupRecipe(TrainedRecipe):
     def measure(self, setting: Images) -> dict[str, float]:
         """Top-1 and top-5 of the last epoch on the test split, in percent."""
         model = new_classifier(self, setting, lambda: trunk_of(setting))
-        if self.sync_bn and world().size > 1:
-            convert_sync_batchnorm(model)
+        if self.sync_bn:
+            synchronise_batchnorm(model, setting.device)
         lr_trunk, lr_head = self.rates
         optimizer = torch.optim.SGD(
             [

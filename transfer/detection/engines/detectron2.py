@@ -292,7 +292,7 @@ class _PreciseStatistics(_Hook):
         batches = itertools.islice(build_detection_train_loader(self.cfg), num)
         with EventStorage(), torch.no_grad():
             update_bn_stats(self.model, batches, num)
-        distributed.broadcast_buffers(self.model, ())
+        distributed.broadcast_buffers(self.model)
 
 
 class _Checkpoints(_Hook):

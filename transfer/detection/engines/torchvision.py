@@ -36,7 +36,7 @@ def run(recipe: DetectRecipe, setting: DetectionSetting) -> Outcome:
     torch.manual_seed(derived_seed(setting.seed, "detector"))
     detector = recipe.detector.build(setting.backbone, setting.state, len(setting.train_set.classes), recipe.masks)
     detector.arrange(setting.device, setting.precision)
-    synchronise_batchnorm(detector, setting.device, setting.title)
+    synchronise_batchnorm(detector, setting.device)
     iterations = recipe.scaled_length(recipe.iterations)
     milestones = [recipe.scaled_length(m) for m in recipe.milestones]
     warmup = recipe.warmup_in_force

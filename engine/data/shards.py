@@ -1,0 +1,232 @@
+"""Shards: images in .tar files with an index, which `mixmask pack` writes. Any image can be read at once.
+
+A cluster's file system reads a few large files well, and millions of small ones badly. The index (``index.safetensors``)
+holds for every image its shard, offset, size, CRC-32, label and name, and for every shard its size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from typing_extensions import Self, override
+
+from mixmask.engine.data.folder import USUAL_SPLITS
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import EncodedImages
+from mixmask.engine.random_access import read_at
+from mixmask.engine.storage import write_atomic
+
+INDEX = "index.safetensors"
+FORMAT = "mixmask-shards-1"
+
+
+class Shard(BaseModel):
+    """One .tar file; ``size`` in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    size: int
+    sha256: str
+
+
+class IndexInfo(BaseModel):
+    """What an index says besides the places of its images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+
+class Shards(DataKind):
+    """Folders ``train`` and ``val`` with .tar files and ``index.safetensors`` each, or one such folder."""
+
+    kind: ClassVar[str] = "shards"
+
+    @override
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return _has_shards(root) or _has_shards(root / data.train)
+
+    @override
+    def open(self, root: Path, data: DataRecipe, part: Part) -> ShardImages:
+        folder = root / (data.train if part == "train" else str(data.test))
+        if _has_shards(folder):
+            return read_index(folder)
+        if part == "test":
+            raise DataError(
+                f"{folder}: no shards (data.test of '{data.name}'); data.holdout=0.2 keeps a fifth of every class for "
+                f"testing"
+            )
+        return read_index(root)
+
+    @override
+    def splits(self, root: Path) -> list[str]:
+        found = [name for name in USUAL_SPLITS if _has_shards(root / name)]
+        return found or (["."] if _has_shards(root) else [])
+
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        if data.test is None or not _has_shards(root / data.test):
+            return None
+        return f"{root / data.test}: is there, so data.holdout is not needed: leave it out"
+
+
+def _has_shards(folder: Path) -> bool:
+    """Whether a folder holds an index, or .tar files and no folders (an index is then missing)."""
+    if not folder.is_dir():
+        return False
+    if (folder / INDEX).is_file():
+        return True
+    return any(tars(folder)) and not any(path.is_dir() for path in folder.iterdir())
+
+
+def tars(folder: Path) -> list[Path]:
+    """The .tar files in a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
+
+
+@dataclass(frozen=True)
+class ShardImages(EncodedImages):
+    """Images in .tar files.
+
+    Attributes:
+        shards: The files.
+        members: (N, 4) int64: index of the shard, offset of the content, size and CRC-32 of each image.
+    """
+
+    shards: tuple[Path, ...]
+    members: Tensor
+
+    @override
+    def content(self, index: int) -> Tensor:
+        shard, offset, size, crc = self.members[index].tolist()
+        content = read_at(self.shards[shard], offset, size, self.paths[index])
+        if zlib.crc32(content.numpy().data) != crc:
+            raise DataError(
+                f"{self.shards[shard]}: damaged; the CRC-32 of {self.paths[index]} is not the one in {INDEX}"
+            )
+        return content
+
+    def states(self) -> Iterable[str]:
+        """Checksums of the images."""
+        return [str(crc) for crc in self.members[:, 3].tolist()]
+
+    @override
+    def _chosen(self, chosen: list[int], root: Path) -> Self:
+        return replace(super()._chosen(chosen, root), members=self.members[chosen])
+
+
+def read_index(folder: Path) -> ShardImages:
+    """Read the index of a folder, and check that its shards are there and whole.
+
+    Raises:
+        DataError: If the index is missing or damaged, or a shard is missing or has another size; names the shard, and the
+            first image that is cut off.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        raise DataError(
+            f"{folder}: {len(tars(folder))} .tar files without an index, so their images cannot be found; `mixmask pack "
+            f"{folder}` writes {INDEX} beside them"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise DataError(f"{file}: not an index of shards (no '{FORMAT}' in its metadata)")
+            info = IndexInfo.model_validate_json(metadata["info"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+    except (SafetensorError, OSError, KeyError, ValidationError) as error:
+        raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); write it anew") from None
+    names = (
+        bytes(tensors.get("names", torch.empty(0, dtype=torch.uint8)).numpy())
+        .decode("utf-8", "surrogateescape")
+        .split("\n")
+    )
+    members, labels = tensors.get("members"), tensors.get("labels")
+    held = tensors.get("validation")
+    if not _fits(info, names, members, labels, held):
+        raise DataError(f"{file}: damaged; names, places and labels do not fit together. Write it anew")
+    assert members is not None
+    assert labels is not None
+    for number, shard in enumerate(info.shards):
+        _require_whole(folder / shard.name, shard, number, members, names)
+    return ShardImages(
+        tuple(folder / name for name in names),
+        labels,
+        info.classes,
+        folder,
+        validation=None if held is None else held.bool(),
+        shards=tuple(folder / shard.name for shard in info.shards),
+        members=members,
+    )
+
+
+def _fits(
+    info: IndexInfo, names: list[str], members: Tensor | None, labels: Tensor | None, held: Tensor | None
+) -> bool:
+    if members is None or labels is None or members.dtype != torch.int64 or members.shape != (len(names), 4):
+        return False
+    if not len(names) or len(labels) != len(names) or (held is not None and len(held) != len(names)):
+        return False
+    if labels.ndim == 1 and not (int(labels.min()) >= 0 and int(labels.max()) < max(len(info.classes), 1)):
+        return False
+    if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != len(info.classes)):
+        return False
+    if any("/" in shard.name or shard.name in ("", "..") for shard in info.shards):
+        return False
+    shard, offset, size = members[:, 0], members[:, 1], members[:, 2]
+    if int(members.min()) < 0 or int(shard.max()) >= len(info.shards):
+        return False
+    sizes = torch.tensor([one.size for one in info.shards])
+    return bool((offset + size <= sizes[shard]).all())
+
+
+def _require_whole(file: Path, shard: Shard, number: int, members: Tensor, names: list[str]) -> None:
+    try:
+        there = file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; {INDEX} lists it") from None
+    if there < shard.size:
+        cut = (members[:, 0] == number) & (members[:, 1] + members[:, 2] > there)
+        first = names[int(cut.nonzero()[0])] if bool(cut.any()) else "none of its images, only its end"
+        raise DataError(
+            f"{file}: truncated; it has {there:,} bytes, and {INDEX} says {shard.size:,}. {int(cut.sum()):,} images are cut "
+            f"off, the first is {first}"
+        )
+    if there > shard.size:
+        raise DataError(f"{file}: has {there:,} bytes, and {INDEX} says {shard.size:,}: another file than was indexed")
+
+
+def write_index(
+    folder: Path,
+    shards: Sequence[Shard],
+    members: Tensor,
+    names: Sequence[str],
+    labels: Tensor,
+    classes: Sequence[str],
+    validation: Tensor | None = None,
+) -> Path:
+    """Write the index of a folder of shards, whole or not at all; arguments as in `ShardImages`."""
+    info = IndexInfo(classes=tuple(classes), shards=tuple(shards))
+    tensors = {
+        "members": members,
+        "labels": labels.contiguous(),
+        "names": torch.frombuffer(bytearray("\n".join(names).encode("utf-8", "surrogateescape")), dtype=torch.uint8),
+    }
+    if validation is not None:
+        tensors["validation"] = validation.to(torch.uint8)
+    content = save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
+    write_atomic(folder / INDEX, lambda file: file.write(content))
+    return folder / INDEX

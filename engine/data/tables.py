@@ -1,0 +1,74 @@
+"""Parquet and arrow files with a column of images, as Hugging Face's datasets come.
+
+Arrow files are mapped into memory, and any row can be read at once. A parquet file is read a row group (some hundred images)
+at a time, which is slow in a random order: `mixmask pack` makes shards of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from typing_extensions import override
+
+from mixmask.engine.data.folder import USUAL_SPLITS
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import Images
+
+ENDINGS = (".parquet", ".arrow")
+PLACES = (".", "data", "default")  # where the files lie in a folder that was downloaded
+ALSO = {"val": ("val", "validation", "valid", "dev")}
+
+
+class Tables(DataKind):
+    """A folder with ``train-00000-of-00010.parquet`` or ``train/*.arrow``, also below ``data/``; or one such file."""
+
+    kind: ClassVar[str] = "table"
+
+    @override
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return bool(_files(root, data.train)) or bool(_files(root, None))
+
+    @override
+    def open(self, root: Path, data: DataRecipe, part: Part) -> Images:
+        split = data.train if part == "train" else str(data.test)
+        files = _files(root, split) or (_files(root, None) if part == "train" and not self.splits(root) else [])
+        if not files:
+            raise DataError(
+                f"{root}: no {' or '.join(ENDINGS)} files of the split '{split}' (data.{part}); splits there: "
+                f"{', '.join(self.splits(root)) or 'none'}. data.holdout=0.2 keeps a fifth of every class for testing"
+            )
+        from mixmask.engine.rows import rows_of  # imports pyarrow
+
+        return rows_of(root, split, files, data)
+
+    @override
+    def splits(self, root: Path) -> list[str]:
+        found = [name for name in USUAL_SPLITS if _files(root, name)]
+        return found or (["."] if _files(root, None) else [])
+
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        if data.test is None or not _files(root, data.test):
+            return None
+        return f"{root}: has a split '{data.test}', so data.holdout is not needed: leave it out"
+
+
+def _files(root: Path, split: str | None) -> list[Path]:
+    """The files of a split, sorted; of None all files, which are then one split."""
+    if root.is_file():
+        return [root] if split is None and root.suffix in ENDINGS else []
+    for name in ALSO.get(split, (split,)) if split is not None else (None,):
+        for place in PLACES:
+            folder = root / place
+            patterns = (
+                [f"*{ending}" for ending in ENDINGS]
+                if name is None
+                else [f"{name}{middle}*{ending}" for ending in ENDINGS for middle in ("-", "/", ".", "_")]
+                + [f"{name}{ending}" for ending in ENDINGS]
+            )
+            found = {path for pattern in patterns for path in folder.glob(pattern)} if folder.is_dir() else set()
+            if found:
+                return sorted(found)
+    return []

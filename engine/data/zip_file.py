@@ -1,0 +1,236 @@
+"""Folders of classes inside one .zip file, read without unpacking it."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+from mixmask.engine.data.folder import USUAL_SPLITS, is_image
+from mixmask.engine.datasets import DataKind, DataRecipe, Part
+from mixmask.engine.errors import DataError
+from mixmask.engine.images import EncodedImages
+from mixmask.engine.random_access import read_at
+
+MAX_IMAGE = 1 << 28  # bytes of one image when unpacked: no encoded photograph is larger
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+
+
+class Zips(DataKind):
+    """``data.root`` is a .zip file with ``train/`` and ``val/``, or a folder with ``train.zip`` and ``val.zip``."""
+
+    kind: ClassVar[str] = "zip"
+
+    @override
+    def recognises(self, root: Path, data: DataRecipe) -> bool:
+        return _is_zip(root) or _zip_of(root, data.train) is not None
+
+    @override
+    def open(self, root: Path, data: DataRecipe, part: Part) -> ZipImages:
+        split = data.train if part == "train" else str(data.test)
+        if not _is_zip(root):
+            file = _zip_of(root, split)
+            if file is None:
+                there = sorted(path.name for path in root.iterdir() if _is_zip(path))
+                raise DataError(f"{root}: no {split}.zip (data.{part}); there are: {', '.join(there) or 'none'}")
+            archive = Archive.read(file)
+            inner = archive.folder_of(split)
+            return archive.images("" if inner is None else inner, data.labels)
+        archive = Archive.read(root)
+        inner = archive.folder_of(split)
+        if inner is None and part == "test":
+            raise DataError(
+                f"{root}: no folder {split}/ in it (data.test); folders there: {', '.join(archive.folders()[:8])}. "
+                f"data.holdout=0.2 keeps a fifth of every class for testing"
+            )
+        return archive.images(archive.top if inner is None else inner, data.labels)
+
+    @override
+    def splits(self, root: Path) -> list[str]:
+        if not _is_zip(root):
+            return [name for name in USUAL_SPLITS if root.is_dir() and _zip_of(root, name) is not None]
+        archive = Archive.read(root)
+        return [name for name in USUAL_SPLITS if archive.folder_of(name) is not None] or ["."]
+
+    @override
+    def has_test(self, root: Path, data: DataRecipe) -> str | None:
+        if data.test is None:
+            return None
+        there = (
+            Archive.read(root).folder_of(data.test) is not None
+            if _is_zip(root)
+            else _zip_of(root, data.test) is not None
+        )
+        return f"{root}: has a split '{data.test}', so data.holdout is not needed: leave it out" if there else None
+
+
+def _is_zip(path: Path) -> bool:
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def _zip_of(root: Path, split: str) -> Path | None:
+    file = root / (split if split.lower().endswith(".zip") else f"{split}.zip")
+    return file if _is_zip(file) else None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A .zip file's images, by their names in it."""
+
+    path: Path
+    members: dict[str, zipfile.ZipInfo]
+    top: str  # the folder that holds everything, with a slash, if there is only one; else empty
+
+    @classmethod
+    def read(cls, path: Path) -> Archive:
+        """Read a .zip file's directory.
+
+        Raises:
+            DataError: If it is damaged, encrypted, or claims to unpack to more than it can hold (a zip bomb).
+        """
+        try:
+            with zipfile.ZipFile(path) as file:
+                every = file.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+            raise DataError(f"{path}: truncated or not a .zip file ({error})") from None
+        found = {one.filename: one for one in every if _is_member(one.filename)}
+        if not found:
+            raise DataError(f"{path}: no images in it")
+        for one in found.values():
+            _refuse(path, one)
+        # Members that share their bytes are how a small archive unpacks to a huge one.
+        if sum(one.compress_size for one in found.values()) > path.stat().st_size:
+            raise DataError(f"{path}: its images claim more bytes than the file has, so they overlap: a zip bomb")
+        tops = {name.split("/", 1)[0] for name in found if "/" in name}
+        alone = len(tops) == 1 and all("/" in name for name in found)
+        return cls(path, found, f"{tops.pop()}/" if alone else "")
+
+    def folders(self) -> list[str]:
+        """The names of the folders at the top."""
+        return sorted({name.removeprefix(self.top).split("/", 1)[0] for name in self.members})
+
+    def folder_of(self, split: str) -> str | None:
+        """The folder of a split, with a slash: at the top, or below the only folder that is there."""
+        places = (f"{split.strip('/')}/", f"{self.top}{split.strip('/')}/")
+        return next((place for place in places if any(name.startswith(place) for name in self.members)), None)
+
+    def images(self, inner: str, labels: bool) -> ZipImages:
+        """The images below a folder, as `folder` would list them if it were unpacked."""
+        names = [name.removeprefix(inner) for name in self.members if name.startswith(inner)]
+        root = self.path / inner.strip("/")
+        if labels:
+            pairs, classes = in_class_folders(names)
+            if not pairs:
+                raise DataError(
+                    f"{root}: no folders of classes with images in it; data.labels=false reads images without classes"
+                )
+        else:
+            pairs, classes = [(name, 0) for name in sorted(names)], ()
+        infos = [self.members[inner + name] for name, _ in pairs]
+        return ZipImages(
+            tuple(root / name for name, _ in pairs),
+            torch.tensor([label for _, label in pairs], dtype=torch.int64),
+            classes,
+            root,
+            archive=self.path,
+            members=torch.tensor(
+                [[one.header_offset, one.compress_size, one.file_size, one.CRC, one.compress_type] for one in infos],
+                dtype=torch.int64,
+            ),
+        )
+
+
+def in_class_folders(names: Iterable[str]) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Images in class folders, as `folder.image_folder` finds them on disk.
+
+    Args:
+        names: Paths below the split's folder: ``class/x.jpg``, or ``class/images/x.jpg`` as in Tiny-ImageNet.
+
+    Returns:
+        Path and label of each image, sorted by class and file name, and the sorted class names.
+    """
+    direct: dict[str, list[str]] = {}
+    inner: dict[str, list[str]] = {}
+    for name in names:
+        folders = name.split("/")[:-1]
+        if len(folders) == 1:
+            direct.setdefault(folders[0], []).append(name)
+        elif len(folders) == 2 and folders[1] == "images":
+            inner.setdefault(folders[0], []).append(name)
+    classes = tuple(sorted({*direct, *inner}))
+    pairs = [
+        (name, label) for label, one in enumerate(classes) for name in sorted(inner.get(one) or direct.get(one, []))
+    ]
+    return pairs, classes
+
+
+def _is_member(name: str) -> bool:
+    parts = name.split("/")
+    return is_image(parts[-1]) and not any(part.startswith(".") or part == "__MACOSX" for part in parts[:-1])
+
+
+def _refuse(path: Path, one: zipfile.ZipInfo) -> None:
+    what = f"{path}: {one.filename}"
+    if one.flag_bits & 1:
+        raise DataError(f"{what} is encrypted; unpack the archive with its password")
+    if one.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"{what} is compressed by method {one.compress_type}; stored (0) and deflated (8) files can be read"
+        )
+    if one.file_size > MAX_IMAGE:
+        raise DataError(
+            f"{what} claims to unpack to {one.file_size:,} bytes; at most {MAX_IMAGE:,} are read (a zip bomb?)"
+        )
+
+
+@dataclass(frozen=True)
+class ZipImages(EncodedImages):
+    """Images in a .zip file.
+
+    Attributes:
+        archive: The file.
+        members: (N, 5) int64: offset of the local header, packed size, size, CRC-32 and compression of each image.
+    """
+
+    archive: Path
+    members: Tensor
+
+    @override
+    def content(self, index: int) -> Tensor:
+        start, packed, size, crc, compression = self.members[index].tolist()
+        what = self.paths[index]
+        header = read_at(self.archive, start, LOCAL_HEADER.size, what).numpy().tobytes()
+        magic, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        if magic != b"PK\x03\x04":
+            raise DataError(f"{self.archive}: damaged; no local header of {what} at {start:,}")
+        content = read_at(self.archive, start + LOCAL_HEADER.size + name_length + extra_length, packed, what)
+        if compression == zipfile.ZIP_DEFLATED:
+            content = _inflated(content, size, what)
+        if len(content) != size or zlib.crc32(content.numpy().data) != crc:
+            raise DataError(f"{self.archive}: damaged; the CRC-32 of {what} is not the one it was packed with")
+        return content
+
+    def states(self) -> Iterable[str]:
+        """Checksums of the images."""
+        return [str(crc) for crc in self.members[:, 3].tolist()]
+
+    @override
+    def _chosen(self, chosen: list[int], root: Path) -> Self:
+        return replace(super()._chosen(chosen, root), members=self.members[chosen])
+
+
+def _inflated(packed: Tensor, size: int, what: Path) -> Tensor:
+    engine = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = engine.decompress(packed.numpy().data, size + 1)  # never more than was claimed
+    except zlib.error as error:
+        raise DataError(f"{what}: damaged in its archive ({error})") from None
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)

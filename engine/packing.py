@@ -1,0 +1,348 @@
+"""``mixmask pack``: writes images into .tar shards with an index, or the index of shards that are there already."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from mixmask.engine.data import open_split
+from mixmask.engine.data.folder import is_image
+from mixmask.engine.data.shards import INDEX, Shard, read_index, tars, write_index
+from mixmask.engine.data.zip_file import in_class_folders
+from mixmask.engine.datasets import DataRecipe, Part
+from mixmask.engine.decoding import decode_bytes, header_size
+from mixmask.engine.errors import DataError, RunFailure, UserError, listed
+from mixmask.engine.images import EncodedImages, ImageSet, JoinedImages, content_problem
+from mixmask.engine.progress import say, track
+
+BLOCK = 512  # bytes: .tar files consist of such blocks
+CHUNK = 256
+OWN = re.compile(r"\.?\d{6}\.tar(\.tmp)?")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        num_images: How many images.
+        num_shards: How many .tar files.
+        num_bytes: Their size.
+        left_out: What is wrong with each image that was left out.
+    """
+
+    folder: Path
+    num_images: int
+    num_shards: int
+    num_bytes: int
+    left_out: list[str]
+
+    def describe(self) -> str:
+        """A summary on one line."""
+        return (
+            f"{self.folder}: {self.num_images:,} images in {self.num_shards:,} shards, {self.num_bytes / 1e6:,.1f} MB"
+            + f"; {len(self.left_out):,} unreadable images left out" * bool(self.left_out)
+        )
+
+
+def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, skip_unreadable: bool = False) -> Packed:
+    """Write images into .tar shards, in their order, with an index.
+
+    The shards hold the files byte for byte; images that are in memory (CIFAR's archives) become PNG. A run on the shards
+    equals a run on the source bit for bit. The index is written last, so shards without one are of a broken-off run; the
+    same call writes them anew.
+
+    Args:
+        images: What to pack.
+        out: The folder for the shards and the index; empty or new.
+        shard_bytes: A shard is closed when it has reached this size.
+        quick: Check a JPEG's first and last bytes only; by default every image is decoded.
+        skip_unreadable: Leave damaged images out, instead of refusing the whole set.
+
+    Raises:
+        DataError: If images are damaged; names the first ten.
+        UserError: If ``out`` holds something else, or shards with an index.
+        RunFailure: If the disk is full.
+    """
+    _require_free(out)
+    names = _names(images)
+
+    def take(index: int) -> tuple[Tensor, str | None]:
+        try:
+            content = _encoded(images, index)
+            if quick:
+                return content, content_problem(content, images.paths[index])
+            if images.array() is None:
+                _require_readable(content, images.paths[index])
+        except DataError as error:
+            return torch.empty(0, dtype=torch.uint8), error.one_line()
+        return content, None
+
+    writer, problems, kept = _Writer(out, shard_bytes), list[str](), list[int]()
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():  # of a broken-off run
+            path.unlink()
+        with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(writer):
+            taken = ([*zip(chunk, pool.map(take, chunk), strict=True)] for chunk in chunks)
+            for chunk in track(f"{out.name}: packing images", taken, len(chunks), CHUNK):
+                for index, (content, problem) in chunk:
+                    if problem is not None:
+                        problems.append(problem)
+                    elif skip_unreadable or not problems:  # else only the other damaged images are looked for
+                        writer.add(names[index], content)
+                        kept.append(index)
+            if problems and not skip_unreadable:
+                raise DataError(
+                    *listed(problems),
+                    f"{len(problems):,} of {len(images):,} images cannot be read, so nothing was packed; --skip-unreadable "
+                    f"leaves them out",
+                )
+            if not kept:
+                raise DataError(f"{images.root}: none of its {len(images):,} images can be read, e.g. {problems[0]}")
+            writer.finish()
+        chosen = images.subset(kept) if problems else images
+        write_index(
+            out,
+            writer.shards,
+            torch.tensor(writer.members, dtype=torch.int64),
+            [names[index] for index in kept],
+            chosen.labels,
+            chosen.classes,
+            chosen.validation,
+        )
+    except OSError as error:
+        raise RunFailure(
+            f"{out}: the shards cannot be written ({error.strerror or error}); the same command starts anew"
+        ) from None
+    return Packed(out, len(kept), len(writer.shards), sum(shard.size for shard in writer.shards), problems)
+
+
+def _require_readable(content: Tensor, name: Path) -> None:
+    if name.suffix.lower() == ".npy":  # of any number of channels
+        header_size(content, name)
+    else:
+        decode_bytes(content, name)
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder for the shards")
+    if (out / INDEX).exists():
+        raise UserError(f"{out}: holds packed images already ({INDEX}); name another folder, or delete it")
+    others = [path.name for path in out.iterdir() if not OWN.fullmatch(path.name)] if out.is_dir() else []
+    if others:
+        raise UserError(
+            f"{out}: holds other files ({', '.join(sorted(others)[:3])}); name an empty folder for the shards"
+        )
+
+
+def _encoded(images: ImageSet, index: int) -> Tensor:
+    """The bytes of an image's file; a PNG if it has none."""
+    if isinstance(images, JoinedImages):
+        part, row = images.place(index)
+        return _encoded(part, row)
+    if isinstance(images, EncodedImages):
+        return images.content(index)
+    png: Tensor = encode_png(images.read(index).contiguous())
+    return png
+
+
+def _names(images: ImageSet) -> list[str]:
+    """A name for each image: its path below the root, so that the images' digest stays the same."""
+    roots = images.root if not isinstance(images, JoinedImages) else None
+    names = []
+    for index, path in enumerate(images.paths):
+        root = images.place(index)[0].root if isinstance(images, JoinedImages) else roots
+        assert root is not None
+        name = Path(os.path.relpath(path, root)).as_posix()
+        while name.startswith("../"):  # a list of paths may lie beside the images
+            name = name.removeprefix("../")
+        names.append(name)
+    counted = Counter(names)
+    names = [name if counted[name] == 1 else f"{index:08d}/{name}" for index, name in enumerate(names)]
+    strange = next((name for name in names if "\n" in name), None)
+    if strange is not None:
+        raise DataError(f"{images.root}: the name {strange!r} has a line break; rename the file")
+    return names
+
+
+class _Writer:
+    """Writes .tar files one after another; each gets its name when it is whole."""
+
+    def __init__(self, out: Path, shard_bytes: int) -> None:
+        self.out, self.shard_bytes = out, shard_bytes
+        self.shards: list[Shard] = []
+        self.members: list[tuple[int, int, int, int]] = []
+        self._tar: tarfile.TarFile | None = None
+
+    @property
+    def _name(self) -> str:
+        return f"{len(self.shards):06d}.tar"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.out / f".{self._name}.tmp"
+
+    def add(self, name: str, content: Tensor) -> None:
+        if self._tar is None:
+            self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by finish)
+        member = tarfile.TarInfo(name)  # without times and owners: the same images give the same bytes
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content.numpy().tobytes()))
+        padded = -(-len(content) // BLOCK) * BLOCK
+        offset = self._tar.offset - padded
+        self.members.append((len(self.shards), offset, len(content), zlib.crc32(content.numpy().data)))
+        if self._tar.offset >= self.shard_bytes:
+            self.finish()
+
+    def finish(self) -> None:
+        """Close the present shard, if there is one."""
+        if self._tar is None:
+            return
+        self._tar.close()
+        self._tar = None
+        name = self._name
+        with self._temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        described = _described(self._temporary, name)
+        os.replace(self._temporary, self.out / name)
+        self.shards.append(described)
+
+    def close(self) -> None:
+        """Delete what is not whole."""
+        if self._tar is not None:
+            with contextlib.suppress(OSError):
+                self._tar.close()
+            self._tar = None
+        self._temporary.unlink(missing_ok=True)
+
+
+def _described(file: Path, name: str) -> Shard:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return Shard(name=name, size=file.stat().st_size, sha256=digest.hexdigest())
+
+
+# --- shards of others ------------------------------------------------------------------------------------------------
+
+
+def index_shards(folder: Path) -> Packed:
+    """Write the index of .tar files that are there already, such as WebDataset's.
+
+    The class of ``x.jpg`` is what ``x.cls`` beside it says; where there is none, the folder it lies in. Images at the top
+    without either have no labels.
+
+    Raises:
+        DataError: If a .tar file is compressed or truncated, or only some images have a class.
+        UserError: If there is an index already, or no .tar file.
+    """
+    if (folder / INDEX).exists():
+        raise UserError(f"{folder}: has an index already ({INDEX}); delete it to write it anew")
+    files = tars(folder) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"{folder}: no .tar files to index; `mixmask pack SOURCE OUT` writes images into shards")
+    names, members, said, shards = list[str](), list[tuple[int, int, int, int]](), list[str | None](), list[Shard]()
+    for number, file in track(f"{folder.name}: indexing shards", enumerate(files), len(files), 1):
+        found: dict[str, tuple[int, int, int]] = {}
+        classes: dict[str, str] = {}
+        for member, content in _walk(file):
+            stem, ending = _split(member.name)
+            if ending == "cls":
+                classes[stem] = content.decode("utf-8", "replace").strip()
+            elif is_image(member.name.rpartition("/")[2]):
+                found[member.name] = (member.offset_data, member.size, zlib.crc32(content))
+        for name, place in found.items():
+            names.append(name.removeprefix("./"))
+            members.append((number, *place))
+            said.append(classes.get(_split(name)[0]))
+        shards.append(_described(file, file.name))
+    if not names:
+        raise DataError(f"{folder}: no images in its {len(files)} .tar files")
+    labels, order = _labels(folder, names, said)
+    counted = Counter(names)
+    unique = [
+        name if counted[name] == 1 else f"{files[place[0]].stem}/{name}"
+        for name, place in zip(names, members, strict=True)
+    ]
+    write_index(folder, shards, torch.tensor(members, dtype=torch.int64), unique, labels, order)
+    return Packed(folder, len(names), len(shards), sum(shard.size for shard in shards), [])
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``a/b.c/x.y.cls`` to ``a/b.c/x`` and ``y.cls``, as WebDataset groups files."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, ending = last.partition(".")
+    return folder + slash + stem, ending
+
+
+def _walk(file: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    last = "no file"
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                opened = tar.extractfile(member)
+                assert opened is not None
+                content = opened.read()
+                if len(content) != member.size:
+                    raise DataError(f"{file}: truncated inside of {member.name}")
+                last = member.name
+                yield member, content
+    except tarfile.CompressionError as error:
+        raise DataError(f"{file}: {error}") from None
+    except tarfile.ReadError as error:
+        with file.open("rb") as opened_file:
+            packed = opened_file.read(2) == b"\x1f\x8b"
+        raise DataError(
+            f"{file}: compressed, so single images cannot be read; unpack it to a plain .tar"
+            if packed
+            else f"{file}: truncated or not a .tar file ({error}); {last} is the last whole one"
+        ) from None
+
+
+def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels and class names, from .cls files or else from folders."""
+    if any(one is not None for one in said):
+        absent = next((name for name, one in zip(names, said, strict=True) if one is None), None)
+        if absent is not None:
+            raise DataError(f"{folder}: {absent} has no .cls file beside it, and other images have one")
+        classes = [str(one) for one in said]
+        if all(re.fullmatch(r"\d{1,9}", one) for one in classes):  # sorted as numbers
+            width = max(map(len, classes))
+            classes = [one.zfill(width) for one in classes]
+    else:
+        pairs, order = in_class_folders(names)
+        if len(pairs) != len(names):
+            say(f"{folder}: its images lie in no class folders and have no .cls files, so they have no labels")
+            return torch.zeros(len(names), dtype=torch.int64), ()
+        label_of = dict(pairs)
+        return torch.tensor([label_of[name] for name in names], dtype=torch.int64), order
+    found = {name: label for label, name in enumerate(sorted({*classes}))}
+    return torch.tensor([found[name] for name in classes], dtype=torch.int64), tuple(found)
+
+
+def pack_split(data: DataRecipe, part: Part, out: Path, shard_bytes: int, quick: bool, skip_unreadable: bool) -> Packed:
+    """Pack one part of a data set; see `pack`."""
+    packed = pack(open_split(data, part), out, shard_bytes, quick, skip_unreadable)
+    read_index(out)
+    return packed

@@ -1,0 +1,59 @@
+"""Reads parts of large files: many threads and worker processes at once, without a seek."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixmask.engine.errors import DataError
+
+MOST_OPEN = 128  # systems allow a process some 1,000 open files
+
+_files: OrderedDict[Path, FileIO] = OrderedDict()
+_lock = threading.Lock()
+
+
+def read_at(path: Path, offset: int, size: int, what: Path) -> Tensor:
+    """Read ``size`` bytes from ``offset`` on.
+
+    Args:
+        path: The file. It stays open, as opening is slow on network file systems.
+        offset: Where, in bytes.
+        size: How many bytes.
+        what: What they are, for messages.
+
+    Returns:
+        (size,) uint8.
+
+    Raises:
+        DataError: If the file is missing or ends before.
+    """
+    content = torch.empty(size, dtype=torch.uint8)
+    try:
+        # A worker process shares its parent's open file, but a positioned read does not move the shared position.
+        num = os.preadv(_open(path).fileno(), [content.numpy().data], offset)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what}: cannot be read from {path} ({getattr(error, 'strerror', None) or error})") from None
+    if num != size:
+        raise DataError(
+            f"{path}: truncated; it ends inside of {what} ({size:,} bytes from {offset:,} on, {num:,} are there)"
+        )
+    return content
+
+
+def _open(path: Path) -> FileIO:
+    with _lock:
+        if path in _files:
+            _files.move_to_end(path)
+        else:
+            _files[path] = path.open("rb", buffering=0)
+            # A dropped file is closed when the last thread that reads from it lets it go.
+            while len(_files) > MOST_OPEN:
+                _files.popitem(last=False)
+        return _files[path]
