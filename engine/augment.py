@@ -27,7 +27,8 @@ class AugmentRecipe(CropRecipe):
     """One random view: crop and flip (on uint8), then jitter, greyscale, blur and solarisation (on the device).
 
     Defaults are MoCo v2's "aug+" (arXiv:2003.04297, section 2) at 224 pixels. ``normalization`` names the data set whose
-    mean and standard deviation the images are normalised with; the backbone file keeps it for the transfer protocols.
+    mean and standard deviation the images are normalised with, or gives them as ``{mean: [...], std: [...]}``; the
+    backbone file keeps it for the transfer protocols.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -75,7 +76,9 @@ def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the mean grey value of each image; ``factors`` (N,)."""
     factor = _factor(factors, images)
-    mean = grayscale(images.mean(dim=(2, 3), keepdim=True))  # luma is linear: the mean's luma is the luma's mean
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    # Luma is linear: the mean's luma is the luma's mean. Channels that are no colours count alike.
+    mean = grayscale(mean) if images.shape[1] == 3 else mean.mean(dim=1, keepdim=True)
     return (images * factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
@@ -198,8 +201,12 @@ def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator
 
 
 def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
-    """Jitter, greyscale, blur and solarise (N, 3, H, W) images in [0, 1]; the input is not changed."""
+    """Jitter, greyscale, blur and solarise (N, C, H, W) images in [0, 1]; the input is not changed.
+
+    Saturation, hue and greyscale are of RGB images only.
+    """
     images = images.clone()
+    colours = images.shape[1] == 3
     operations = (
         (adjust_brightness, draws.brightness),
         (adjust_contrast, draws.contrast),
@@ -207,9 +214,10 @@ def apply_photometric(images: Tensor, draws: PhotometricDraws) -> Tensor:
         (adjust_hue, draws.hue),
     )
     for position in range(4):
-        for number, (operation, values) in enumerate(operations):
+        for number, (operation, values) in enumerate(operations[: 4 if colours else 2]):
             _apply(operation, images, draws.jitter & (draws.order[:, position] == number), values)
-    _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
+    if colours:
+        _apply(lambda chosen, _: grayscale(chosen).expand(-1, 3, -1, -1), images, draws.grayscale, draws.sigma)
     _apply(gaussian_blur, images, draws.blur, draws.sigma)
     _apply(lambda chosen, _: solarize(chosen), images, draws.solarize, draws.sigma)
     return images
@@ -236,13 +244,13 @@ class Photometric:
         """Augment and normalise some rows of a batch.
 
         Args:
-            images: (N, 3, H, W) uint8 or float in [0, 1], the rows ``rows``.
+            images: (N, C, H, W) uint8 or float in [0, 1], the rows ``rows``.
             generator: Draws for the global batch, so that a sample's draws do not depend on which rank has it.
             rows: Position of these rows in the global batch.
             total: Rows of the global batch.
 
         Returns:
-            (N, 3, H, W), channels last in memory.
+            (N, C, H, W), channels last in memory.
         """
         draws = draw_photometric(self.recipe, total, generator).rows(rows)
         result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mixmask.engine.config import Recipe
+from mixmask.engine.config import Recipe, added
 from mixmask.engine.errors import CheckpointError, ConfigError
 from mixmask.engine.heads import Head, HeadInfo
 from mixmask.engine.normalization import Normalization
@@ -56,11 +56,17 @@ class BackboneRecipe(Recipe):
 
     ``stem: cifar`` is a 3×3 convolution of stride 1 without max-pooling, for images of about 32 pixels.
     ``zero_init_residual`` starts every residual branch at zero (arXiv:1706.02677, section 5.1). Both are for ResNets.
+
+    ``in_channels`` is 3 for RGB and 1 for grey images; images are decoded to it. With any other number, images must have as
+    many channels themselves (4 of PNG and TIFF, any number of .npy arrays). Networks that do not take RGB can be
+    pretrained without hue, saturation and greyscale, and measured by the protocols on whole images; detection,
+    segmentation, robustness and the formats of other libraries need RGB.
     """
 
     arch: Arch = "resnet50"
     stem: Stem = "standard"
     zero_init_residual: bool = False
+    in_channels: int = added(3, ge=1, le=1024)
 
     @model_validator(mode="after")
     def _resnet_options(self) -> BackboneRecipe:
@@ -82,23 +88,27 @@ def build_trunk(recipe: BackboneRecipe) -> nn.Module:
         ConfigError: If the timm model is not a ConvNet.
     """
     if recipe.arch.startswith(TIMM):
-        return _timm_trunk(recipe.arch)
+        return _timm_trunk(recipe.arch, recipe.in_channels)
     build = getattr(torchvision.models, recipe.arch)
     trunk: Any = build(weights=None, zero_init_residual=recipe.zero_init_residual)
     trunk.num_features = trunk.fc.in_features
     trunk.fc = nn.Identity()
     if recipe.stem == "cifar":
-        trunk.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        trunk.conv1 = nn.Conv2d(recipe.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
         trunk.maxpool = nn.Identity()
+    elif recipe.in_channels != 3:
+        trunk.conv1 = nn.Conv2d(recipe.in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     built: nn.Module = trunk
     return built
 
 
-def _timm_trunk(arch: str) -> nn.Module:
+def _timm_trunk(arch: str, in_channels: int) -> nn.Module:
     import timm
 
-    trunk: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0)
+    other = {} if in_channels == 3 else {"in_chans": in_channels}  # not every model of timm knows the key
+    trunk: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0, **other)
     layers = {type(module).__name__.lower() for module in trunk.modules()}
     if any("attention" in layer or "crosscovariance" in layer for layer in layers):
         raise ConfigError(f"backbone.arch: {arch} has attention layers; the suite is for ConvNets")
@@ -120,6 +130,11 @@ def map_and_features(trunk: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
             break
         last = layer(last)
     return last, network.fc(torch.flatten(network.avgpool(last), 1))
+
+
+def channels_of(network: nn.Module) -> int:
+    """Channels of the images that a network takes: those of its first convolution; 3 if it has none."""
+    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
 
 
 def width_of(trunk: nn.Module) -> int:
@@ -172,13 +187,14 @@ class BackboneInfo(BaseModel):
     pretraining: dict[str, Any] = {}
     normalization: Normalization = "imagenet"
     head: HeadInfo | None = None
+    in_channels: int = Field(3, ge=1, le=1024)
 
     _pretraining = field_validator("pretraining")(check_recipe_shape)
 
     @property
     def recipe(self) -> BackboneRecipe:
         """The `BackboneRecipe` that builds this architecture."""
-        return BackboneRecipe(arch=self.arch, stem=self.stem)
+        return BackboneRecipe(arch=self.arch, stem=self.stem, in_channels=self.in_channels)
 
 
 def save_backbone(
@@ -192,7 +208,9 @@ def backbone_bytes(state: Mapping[str, Tensor], info: BackboneInfo, head: Mappin
     """Serialise a trunk, its head if given, and ``info`` as safetensors."""
     every = {**state, **{f"{HEAD}{name}": tensor for name, tensor in (head or {}).items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in every.items()}
-    return save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
+    # Left out for RGB, so that earlier versions read the file, too.
+    text = info.model_dump_json(exclude={"in_channels"} if info.in_channels == 3 else None)
+    return save(tensors, metadata={"format": FORMAT, "info": text})
 
 
 def is_backbone_file(path: Path) -> bool:
@@ -267,5 +285,7 @@ def check_trunk_state(state: dict[str, Tensor], recipe: BackboneRecipe, source: 
     if problems:
         more = f" … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
-            f"{source}: not the trunk of a {recipe.arch} with {recipe.stem} stem: {'; '.join(problems[:5])}{more}"
+            f"{source}: not the trunk of a {recipe.arch} with {recipe.stem} stem"
+            + f" for {recipe.in_channels} channels" * (recipe.in_channels != 3)
+            + f": {'; '.join(problems[:5])}{more}"
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from mixmask.engine.backbones import channels_of
 from mixmask.engine.distributed import gather_dealt
 from mixmask.engine.loader import ImageSource, Interpolation, num_batches
 from mixmask.engine.normalization import Normalization, normalize
@@ -83,7 +84,7 @@ def extract_features(
         features[first : first + len(output)] = output
         first += len(output)
     if first == 0:  # a process without images: the others still have to know how wide its features would be
-        probe = torch.zeros(1, 3, crop, crop, device=device)
+        probe = torch.zeros(1, channels_of(trunk), crop, crop, device=device)
         features = torch.empty(0, trunk(probe).shape[1], device=device)
     for module, mode in modes.items():
         module.training = mode

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -303,94 +302,6 @@ class ArrayImages(Images):
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])
-
-
-@dataclass(frozen=True)
-class JoinedImages(Images):
-    """The images of several sets, one after another.
-
-    Attributes:
-        parts: The sets.
-        places: (N, 2) int64, for each image its set and its index there.
-    """
-
-    parts: tuple[ImageSet, ...]
-    places: Tensor
-
-    @classmethod
-    def of(cls, parts: Sequence[ImageSet]) -> JoinedImages:
-        """Join sets; classes of the same name become one.
-
-        Raises:
-            DataError: If only some sets have labels, or images have several labels each.
-        """
-        without = [part for part in parts if not part.classes]
-        if without and len(without) < len(parts):
-            raise DataError(
-                f"{without[0].root}: has no labels, and {next(part.root for part in parts if part.classes)} has; "
-                f"data.labels=false reads all without labels"
-            )
-        several = next((part for part in parts if part.labels.ndim == 2), None)
-        if several is not None:
-            raise DataError(f"{several.root}: its images have several labels each, so it cannot be joined with others")
-        classes = tuple(sorted({name for part in parts for name in part.classes}))
-        labels = []
-        for part in parts:
-            new = torch.tensor([classes.index(name) for name in part.classes] or [0], dtype=torch.int64)
-            labels.append(new[part.labels])
-        places = [(number, index) for number, part in enumerate(parts) for index in range(len(part))]
-        paths = tuple(path for part in parts for path in part.paths)
-        if len({*paths}) < len(paths):
-            twice = next(path for path, count in Counter(paths).items() if count > 1)
-            raise DataError(f"{twice}: stands in several of the folders that data.root joins")
-        return cls(
-            paths, torch.cat(labels), classes, parts[0].root, tuple(parts), torch.tensor(places, dtype=torch.int64)
-        )
-
-    def place(self, index: int) -> tuple[ImageSet, int]:
-        """The set of image ``index``, and its index there."""
-        part, row = self.places[index].tolist()
-        return self.parts[part], row
-
-    def read(self, index: int) -> Tensor:
-        """Read image ``index`` from its set."""
-        part, row = self.place(index)
-        return part.read(row)
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Width and height of image ``index``, from its set."""
-        part, row = self.place(index)
-        return part.size(row)
-
-    def array(self) -> None:
-        """None: the sets may have images of several sizes."""
-
-    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
-        """The same images with another `Decoding`."""
-        return replace(self, parts=tuple(part.with_decoding(channels, levels) for part in self.parts))
-
-    def states(self) -> Iterable[str]:
-        """Those of the sets."""
-        states = [[*part.states()] for part in self.parts]
-        return [states[part][row] for part, row in self.places.tolist()]
-
-    @override
-    def problem(self, index: int) -> str | None:
-        part, row = self.place(index)
-        return part.problem(row)
-
-    @override
-    def summary(self) -> dict[str, str | int]:
-        # Paths are told relative to the image's own root: the same folders may lie elsewhere on another machine.
-        roots = [part.root for part in self.parts]
-        digest = hashlib.sha256()
-        for path, label, (part, _) in zip(self.paths, self.labels.tolist(), self.places.tolist(), strict=True):
-            digest.update(f"{part} {self._shown(label)}/{os.path.relpath(path, roots[part])}\n".encode())
-        return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
-
-    @override
-    def _chosen(self, chosen: list[int], root: Path) -> Self:
-        return replace(super()._chosen(chosen, root), places=self.places[chosen])
 
 
 def check_files(paths: Sequence[Path]) -> None:

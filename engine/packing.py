@@ -26,7 +26,8 @@ from mixmask.engine.data.zip_file import in_class_folders
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.decoding import decode_bytes, header_size
 from mixmask.engine.errors import DataError, RunFailure, UserError, listed
-from mixmask.engine.images import EncodedImages, ImageSet, JoinedImages, content_problem
+from mixmask.engine.images import EncodedImages, ImageSet, content_problem
+from mixmask.engine.joined import JoinedImages
 from mixmask.engine.progress import say, track
 
 BLOCK = 512  # bytes: .tar files consist of such blocks

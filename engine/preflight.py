@@ -13,7 +13,7 @@ import torch
 
 from mixmask.engine.data import KINDS, kind_of, open_split
 from mixmask.engine.data.folder import NO_CLASSES, USUAL_SPLITS, images_in, is_unlabelled
-from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import track
@@ -41,16 +41,12 @@ class SplitReport:
 
     def describe(self) -> str:
         """A summary in a few lines: images, classes, sizes in pixels, damaged files."""
-        labels = self.images.labels
-        single = labels.ndim == 1
-        per_class = torch.bincount(labels, minlength=len(self.images.classes)) if single else (labels == 1).sum(dim=0)
         widths, heights = ([size[side] for size in self.sizes.elements()] for side in (0, 1))
         (usual, count), *_ = self.sizes.most_common(1) or [((0, 0), 0)]
         lines = [
             str(self.images.root) if self.name == "." else f"{self.name}  {self.images.root}",
             f"  kind      {self.kind}",
-            f"  images    {len(self.images):,} in {len(self.images.classes):,} classes, "
-            f"{_range(per_class.tolist())} per class",
+            f"  images    {len(self.images):,}{self._classes()}",
         ]
         if widths:
             lines.append(
@@ -59,6 +55,13 @@ class SplitReport:
             )
         lines.append(f"  damaged   {len(self.damaged) or 'none'}")
         return "\n".join(lines)
+
+    def _classes(self) -> str:
+        labels, num = self.images.labels, len(self.images.classes)
+        if not num:
+            return ", without labels"
+        per_class = torch.bincount(labels, minlength=num) if labels.ndim == 1 else (labels == 1).sum(dim=0)
+        return f" in {num:,} classes, {_range(per_class.tolist())} per class"
 
 
 def _range(values: Sequence[int]) -> str:
@@ -70,12 +73,13 @@ def _middle(values: Sequence[int]) -> int:
     return sorted(values)[len(values) // 2]
 
 
-def find_splits(root: Path, layout: str | None = None) -> list[str]:
+def find_splits(root: Path, layout: str | None = None, labels: bool = True) -> list[str]:
     """Names of the splits in ``root``, from the first kind of data that finds any.
 
     Args:
         root: The data set's folder or archive.
         layout: The kind of data; by default the one that recognises ``root``.
+        labels: Whether images must lie in class folders.
 
     Raises:
         DataError: If there is none.
@@ -89,8 +93,13 @@ def find_splits(root: Path, layout: str | None = None) -> list[str]:
     splits = next((found for one in kinds if (found := one.splits(root))), [])
     if not splits and layout is not None:
         kinds[0].open(root, DataRecipe(name="data", root=str(root), layout=layout), "train")  # says what it expected
+    if not splits and not labels and root.is_dir():
+        return [name for name in USUAL_SPLITS if (root / name).is_dir()] or ["."]
     if not splits and root.is_file():
-        raise DataError(f"{root}: is a file and no archive that is known; a folder was expected")
+        raise DataError(
+            f"{root}: is a file and no archive that is known; a folder was expected, a .zip file, a list of images (.txt), "
+            f"a .parquet or .arrow file, or CIFAR's archive"
+        )
     if not splits and images_in(root):
         raise DataError(f"{root}: {NO_CLASSES}")
     if not splits:
@@ -102,7 +111,23 @@ def find_splits(root: Path, layout: str | None = None) -> list[str]:
     return splits
 
 
-def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None) -> SplitReport:
+def split_recipe(root: Path, name: str, layout: str | None = None, labels: bool = True) -> tuple[DataRecipe, Part]:
+    """What opens one of the splits that `find_splits` found.
+
+    Raises:
+        DataError: If there is no such split.
+    """
+    if not (root / name).exists() and name not in (there := find_splits(root, layout, labels)):
+        raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
+    others = [split for split in USUAL_SPLITS if split != name]
+    # Where splits are no folders, "train" and "test" are the only names.
+    train = name if name == "train" or ((root / name).exists() and not (root / "train").is_dir()) else "train"
+    test = name if name != train else others[0]
+    data = DataRecipe(name="data", root=str(root), train=train, test=test, layout=layout, labels=labels)
+    return data, "train" if name == train else "test"
+
+
+def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None, labels: bool = True) -> SplitReport:
     """Read every image of a split, with one thread per core.
 
     Args:
@@ -111,19 +136,13 @@ def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None)
         quick: Read only the header and the end of a JPEG. This finds its size and truncation, but not damage in
             between. Other files are decoded all the same.
         layout: The kind of data; by default the one that recognises ``root``.
+        labels: Whether images must lie in class folders.
 
     Raises:
         DataError: If the split's folder is not one with images in class folders.
     """
-    if not (root / name).exists() and name not in (there := find_splits(root, layout)):
-        raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
-    others = [split for split in USUAL_SPLITS if split != name]
-    # Where splits are no folders, "train" and "test" are the only names.
-    train = name if name == "train" or ((root / name).exists() and not (root / "train").is_dir()) else "train"
-    data = DataRecipe(
-        name="data", root=str(root), train=train, test=name if name != train else others[0], layout=layout
-    )
-    images = open_split(data, "train" if name == train else "test")
+    data, part = split_recipe(root, name, layout, labels)
+    images = open_split(data, part)
     sizes: Counter[tuple[int, int]] = Counter()
     damaged: list[str] = []
     # In chunks, so that the progress bar moves while the threads read.
@@ -152,7 +171,7 @@ def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
 
 
 def check_data(
-    root: Path, splits: Sequence[str], quick: bool, layout: str | None = None
+    root: Path, splits: Sequence[str], quick: bool, layout: str | None = None, labels: bool = True
 ) -> tuple[list[SplitReport], list[str], list[str]]:
     """Inspect every split, and check that all have the same classes.
 
@@ -161,9 +180,9 @@ def check_data(
         labels, as Tiny-ImageNet's ``test``.
     """
     root = root.expanduser()
-    without = [name for name in splits if is_unlabelled(root / name)]
+    without = [name for name in splits if labels and is_unlabelled(root / name)]
     labelled = [name for name in splits if name not in without]
-    reports = [inspect_split(root, name, quick, layout) for name in labelled]
+    reports = [inspect_split(root, name, quick, layout, labels) for name in labelled]
     if not reports:
         raise DataError(f"{root / without[0]}: holds images without class folders; nothing to train or test with")
     problems = [problem for report in reports for problem in report.damaged]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.engine import distributed
+from mixmask.engine.batch_statistics import average_statistics
 from mixmask.engine.checkpoint import Start, require_finite, resume, save
 from mixmask.engine.errors import Interrupted, RunFailure
 from mixmask.engine.job import Job, Part
@@ -120,7 +121,7 @@ def train(
                 nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
             job.scaler.step(job.optimizer)
             job.scaler.update()
-            distributed.average_statistics(job.model)
+            average_statistics(job.model)
             if job.after_step is not None:
                 job.after_step(step)
 

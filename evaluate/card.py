@@ -9,10 +9,11 @@ from typing import Any
 
 import jinja2
 import yaml
+from pydantic import TypeAdapter
 
 from mixmask.engine.config import read_config
 from mixmask.engine.errors import UserError
-from mixmask.engine.normalization import STATISTICS, Normalization
+from mixmask.engine.normalization import STATISTICS, Normalization, statistics_of
 from mixmask.engine.storage import RunDirectory
 from mixmask.engine.wording import printable
 from mixmask.evaluate.collect import Collection, Run, collect, flat, one_run
@@ -87,7 +88,7 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
         {key: value for key, value in recipe.items() if key not in ("data", "augment", "monitor", "backbone")}
     )
     return environment.get_template("card.md.j2").render(
-        statistics=STATISTICS[_normalization(recipe)],
+        statistics=_statistics(recipe),
         metadata=yaml.safe_dump(_metadata(run, pools, license), sort_keys=False, allow_unicode=False),
         dataset=record.dataset,
         method=record.method,
@@ -120,11 +121,15 @@ def render_card(run: Run, collection: Collection, license: str) -> str:
     )
 
 
-def _normalization(recipe: Mapping[str, Any]) -> Normalization:
-    """The data set whose mean and standard deviation normalised the images: ImageNet, or the one in the recipe."""
-    augment = recipe.get("augment")
-    named = augment.get("normalization") if isinstance(augment, dict) else None
-    return next((name for name in STATISTICS if name == named), "imagenet")
+def _statistics(recipe: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and standard deviation that normalised the images: ImageNet's, or those in the recipe."""
+    augment, backbone = recipe.get("augment"), recipe.get("backbone")
+    given = augment.get("normalization", "imagenet") if isinstance(augment, dict) else "imagenet"
+    channels = backbone.get("in_channels", 3) if isinstance(backbone, dict) else 3
+    try:
+        return statistics_of(TypeAdapter(Normalization).validate_python(given), channels)
+    except ValueError:
+        return STATISTICS["imagenet"]
 
 
 def _recipe_file(path: Path) -> dict[str, Any]:

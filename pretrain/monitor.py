@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
+from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import knn_of_sources, top1
 from mixmask.engine.loader import ImageSource, open_source
 from mixmask.pretrain.recipe import PretrainRecipe
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """The labelled images of the monitor.
+
+    Attributes:
+        bank: Training images.
+        queries: Test images.
+        data: The data set they are of.
+    """
+
+    bank: ImageSet
+    queries: ImageSet
+    data: DataRecipe
 
 
 class Monitor:
@@ -22,21 +40,22 @@ class Monitor:
         trunk: nn.Module,
         head: Head,
         training: ImageSource,
-        test: ImageSet,
+        monitored: Monitored,
         device: torch.device,
     ) -> None:
         assert recipe.monitor is not None
         self.recipe, self.settings = recipe, recipe.monitor
         self.network = nn.Sequential(trunk, head) if recipe.monitor.features == "head" else trunk
+        self.data = monitored.data
         # One process that uses all training images needs no second copy of them for the bank.
-        whole = recipe.monitor.max_bank is None and world().size == 1
-        self.bank = training if whole else self._open(training.images, recipe.monitor.max_bank, device)
-        self.queries = self._open(test, recipe.monitor.max_queries, device)
+        whole = recipe.monitor.max_bank is None and world().size == 1 and monitored.bank is training.images
+        self.bank = training if whole else self._open(monitored.bank, recipe.monitor.max_bank, device)
+        self.queries = self._open(monitored.queries, recipe.monitor.max_queries, device)
 
     def _open(self, images: ImageSet, limit: int | None, device: torch.device) -> ImageSource:
         if limit is not None and limit < len(images):
             images = images.subset(torch.linspace(0, len(images) - 1, limit).long())
-        return open_source(images.shard(), self.recipe.data, device)
+        return open_source(images.shard(), self.data, device)
 
     def __call__(self) -> dict[str, float]:
         """Returns ``knn/top1`` in percent. Every rank must call this."""

@@ -15,6 +15,7 @@ from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
 from mixmask.engine.heads import Head
+from mixmask.engine.normalization import statistics_of
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Method
 from mixmask.engine.watching import WatchRecipe
@@ -34,6 +35,8 @@ class MonitorRecipe(Recipe):
     """kNN accuracy on the test split during training, with the features of the trunk or of the projection head.
 
     ``max_bank`` and ``max_queries`` limit the bank and query images (spread evenly over their split); null uses all.
+    ``data`` is another data set with labels, whose training split is the bank and whose test split the queries; by default
+    it is the run's own.
     """
 
     every_epochs: int = Field(10, ge=1)
@@ -43,6 +46,7 @@ class MonitorRecipe(Recipe):
     max_bank: int | None = Field(None, ge=1)
     max_queries: int | None = Field(None, ge=1)
     features: Literal["trunk", "head"] = added("trunk")
+    data: DataRecipe | None = added(None)
     batch_size: int = operational(256, ge=1)
 
 
@@ -101,7 +105,7 @@ class PretrainRecipe(Recipe):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
         self.mix.check(self.augment, self.batch_size // self.accumulate)
         if self.epochs:
-            # The recipe does not know the world size; `stage.check_inputs` repeats the check with the real one.
+            # The recipe does not know the world size; `inputs.check_inputs` repeats the check with the real one.
             self.framework.check_batch(self.batch_size, self.accumulate, processes=1)
         if self.sync_bn and self.framework.shuffles_batches:
             raise ValueError(
@@ -117,9 +121,25 @@ class PretrainRecipe(Recipe):
             raise ValueError(f"warmup_epochs {self.warmup_epochs} does not leave any of the {self.epochs} epochs")
         if self.monitor is not None and self.monitor.resize is not None and self.monitor.resize < self.augment.crop:
             raise ValueError(f"monitor.resize {self.monitor.resize} is smaller than augment.crop {self.augment.crop}")
-        if self.monitor is not None and self.data.test is None:
+        own = self.monitor is not None and self.monitor.data is None
+        if own and self.data.test is None:
             raise ValueError("monitor needs data.test; set monitor: null for data without a test split")
+        if own and not self.data.labels:
+            raise ValueError("monitor needs labels; set monitor: null, or monitor.data to a labelled data set")
+        for view in self.views:
+            self._check_channels(view)
         return self
+
+    def _check_channels(self, view: AugmentRecipe) -> None:
+        channels = self.backbone.in_channels
+        statistics_of(view.normalization, channels)
+        colours = {"hue": view.hue, "saturation": view.saturation, "grayscale_probability": view.grayscale_probability}
+        wrong = [key for key, value in colours.items() if value and channels != 3]
+        if wrong:
+            raise ValueError(
+                f"backbone.in_channels {channels}: {', '.join(f'augment.{key}' for key in wrong)} need"
+                f"{'s' * (len(wrong) == 1)} RGB images; set {' '.join(f'augment.{key}=0' for key in wrong)}"
+            )
 
     def elastic(self, processes: int) -> bool:
         """Whether the run computes with this many processes what it does with one, up to rounding."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixmask.engine.augment import Photometric
 from mixmask.engine.data import open_split
 from mixmask.engine.loader import BatchPlan, check_crop, open_source
-from mixmask.engine.normalization import STATISTICS, Normalization
+from mixmask.engine.normalization import Normalization, statistics_of
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.engine.storage import write_atomic
 from mixmask.pretrain.recipe import PretrainRecipe
@@ -34,7 +34,7 @@ def draw_views(recipe: PretrainRecipe, out: Path, num: int) -> str:
 
 
 def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
-    images = open_split(recipe.data, "train")
+    images = open_split(recipe.data, "train").with_decoding(recipe.backbone.in_channels)
     for view in recipe.views:
         check_crop(images, recipe.data, view)
     plan = BatchPlan(len(images), num, drop_last=True, seed=recipe.seed)
@@ -49,8 +49,8 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
         for number, (view, cut) in enumerate(zip(recipe.views, batch.views, strict=True))
     ]
     none = [""] * num
-    originals = [chosen.read(index).float() / 255 for index in order]
-    names = [chosen.classes[int(chosen.labels[index])][:18] for index in order]
+    originals = [_as_rgb(chosen.read(index).float() / 255) for index in order]
+    names = [chosen.classes[int(chosen.labels[index])][:18] if chosen.classes else "" for index in order]
     columns: list[Column] = [
         ("image", originals, names),
         ("view 1 (query)", _shown(views[0], recipe.augment.normalization), none),
@@ -73,8 +73,13 @@ def _columns(recipe: PretrainRecipe, num: int) -> list[Column]:
 
 def _shown(views: Tensor, normalization: Normalization) -> list[Tensor]:
     """Undo the normalisation: one (3, H, W) image in [0, 1] per view."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in STATISTICS[normalization])
-    return list((views * std + mean).clamp(0, 1))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in statistics_of(normalization, views.shape[1]))
+    return [_as_rgb(view) for view in (views * std + mean).clamp(0, 1)]
+
+
+def _as_rgb(image: Tensor) -> Tensor:
+    """(C, H, W) to (3, H, W): a grey image in three channels, or the first three of several."""
+    return image[:1].expand(3, -1, -1) if len(image) < 3 else image[:3]
 
 
 def _paint(recipe: PretrainRecipe, columns: list[Column], num: int, out: Path) -> None:

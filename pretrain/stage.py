@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from typing_extensions import override
 
 from mixmask.engine import distributed
 from mixmask.engine.backbones import TIMM, BackboneInfo, save_backbone
+from mixmask.engine.batch_statistics import synchronise_batchnorm
 from mixmask.engine.config import fingerprint_of, fingerprinted, identity
-from mixmask.engine.data import open_split
-from mixmask.engine.datasets import OpenImages, other_classes, require_same_classes
-from mixmask.engine.errors import ConfigError
+from mixmask.engine.datasets import other_classes
 from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
-from mixmask.engine.loader import Batch, BatchPlan, check_crop, open_source
-from mixmask.engine.precision import check_precision, require_memory, resolve_device
+from mixmask.engine.loader import Batch, BatchPlan, open_source
+from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record, environment
@@ -31,10 +29,10 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
-from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.diagnostics import collapse_warning
 from mixmask.pretrain.framework import Framework
-from mixmask.pretrain.monitor import Monitor
+from mixmask.pretrain.inputs import check_inputs, check_network
+from mixmask.pretrain.monitor import Monitor, Monitored
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts
@@ -51,7 +49,7 @@ class PretrainPlan(RecordedWork[Path]):
     run: RunDirectory
     device: torch.device
     train_images: ImageSet
-    test_images: ImageSet | None
+    monitored: Monitored | None
     batches: BatchPlan
 
     @property
@@ -77,7 +75,10 @@ class PretrainPlan(RecordedWork[Path]):
     @property
     @override
     def images(self) -> list[ImageSet]:
-        return [self.train_images, *([] if self.test_images is None else [self.test_images])]
+        if self.monitored is None:
+            return [self.train_images]
+        bank, queries = self.monitored.bank, self.monitored.queries
+        return [self.train_images, *([] if bank is self.train_images else [bank]), queries]
 
     @override
     def product(self, record: Record) -> Path:
@@ -147,13 +148,14 @@ class PretrainPlan(RecordedWork[Path]):
 
     def _monitoring(self) -> list[str]:
         monitor = self.recipe.monitor
-        if monitor is None or self.test_images is None or not self.recipe.epochs:
+        if monitor is None or self.monitored is None or not self.recipe.epochs:
             return []
-        bank = min(monitor.max_bank or len(self.train_images), len(self.train_images))
-        queries = min(monitor.max_queries or len(self.test_images), len(self.test_images))
+        sizes = len(self.monitored.bank), len(self.monitored.queries)
+        bank, queries = min(monitor.max_bank or sizes[0], sizes[0]), min(monitor.max_queries or sizes[1], sizes[1])
+        where = "" if monitor.data is None else f" of {monitor.data.name}"
         return [
-            f"monitor   kNN of {queries:,} test against {bank:,} training images every {monitor.every_epochs} epochs and at "
-            f"the end (monitor.max_bank, monitor.max_queries bound it; monitor=null leaves it out)"
+            f"monitor   kNN of {queries:,} test against {bank:,} training images{where} every {monitor.every_epochs} epochs "
+            f"and at the end (monitor.max_bank, monitor.max_queries bound it; monitor=null leaves it out)"
         ]
 
 
@@ -173,7 +175,7 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     check_watch(recipe.watch)
-    _check_network(recipe, device)
+    check_network(recipe, device)
     return PretrainPlan(recipe, fingerprint, run, device, *check_inputs(recipe, distributed.world().size))
 
 
@@ -181,105 +183,6 @@ def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> 
     """The fingerprint and the run directory of a recipe; reads no data."""
     fingerprint = fingerprint_of({"stage": "pretrain", **fingerprinted(recipe)})
     return fingerprint, locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
-
-
-def check_inputs(
-    recipe: PretrainRecipe, processes: int, open_images: OpenImages = open_split
-) -> tuple[ImageSet, ImageSet | None, BatchPlan]:
-    """List the data, and check that the recipe's sizes fit the data and the number of processes.
-
-    Args:
-        recipe: What to run.
-        processes: World size of the run.
-        open_images: Lists a split; the default reads the folders.
-
-    Returns:
-        The training images, the monitor's test images, and the batches.
-
-    Raises:
-        UserError: If the data are missing or the sizes do not fit.
-    """
-    _check_batch(recipe, processes)
-    train_images = open_images(recipe.data, "train")
-    test_images = open_images(recipe.data, "test") if recipe.monitor is not None else None
-    if test_images is not None and train_images.labels.ndim == 2:
-        raise ConfigError(
-            f"monitor: the images of '{recipe.data.name}' have several labels each, which kNN cannot be tested on; set "
-            f"monitor=null"
-        )
-    if test_images is not None:
-        require_same_classes(train_images, test_images, recipe.data.allow_overlap)
-    batches = BatchPlan(len(train_images), recipe.batch_size, drop_last=True, seed=recipe.seed, parts=recipe.accumulate)
-    steps, warmup = recipe.num_steps(batches.steps_per_epoch), recipe.warmup_steps(batches.steps_per_epoch)
-    if recipe.epochs and warmup >= steps:
-        key = "warmup_epochs" if recipe.warmup_epochs else "schedule.warmup_steps"
-        raise ConfigError(
-            f"the warm-up of {warmup} steps ({key}) does not leave any of the run's {steps} steps: shorten the warm-up, too "
-            f"({key}=0 leaves it out)"
-        )
-    if recipe.epochs:
-        for view in recipe.views:
-            check_crop(train_images, recipe.data, view)
-    return train_images, test_images, batches
-
-
-def _check_batch(recipe: PretrainRecipe, processes: int) -> None:
-    """Check that the batch divides into processes and accumulation parts and fits the framework."""
-    parts = processes * recipe.accumulate
-    if recipe.batch_size % parts:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes and {recipe.accumulate} "
-            f"accumulated parts; {nearest_multiples(recipe.batch_size, parts)}"
-        )
-    if recipe.epochs and recipe.batch_size // parts < 2:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} leaves {recipe.batch_size // parts} image per part; batch normalisation needs 2"
-        )
-    try:
-        if recipe.epochs:
-            recipe.framework.check_batch(recipe.batch_size, recipe.accumulate, processes)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _check_network(recipe: PretrainRecipe, device: torch.device) -> None:
-    """Build the network without its weights, so that errors in it are reported before training."""
-    with torch.device("meta"), torch.no_grad():
-        # In eval mode, because two images are too few for the groups of `SplitBatchNorm2d`.
-        model = recipe.framework.build(recipe.backbone).eval()
-        for view in recipe.views:
-            try:
-                model.trunk(torch.empty(2, 3, view.crop, view.crop))
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(
-                    f"backbone.arch {recipe.backbone.arch} cannot take images of {view.crop} pixels: {reason}"
-                ) from None
-    recipe.exported(model)
-    _check_memory(recipe, model, device)
-    if recipe.sync_bn:
-        plain = (nn.BatchNorm1d, nn.BatchNorm2d)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
-                raise ConfigError(
-                    f"sync_bn: {recipe.backbone.arch} fuses {type(module).__name__} with its activation, which "
-                    f"SyncBatchNorm would drop; leave sync_bn out"
-                )
-
-
-def _check_memory(recipe: PretrainRecipe, model: Framework, device: torch.device) -> None:
-    """Check that weights, gradients, momenta, queue and the images of a step fit into memory."""
-    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers())
-    rows = recipe.batch_size // (recipe.accumulate * distributed.world().size)
-    images = sum(3 * view.crop**2 for view in recipe.views) * max(rows, 1)
-    # Bytes in fp32. Activations are not counted, so this finds only what can never fit.
-    parts = {
-        "weights, buffers and queue (backbone.arch; framework.dim, queue_size, projector_width)": 4 * kept,
-        "gradients and momenta (the same keys)": 8 * weights,
-        "the images of a step (augment.crop, batch_size, accumulate)": 4 * images,
-    }
-    require_memory(parts, device, recipe.name)
 
 
 def run(plan: PretrainPlan) -> Path:
@@ -340,20 +243,21 @@ def _info(plan: PretrainPlan, head: Head) -> BackboneInfo:
         pretraining=identity(recipe),
         normalization=recipe.augment.normalization,
         head=head.info,
+        in_channels=recipe.backbone.in_channels,
     )
 
 
 def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[str, float]:
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
     if recipe.sync_bn:
-        distributed.synchronise_batchnorm(model, plan.device)
+        synchronise_batchnorm(model, plan.device)
     if recipe.compile:
         for encoder in model.encoders():
             encoder.compile()
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
-    if plan.test_images is not None:
-        monitor = Monitor(recipe, *recipe.exported(model), source, plan.test_images, plan.device)
+    if plan.monitored is not None:
+        monitor = Monitor(recipe, *recipe.exported(model), source, plan.monitored, plan.device)
     job = Job(
         title=recipe.name,
         run=plan.run,

@@ -58,6 +58,7 @@ class EvaluationRecipe(Recipe):
 class ClassifyRecipe(TransferRecipe):
     """What the protocols of classification share. ``save_predictions`` keeps every test image's answer for comparisons."""
 
+    takes_any_channels: ClassVar[bool] = True
     multi_label: ClassVar[bool] = False  # whether it can measure on images with several labels each
 
     data: DataRecipe

@@ -119,6 +119,7 @@ class TransferRecipe(Recipe, ABC):
     def headlines(self) -> Mapping[str, str]:
         """The headline metrics, the most important first, and the column heading of each in tables."""
 
+    takes_any_channels: ClassVar[bool] = False  # whether it can measure backbones for other images than RGB
     depends_on_seed: ClassVar[bool] = True  # False: every seed gives the same number
     task: ClassVar[str] = "image-classification"  # its name on hubs
 

@@ -15,7 +15,7 @@ from mixmask.engine import distributed
 from mixmask.engine.config import fingerprint_of, fingerprinted, identity
 from mixmask.engine.datasets import other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
-from mixmask.engine.normalization import Normalization
+from mixmask.engine.normalization import Normalization, statistics_of
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
 from mixmask.engine.records import Record, environment, finished_record
@@ -149,7 +149,34 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     recipe.check(source, device)
-    return TransferPlan(recipe, fingerprint, run, device, source, *recipe.open())
+    train, test = recipe.open()
+    if info.in_channels != 3:
+        train, test = _as_taken(recipe, info.in_channels, train, test)
+    plan = TransferPlan(recipe, fingerprint, run, device, source, train, test)
+    if recipe.takes_any_channels:
+        _check_statistics(plan)
+    return plan
+
+
+def _as_taken(recipe: TransferRecipe, channels: int, train: Any, test: Any) -> tuple[Any, Any]:
+    """The images decoded to the channels that the backbone takes.
+
+    Raises:
+        ConfigError: If the protocol measures backbones for RGB images only.
+    """
+    if not recipe.takes_any_channels:
+        raise ConfigError(
+            f"protocol {recipe.protocol}: this backbone takes images of {channels} channels, and the protocol reads RGB "
+            f"images only"
+        )
+    return train.with_decoding(channels), test.with_decoding(channels)
+
+
+def _check_statistics(plan: TransferPlan) -> None:
+    try:
+        statistics_of(plan.normalization, plan.source.info.in_channels)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_labels(labels: Mapping[str, Any], source: Source) -> None:

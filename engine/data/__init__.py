@@ -9,7 +9,8 @@ import torch
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import Images, ImageSet, JoinedImages
+from mixmask.engine.images import Images, ImageSet
+from mixmask.engine.joined import JoinedImages
 from mixmask.engine.randomness import draw_per_class
 from mixmask.engine.readable import readable
 from mixmask.engine.registry import Registry

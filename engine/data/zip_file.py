@@ -41,10 +41,10 @@ class Zips(DataKind):
             if file is None:
                 there = sorted(path.name for path in root.iterdir() if _is_zip(path))
                 raise DataError(f"{root}: no {split}.zip (data.{part}); there are: {', '.join(there) or 'none'}")
-            archive = Archive.read(file)
+            archive = ZipArchive.read(file)
             inner = archive.folder_of(split)
             return archive.images("" if inner is None else inner, data.labels)
-        archive = Archive.read(root)
+        archive = ZipArchive.read(root)
         inner = archive.folder_of(split)
         if inner is None and part == "test":
             raise DataError(
@@ -57,7 +57,7 @@ class Zips(DataKind):
     def splits(self, root: Path) -> list[str]:
         if not _is_zip(root):
             return [name for name in USUAL_SPLITS if root.is_dir() and _zip_of(root, name) is not None]
-        archive = Archive.read(root)
+        archive = ZipArchive.read(root)
         return [name for name in USUAL_SPLITS if archive.folder_of(name) is not None] or ["."]
 
     @override
@@ -65,7 +65,7 @@ class Zips(DataKind):
         if data.test is None:
             return None
         there = (
-            Archive.read(root).folder_of(data.test) is not None
+            ZipArchive.read(root).folder_of(data.test) is not None
             if _is_zip(root)
             else _zip_of(root, data.test) is not None
         )
@@ -82,7 +82,7 @@ def _zip_of(root: Path, split: str) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Archive:
+class ZipArchive:
     """A .zip file's images, by their names in it."""
 
     path: Path
@@ -90,7 +90,7 @@ class Archive:
     top: str  # the folder that holds everything, with a slash, if there is only one; else empty
 
     @classmethod
-    def read(cls, path: Path) -> Archive:
+    def read(cls, path: Path) -> ZipArchive:
         """Read a .zip file's directory.
 
         Raises:

@@ -170,6 +170,7 @@ for _command in (
     inputs.configs,
     inputs.show_views,
     inputs.check_data,
+    inputs.pack,
     checkpoints.convert,
     checkpoints.inspect,
     suites.launch,

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 GROUPS = {
     "Start": ("demo", "doctor", "configs"),
-    "Before a run": ("check-data", "show-views", "inspect"),
+    "Before a run": ("check-data", "pack", "show-views", "inspect"),
     "Run": ("pretrain", "convert", "transfer", "show-detections"),
     "Suites, here or on a cluster": ("launch", "status", "logs", "cancel"),
     "Results": ("tables", "results", "compare", "plots", "report", "verify", "card"),

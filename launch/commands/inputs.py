@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,18 @@ import typer
 from mixmask.engine.builtin_configs import config_file, listed_configs
 from mixmask.launch.commands.options import Config, Force, Overrides
 from mixmask.launch.commands.terminal import show
+
+Root = Annotated[
+    Path, typer.Argument(help="A folder, a .zip file, a list of paths (.txt), a .parquet file, or CIFAR's archive.")
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="The kind of data, as data.layout in configs. Default: what recognises the folder."),
+]
+Labels = Annotated[
+    bool, typer.Option("--labels/--no-labels", help="Whether class folders are classes, or just folders.")
+]
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 
 def configs(
@@ -58,29 +71,86 @@ def show_views(
 
 
 def check_data(
-    root: Annotated[Path, typer.Argument(help="A data set's folder, or a CIFAR archive.")],
+    root: Root,
     split: Annotated[
         list[str] | None, typer.Option(help="A folder in it; may be given several times. Default: train, val, test.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Read headers and ends of files only; decode what looks damaged.")
     ] = False,
-    layout: Annotated[
-        str | None,
-        typer.Option(help="The kind of data, as data.layout in configs. Default: what recognises the folder."),
-    ] = None,
+    layout: Layout = None,
+    labels: Labels = True,
 ) -> None:
     """Count classes and images, report sizes, and find unreadable files, before a long run does. Uses all cores.
 
     \b
-    Example:
+    Examples:
       mixmask check-data /data/imagenet
+      mixmask check-data photos.zip --no-labels
     """
     from mixmask.engine.errors import DataError, listed
     from mixmask.engine.preflight import check_data, find_splits
 
-    reports, problems, remarks = check_data(root, split or find_splits(root, layout), quick, layout)
+    reports, problems, remarks = check_data(root, split or find_splits(root, layout, labels), quick, layout, labels)
     for text in (*(report.describe() for report in reports), *remarks):
         show(text)
     if problems:
         raise DataError(*listed(problems, 20))
+
+
+def pack(
+    source: Annotated[
+        Path, typer.Argument(help="What to pack, as check-data takes it; or, without OUT, a folder of .tar files.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="A new folder for the shards.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="A split; may be given several times. Default: all that are there.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="A shard is closed at this size: 200MB, 1GB.")] = "1GB",
+    layout: Layout = None,
+    labels: Labels = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Look at a JPEG's first and last bytes only; by default all are decoded.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave damaged images out, and name them.")
+    ] = False,
+) -> None:
+    """Write images into a few large .tar files with an index, which clusters read faster than millions of small files.
+
+    A run on the shards equals a run on the source bit for bit: give OUT as data.root. Without OUT, the index of .tar files
+    that are there already is written beside them (WebDataset's .cls files become labels).
+
+    \b
+    Examples:
+      mixmask pack /data/imagenet /scratch/imagenet-shards
+      mixmask pack photos.zip shards --no-labels --shard-size 200MB
+      mixmask pack /data/webdataset/train
+    """
+    from mixmask.engine.errors import UserError
+    from mixmask.engine.packing import index_shards, pack_split
+    from mixmask.engine.preflight import find_splits, split_recipe
+
+    source = source.expanduser()
+    if out is None:
+        show(index_shards(source).describe())
+        return
+    size = _bytes(shard_size)
+    splits = split or find_splits(source, layout, labels)
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise UserError(f"{out}: lies in {source}; name a folder outside of what is packed")
+    for name in splits:
+        data, part = split_recipe(source, name, layout, labels)
+        packed = pack_split(data, part, out if name == "." else out / name, size, quick, skip_unreadable)
+        show(packed.describe())
+        for problem in packed.left_out:
+            show(f"  left out: {problem}")
+
+
+def _bytes(size: str) -> int:
+    from mixmask.engine.errors import UserError
+
+    found = re.fullmatch(r"(\d{1,15})\s*(KB|MB|GB)?", size.strip().upper())
+    if found is None or int(found[1]) == 0:
+        raise UserError(f"--shard-size {size}: a number and KB, MB or GB was expected, for example 500MB")
+    return int(found[1]) * SIZES[found[2] or ""]

@@ -24,6 +24,7 @@ from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
 from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
 from mixmask.pretrain import stage as pretrain_stage
+from mixmask.pretrain.inputs import check_inputs
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.checkpoints.export import SUFFIXES, Target, require_known_network
@@ -336,7 +337,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
 def _check_cell(cell: Cell, open_images: OpenImages) -> None:
     processes = cell.resources.processes
     if isinstance(cell.recipe, PretrainRecipe):
-        pretrain_stage.check_inputs(cell.recipe, processes, open_images)
+        check_inputs(cell.recipe, processes, open_images)
         return
     assert cell.recipe is not None
     cell.recipe.check_processes(processes)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmask.api import Place
+from mixmask.engine.backbones import channels_of
 from mixmask.engine.config import checked_recipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
@@ -86,7 +87,7 @@ class _Pooled(nn.Module):
         self.place = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
         with torch.no_grad():
             try:
-                output = self.eval()(torch.zeros(2, 3, size, size, device=weight.device))
+                output = self.eval()(torch.zeros(2, channels_of(network), size, size, device=weight.device))
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"model: fails on images of {size}×{size} pixels ({error}); crop=… chooses their size"
@@ -107,6 +108,7 @@ def extract_features(
     *,
     split: str = "train",
     holdout: float = 0.0,
+    labels: bool = True,
     resize: int | None = 256,
     crop: int = 224,
     batch_size: int = 64,
@@ -117,10 +119,12 @@ def extract_features(
 
     Args:
         model: Any network; see the module.
-        data: A folder of class folders, alone or in ``train/`` and ``val/``, or an archive that is known; or images.
+        data: A folder of class folders, alone or in ``train/`` and ``val/``, or anything else that ``mixmask check-data``
+            reads (a .zip file, a list of paths, packed shards, parquet files, a known archive); or images.
         split: ``train``, or the name of the test folder.
         holdout: If there is no test folder, the share of every class that is held out as ``test``; ``train`` is the
             rest.
+        labels: Whether folders are classes. Without, all images below ``data`` are read.
         resize: Short side in pixels before the crop; None leaves the image.
         crop: Side of the central crop.
         batch_size: Images per forward pass.
@@ -134,15 +138,15 @@ def extract_features(
     """
     if isinstance(data, str | os.PathLike):
         root = Path(data).expanduser()
-        if split != "train" and not holdout and split not in find_splits(root):
+        if split != "train" and not holdout and split not in find_splits(root, labels=labels):
             raise DataError(f"{root}: has no {split}/; holdout=0.2 keeps a fifth of every class for testing")
-        recipe = _recipe(root, None if split == "train" or holdout else split, holdout)
+        recipe = _recipe(root, None if split == "train" or holdout else split, holdout, labels)
         images = open_split(recipe, "train" if split == "train" else "test")
     else:
         images = data
     with _measured(model, crop) as pooled:
-        values, labels = _features(pooled, images, resize, crop, batch_size, _of(model, normalization), precision)
-    return Features(values, labels, images.classes, images.paths)
+        values, found = _features(pooled, images, resize, crop, batch_size, _of(model, normalization), precision)
+    return Features(values, found, images.classes, images.paths)
 
 
 def knn(
@@ -247,6 +251,8 @@ def linear_probe(
         run.create(recipe, "probe")
         listing = {"train": train.summary()["listing"], "test": test.summary()["listing"]}
         no_file: Any = None  # a network in memory comes from nowhere
+        if channels_of(model) != 3:
+            train, test = (images.with_decoding(channels_of(model)) for images in (train, test))
         setting = Setting(run, "probe", listing, pooled.place.device, no_file, train, test, _of(model, normalization))
         found = recipe.probe(setting, lambda: pooled, state)
     return found["linear/top1"]
@@ -285,17 +291,18 @@ def _features(
     normalization: Normalization,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
-    source = open_source(images, _recipe(images.root), pooled.place.device)
+    taken = images.with_decoding(channels_of(pooled)) if channels_of(pooled) != 3 else images
+    source = open_source(taken, _recipe(images.root), pooled.place.device)
     return features_of(
         "features", pooled, source, batch_size=batch_size, resize=resize, crop=crop, precision=precision,
         normalization=normalization,
     )  # fmt: skip
 
 
-def _recipe(root: Path, test: str | None = None, holdout: float = 0.0) -> DataRecipe:
+def _recipe(root: Path, test: str | None = None, holdout: float = 0.0, labels: bool = True) -> DataRecipe:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", root.name) or "data"
     workers = min(4, os.cpu_count() or 1)
-    keys = {"name": name, "root": str(root), "test": test, "holdout": holdout, "num_workers": workers}
+    keys = {"name": name, "root": str(root), "test": test, "holdout": holdout, "num_workers": workers, "labels": labels}
     return checked_recipe(DataRecipe, keys, "data")
 
 

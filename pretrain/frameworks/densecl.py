@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mixmask.engine.backbones import BackboneRecipe, map_and_features
+from mixmask.engine.backbones import BackboneRecipe, channels_of, map_and_features
 from mixmask.pretrain.framework import Clean, Encoder, Views, move_average, unit
 from mixmask.pretrain.frameworks.moco import MoCo, MomentumContrastRecipe, info_nce
 
@@ -110,7 +110,7 @@ def _channels(trunk: nn.Module) -> int:
     """Channels of the trunk's last map."""
     was_training = trunk.training
     with torch.no_grad():
-        images = torch.zeros(1, 3, 64, 64, device=next(trunk.parameters()).device)
+        images = torch.zeros(1, channels_of(trunk), 64, 64, device=next(trunk.parameters()).device)
         channels = map_and_features(trunk.eval(), images)[0].shape[1]
     trunk.train(was_training)
     return channels

@@ -61,6 +61,11 @@ def require_known_network(backbone: BackboneRecipe, target: Target, where: str) 
     """
     if target == "mixmask":
         return
+    if backbone.in_channels != 3:
+        raise CheckpointError(
+            f"{where}: takes images of {backbone.in_channels} channels, and {target}'s networks take RGB; convert it to "
+            f"mixmask"
+        )
     if backbone.arch.startswith(TIMM) and target != "timm":
         raise CheckpointError(f"{where}: is {backbone.arch}, which {target} does not have; convert it to timm")
     if backbone.stem == "cifar":

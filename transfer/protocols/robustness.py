@@ -52,6 +52,8 @@ class RobustnessRecipe(ClassifyRecipe):
 
     depends_on_seed: ClassVar[bool] = False
 
+    takes_any_channels: ClassVar[bool] = False
+
     protocol: Literal["robustness"]
     classifier: str = operational(..., min_length=1)
     classifier_fingerprint: str = Field("", description="of the run that trained it; read from the file")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from mixmask.engine.batch_statistics import synchronise_batchnorm
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
-from mixmask.engine.distributed import from_first, on_rank0, synchronise_batchnorm, world
+from mixmask.engine.distributed import from_first, on_rank0, world
 from mixmask.engine.errors import DataError
 from mixmask.engine.job import Job, Part
 from mixmask.engine.normalization import normalize

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from mixmask.engine.batch_statistics import synchronise_batchnorm
 from mixmask.engine.config import added, operational
 from mixmask.engine.crops import CropRecipe
-from mixmask.engine.distributed import synchronise_batchnorm
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say

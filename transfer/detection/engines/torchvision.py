@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask.engine.distributed import from_first, gather_to_rank0, synchronise_batchnorm, world
+from mixmask.engine.batch_statistics import synchronise_batchnorm
+from mixmask.engine.distributed import from_first, gather_to_rank0, world
 from mixmask.engine.job import Job, Part
 from mixmask.engine.precision import autocast
 from mixmask.engine.progress import say, track
