@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as TF
 
 from mixmask.engine.errors import DataError
 
@@ -89,6 +90,8 @@ def decode_bytes(content: Tensor, name: Path, how: Decoding = RGB) -> Tensor:
             raise DataError(f"{name}: not a readable image ({reason if len(content) else 'empty'})") from None
     if image.ndim == 4:  # an animation: keep the first frame
         image = image[0]
+    if how.channels == 1 and len(image) == 3:  # WebP and GIF, of which torchvision reads no grey
+        image = TF.rgb_to_grayscale(image)
     if len(image) != how.channels:
         raise DataError(
             f"{name}: has {len(image)} channels, and the network takes {how.channels} (backbone.in_channels)"
@@ -169,7 +172,7 @@ def _array(content: Tensor, name: Path, channels: int) -> Tensor:
     values = _load(content, name)
     if values.ndim == 2:
         values = values[None]
-    elif values.shape[2] == channels or values.shape[0] != channels:
+    elif values.shape[2] == channels or (values.shape[0] != channels and values.shape[2] < values.shape[0]):
         values = values.transpose(2, 0, 1)
     pixels = torch.from_numpy(np.ascontiguousarray(values))
     return torch.cat([pixels] * 3) if len(pixels) == 1 and channels == 3 else pixels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def read_at(path: Path, offset: int, size: int, what: Path) -> Tensor:
             f"{path}: truncated; it ends inside of {what} ({size:,} bytes from {offset:,} on, {num:,} are there)"
         )
     return content
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Close files that are listed anew, as others may stand in their place."""
+    with _lock:
+        for path in paths:
+            _files.pop(path, None)
 
 
 def _open(path: Path) -> FileIO:

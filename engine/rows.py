@@ -69,6 +69,9 @@ def rows_of(root: Path, split: str, files: list[Path], data: DataRecipe) -> RowI
         DataError: If a file is damaged, or there is no column of images, or several.
         ConfigError: If ``data.image_column`` or ``data.label_column`` is not there.
     """
+    with _lock:
+        for key in [key for key in _groups if key[0] in files]:  # they may be others than before
+            del _groups[key]
     schema = _Opened.of(files[0]).schema
     names = _class_names(schema, files[0])
     image = _image_column(files[0], schema, data.image_column)
@@ -255,7 +258,8 @@ def _label_column(file: Path, schema: pa.Schema, asked: str | None, classes: dic
     usual = [name for name in LABELS if name in schema.names and is_label(schema.field(name))]
     if usual:
         return usual[0]
-    return next(iter(classes)) if len(classes) == 1 else None
+    named = [name for name in classes if name in schema.names]
+    return named[0] if len(named) == 1 else None
 
 
 def _labels(

@@ -149,27 +149,18 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
     device = resolve_device(recipe.device)
     check_precision(device, recipe.precision)
     recipe.check(source, device)
+    if info.in_channels != 3 and not recipe.takes_any_channels:
+        raise ConfigError(
+            f"protocol {recipe.protocol}: this backbone takes images of {info.in_channels} channels, and the protocol reads "
+            f"RGB images only"
+        )
     train, test = recipe.open()
     if info.in_channels != 3:
-        train, test = _as_taken(recipe, info.in_channels, train, test)
+        train, test = train.with_decoding(info.in_channels), test.with_decoding(info.in_channels)
     plan = TransferPlan(recipe, fingerprint, run, device, source, train, test)
     if recipe.takes_any_channels:
         _check_statistics(plan)
     return plan
-
-
-def _as_taken(recipe: TransferRecipe, channels: int, train: Any, test: Any) -> tuple[Any, Any]:
-    """The images decoded to the channels that the backbone takes.
-
-    Raises:
-        ConfigError: If the protocol measures backbones for RGB images only.
-    """
-    if not recipe.takes_any_channels:
-        raise ConfigError(
-            f"protocol {recipe.protocol}: this backbone takes images of {channels} channels, and the protocol reads RGB "
-            f"images only"
-        )
-    return train.with_decoding(channels), test.with_decoding(channels)
 
 
 def _check_statistics(plan: TransferPlan) -> None:

@@ -23,7 +23,7 @@ from mixmask.engine.data.folder import USUAL_SPLITS
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import EncodedImages
-from mixmask.engine.random_access import read_at
+from mixmask.engine.random_access import forget, read_at
 from mixmask.engine.storage import write_atomic
 
 INDEX = "index.safetensors"
@@ -160,6 +160,7 @@ def read_index(folder: Path) -> ShardImages:
         raise DataError(f"{file}: damaged; names, places and labels do not fit together. Write it anew")
     assert members is not None
     assert labels is not None
+    forget(folder / shard.name for shard in info.shards)
     for number, shard in enumerate(info.shards):
         _require_whole(folder / shard.name, shard, number, members, names)
     return ShardImages(

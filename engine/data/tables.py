@@ -33,7 +33,8 @@ class Tables(DataKind):
     @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> Images:
         split = data.train if part == "train" else str(data.test)
-        files = _files(root, split) or (_files(root, None) if part == "train" and not self.splits(root) else [])
+        alone = part == "train" and not any(_files(root, name) for name in USUAL_SPLITS)
+        files = _files(root, split) or (_files(root, None) if alone else [])
         if not files:
             raise DataError(
                 f"{root}: no {' or '.join(ENDINGS)} files of the split '{split}' (data.{part}); splits there: "

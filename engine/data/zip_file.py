@@ -18,7 +18,7 @@ from mixmask.engine.data.folder import USUAL_SPLITS, is_image
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import EncodedImages
-from mixmask.engine.random_access import read_at
+from mixmask.engine.random_access import forget, read_at
 
 MAX_IMAGE = 1 << 28  # bytes of one image when unpacked: no encoded photograph is larger
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -96,6 +96,7 @@ class ZipArchive:
         Raises:
             DataError: If it is damaged, encrypted, or claims to unpack to more than it can hold (a zip bomb).
         """
+        forget([path])
         try:
             with zipfile.ZipFile(path) as file:
                 every = file.infolist()
