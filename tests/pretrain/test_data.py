@@ -87,10 +87,9 @@ def test_images_without_classes_are_pretrained_on_and_watched_with_others(
     (tmp_path / "list.txt").write_text("\n".join(map(str, open_split(recipe(shapes), "train").paths)))
     with pytest.raises(ConfigError, match=r"have no labels, which kNN needs; set monitor=null, or monitor\.data"):
         plan(config, tmp_path, f"data.root={tmp_path / 'list.txt'}", "monitor={every_epochs: 1}")
+    (tmp_path / "other.txt").write_text("\n".join(map(str, open_split(recipe(shapes), "test").paths)))
     with pytest.raises(DataError, match="its images have no labels, and a score needs them"):
-        _transfer(
-            tmp_path, "knn", tmp_path / "list.txt", one.backbone_file, "data.allow_overlap=true", "data.test=train"
-        )
+        _transfer(tmp_path, "knn", tmp_path, one.backbone_file, "data.train=list.txt", "data.test=other.txt")
 
 
 def _transfer(out: Path, protocol: str, root: Path, backbone: Path, *overrides: str) -> transfer.TransferPlan:
