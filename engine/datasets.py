@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from mixmask.engine.config import Recipe, added, operational
-from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
 
 # Number of classes of the data sets that published numbers refer to, by data.name.
@@ -68,17 +68,6 @@ class DataRecipe(Recipe):
     def roots(self) -> tuple[str, ...]:
         """All roots."""
         return (self.root,) if isinstance(self.root, str) else self.root
-
-    @property
-    def only_root(self) -> Path:
-        """The root, where there must be only one.
-
-        Raises:
-            ConfigError: If there are several.
-        """
-        if len(self.roots) > 1:
-            raise ConfigError(f"data.root: {len(self.roots)} roots; these data must lie in one")
-        return Path(self.roots[0]).expanduser()
 
     @model_validator(mode="after")
     def _fits_without_labels(self) -> DataRecipe:

@@ -101,6 +101,6 @@ def _data() -> list[str]:
         roots[str(tree["data"]["root"])] = str(tree["data"]["name"])
     lines = []
     for root, name in sorted(roots.items()):
-        state = "found" if Path(root).is_dir() else "not there: give its place with data.root=PATH"
+        state = "found" if Path(root).exists() else "not there: give its place with data.root=PATH"
         lines.append(f"data          {name}: {root} {state}")
     return lines

@@ -173,6 +173,8 @@ FIELD = {
     "imagenet_vicreg": (1000, 2048, "lars", 1.6, 1e-6, 10, 0.001, True, 73.2),
     "imagenet_swav": (200, 4096, "lars", 4.8, 1e-6, 10, 0.001, False, 73.9),
     "imagenet_dino": (100, 512, "sgd", 0.06, 1e-4, 10, 0, True, None),
+    "imagenet_simclr": (100, 4096, "lars", 4.8, 1e-6, 10, 0, True, 64.5),
+    "imagenet_byol": (1000, 4096, "lars", 3.2, 1.5e-6, 10, 0, True, 74.4),
 }
 ASYMMETRIC = (
     1.0,
@@ -187,6 +189,8 @@ VIEWS = {  # scale and jitter (brightness, contrast, saturation, hue), interpola
     "imagenet_vicreg": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
     "imagenet_swav": ((0.14, 1.0), (0.8, 0.8, 0.8, 0.2), "bilinear", (0.5, 0.0, 0.5, 0.0)),
     "imagenet_dino": ((0.14, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
+    "imagenet_simclr": ((0.08, 1.0), (0.8, 0.8, 0.8, 0.2), "bicubic", (0.5, 0.0, 0.5, 0.0)),
+    "imagenet_byol": ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), "bicubic", ASYMMETRIC),
 }
 
 
@@ -229,15 +233,15 @@ SOLOS = {
 }
 
 
-@pytest.mark.parametrize("data", SOLO)
+@pytest.mark.parametrize("data", [*SOLO, "tiny_imagenet"])
 @pytest.mark.parametrize("framework", SOLOS)
 def test_recipes_of_solo_learn(framework: str, data: str) -> None:
     recipe = read(f"{data}_{framework}")
-    assert (recipe.data.name, recipe.framework.kind, recipe.expected[0].value) == (
-        data,
-        framework,
-        SOLO[data][framework],
-    )
+    assert (recipe.data.name, recipe.framework.kind) == (data, framework)
+    # Nothing is published for Tiny-ImageNet.
+    published = [SOLO[data][framework]] if data in SOLO else []
+    assert [one.value for one in recipe.expected] == published
+    assert recipe.augment.crop == (32 if data in SOLO else 64)
     assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs, recipe.optimizer.kind) == (1000, 256, 10, "lars")
     optimizer = recipe.optimizer.model_dump()
     assert (optimizer["trust_coefficient"], optimizer["clip"], optimizer["decay_norm_and_bias"]) == (0.02, True, False)
@@ -245,6 +249,35 @@ def test_recipes_of_solo_learn(framework: str, data: str) -> None:
     assert SOLOS[framework] == (
         optimizer["lr"], optimizer["weight_decay"], first.scale[0], first.brightness, first.saturation,
         first.blur_probability, first.solarize_probability, second.blur_probability, second.solarize_probability,
+    )  # fmt: skip
+
+
+# ImageNet-100, scripts/pretrain/imagenet-100: optimizer, rate for 256, weight decay, linear top-1 of its README ("offline");
+# scale, saturation, blur and solarisation of both views.
+HUNDRED = {
+    "barlowtwins": ("lars", 0.3, 1e-4, 80.16, 0.08, 0.2, 1.0, 0.0, 0.1, 0.2),
+    "byol": ("lars", 0.5, 1e-6, 80.32, 0.08, 0.2, 1.0, 0.0, 0.1, 0.2),
+    "mocov3": ("lars", 0.3, 1e-6, 80.36, 0.08, 0.2, 1.0, 0.0, 0.1, 0.2),
+    "dino": ("lars", 0.3, 1e-6, 74.92, 0.08, 0.2, 1.0, 0.0, 0.1, 0.2),
+    "simsiam": ("sgd", 0.5, 1e-5, 78.72, 0.08, 0.2, 1.0, 0.0, 0.1, 0.2),
+    "swav": ("lars", 0.6, 1e-6, 74.28, 0.08, 0.8, 0.5, 0.0, 0.5, 0.0),
+    "simclr": ("lars", 0.3, 1e-4, None, 0.08, 0.8, 0.5, 0.0, 0.5, 0.0),
+    "vicreg": ("lars", 0.3, 1e-4, 79.40, 0.2, 0.2, 0.5, 0.1, 0.5, 0.1),
+    "mocov2": ("sgd", 0.3, 1e-4, None, 0.2, 0.4, 0.5, 0.0, 0.5, 0.0),
+}
+
+
+@pytest.mark.parametrize("framework", HUNDRED)
+def test_recipes_of_imagenet_100(framework: str) -> None:
+    recipe = read(f"imagenet100_{framework}")
+    assert (recipe.data.name, recipe.framework.kind, recipe.backbone.arch) == ("imagenet100", framework, "resnet18")
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (400, 256, 10)
+    assert recipe.optimizer.rate(256) == recipe.optimizer.lr
+    first, second = recipe.views
+    assert HUNDRED[framework] == (
+        recipe.optimizer.kind, recipe.optimizer.lr, recipe.optimizer.weight_decay,
+        recipe.expected[0].value if recipe.expected else None, first.scale[0], first.saturation, first.blur_probability,
+        first.solarize_probability, second.blur_probability, second.solarize_probability,
     )  # fmt: skip
 
 
@@ -256,7 +289,8 @@ def test_there_are_no_other_pretraining_recipes() -> None:
         "cifar100_simclr_as_wmse",
         "cifar100_byol_as_wmse",
     }
-    small = {f"{data}_{framework}" for data in SOLO for framework in SOLO[data]}
+    small = {f"{data}_{framework}" for data in (*SOLO, "tiny_imagenet") for framework in SOLOS}
+    small |= {f"imagenet100_{framework}" for framework in (*HUNDRED, "mocov2_mixmask")}
     expected = {f"{base}{row}" for base in BASES for row in ROWS} | other | FIELD.keys() | small
     assert {path.stem for path in FOLDER.glob("*.yaml")} == expected
     mscn = read("imagenet_mocov2_mscn").mix
