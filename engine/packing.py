@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from mixmask.engine.data import open_split
-from mixmask.engine.data.folder import is_image
+from mixmask.engine.data.folder import USUAL_SPLITS, is_image
 from mixmask.engine.data.shards import INDEX, Shard, read_index, tars, write_index
 from mixmask.engine.data.zip_file import in_class_folders
 from mixmask.engine.datasets import DataRecipe, Part
@@ -244,6 +244,14 @@ def _described(file: Path, name: str) -> Shard:
 
 
 # --- shards of others ------------------------------------------------------------------------------------------------
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folder itself if it holds .tar files, else those of its splits that do; the folder itself if none does."""
+    if folder.is_dir() and not tars(folder):
+        inner = [folder / name for name in USUAL_SPLITS if (folder / name).is_dir() and tars(folder / name)]
+        return inner or [folder]
+    return [folder]
 
 
 def index_shards(folder: Path) -> Packed:

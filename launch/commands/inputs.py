@@ -128,12 +128,13 @@ def pack(
       mixmask pack /data/webdataset/train
     """
     from mixmask.engine.errors import UserError
-    from mixmask.engine.packing import index_shards, pack_split
+    from mixmask.engine.packing import index_shards, pack_split, shard_folders
     from mixmask.engine.preflight import find_splits, split_recipe
 
     source = source.expanduser()
     if out is None:
-        show(index_shards(source).describe())
+        for folder in shard_folders(source):
+            show(index_shards(folder).describe())
         return
     size = _bytes(shard_size)
     splits = split or find_splits(source, layout, labels)

@@ -211,6 +211,11 @@ def test_pack_and_check_data(shapes: Path, tmp_path: Path) -> None:
     assert len(open_split(recipe(tmp_path / "flat-out"), "train")) == 40
     with pytest.raises(DataError, match=r"data\.labels=false"):
         command("check-data", flat)
+    for index in (tmp_path / "out").rglob("index.safetensors"):
+        index.unlink()
+    code, out = command("pack", tmp_path / "out")  # of shards that are there, the index only
+    assert (code, out.count("images in")) == (0, 2)
+    assert open_split(recipe(tmp_path / "out"), "train").summary() == open_split(recipe(shapes), "train").summary()
     with pytest.raises(UserError, match=r"--shard-size 3 apples: a number and KB, MB or GB"):
         command("pack", flat, tmp_path / "x", "--shard-size", "3 apples")
     with pytest.raises(UserError, match=r"lies in .*; name a folder outside"):
