@@ -87,8 +87,13 @@ def build_trunk(recipe: BackboneRecipe) -> nn.Module:
     Raises:
         ConfigError: If the timm model is not a ConvNet.
     """
-    if recipe.arch.startswith(TIMM):
-        return _timm_trunk(recipe.arch, recipe.in_channels)
+    trunk: Any = _timm_trunk(recipe) if recipe.arch.startswith(TIMM) else _resnet_trunk(recipe)
+    trunk.image_channels = recipe.in_channels
+    built: nn.Module = trunk
+    return built
+
+
+def _resnet_trunk(recipe: BackboneRecipe) -> nn.Module:
     build = getattr(torchvision.models, recipe.arch)
     trunk: Any = build(weights=None, zero_init_residual=recipe.zero_init_residual)
     trunk.num_features = trunk.fc.in_features
@@ -104,10 +109,11 @@ def build_trunk(recipe: BackboneRecipe) -> nn.Module:
     return built
 
 
-def _timm_trunk(arch: str, in_channels: int) -> nn.Module:
+def _timm_trunk(recipe: BackboneRecipe) -> nn.Module:
     import timm
 
-    other = {} if in_channels == 3 else {"in_chans": in_channels}  # not every model of timm knows the key
+    arch = recipe.arch
+    other = {} if recipe.in_channels == 3 else {"in_chans": recipe.in_channels}  # not every model of timm knows the key
     trunk: Any = timm.create_model(arch.removeprefix(TIMM), pretrained=False, num_classes=0, **other)
     layers = {type(module).__name__.lower() for module in trunk.modules()}
     if any("attention" in layer or "crosscovariance" in layer for layer in layers):
@@ -133,8 +139,9 @@ def map_and_features(trunk: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channels_of(network: nn.Module) -> int:
-    """Channels of the images that a network takes: those of its first convolution; 3 if it has none."""
-    return next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
+    """Channels of the images that a network takes: what `build_trunk` has noted on its trunk; else 3."""
+    noted: list[Any] = [module.image_channels for module in network.modules() if hasattr(module, "image_channels")]
+    return int(noted[0]) if noted else 3
 
 
 def width_of(trunk: nn.Module) -> int:

@@ -7,6 +7,9 @@ import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 from mixmask.engine.distributed import mean, world
+from mixmask.engine.errors import ConfigError
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @torch.no_grad()
@@ -36,17 +39,30 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> None:
     """Replace the BatchNorm layers inside a model by ones whose statistics are over all ranks; with one rank, a no-op.
 
     On GPUs these are torch's SyncBatchNorm, on CPUs `GlobalBatchNorm`.
+
+    Raises:
+        ConfigError: If a layer fuses BatchNorm with something else (timm's BatchNormAct2d).
     """
     if world().size == 1:
         return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in PLAIN:
+            raise ConfigError(
+                f"sync_bn: this network's {type(module).__name__} does more than batch normalisation, which synchronised "
+                f"layers would drop; set sync_bn=false"
+            )
+    _synchronise(model, device)
+
+
+def _synchronise(model: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         return
     for name, child in model.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(child) in PLAIN:
             setattr(model, name, GlobalBatchNorm.like(child))
         else:
-            synchronise_batchnorm(child, device)
+            _synchronise(child, device)
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from mixmask.engine.wording import did_you_mean
 
 # What pydantic puts into a location for a key that takes one of several forms.
-FORM = re.compile(r"constrained-\w+|float|int|bool|str|(tuple|list)\[.*\]")
+FORM = re.compile(r"constrained-\w+|float|int|bool|str|(tuple|list|literal|function-\w+)\[.*\]")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -87,9 +87,10 @@ def _is_of_the_other_form(problem: Any) -> bool:
     if not forms:
         return False
     whole = forms[-1] == len(problem["loc"]) - 1  # about the value itself, not about an item of the list
-    is_list = isinstance(problem.get("input"), list | tuple)
-    of_lists = str(problem["loc"][forms[-1]]).startswith(("tuple", "list"))
-    return whole and is_list != of_lists
+    given, form = problem.get("input"), str(problem["loc"][forms[-1]])
+    if form.startswith(("literal", "function")):  # a name, or a mapping (``normalization``)
+        return whole and isinstance(given, Mapping) != form.startswith("function")
+    return whole and isinstance(given, list | tuple) != form.startswith(("tuple", "list"))
 
 
 def explain(problem: Any, model: type[BaseModel], sources: Mapping[str, str], path: str, origin: str) -> str:

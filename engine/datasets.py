@@ -42,8 +42,8 @@ class DataRecipe(Recipe):
     arrow files, or a list of several roots, whose images are joined. ``labels: false`` reads all images below a root, at
     any depth and without classes, which is enough for pretraining.
 
-    ``skip_unreadable`` decodes every image once before the run and leaves out those that cannot be read; by default one
-    such image stops the run. ``levels`` are the values of 16-bit images that become 0 and 255. ``label_column`` and
+    ``skip_unreadable`` decodes every image once when the run starts and leaves out those that cannot be read; by default
+    one such image stops the run. ``levels`` are the values of 16-bit images that become 0 and 255. ``label_column`` and
     ``image_column`` name columns of parquet and arrow files where they cannot be found.
     """
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import Self, override
 
-from mixmask.engine.decoding import RGB, Decoding, decode, decode_bytes, header_size
+from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode, decode_bytes, header_size, read_whole
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
 
@@ -228,9 +228,15 @@ class EncodedImages(Images):
         how = Decoding(now.channels if channels is None else channels, now.levels if levels is None else levels)
         return replace(self, decoding=how)
 
+    def ends(self, index: int) -> bytes | None:
+        """The first two and the last two bytes of image ``index``, if they can be had without reading it whole."""
+        return None
+
     @override
     def problem(self, index: int) -> str | None:
         try:
+            if self.ends(index) == JPEG_START + JPEG_END:
+                return None
             return content_problem(self.content(index), self.paths[index], self.decoding)
         except DataError as error:
             return error.one_line()
@@ -242,10 +248,22 @@ class FileImages(EncodedImages):
 
     @override
     def content(self, index: int) -> Tensor:
+        return read_whole(self.paths[index])
+
+    @override
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height from the header. To find truncation, a JPEG's end is read, and any other file is decoded."""
+        path = self.paths[index]
+        problem = file_problem(path, self.decoding)
+        if problem is not None:
+            raise DataError(problem)
+        if path.name.lower().endswith(ARRAYS):
+            return super().size(index)
         try:
-            return torch.from_numpy(np.fromfile(self.paths[index], dtype=np.uint8))
-        except OSError as error:
-            raise DataError(f"{self.paths[index]}: not a readable image ({error.strerror})") from None
+            with Image.open(path) as image:
+                return image.size
+        except Exception as error:  # Pillow's readers raise many types
+            raise DataError(f"{path}: not a readable image ({error})") from None
 
     @override
     def problem(self, index: int) -> str | None:
@@ -281,7 +299,7 @@ class ArrayImages(Images):
 
     def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
         """The same images; RGB can become grey. There are no 16-bit values."""
-        if channels in (None, self.pixels.shape[1]):
+        if channels in (None, 0, self.pixels.shape[1]):
             return self
         if channels != 1 or self.pixels.shape[1] != 3:
             raise DataError(

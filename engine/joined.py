@@ -45,19 +45,24 @@ class JoinedImages(Images):
         several = next((part for part in parts if part.labels.ndim == 2), None)
         if several is not None:
             raise DataError(f"{several.root}: its images have several labels each, so it cannot be joined with others")
-        classes = tuple(sorted({name for part in parts for name in part.classes}))
+        order = {name: label for label, name in enumerate(sorted({name for part in parts for name in part.classes}))}
         labels = []
         for part in parts:
-            new = torch.tensor([classes.index(name) for name in part.classes] or [0], dtype=torch.int64)
+            new = torch.tensor([order[name] for name in part.classes] or [0], dtype=torch.int64)
             labels.append(new[part.labels])
+        held = None
+        if any(part.validation is not None for part in parts):
+            none = [torch.zeros(len(part), dtype=torch.bool) for part in parts]
+            held = torch.cat(
+                [zeros if part.validation is None else part.validation for part, zeros in zip(parts, none)]
+            )
         places = [(number, index) for number, part in enumerate(parts) for index in range(len(part))]
         paths = tuple(path for part in parts for path in part.paths)
         if len({*paths}) < len(paths):
             twice = next(path for path, count in Counter(paths).items() if count > 1)
             raise DataError(f"{twice}: stands in several of the folders that data.root joins")
-        return cls(
-            paths, torch.cat(labels), classes, parts[0].root, tuple(parts), torch.tensor(places, dtype=torch.int64)
-        )
+        where = torch.tensor(places, dtype=torch.int64)
+        return cls(paths, torch.cat(labels), tuple(order), parts[0].root, tuple(parts), where, validation=held)
 
     def place(self, index: int) -> tuple[ImageSet, int]:
         """The set of image ``index``, and its index there."""

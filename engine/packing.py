@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import io
 import os
-import re
+import posixpath
+import shutil
 import tarfile
 import zlib
 from collections import Counter
@@ -19,20 +20,18 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from mixmask.engine.data import open_split
 from mixmask.engine.data.folder import USUAL_SPLITS, is_image
-from mixmask.engine.data.shards import INDEX, Shard, read_index, tars, write_index
+from mixmask.engine.data.shards import INDEX, Shard, read_index, require_plain_text, tars, write_index
 from mixmask.engine.data.zip_file import in_class_folders
-from mixmask.engine.datasets import DataRecipe, Part
-from mixmask.engine.decoding import decode_bytes, header_size
+from mixmask.engine.decoding import AS_THEY_ARE
 from mixmask.engine.errors import DataError, RunFailure, UserError, listed
 from mixmask.engine.images import EncodedImages, ImageSet, content_problem
 from mixmask.engine.joined import JoinedImages
 from mixmask.engine.progress import say, track
+from mixmask.engine.storage import require_output_folder
 
 BLOCK = 512  # bytes: .tar files consist of such blocks
 CHUNK = 256
-OWN = re.compile(r"\.?\d{6}\.tar(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Packed:
         num_shards: How many .tar files.
         num_bytes: Their size.
         left_out: What is wrong with each image that was left out.
+        before: Whether they were packed before.
     """
 
     folder: Path
@@ -52,12 +52,14 @@ class Packed:
     num_shards: int
     num_bytes: int
     left_out: list[str]
+    before: bool = False
 
     def describe(self) -> str:
         """A summary on one line."""
         return (
             f"{self.folder}: {self.num_images:,} images in {self.num_shards:,} shards, {self.num_bytes / 1e6:,.1f} MB"
             + f"; {len(self.left_out):,} unreadable images left out" * bool(self.left_out)
+            + " (packed before)" * self.before
         )
 
 
@@ -65,41 +67,45 @@ def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, ski
     """Write images into .tar shards, in their order, with an index.
 
     The shards hold the files byte for byte; images that are in memory (CIFAR's archives) become PNG. A run on the shards
-    equals a run on the source bit for bit. The index is written last, so shards without one are of a broken-off run; the
-    same call writes them anew.
+    equals a run on the source bit for bit. Everything is written into a hidden folder beside ``out``, which gets its name at
+    the end: a packing that was broken off leaves nothing that could be taken for a whole one.
 
     Args:
         images: What to pack.
-        out: The folder for the shards and the index; empty or new.
+        out: The folder for the shards and the index; empty or new. If it holds the same images already, nothing is done.
         shard_bytes: A shard is closed when it has reached this size.
         quick: Check a JPEG's first and last bytes only; by default every image is decoded.
         skip_unreadable: Leave damaged images out, instead of refusing the whole set.
 
     Raises:
         DataError: If images are damaged; names the first ten.
-        UserError: If ``out`` holds something else, or shards with an index.
+        UserError: If ``out`` holds something else.
         RunFailure: If the disk is full.
     """
-    _require_free(out)
+    check_pack(images, out)
+    if (out / INDEX).exists():
+        there = read_index(out)
+        return Packed(out, len(there), len(there.shards), sum(path.stat().st_size for path in there.shards), [], True)
     names = _names(images)
+    as_they_are = images.with_decoding(channels=0)
 
     def take(index: int) -> tuple[Tensor, str | None]:
         try:
             content = _encoded(images, index)
             if quick:
-                return content, content_problem(content, images.paths[index])
+                return content, content_problem(content, images.paths[index], AS_THEY_ARE)
             if images.array() is None:
-                _require_readable(content, images.paths[index])
+                as_they_are.read(index)
         except DataError as error:
             return torch.empty(0, dtype=torch.uint8), error.one_line()
         return content, None
 
-    writer, problems, kept = _Writer(out, shard_bytes), list[str](), list[int]()
+    temporary = out.absolute().with_name(f".{out.name}.packing")
+    writer, problems, kept = _Writer(temporary, shard_bytes), list[str](), list[int]()
     chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():  # of a broken-off run
-            path.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)  # of a packing that was broken off
+        temporary.mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(writer):
             taken = ([*zip(chunk, pool.map(take, chunk), strict=True)] for chunk in chunks)
             for chunk in track(f"{out.name}: packing images", taken, len(chunks), CHUNK):
@@ -120,7 +126,7 @@ def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, ski
             writer.finish()
         chosen = images.subset(kept) if problems else images
         write_index(
-            out,
+            temporary,
             writer.shards,
             torch.tensor(writer.members, dtype=torch.int64),
             [names[index] for index in kept],
@@ -128,30 +134,32 @@ def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, ski
             chosen.classes,
             chosen.validation,
         )
+        os.replace(temporary, out)
     except OSError as error:
-        raise RunFailure(
-            f"{out}: the shards cannot be written ({error.strerror or error}); the same command starts anew"
-        ) from None
+        raise RunFailure(f"{out}: the shards cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return Packed(out, len(kept), len(writer.shards), sum(shard.size for shard in writer.shards), problems)
 
 
-def _require_readable(content: Tensor, name: Path) -> None:
-    if name.suffix.lower() == ".npy":  # of any number of channels
-        header_size(content, name)
-    else:
-        decode_bytes(content, name)
+def check_pack(images: ImageSet, out: Path) -> None:
+    """Refuse, before anything is written, what `pack` could not do.
 
-
-def _require_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder for the shards")
+    Raises:
+        UserError: If ``out`` is a file, or a folder with other content; or if a name cannot be written.
+    """
+    require_plain_text(images.root, images.classes)
+    _names(images)
+    require_output_folder(out)
+    if not out.is_dir():
+        return
     if (out / INDEX).exists():
-        raise UserError(f"{out}: holds packed images already ({INDEX}); name another folder, or delete it")
-    others = [path.name for path in out.iterdir() if not OWN.fullmatch(path.name)] if out.is_dir() else []
+        if read_index(out).summary() != images.summary():
+            raise UserError(f"{out}: holds other packed images ({INDEX}); name another folder, or delete it")
+        return
+    others = sorted(path.name for path in out.iterdir())
     if others:
-        raise UserError(
-            f"{out}: holds other files ({', '.join(sorted(others)[:3])}); name an empty folder for the shards"
-        )
+        raise UserError(f"{out}: is not empty ({', '.join(others[:3])}); name an empty folder for the shards")
 
 
 def _encoded(images: ImageSet, index: int) -> Tensor:
@@ -178,10 +186,14 @@ def _names(images: ImageSet) -> list[str]:
         names.append(name)
     counted = Counter(names)
     names = [name if counted[name] == 1 else f"{index:08d}/{name}" for index, name in enumerate(names)]
-    strange = next((name for name in names if "\n" in name), None)
-    if strange is not None:
-        raise DataError(f"{images.root}: the name {strange!r} has a line break; rename the file")
+    _require_names(images.root, names)
     return names
+
+
+def _require_names(where: Path, names: Sequence[str]) -> None:
+    strange = next((name for name in names if "\n" in name or "\0" in name), None)
+    if strange is not None:
+        raise DataError(f"{where}: the name {strange!r} has a line break; rename the file")
 
 
 class _Writer:
@@ -278,12 +290,22 @@ def index_shards(folder: Path) -> Packed:
             if ending == "cls":
                 classes[stem] = content.decode("utf-8", "replace").strip()
             elif is_image(member.name.rpartition("/")[2]):
+                if member.name in found:
+                    raise DataError(f"{file}: {member.name} is in it more than once")
                 found[member.name] = (member.offset_data, member.size, zlib.crc32(content))
+        samples = Counter(_split(name)[0] for name in found)
+        several = next((stem for stem, count in samples.items() if count > 1), None)
+        if several is not None and classes:  # without .cls files, x.jpg and x.png are two images
+            both = [name for name in found if _split(name)[0] == several]
+            raise DataError(
+                f"{file}: {' and '.join(both[:3])} are images of one sample; shards with one image each can be read"
+            )
         for name, place in found.items():
-            names.append(name.removeprefix("./"))
+            names.append(posixpath.normpath(name))
             members.append((number, *place))
             said.append(classes.get(_split(name)[0]))
         shards.append(_described(file, file.name))
+    _require_names(folder, names)
     if not names:
         raise DataError(f"{folder}: no images in its {len(files)} .tar files")
     labels, order = _labels(folder, names, said)
@@ -304,10 +326,19 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _walk(file: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    last = "no file"
+    """Every file in a .tar file, with its content.
+
+    Raises:
+        DataError: If it is compressed, truncated or damaged, or holds links to images.
+    """
+    last, end = "no file", 0
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
+                if (member.islnk() or member.issym()) and is_image(member.name.rpartition("/")[2]):
+                    raise DataError(
+                        f"{file}: {member.name} is a link to {member.linkname}; pack files instead of links"
+                    )
                 if not member.isreg():
                     continue
                 opened = tar.extractfile(member)
@@ -317,16 +348,23 @@ def _walk(file: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     raise DataError(f"{file}: truncated inside of {member.name}")
                 last = member.name
                 yield member, content
-    except tarfile.CompressionError as error:
-        raise DataError(f"{file}: {error}") from None
-    except tarfile.ReadError as error:
-        with file.open("rb") as opened_file:
-            packed = opened_file.read(2) == b"\x1f\x8b"
+            end = tar.offset
+    except tarfile.TarError as error:
+        with file.open("rb") as head:
+            packed = head.read(2) == b"\x1f\x8b"
         raise DataError(
             f"{file}: compressed, so single images cannot be read; unpack it to a plain .tar"
             if packed
-            else f"{file}: truncated or not a .tar file ({error}); {last} is the last whole one"
+            else f"{file}: truncated or not a .tar file ({error}); {last} is the last whole file in it"
         ) from None
+    # tarfile takes a damaged header for the end. At the true end there are two blocks of zeros, and nothing after them.
+    with file.open("rb") as rest:
+        rest.seek(end)
+        first = rest.read(BLOCK)
+        if len(first) < BLOCK or any(first) or any(any(piece) for piece in iter(lambda: rest.read(1 << 20), b"")):
+            raise DataError(
+                f"{file}: truncated or damaged after {last} (at byte {end:,}), which is the last whole file in it"
+            )
 
 
 def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
@@ -336,9 +374,6 @@ def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> t
         if absent is not None:
             raise DataError(f"{folder}: {absent} has no .cls file beside it, and other images have one")
         classes = [str(one) for one in said]
-        if all(re.fullmatch(r"\d{1,9}", one) for one in classes):  # sorted as numbers
-            width = max(map(len, classes))
-            classes = [one.zfill(width) for one in classes]
     else:
         pairs, order = in_class_folders(names)
         if len(pairs) != len(names):
@@ -348,10 +383,3 @@ def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> t
         return torch.tensor([label_of[name] for name in names], dtype=torch.int64), order
     found = {name: label for label, name in enumerate(sorted({*classes}))}
     return torch.tensor([found[name] for name in classes], dtype=torch.int64), tuple(found)
-
-
-def pack_split(data: DataRecipe, part: Part, out: Path, shard_bytes: int, quick: bool, skip_unreadable: bool) -> Packed:
-    """Pack one part of a data set; see `pack`."""
-    packed = pack(open_split(data, part), out, shard_bytes, quick, skip_unreadable)
-    read_index(out)
-    return packed

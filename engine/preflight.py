@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,23 +112,29 @@ def find_splits(root: Path, layout: str | None = None, labels: bool = True) -> l
     return splits
 
 
-def split_recipe(root: Path, name: str, layout: str | None = None, labels: bool = True) -> tuple[DataRecipe, Part]:
+def split_recipe(root: Path, name: str, **keys: Any) -> tuple[DataRecipe, Part]:
     """What opens one of the splits that `find_splits` found.
+
+    Args:
+        root: The data set.
+        name: The split.
+        keys: Further keys of the recipe: ``layout``, ``labels``, ``image_column``, ``label_column``.
 
     Raises:
         DataError: If there is no such split.
     """
-    if not (root / name).exists() and name not in (there := find_splits(root, layout, labels)):
+    there = find_splits(root, keys.get("layout"), keys.get("labels", True)) if not (root / name).exists() else [name]
+    if name not in there:
         raise DataError(f"{root}: no split '{name}'; there are: {', '.join(there)}")
     others = [split for split in USUAL_SPLITS if split != name]
     # Where splits are no folders, "train" and "test" are the only names.
     train = name if name == "train" or ((root / name).exists() and not (root / "train").is_dir()) else "train"
     test = name if name != train else others[0]
-    data = DataRecipe(name="data", root=str(root), train=train, test=test, layout=layout, labels=labels)
+    data = DataRecipe(name="data", root=str(root), train=train, test=test, **keys)
     return data, "train" if name == train else "test"
 
 
-def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None, labels: bool = True) -> SplitReport:
+def inspect_split(root: Path, name: str, quick: bool, **keys: Any) -> SplitReport:
     """Read every image of a split, with one thread per core.
 
     Args:
@@ -135,14 +142,13 @@ def inspect_split(root: Path, name: str, quick: bool, layout: str | None = None,
         name: The split's folder.
         quick: Read only the header and the end of a JPEG. This finds its size and truncation, but not damage in
             between. Other files are decoded all the same.
-        layout: The kind of data; by default the one that recognises ``root``.
-        labels: Whether images must lie in class folders.
+        keys: As `split_recipe` takes them.
 
     Raises:
         DataError: If the split's folder is not one with images in class folders.
     """
-    data, part = split_recipe(root, name, layout, labels)
-    images = open_split(data, part)
+    data, part = split_recipe(root, name, **keys)
+    images = open_split(data, part).with_decoding(channels=0)  # whatever the channels are
     sizes: Counter[tuple[int, int]] = Counter()
     damaged: list[str] = []
     # In chunks, so that the progress bar moves while the threads read.
@@ -170,8 +176,13 @@ def _decoded(images: ImageSet, index: int) -> tuple[int, int]:
     return width, height
 
 
+def unlabelled_splits(root: Path, splits: Sequence[str]) -> list[str]:
+    """The splits without class folders, like Tiny-ImageNet's ``test``, which are left out where labels are wanted."""
+    return [name for name in splits if is_unlabelled(root / name)]
+
+
 def check_data(
-    root: Path, splits: Sequence[str], quick: bool, layout: str | None = None, labels: bool = True
+    root: Path, splits: Sequence[str], quick: bool, **keys: Any
 ) -> tuple[list[SplitReport], list[str], list[str]]:
     """Inspect every split, and check that all have the same classes.
 
@@ -180,9 +191,9 @@ def check_data(
         labels, as Tiny-ImageNet's ``test``.
     """
     root = root.expanduser()
-    without = [name for name in splits if labels and is_unlabelled(root / name)]
+    without = unlabelled_splits(root, splits) if keys.get("labels", True) else []
     labelled = [name for name in splits if name not in without]
-    reports = [inspect_split(root, name, quick, layout, labels) for name in labelled]
+    reports = [inspect_split(root, name, quick, **keys) for name in labelled]
     if not reports:
         raise DataError(f"{root / without[0]}: holds images without class folders; nothing to train or test with")
     problems = [problem for report in reports for problem in report.damaged]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmask.engine.errors import DataError
+from mixmask.engine.errors import DataError, RunFailure
 
 MOST_OPEN = 128  # systems allow a process some 1,000 open files
 
@@ -34,13 +34,20 @@ def read_at(path: Path, offset: int, size: int, what: Path) -> Tensor:
 
     Raises:
         DataError: If the file is missing or ends before.
+        RunFailure: If the system cannot read it (a disk or a network that fails).
     """
     content = torch.empty(size, dtype=torch.uint8)
+    rest, num = memoryview(content.numpy().data), 0
     try:
-        # A worker process shares its parent's open file, but a positioned read does not move the shared position.
-        num = os.preadv(_open(path).fileno(), [content.numpy().data], offset)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{what}: cannot be read from {path} ({getattr(error, 'strerror', None) or error})") from None
+        file = _open(path)
+        # A worker process shares its parent's open file, but a positioned read does not move the shared position. One call
+        # may return fewer bytes than there are.
+        while num < size and (more := os.preadv(file.fileno(), [rest[num:]], offset + num)):
+            num += more
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{path}: {error.strerror} (for {what})") from None
+    except OSError as error:
+        raise RunFailure(f"{path}: cannot be read ({error.strerror or error}; for {what})") from None
     if num != size:
         raise DataError(
             f"{path}: truncated; it ends inside of {what} ({size:,} bytes from {offset:,} on, {num:,} are there)"

@@ -12,35 +12,34 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-from mixmask.engine.distributed import from_first, world
+from mixmask.engine.distributed import agreed, from_first, gather_to_rank0, on_rank0, world
 from mixmask.engine.errors import DataError, Told
-from mixmask.engine.images import Images
+from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say, track
 from mixmask.engine.storage import write_text
+
+S = TypeVar("S", bound=ImageSet)
 
 CHUNK = 256
 MOST_TOLD = 100  # names in the log
 
 
-def readable(images: Images) -> Images:
+def readable(images: S) -> S:
     """The images that can be decoded; the names of the others are told, and stand in the cache.
 
-    With several processes rank 0 decodes, so all must call this.
+    A collective operation: all ranks must call it, and each decodes its share.
 
     Raises:
-        DataError: If none can be decoded.
+        DataError: If none can be decoded. With several ranks, an error of one ends all (see `agreed`).
     """
-    # An error on rank 0 alone would leave the other ranks waiting: it is sent to them and raised everywhere.
-    found: tuple[list[tuple[int, str]], Told | None] = ([], None)
-    if world().is_writer:
-        try:
-            found = (_unreadable(images), None)
-        except Told as error:
-            found = ([], error)
-    problems, refused = from_first(found)
-    if refused is not None:
-        raise refused
+    file = _folder() / f"unreadable-{_digest(images)}.json"
+    known = from_first(_remembered(file, len(images)) if world().is_writer else None)
+    problems = agreed(lambda: _decoded(images)) if known is None else known
+    if known is None:
+        problems = sorted(problem for part in from_first(gather_to_rank0(problems)) for problem in part)
+    on_rank0(lambda: _tell(images, problems, file, new=known is None))
     if not problems:
         return images
     if len(problems) == len(images):
@@ -49,15 +48,16 @@ def readable(images: Images) -> Images:
     return images.subset([index for index in range(len(images)) if index not in without])
 
 
-def _unreadable(images: Images) -> list[tuple[int, str]]:
-    """Indices of the images that cannot be decoded, and why."""
+def _digest(images: ImageSet) -> str:
     digest = hashlib.sha256(repr(getattr(images, "decoding", None)).encode())
     for path, state in zip(images.paths, images.states(), strict=True):
         digest.update(os.fsencode(path) + f" {state}\n".encode())
-    file = _folder() / f"unreadable-{digest.hexdigest()[:24]}.json"
-    problems = _remembered(file, len(images))
-    if problems is None:
-        problems = _decoded(images)
+    return digest.hexdigest()[:24]
+
+
+def _tell(images: ImageSet, problems: list[tuple[int, str]], file: Path, new: bool) -> None:
+    """Say which images are left out, and remember them."""
+    if new:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps({"num_images": len(images), "unreadable": problems}))
@@ -65,16 +65,18 @@ def _unreadable(images: Images) -> list[tuple[int, str]]:
             say(
                 f"{images.root}: what cannot be read is not remembered ({error}); the next start decodes all images again"
             )
-    if problems:
-        say(f"{images.root}: {len(problems):,} of {len(images):,} images cannot be read and are left out:")
-        for _, problem in problems[:MOST_TOLD]:
-            say(f"  {problem}")
-        if len(problems) > MOST_TOLD:
-            say(f"  … and {len(problems) - MOST_TOLD:,} more; all are in {file}")
-    return problems
+    if not problems:
+        return
+    say(f"{images.root}: {len(problems):,} of {len(images):,} images cannot be read and are left out:")
+    for _, problem in problems[:MOST_TOLD]:
+        say(f"  {problem}")
+    if len(problems) > MOST_TOLD:
+        say(f"  … and {len(problems) - MOST_TOLD:,} more; all are in {file}")
 
 
-def _decoded(images: Images) -> list[tuple[int, str]]:
+def _decoded(images: ImageSet) -> list[tuple[int, str]]:
+    """Decode this rank's share; indices of the images that cannot be decoded, and why."""
+
     def look(index: int) -> str | None:
         try:
             images.read(index)
@@ -83,7 +85,8 @@ def _decoded(images: Images) -> list[tuple[int, str]]:
         return None
 
     problems: list[tuple[int, str]] = []
-    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
+    mine = range(world().rank, len(images), world().size)
+    chunks = [mine[start : start + CHUNK] for start in range(0, len(mine), CHUNK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looks = ([*zip(chunk, pool.map(look, chunk), strict=True)] for chunk in chunks)
         for chunk in track(f"{images.root.name}: reading images", looks, len(chunks), CHUNK):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,13 @@ class RowImages(EncodedImages):
     rows: Tensor
 
     @override
+    def problem(self, index: int) -> str | None:
+        """Only what is read for it anyway: looking into every image of a table would read it whole."""
+        if self.files[int(self.rows[index, 0])].suffix == ".parquet":
+            return None
+        return super().problem(index)
+
+    @override
     def content(self, index: int) -> Tensor:
         file, group, row = self.rows[index].tolist()
         value = _group(self.files[file], self.column, group)[row]
@@ -72,12 +79,14 @@ def rows_of(root: Path, split: str, files: list[Path], data: DataRecipe) -> RowI
     with _lock:
         for key in [key for key in _groups if key[0] in files]:  # they may be others than before
             del _groups[key]
+        for file in files:
+            _tables.pop(file, None)
     schema = _Opened.of(files[0]).schema
     names = _class_names(schema, files[0])
     image = _image_column(files[0], schema, data.image_column)
     label = _label_column(files[0], schema, data.label_column, names) if data.labels else None
     values: list[Any] = []
-    paths: list[Path] = []
+    given: list[str] = []
     rows: list[tuple[int, int, int]] = []
     for number, file in enumerate(files):
         opened = _Opened.of(file)
@@ -86,21 +95,28 @@ def rows_of(root: Path, split: str, files: list[Path], data: DataRecipe) -> RowI
                 raise DataError(f"{file}: has no column '{column}', which {files[0].name} has")
         if label is not None:
             values += opened.values(label)
-        # Without a name of its own, an image is named by its file and row, so names stay unique.
-        given = opened.names(image)
-        position = 0
-        for group, size in enumerate(opened.groups):
-            for row in range(size):
-                name = given[position] if given else None
-                paths.append(root / split / (Path(name).name if name else f"{file.stem}-{position:08d}"))
-                rows.append((number, group, row))
-                position += 1
+        before = len(rows)
+        rows += [(number, group, row) for group, size in enumerate(opened.groups) for row in range(size)]
+        # Without a name of its own, an image is named by its file and row.
+        found = opened.names(image) or [None] * (len(rows) - before)
+        given += [
+            Path(name.replace("\0", "")).name or "image" if name else f"{file.stem}-{place:08d}"
+            for place, name in enumerate(found)
+        ]
     if not rows:
         raise DataError(f"{files[0]}: no rows")
+    if len(given) != len(rows) or (label is not None and len(values) != len(rows)):
+        raise DataError(f"{files[0]}: damaged; its columns have different numbers of rows")
     labels, classes = _labels(files[0], label, values, names.get(label or "", ()))
+    if label is None:
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+    # As in folders of classes, so that the digest of the names is the same. Names may repeat within a class.
+    inner = [f"{classes[one]}/{name}" if classes else name for one, name in zip(labels.tolist(), given, strict=True)]
+    counted = Counter(inner)
+    paths = [root / split / (name if counted[name] == 1 else f"{place:08d}/{name}") for place, name in enumerate(inner)]
     return RowImages(
         tuple(paths),
-        labels if label is not None else torch.zeros(len(rows), dtype=torch.int64),
+        labels,
         classes,
         root / split,
         files=tuple(files),
@@ -124,9 +140,9 @@ class _Opened:
                 table = pq.ParquetFile(file)
                 sizes = tuple(table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups))
                 return cls(file, table.schema_arrow, sizes)
-            mapped = _mapped(file)
-            return cls(file, mapped.schema, tuple(len(batch) for batch in mapped.to_batches()))
-        except (pa.ArrowException, OSError) as error:
+            batches = _batches(file)
+            return cls(file, _mapped(file).schema, tuple(len(batch) for batch in batches))
+        except Exception as error:  # pyarrow raises many types on a damaged file
             raise DataError(f"{file}: truncated or not a table ({_first_line(error)})") from None
 
     def values(self, column: str) -> list[Any]:
@@ -137,7 +153,7 @@ class _Opened:
                 found: list[Any] = table[column].to_pylist()
             else:
                 found = _mapped(self.file)[column].to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:
             raise DataError(f"{self.file}: damaged in column '{column}' ({_first_line(error)})") from None
         return found
 
@@ -152,20 +168,33 @@ class _Opened:
                 table = pq.ParquetFile(self.file).read(columns=[f"{column}.path"], use_threads=False)
                 found = [None if one is None else one["path"] for one in table[column].to_pylist()]
             else:
-                paths = _mapped(self.file)[column].combine_chunks().flatten()
-                found = paths[kind.get_field_index("path")].to_pylist()
-        except (pa.ArrowException, OSError) as error:
+                chunks = _mapped(self.file)[
+                    column
+                ].chunks  # each by itself: joined, they would be copied with all bytes
+                found = [name for chunk in chunks for name in chunk.field("path").to_pylist()]
+        except Exception as error:
             raise DataError(f"{self.file}: damaged in column '{column}' ({_first_line(error)})") from None
         return found
 
 
+_tables: dict[Path, pa.Table] = {}  # mapped into memory, which takes none
+
+
 def _mapped(file: Path) -> pa.Table:
-    with pa.memory_map(str(file)) as source:
-        try:
-            return pa.ipc.open_stream(source).read_all()  # Hugging Face's form
-        except pa.ArrowInvalid:
+    if file not in _tables:
+        with pa.memory_map(str(file)) as source:
+            is_file = source.read(6) == b"ARROW1"
             source.seek(0)
-            return pa.ipc.open_file(source).read_all()
+            # Hugging Face writes streams.
+            table = pa.ipc.open_file(source).read_all() if is_file else pa.ipc.open_stream(source).read_all()
+        # Damaged offsets would make Arrow read outside of the file.
+        table.validate(full=True)
+        _tables[file] = table
+    return _tables[file]
+
+
+def _batches(file: Path) -> list[pa.RecordBatch]:
+    return list(_mapped(file).to_batches())
 
 
 _groups: OrderedDict[tuple[Path, str, int], Any] = OrderedDict()
@@ -184,8 +213,8 @@ def _group(file: Path, column: str, group: int) -> Any:
                 found = pq.ParquetFile(file).read_row_group(group, columns=[column], use_threads=False)[column]
                 found = found.combine_chunks() if found.num_chunks != 1 else found.chunk(0)
             else:
-                found = _mapped(file).to_batches()[group].column(column)
-        except (pa.ArrowException, OSError) as error:
+                found = _batches(file)[group].column(column)
+        except Exception as error:
             raise DataError(f"{file}: damaged in row group {group} ({_first_line(error)})") from None
         _groups[key] = found
         while len(_groups) > (MOST_GROUPS if file.suffix == ".parquet" else 4096):  # maps take no memory
@@ -246,7 +275,9 @@ def _image_column(file: Path, schema: pa.Schema, asked: str | None) -> str:
 
 def _label_column(file: Path, schema: pa.Schema, asked: str | None, classes: dict[str, tuple[str, ...]]) -> str | None:
     def is_label(field: pa.Field) -> bool:
-        return bool(pa.types.is_integer(field.type) or pa.types.is_string(field.type))
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        return bool(is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
     if asked is not None:
         if asked not in schema.names or not is_label(schema.field(asked)):
@@ -255,8 +286,13 @@ def _label_column(file: Path, schema: pa.Schema, asked: str | None, classes: dic
                 f"{', '.join(field.name for field in schema if is_label(field)) or 'none'}"
             )
         return asked
-    usual = [name for name in LABELS if name in schema.names and is_label(schema.field(name))]
+    usual = [name for name in LABELS if name in schema.names]
     if usual:
+        if not is_label(schema.field(usual[0])):
+            raise DataError(
+                f"{file}: its column '{usual[0]}' is of {schema.field(usual[0]).type}, which is no class; "
+                f"data.label_column names another one, and data.labels=false reads images without classes"
+            )
         return usual[0]
     named = [name for name in classes if name in schema.names]
     return named[0] if len(named) == 1 else None
@@ -270,15 +306,15 @@ def _labels(
         return torch.zeros(0, dtype=torch.int64), ()
     if any(value is None for value in values):
         raise DataError(f"{file}: {sum(value is None for value in values):,} rows have no value in column '{column}'")
+    if len({*names}) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{file}: two classes of column '{column}' are called {twice!r}")
     if names:
         wrong = next((value for value in values if not isinstance(value, int) or not 0 <= value < len(names)), None)
         if wrong is not None:
             raise DataError(f"{file}: the label {wrong!r} in column '{column}' is not one of its {len(names)} classes")
         texts = [names[value] for value in values]
-        every = names
     else:
-        width = max(len(str(value)) for value in values)
-        texts = [str(value).zfill(width) if isinstance(value, int) else str(value) for value in values]
-        every = tuple({*texts})
-    order = {name: label for label, name in enumerate(sorted({*every}))}
+        texts = [str(value) for value in values]
+    order = {name: label for label, name in enumerate(sorted({*(names or texts)}))}
     return torch.tensor([order[text] for text in texts], dtype=torch.int64), tuple(order)

@@ -8,7 +8,7 @@ from torch import nn
 from mixmask.engine import distributed
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages, require_same_classes
-from mixmask.engine.errors import ConfigError
+from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import BatchPlan, check_crop
 from mixmask.engine.precision import require_memory
@@ -63,14 +63,17 @@ def _monitored(recipe: PretrainRecipe, train: ImageSet, open_images: OpenImages)
             f"labelled data set"
         )
     channels = recipe.backbone.in_channels
-    bank = train if own else open_images(data, "train").with_decoding(channels)
-    queries = open_images(data, "test").with_decoding(channels)
+    try:
+        bank = train if own else open_images(data, "train").with_decoding(channels)
+        queries = open_images(data, "test").with_decoding(channels)
+        require_same_classes(bank, queries, data.allow_overlap)
+    except DataError as error:
+        raise error if own else DataError(*(f"monitor.data: {line}" for line in error.args)) from None
     if bank.labels.ndim == 2:
         raise ConfigError(
             f"monitor: the images of '{data.name}' have several labels each, which kNN cannot be tested on; set "
             f"monitor=null"
         )
-    require_same_classes(bank, queries, data.allow_overlap)
     return Monitored(bank, queries, data)
 
 

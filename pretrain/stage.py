@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mixmask.engine.loader import Batch, BatchPlan, open_source
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
+from mixmask.engine.readable import readable
 from mixmask.engine.records import Record, environment
 from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
@@ -186,12 +187,28 @@ def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> 
 
 
 def run(plan: PretrainPlan) -> Path:
-    """Carry out a plan, from its checkpoint if there is one.
+    """Carry out a plan, from its checkpoint if there is one. Every rank must call it.
 
     Returns:
         The path of ``backbone.safetensors``. A finished run is not trained again.
     """
-    return carry_out(plan)
+    return carry_out(_of_readable_images(plan))
+
+
+def _of_readable_images(plan: PretrainPlan) -> PretrainPlan:
+    """The plan without images that cannot be read, if the recipe wants them left out (``data.skip_unreadable``)."""
+    recipe, train, monitored = plan.recipe, plan.train_images, plan.monitored
+    if recipe.data.skip_unreadable:
+        train = readable(train)
+    if monitored is not None and monitored.data.skip_unreadable:
+        own = monitored.bank is plan.train_images
+        monitored = replace(
+            monitored, bank=train if own else readable(monitored.bank), queries=readable(monitored.queries)
+        )
+    if train is plan.train_images and monitored is plan.monitored:
+        return plan
+    batches = distributed.agreed(lambda: replace(plan.batches, num_images=len(train)))
+    return replace(plan, train_images=train, monitored=monitored, batches=batches)
 
 
 def _finish(

@@ -142,7 +142,10 @@ def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str)
         "listing": images.summary()["listing"],
         "places": places.hexdigest(),
         "view": [view.resize, view.crop, view.interpolation],
-        "normalization": setting.normalization,
+        "normalization": setting.normalization
+        if isinstance(setting.normalization, str)
+        else setting.normalization.model_dump(mode="json"),
+        **({} if recipe.data.levels is None else {"levels": recipe.data.levels}),
         "precision": recipe.precision,
         "dtype": recipe.feature_dtype,
         "storage": recipe.data.storage,  # resident images are resized on the device, and rounded otherwise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from typing_extensions import override
 
 from mixmask.engine import distributed
 from mixmask.engine.config import fingerprint_of, fingerprinted, identity
-from mixmask.engine.datasets import other_classes
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe, Part, other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
+from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.normalization import Normalization, statistics_of
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
+from mixmask.engine.readable import readable
 from mixmask.engine.records import Record, environment, finished_record
 from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
@@ -154,13 +158,17 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
             f"protocol {recipe.protocol}: this backbone takes images of {info.in_channels} channels, and the protocol reads "
             f"RGB images only"
         )
-    train, test = recipe.open()
-    if info.in_channels != 3:
-        train, test = train.with_decoding(info.in_channels), test.with_decoding(info.in_channels)
+    train, test = recipe.open(partial(_opened, info.in_channels)) if recipe.takes_any_channels else recipe.open()
     plan = TransferPlan(recipe, fingerprint, run, device, source, train, test)
     if recipe.takes_any_channels:
         _check_statistics(plan)
     return plan
+
+
+def _opened(channels: int, data: DataRecipe, part: Part) -> ImageSet:
+    """Images as the backbone takes them."""
+    images = open_split(data, part)
+    return images if channels == 3 else images.with_decoding(channels)
 
 
 def _check_statistics(plan: TransferPlan) -> None:
@@ -196,7 +204,19 @@ def locate(recipe: TransferRecipe, parent: str, runs: Path, explicit: Path | Non
 
 def run(plan: TransferPlan) -> Record:
     """Carry out a plan, resuming from its checkpoint if there is one. A finished run is not run again."""
-    return carry_out(plan)
+    return carry_out(_of_readable_images(plan))
+
+
+def _of_readable_images(plan: TransferPlan) -> TransferPlan:
+    """The plan without images that cannot be read, if the recipe wants them left out (``data.skip_unreadable``)."""
+    if not getattr(plan.recipe.data, "skip_unreadable", False):
+        return plan
+    if not isinstance(plan.train, Images) or not isinstance(plan.test, Images):
+        raise ConfigError(
+            f"data.skip_unreadable: protocol {plan.recipe.protocol} cannot leave images out; leave it out"
+        )
+    test = readable(plan.test)
+    return replace(plan, train=test if plan.train is plan.test else readable(plan.train), test=test)
 
 
 def _labels(plan: TransferPlan) -> dict[str, Any]:

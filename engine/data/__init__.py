@@ -12,7 +12,6 @@ from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.joined import JoinedImages
 from mixmask.engine.randomness import draw_per_class
-from mixmask.engine.readable import readable
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text
 from mixmask.engine.wording import closest_first
@@ -32,7 +31,7 @@ def open_split(data: DataRecipe, part: Part) -> ImageSet:
     images = _held_out(data, part) if data.holdout else _opened(data, part)
     if data.levels is not None:
         images = images.with_decoding(levels=data.levels)
-    return readable(images) if data.skip_unreadable else images
+    return images
 
 
 def _opened(data: DataRecipe, part: Part) -> Images:

@@ -13,14 +13,14 @@ import torch
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
-from mixmask.engine.decoding import EXTENSIONS
+from mixmask.engine.decoding import ARRAYS, EXTENSIONS
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
 
 USUAL_SPLITS = ("train", "val", "test")
 NO_CLASSES = (
     "holds images, and no folder per class. If it is one class of several, name the folder above it; for pretraining, "
-    "data.labels=false reads images without classes"
+    "data.labels=false (--no-labels) reads images without classes"
 )
 
 
@@ -54,7 +54,7 @@ class Folders(DataKind):
         raise DataError(
             f"{path}: no such folder (data.{part} of '{data.name}'), and no archive that is known. "
             f"Folders there: {', '.join(present) or 'none'}"
-            + "; data.labels=false reads all images below, without classes"
+            + "; data.labels=false (--no-labels) reads all images below, without classes"
             * (part == "train" and bool(present))
         )
 
@@ -98,13 +98,20 @@ def all_images(path: Path) -> FileImages:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
     found: list[str] = []
+    seen: set[tuple[int, int]] = set()
 
     def unreadable(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}")
 
     for folder, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in files if is_image(name)]
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:  # a link to a folder above, or to one that was read already
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.join(folder, name) for name in files if is_image(name) or is_array(name)]
+    found = without_side_arrays(found)
     if not found:
         raise DataError(f"{path}: no images in it or below it ({', '.join(EXTENSIONS)})")
     return FileImages(tuple(map(Path, sorted(found))), torch.zeros(len(found), dtype=torch.int64), (), path)
@@ -115,6 +122,25 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
+def is_array(name: str) -> bool:
+    """Whether a file may be an image that is kept as an array."""
+    return name.lower().endswith(ARRAYS) and not name.startswith(".")
+
+
+def without_side_arrays(names: list[str]) -> list[str]:
+    """The names without arrays, unless all are arrays: features and masks often lie beside images."""
+    images = [name for name in names if not name.lower().endswith(ARRAYS)]
+    return images or names
+
+
+def holds_class_folders(root: Path, data: DataRecipe) -> bool:
+    """Whether ``root`` has folders of classes for the training split, so that it is no other kind of data."""
+    split = root / data.train
+    if split.is_dir():
+        return any(images_in(split / name) or (split / name / "images").is_dir() for name in class_folders(split)[:3])
+    return is_only_split(root)
+
+
 def class_folders(path: Path) -> tuple[str, ...]:
     """Names of the folders in a folder, sorted."""
     return tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")))
@@ -122,7 +148,8 @@ def class_folders(path: Path) -> tuple[str, ...]:
 
 def images_in(folder: Path) -> list[str]:
     """Names of the image files in a folder, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if is_image(entry.name))
+    names = [entry.name for entry in os.scandir(folder) if is_image(entry.name) or is_array(entry.name)]
+    return sorted(without_side_arrays(names))
 
 
 def image_folder(path: Path) -> FileImages:
@@ -135,7 +162,7 @@ def image_folder(path: Path) -> FileImages:
     if not classes:
         raise DataError(
             f"{path}: no class folders. Expected one folder per class with images ({', '.join(EXTENSIONS)}); "
-            f"data.labels=false reads images without classes"
+            f"data.labels=false (--no-labels) reads images without classes"
         )
     paths: list[Path] = []
     labels: list[int] = []
@@ -146,8 +173,8 @@ def image_folder(path: Path) -> FileImages:
         files = images_in(folder)
         if not files:
             raise DataError(
-                f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)}); data.labels=false reads images "
-                f"at any depth, without classes"
+                f"{folder}: class folder without images (expected {', '.join(EXTENSIONS)}); data.labels=false (--no-labels) "
+                f"reads images at any depth, without classes"
             )
         paths.extend(folder / file for file in files)
         labels.extend([label] * len(files))

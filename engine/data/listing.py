@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from mixmask.engine.data.folder import holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError, listed
 from mixmask.engine.images import FileImages
@@ -32,7 +33,7 @@ class Lists(DataKind):
 
     @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:
-        return _is_list(root) or _is_list(root / data.train)
+        return _is_list(root) or (_is_list(root / data.train) and not holds_class_folders(root, data))
 
     @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> FileImages:
@@ -43,6 +44,8 @@ class Lists(DataKind):
                     f"data.root be the folder and data.train and data.test the names of two lists in it"
                 )
             return listed_images(root)
+        if not root.is_dir():
+            raise DataError(f"{root}: not a list of images ({', '.join(ENDINGS)})")
         name = data.train if part == "train" else str(data.test)
         if not _is_list(root / name):
             there = sorted(path.name for path in root.iterdir() if _is_list(path))
@@ -122,6 +125,5 @@ def _fields(file: Path, lines: list[str]) -> tuple[list[str], list[str]]:
     numbered = [NUMBERED.fullmatch(line.strip()) for line in lines]
     if all(numbered):
         found = [match.groups() for match in numbered if match is not None]
-        width = max(len(number) for _, number in found)
-        return [path for path, _ in found], [number.zfill(width) for _, number in found]
+        return [path for path, _ in found], [number for _, number in found]
     return [line.strip() for line in lines], []

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import Self, override
 
-from mixmask.engine.data.folder import USUAL_SPLITS
+from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import EncodedImages
@@ -35,8 +35,8 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    size: int
+    name: str = Field(min_length=1, pattern=r"^[^/\x00]+$")
+    size: int = Field(ge=0, lt=1 << 60)
     sha256: str
 
 
@@ -56,7 +56,7 @@ class Shards(DataKind):
 
     @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:
-        return _has_shards(root) or _has_shards(root / data.train)
+        return _has_shards(root) or (_has_shards(root / data.train) and not holds_class_folders(root, data))
 
     @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> ShardImages:
@@ -68,6 +68,8 @@ class Shards(DataKind):
                 f"{folder}: no shards (data.test of '{data.name}'); data.holdout=0.2 keeps a fifth of every class for "
                 f"testing"
             )
+        if not root.is_dir():
+            raise DataError(f"{root}: a folder of shards was expected")
         return read_index(root)
 
     @override
@@ -109,6 +111,14 @@ class ShardImages(EncodedImages):
     members: Tensor
 
     @override
+    def ends(self, index: int) -> bytes | None:
+        shard, offset, size, _ = self.members[index].tolist()
+        if size < 4:
+            return None
+        pieces = (read_at(self.shards[shard], place, 2, self.paths[index]) for place in (offset, offset + size - 2))
+        return b"".join(piece.numpy().tobytes() for piece in pieces)
+
+    @override
     def content(self, index: int) -> Tensor:
         shard, offset, size, crc = self.members[index].tolist()
         content = read_at(self.shards[shard], offset, size, self.paths[index])
@@ -143,19 +153,17 @@ def read_index(folder: Path) -> ShardImages:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            if FORMAT not in metadata:
                 raise DataError(f"{file}: not an index of shards (no '{FORMAT}' in its metadata)")
-            info = IndexInfo.model_validate_json(metadata["info"])
+            info = IndexInfo.model_validate_json(metadata[FORMAT])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError, KeyError, ValidationError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:  # pydantic's errors are ValueErrors
         raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); write it anew") from None
-    names = (
-        bytes(tensors.get("names", torch.empty(0, dtype=torch.uint8)).numpy())
-        .decode("utf-8", "surrogateescape")
-        .split("\n")
-    )
     members, labels = tensors.get("members"), tensors.get("labels")
-    held = tensors.get("validation")
+    held, spelt = tensors.get("validation"), tensors.get("names")
+    if spelt is None or spelt.dtype != torch.uint8 or spelt.ndim != 1:
+        raise DataError(f"{file}: damaged; it has no names of images. Write it anew")
+    names = spelt.numpy().tobytes().decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
     if not _fits(info, names, members, labels, held):
         raise DataError(f"{file}: damaged; names, places and labels do not fit together. Write it anew")
     assert members is not None
@@ -179,16 +187,18 @@ def _fits(
 ) -> bool:
     if members is None or labels is None or members.dtype != torch.int64 or members.shape != (len(names), 4):
         return False
-    if not len(names) or len(labels) != len(names) or (held is not None and len(held) != len(names)):
+    if held is not None and (held.shape != (len(names),) or held.dtype != torch.uint8):
+        return False
+    if labels.ndim not in (1, 2) or len(labels) != len(names):
+        return False
+    if labels.dtype != (torch.int64 if labels.ndim == 1 else torch.int8):
         return False
     if labels.ndim == 1 and not (int(labels.min()) >= 0 and int(labels.max()) < max(len(info.classes), 1)):
         return False
-    if labels.ndim > 2 or (labels.ndim == 2 and labels.shape[1] != len(info.classes)):
-        return False
-    if any("/" in shard.name or shard.name in ("", "..") for shard in info.shards):
+    if labels.ndim == 2 and labels.shape[1] != len(info.classes):
         return False
     shard, offset, size = members[:, 0], members[:, 1], members[:, 2]
-    if int(members.min()) < 0 or int(shard.max()) >= len(info.shards):
+    if int(members.min()) < 0 or int(members.max()) >= 1 << 60 or int(shard.max()) >= len(info.shards):
         return False
     sizes = torch.tensor([one.size for one in info.shards])
     return bool((offset + size <= sizes[shard]).all())
@@ -210,6 +220,19 @@ def _require_whole(file: Path, shard: Shard, number: int, members: Tensor, names
         raise DataError(f"{file}: has {there:,} bytes, and {INDEX} says {shard.size:,}: another file than was indexed")
 
 
+def require_plain_text(folder: Path, classes: Sequence[str]) -> None:
+    """Refuse class names that cannot be written into an index.
+
+    Raises:
+        DataError: If one is not valid UTF-8.
+    """
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{folder}: the class folder {name!r} is not valid UTF-8; rename it") from None
+
+
 def write_index(
     folder: Path,
     shards: Sequence[Shard],
@@ -220,6 +243,7 @@ def write_index(
     validation: Tensor | None = None,
 ) -> Path:
     """Write the index of a folder of shards, whole or not at all; arguments as in `ShardImages`."""
+    require_plain_text(folder, classes)
     info = IndexInfo(classes=tuple(classes), shards=tuple(shards))
     tensors = {
         "members": members,
@@ -228,6 +252,7 @@ def write_index(
     }
     if validation is not None:
         tensors["validation"] = validation.to(torch.uint8)
-    content = save(tensors, metadata={"format": FORMAT, "info": info.model_dump_json()})
+    # One key: safetensors writes several in any order, and the same images should give the same bytes.
+    content = save(tensors, metadata={FORMAT: info.model_dump_json()})
     write_atomic(folder / INDEX, lambda file: file.write(content))
     return folder / INDEX

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from mixmask.engine.data.folder import USUAL_SPLITS
+from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images
@@ -28,6 +28,8 @@ class Tables(DataKind):
 
     @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:
+        if root.is_dir() and holds_class_folders(root, data):  # a table beside them tells about the images
+            return False
         return bool(_files(root, data.train)) or bool(_files(root, None))
 
     @override
@@ -60,16 +62,19 @@ def _files(root: Path, split: str | None) -> list[Path]:
     """The files of a split, sorted; of None all files, which are then one split."""
     if root.is_file():
         return [root] if split is None and root.suffix in ENDINGS else []
-    for name in ALSO.get(split, (split,)) if split is not None else (None,):
+    for name in ALSO.get(split, (split,)) if split else (None,) if split is None else ():
         for place in PLACES:
-            folder = root / place
-            patterns = (
-                [f"*{ending}" for ending in ENDINGS]
-                if name is None
-                else [f"{name}{middle}*{ending}" for ending in ENDINGS for middle in ("-", "/", ".", "_")]
-                + [f"{name}{ending}" for ending in ENDINGS]
-            )
-            found = {path for pattern in patterns for path in folder.glob(pattern)} if folder.is_dir() else set()
+            found = [path for path in _in(root / place) if name is None or path.stem == name or _begins(path, name)]
+            found += _in(root / place / name) if name is not None else []
             if found:
                 return sorted(found)
     return []
+
+
+def _in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in ENDINGS] if folder.is_dir() else []
+
+
+def _begins(path: Path, split: str) -> bool:
+    """Whether a file's name begins with that of a split: ``train-00000-of-00010.parquet``."""
+    return path.stem.startswith(split) and path.stem[len(split) :][0] in "-._"

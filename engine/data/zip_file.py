@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import posixpath
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-from mixmask.engine.data.folder import USUAL_SPLITS, is_image
+from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders, is_array, is_image, without_side_arrays
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import EncodedImages
@@ -31,7 +33,7 @@ class Zips(DataKind):
 
     @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:
-        return _is_zip(root) or _zip_of(root, data.train) is not None
+        return _is_zip(root) or (_zip_of(root, data.train) is not None and not holds_class_folders(root, data))
 
     @override
     def open(self, root: Path, data: DataRecipe, part: Part) -> ZipImages:
@@ -39,11 +41,10 @@ class Zips(DataKind):
         if not _is_zip(root):
             file = _zip_of(root, split)
             if file is None:
-                there = sorted(path.name for path in root.iterdir() if _is_zip(path))
+                there = sorted(path.name for path in root.iterdir() if _is_zip(path)) if root.is_dir() else []
                 raise DataError(f"{root}: no {split}.zip (data.{part}); there are: {', '.join(there) or 'none'}")
             archive = ZipArchive.read(file)
-            inner = archive.folder_of(split)
-            return archive.images("" if inner is None else inner, data.labels)
+            return archive.images(archive.folder_of(split), data.labels)
         archive = ZipArchive.read(root)
         inner = archive.folder_of(split)
         if inner is None and part == "test":
@@ -51,7 +52,7 @@ class Zips(DataKind):
                 f"{root}: no folder {split}/ in it (data.test); folders there: {', '.join(archive.folders()[:8])}. "
                 f"data.holdout=0.2 keeps a fifth of every class for testing"
             )
-        return archive.images(archive.top if inner is None else inner, data.labels)
+        return archive.images(inner, data.labels)
 
     @override
     def splits(self, root: Path) -> list[str]:
@@ -102,9 +103,17 @@ class ZipArchive:
                 every = file.infolist()
         except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
             raise DataError(f"{path}: truncated or not a .zip file ({error})") from None
-        found = {one.filename: one for one in every if _is_member(one.filename)}
+        named = [(posixpath.normpath(one.filename), one) for one in every]
+        if any(posixpath.basename(name) == "val_annotations.txt" for name, _ in named):
+            raise DataError(f"{path}: Tiny-ImageNet's own layout, which is read from folders only; unpack it")
+        images = [(name, one) for name, one in named if _is_member(name)]
+        kept = {*without_side_arrays([name for name, _ in images])}
+        found = {name: one for name, one in images if name in kept}
         if not found:
             raise DataError(f"{path}: no images in it")
+        if len(found) < sum(name in kept for name, _ in images):
+            twice = next(name for name, count in Counter(name for name, _ in images).items() if count > 1)
+            raise DataError(f"{path}: {twice} is in it more than once")
         for one in found.values():
             _refuse(path, one)
         # Members that share their bytes are how a small archive unpacks to a huge one.
@@ -123,18 +132,37 @@ class ZipArchive:
         places = (f"{split.strip('/')}/", f"{self.top}{split.strip('/')}/")
         return next((place for place in places if any(name.startswith(place) for name in self.members)), None)
 
-    def images(self, inner: str, labels: bool) -> ZipImages:
-        """The images below a folder, as `folder` would list them if it were unpacked."""
-        names = [name.removeprefix(inner) for name in self.members if name.startswith(inner)]
+    def images(self, inner: str | None, labels: bool) -> ZipImages:
+        """The images below a folder, as `folder` would list them if it were unpacked.
+
+        Args:
+            inner: The split's folder; None for class folders at the top, or below the only folder that is there.
+            labels: Whether folders are classes.
+
+        Raises:
+            DataError: If there are no class folders, or one of them holds images further down only.
+        """
+        pairs: list[tuple[str, int]] = []
+        classes: tuple[str, ...] = ()
+        for place in dict.fromkeys(("", self.top) if inner is None else (inner,)):
+            names = [name.removeprefix(place) for name in self.members if name.startswith(place)]
+            pairs, classes = in_class_folders(names) if labels else ([(name, 0) for name in sorted(names)], ())
+            inner = place
+            if pairs:
+                break
+        assert inner is not None
         root = self.path / inner.strip("/")
-        if labels:
-            pairs, classes = in_class_folders(names)
-            if not pairs:
-                raise DataError(
-                    f"{root}: no folders of classes with images in it; data.labels=false reads images without classes"
-                )
-        else:
-            pairs, classes = [(name, 0) for name in sorted(names)], ()
+        if not pairs:
+            raise DataError(
+                f"{root}: no folders of classes with images in it; data.labels=false (--no-labels) reads images without "
+                f"classes"
+            )
+        deeper = sorted({name.split("/")[0] for name in names if "/" in name} - {*classes}) if labels else []
+        if deeper:
+            raise DataError(
+                f"{root / deeper[0]}: class folder without images, which lie further down; data.labels=false (--no-labels) "
+                f"reads images at any depth, without classes"
+            )
         infos = [self.members[inner + name] for name, _ in pairs]
         return ZipImages(
             tuple(root / name for name, _ in pairs),
@@ -175,7 +203,8 @@ def in_class_folders(names: Iterable[str]) -> tuple[list[tuple[str, int]], tuple
 
 def _is_member(name: str) -> bool:
     parts = name.split("/")
-    return is_image(parts[-1]) and not any(part.startswith(".") or part == "__MACOSX" for part in parts[:-1])
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts[:-1])
+    return not hidden and (is_image(parts[-1]) or is_array(parts[-1]))
 
 
 def _refuse(path: Path, one: zipfile.ZipInfo) -> None:
@@ -204,15 +233,29 @@ class ZipImages(EncodedImages):
     archive: Path
     members: Tensor
 
-    @override
-    def content(self, index: int) -> Tensor:
-        start, packed, size, crc, compression = self.members[index].tolist()
-        what = self.paths[index]
+    def _start(self, index: int) -> int:
+        """Where the packed bytes of an image begin: after a local header of variable length."""
+        start, what = int(self.members[index, 0]), self.paths[index]
         header = read_at(self.archive, start, LOCAL_HEADER.size, what).numpy().tobytes()
         magic, *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
         if magic != b"PK\x03\x04":
             raise DataError(f"{self.archive}: damaged; no local header of {what} at {start:,}")
-        content = read_at(self.archive, start + LOCAL_HEADER.size + name_length + extra_length, packed, what)
+        return start + LOCAL_HEADER.size + int(name_length) + int(extra_length)
+
+    @override
+    def ends(self, index: int) -> bytes | None:
+        _, packed, size, _, compression = self.members[index].tolist()
+        if compression != zipfile.ZIP_STORED or packed != size or size < 4:
+            return None
+        start, what = self._start(index), self.paths[index]
+        pieces = (read_at(self.archive, place, 2, what) for place in (start, start + size - 2))
+        return b"".join(piece.numpy().tobytes() for piece in pieces)
+
+    @override
+    def content(self, index: int) -> Tensor:
+        _, packed, size, crc, compression = self.members[index].tolist()
+        what = self.paths[index]
+        content = read_at(self.archive, self._start(index), packed, what)
         if compression == zipfile.ZIP_DEFLATED:
             content = _inflated(content, size, what)
         if len(content) != size or zlib.crc32(content.numpy().data) != crc:

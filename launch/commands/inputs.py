@@ -22,6 +22,8 @@ Layout = Annotated[
 Labels = Annotated[
     bool, typer.Option("--labels/--no-labels", help="Whether class folders are classes, or just folders.")
 ]
+ImageColumn = Annotated[str | None, typer.Option(help="The column of images of parquet and arrow files.")]
+LabelColumn = Annotated[str | None, typer.Option(help="The column of classes of parquet and arrow files.")]
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
 
 
@@ -80,6 +82,8 @@ def check_data(
     ] = False,
     layout: Layout = None,
     labels: Labels = True,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
 ) -> None:
     """Count classes and images, report sizes, and find unreadable files, before a long run does. Uses all cores.
 
@@ -91,7 +95,8 @@ def check_data(
     from mixmask.engine.errors import DataError, listed
     from mixmask.engine.preflight import check_data, find_splits
 
-    reports, problems, remarks = check_data(root, split or find_splits(root, layout, labels), quick, layout, labels)
+    keys = {"layout": layout, "labels": labels, "image_column": image_column, "label_column": label_column}
+    reports, problems, remarks = check_data(root, split or find_splits(root, layout, labels), quick, **keys)
     for text in (*(report.describe() for report in reports), *remarks):
         show(text)
     if problems:
@@ -109,6 +114,8 @@ def pack(
     shard_size: Annotated[str, typer.Option(help="A shard is closed at this size: 200MB, 1GB.")] = "1GB",
     layout: Layout = None,
     labels: Labels = True,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Look at a JPEG's first and last bytes only; by default all are decoded.")
     ] = False,
@@ -127,9 +134,10 @@ def pack(
       mixmask pack photos.zip shards --no-labels --shard-size 200MB
       mixmask pack /data/webdataset/train
     """
+    from mixmask.engine.data import open_split
     from mixmask.engine.errors import UserError
-    from mixmask.engine.packing import index_shards, pack_split, shard_folders
-    from mixmask.engine.preflight import find_splits, split_recipe
+    from mixmask.engine.packing import check_pack, index_shards, pack, shard_folders
+    from mixmask.engine.preflight import find_splits, split_recipe, unlabelled_splits
 
     source = source.expanduser()
     if out is None:
@@ -138,14 +146,23 @@ def pack(
         return
     size = _bytes(shard_size)
     splits = split or find_splits(source, layout, labels)
+    without = unlabelled_splits(source, splits) if labels and split is None else []
+    keys = {"layout": layout, "labels": labels, "image_column": image_column, "label_column": label_column}
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
         raise UserError(f"{out}: lies in {source}; name a folder outside of what is packed")
+    opened = []
     for name in splits:
-        data, part = split_recipe(source, name, layout, labels)
-        packed = pack_split(data, part, out if name == "." else out / name, size, quick, skip_unreadable)
+        if name not in without:
+            place = out if name == "." else out / name
+            opened.append((open_split(*split_recipe(source, name, **keys)), place))
+            check_pack(*opened[-1])  # all of them, before the first is packed
+    for images, place in opened:
+        packed = pack(images, place, size, quick, skip_unreadable)
         show(packed.describe())
         for problem in packed.left_out:
             show(f"  left out: {problem}")
+    for name in without:
+        show(f"{source / name}: without labels, not packed (--no-labels packs images without classes)")
 
 
 def _bytes(size: str) -> int:

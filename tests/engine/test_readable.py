@@ -13,6 +13,7 @@ from mixmask.engine.config import identity
 from mixmask.engine.data import open_split
 from mixmask.engine.errors import DataError
 from tests.engine.containers import packed, recipe
+from tests.processes import python
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_unreadable_images_are_left_out_and_named(damaged: Path, capsys: pytest.
     everything = open_split(recipe(damaged), "train")
     with pytest.raises(DataError):
         everything.check()  # the default refuses
-    images = open_split(recipe(damaged, skip_unreadable=True), "train")
+    images = module.readable(everything)
     told = capsys.readouterr().err
     gone = [path for path in everything.paths if path not in images.paths]
     assert everything.paths[60] in gone
@@ -46,27 +47,57 @@ def test_unreadable_images_are_left_out_and_named(damaged: Path, capsys: pytest.
     assert "skip_unreadable" not in identity(recipe(damaged))
 
 
+RANKS = """
+import sys
+from pathlib import Path
+from mixmask.engine import distributed
+from mixmask.engine.data import open_split
+from mixmask.engine.readable import readable
+from tests.engine.containers import recipe
+
+with distributed.session() as world:
+    images = distributed.agreed(lambda: open_split(recipe(Path(sys.argv[1])), "train"))
+    for _ in range(2):
+        images = readable(images)
+    print(world.rank, len(images), images.summary()["listing"])
+"""
+
+
+def test_all_ranks_leave_the_same_images_out(damaged: Path, tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    done = python(2, script, str(damaged))
+    assert [code for code, _, _ in done] == [0, 0], done
+    alone = module.readable(open_split(recipe(damaged), "train"))
+    said = [out.split() for _, out, _ in done]
+    assert said == [[str(rank), str(len(alone)), alone.summary()["listing"]] for rank in range(2)]
+    assert done[0][2].count("cannot be read and are left out") == 1
+    absent = python(2, script, str(tmp_path / "absent"))
+    assert [code for code, _, _ in absent] == [2, 2]
+    assert "no such data folder" in absent[0][2]
+
+
 def test_what_was_found_is_remembered_until_a_file_changes(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_split(recipe(damaged, skip_unreadable=True), "train")
+    first = module.readable(open_split(recipe(damaged), "train"))
     decoded = module._decoded
     monkeypatch.setattr(module, "_decoded", lambda images: pytest.fail("decoded again"))
-    assert open_split(recipe(damaged, skip_unreadable=True), "train").paths == first.paths
+    assert module.readable(open_split(recipe(damaged), "train")).paths == first.paths
     calls = []
     monkeypatch.setattr(module, "_decoded", lambda images: (calls.append(len(images)), decoded(images))[1])
     everything = open_split(recipe(damaged), "train")
     everything.paths[60].write_bytes(everything.paths[61].read_bytes())
-    again = open_split(recipe(damaged, skip_unreadable=True), "train")
+    again = module.readable(open_split(recipe(damaged), "train"))
     assert calls == [120]
     assert everything.paths[60] in again.paths
     assert len(again) == len(first) + 1
 
 
 def test_a_damaged_memory_is_not_trusted(damaged: Path, tmp_path: Path) -> None:
-    first = open_split(recipe(damaged, skip_unreadable=True), "train")
+    first = module.readable(open_split(recipe(damaged), "train"))
     (file,) = (tmp_path / "cache" / "mixmask").iterdir()
     for text in ("", "[]", '{"num_images": 120}', '{"num_images": 120, "unreadable": [[500, "x"]]}'):
         file.write_text(text)
-        assert open_split(recipe(damaged, skip_unreadable=True), "train").paths == first.paths
+        assert module.readable(open_split(recipe(damaged), "train")).paths == first.paths
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
@@ -74,14 +105,14 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(open_split(recipe(damaged, skip_unreadable=True), "train")) < 120
+    assert len(module.readable(open_split(recipe(damaged), "train"))) < 120
     assert "is not remembered" in capsys.readouterr().err
 
 
 def test_in_shards_and_without_labels(damaged: Path, shapes: Path, tmp_path: Path) -> None:
-    folder = open_split(recipe(damaged, labels=False, skip_unreadable=True), "train")
+    folder = module.readable(open_split(recipe(damaged, labels=False), "train"))
     root = packed(shapes, tmp_path / "packed")
-    whole = open_split(recipe(root, skip_unreadable=True), "train")
+    whole = module.readable(open_split(recipe(root), "train"))
     assert len(whole) == 120
     assert folder.classes == ()
     file = root / "train" / "000000.tar"
@@ -100,4 +131,4 @@ def test_nothing_readable_is_an_error(damaged: Path) -> None:
         if path.is_file():
             path.write_bytes(b"no image")
     with pytest.raises(DataError, match="none of its 120 images can be read, for example"):
-        open_split(recipe(damaged, skip_unreadable=True), "train")
+        module.readable(open_split(recipe(damaged), "train"))

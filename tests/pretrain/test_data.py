@@ -183,8 +183,12 @@ def test_a_run_leaves_unreadable_images_out(
     broken.write_bytes(content[:60] + bytes(len(content) - 120) + content[-60:])
     base = [f"data.root={tmp_path / 'data'}", "max_steps=8", "epochs=3", "monitor=null", "log_every=4"]
     skipping = plan(config, tmp_path, *base, "data.skip_unreadable=true")
-    assert len(skipping.train_images) == 119
+    assert skipping.batches.steps_per_epoch == 7
     stage.run(skipping)
+    record = json.loads(skipping.run.record_file.read_text())
+    left = open_split(recipe(tmp_path / "data"), "train").subset([i for i in range(120) if i != 11])
+    assert record["data"]["train"] == left.summary()["listing"]
+    assert stage.run(skipping) == skipping.backbone_file  # finished: it knows the images that it has left out
     assert skipping.fingerprint != plan(config, tmp_path, *base).fingerprint
 
 

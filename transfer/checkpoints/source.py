@@ -177,7 +177,9 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     _require_equal_twins(tensors, found, tensor_report, path)
     state = {ours: _plain(_read(tensors[theirs], theirs, path)) for theirs, ours in tensor_report.used.items()}
     recipe = _architecture(state, path) if reading.arch is None else named_recipe(reading.arch)
-    recipe = recipe.model_copy(update={"in_channels": _channels(recipe, state)})
+    # A ResNet's first convolution tells how many channels the images have.
+    if recipe.arch in RESNETS and state["conv1.weight"].ndim == 4:
+        recipe = recipe.model_copy(update={"in_channels": state["conv1.weight"].shape[1]})
     expected = trunk_names(recipe)
     # Detectron2's files and those of old torch have no counters. BatchNorm with a fixed momentum does not use them.
     filled = tuple(name for name in expected if name not in state and name.endswith(COUNTER))
@@ -199,11 +201,6 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
     )
     warnings = _assumptions(found, recipe)
     return {name: state[name] for name in expected}, info, replace(tensor_report, filled=filled, warnings=warnings)
-
-
-def _channels(recipe: BackboneRecipe, state: Mapping[str, Tensor]) -> int:
-    """Channels of the images that a trunk takes: those of its first convolution."""
-    return next((state[name].shape[1] for name in trunk_names(recipe) if name in state and state[name].ndim == 4), 3)
 
 
 def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
