@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from PIL import Image
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.data.shards import INDEX, read_index
+from mixmask.engine.datasets import require_same_classes
 from mixmask.engine.errors import ConfigError, DataError, RunFailure, UserError
 from mixmask.engine.images import ArrayImages
 from mixmask.engine.joined import JoinedImages
@@ -504,3 +506,176 @@ def test_tables_that_are_wrong(shapes: Path, tmp_path: Path) -> None:
     refused(DataError, "not a readable image")
     file.write_bytes(file.read_bytes()[:-20])
     refused(DataError, r"a\.parquet: truncated or not a table")
+
+
+# --- what lies beside images -----------------------------------------------------------------------------------------
+
+
+def test_other_files_beside_class_folders_change_nothing(shapes: Path, made: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(shapes, root)
+    ours = open_split(recipe(root), "train")
+    shutil.copy(made["parquet"] / "data" / "train-00000-of-00002.parquet", root / "train.parquet")
+    shutil.copy(made["parquet"] / "data" / "train-00000-of-00002.parquet", root / "train" / "metadata.parquet")
+    shutil.copy(made["zip"], root / "train.zip")
+    (root / "train.txt").write_text("what they are for")
+    (root / "backup.tar").write_bytes(b"")
+    for folder in (root / "train").iterdir():
+        if folder.is_dir():
+            np.save(folder / "features.npy", np.zeros((4, 4, 3), dtype=np.uint8))
+    theirs = open_split(recipe(root), "train")
+    assert theirs.summary() == ours.summary()
+    assert theirs.paths == ours.paths
+    assert len(open_split(recipe(root, labels=False), "train")) == 120
+    (tmp_path / "arrays" / "train" / "a").mkdir(parents=True)
+    np.save(tmp_path / "arrays" / "train" / "a" / "0.npy", np.zeros((4, 4, 3), dtype=np.uint8))
+    assert len(open_split(recipe(tmp_path / "arrays"), "train")) == 1  # where there is nothing else, they are images
+
+
+@pytest.mark.parametrize("split", ["/nowhere/train", "", "a**", "a/b", "[", ".."])
+def test_strange_names_of_splits_are_answered(made: dict[str, Path], shapes: Path, split: str) -> None:
+    for root in (shapes, *made.values()):
+        try:
+            open_split(recipe(root, train=split, labels=False), "train")
+        except UserError:
+            continue
+
+
+def test_a_link_to_a_folder_above_is_followed_once(shapes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(shapes / "val", root)
+    (root / "self").symlink_to(root)
+    (root / "striped-star" / "again").symlink_to(root / "plain-star")
+    assert len(open_split(recipe(root, labels=False), "train")) == 40
+
+
+# --- shards of others ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_damage_to_a_tar_is_found_when_it_is_indexed(shapes: Path, tmp_path: Path) -> None:
+    """tarfile itself takes a damaged header for the end of the file."""
+    images = open_split(recipe(shapes), "train")
+    source = tmp_path / "whole.tar.bak"
+    with tarfile.open(source, "w") as tar:
+        for number in range(6):
+            tar.add(images.paths[number], arcname=f"{number}.jpg")
+    with tarfile.open(source) as tar:
+        starts = [member.offset for member in tar]
+        end = tar.offset
+    whole = source.read_bytes()
+    damages = {
+        "a byte of the fourth header": whole[: starts[3] + 150] + b"9" + whole[starts[3] + 151 :],
+        "cut between two files": whole[: starts[3]],
+        "cut inside of a header": whole[: starts[3] + 100],
+        "a block of zeros": whole[: starts[3]] + bytes(512) + whole[starts[3] + 512 :],
+        "cut inside of a file": whole[: starts[3] + 700],
+        "no end": whole[:end],
+    }
+    for number, (name, content) in enumerate(damages.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match="truncated") as caught:
+            index_shards(folder)
+        assert "a.tar" in str(caught.value), name
+        assert not (folder / INDEX).exists()
+
+
+def test_what_an_index_could_not_tell_apart_is_refused(shapes: Path, tmp_path: Path) -> None:
+    image = open_split(recipe(shapes), "train").paths[0]
+
+    def indexed(*members: tuple[str, bytes | str]) -> str:
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        folder.mkdir()
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                if isinstance(content, str):
+                    member.type, member.linkname = tarfile.LNKTYPE, content
+                    tar.addfile(member)
+                else:
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        with pytest.raises(DataError) as caught:
+            index_shards(folder)
+        return str(caught.value)
+
+    picture = image.read_bytes()
+    assert "1.jpg is a link to 0.jpg" in indexed(("0.jpg", picture), ("1.jpg", "0.jpg"))
+    assert "is in it more than once" in indexed(("0.jpg", picture), ("0.jpg", picture))
+    both = indexed(("0.jpg", picture), ("0.seg.png", picture), ("0.cls", b"1"))
+    assert "0.jpg and 0.seg.png are images of one sample" in both
+    assert "has a line break" in indexed(("a\nb.jpg", picture))
+
+
+def test_classes_that_are_numbers_are_the_same_in_every_list(shapes: Path, tmp_path: Path) -> None:
+    paths = open_split(recipe(shapes), "train").paths
+    lists = {"a": range(3), "b": range(3, 15)}
+    for name, numbers in lists.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{paths[n]} {n if name == 'a' else n - 3}" for n in numbers))
+    joined = open_split(recipe([tmp_path / "a.txt", tmp_path / "b.txt"]), "train")
+    assert joined.classes == tuple(sorted(map(str, range(12))))
+    assert [joined.classes[label] for label in joined.labels.tolist()] == ["0", "1", "2", *map(str, range(12))]
+
+
+def test_rows_with_the_same_names_stay_apart(shapes: Path, tmp_path: Path) -> None:
+    images = open_split(recipe(shapes), "train").subset(range(0, 120, 6))
+    picture = [path.read_bytes() for path in images.paths]
+    rows = {"image": [{"bytes": one, "path": "0.jpg"} for one in picture], "label": [n // 4 for n in range(20)]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    both = [open_split(recipe(tmp_path / "a.parquet", holdout=0.25), part) for part in ("train", "test")]
+    require_same_classes(*both)
+    assert [len(one) for one in both] == [15, 5]
+    assert len({*both[0].paths, *both[1].paths}) == 20
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "bool"])
+def test_labels_of_other_types(kind: str, shapes: Path, tmp_path: Path) -> None:
+    images = open_split(recipe(shapes), "train").subset([0, 50, 100])
+    labels = {
+        "large_string": pa.array(["x", "y", "x"], pa.large_string()),
+        "dictionary": pa.array(["x", "y", "x"]).dictionary_encode(),
+        "bool": pa.array([False, True, False]),
+    }[kind]
+    rows = pa.table({"image": [path.read_bytes() for path in images.paths], "label": labels})
+    pq.write_table(rows, tmp_path / "a.parquet")
+    found = open_split(recipe(tmp_path / "a.parquet"), "train")
+    assert found.labels.tolist() == [0, 1, 0]
+    pq.write_table(rows.set_column(1, "label", pa.array([0.5, 1.0, 2.0])), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"its column 'label' is of double, which is no class; data\.label_column"):
+        open_split(recipe(tmp_path / "a.parquet"), "train")
+
+
+def test_an_arrow_file_is_read_like_a_stream(shapes: Path, tmp_path: Path) -> None:
+    ours = open_split(recipe(shapes), "train")
+    rows = table(ours)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=50)
+    theirs = open_split(recipe(tmp_path / "a.arrow"), "train")
+    assert theirs.summary() == ours.summary()
+    assert torch.equal(theirs.read(77), ours.read(77))
+
+
+def test_zip_files_are_listed_like_folders(shapes: Path, tmp_path: Path) -> None:
+    picture = open_split(recipe(shapes), "train").paths[0].read_bytes()
+
+    def made_of(*names: str) -> Path:
+        file = tmp_path / "a.zip"
+        with zipfile.ZipFile(file, "w") as archive:
+            for name in names:
+                archive.writestr(name, picture)
+        return file
+
+    assert open_split(recipe(made_of("./a/0.jpg", "./b/0.jpg")), "train").classes == ("a", "b")
+    assert open_split(recipe(made_of("one/0.jpg", "one/1.jpg")), "train").classes == ("one",)  # its only class
+    with pytest.raises(DataError, match="class folder without images, which lie further down"):
+        open_split(recipe(made_of("train/a/0.jpg", "train/b/deep/0.jpg")), "train")
+    with pytest.raises(DataError, match="own layout, which is read from folders only"):
+        open_split(recipe(made_of("t/train/a/images/0.jpg", "t/val/val_annotations.txt")), "train")
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        file = made_of("a/0.jpg", "a/0.jpg")
+    with pytest.raises(DataError, match=r"a/0\.jpg is in it more than once"):
+        open_split(recipe(file), "train")
+    (tmp_path / "split").mkdir()
+    shutil.copy(made_of("imagenet/a/0.jpg", "imagenet/b/0.jpg"), tmp_path / "split" / "train.zip")
+    assert open_split(recipe(tmp_path / "split"), "train").classes == ("a", "b")

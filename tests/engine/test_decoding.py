@@ -16,7 +16,7 @@ from PIL import Image
 
 from mixmask.engine.augment import AugmentRecipe, Photometric, adjust_contrast
 from mixmask.engine.data import open_split
-from mixmask.engine.decoding import MAX_PIXELS, Decoding, decode, decode_bytes, header_size
+from mixmask.engine.decoding import MAX_PIXELS, Decoding, _png_rows, decode, decode_bytes, header_size, is_sound_png
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ArrayImages
 from mixmask.engine.normalization import STATISTICS, Statistics, normalize, statistics_of
@@ -123,6 +123,73 @@ def test_what_is_no_image_is_refused(content: bytes, said: str, tmp_path: Path) 
     with pytest.raises(DataError, match=said) as caught:
         decode(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "I;16"])
+def test_whole_pngs_are_sound(mode: str) -> None:
+    rng = np.random.default_rng(0)
+    for height, width in ((1, 1), (3, 5), (17, 9), (64, 33)):
+        if mode == "I;16":
+            image = Image.fromarray(rng.integers(0, 65536, (height, width), dtype=np.uint16))
+        else:
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+        content = encoded(image, "PNG")
+        assert is_sound_png(content), (mode, height, width)
+        assert decode_bytes(content, NAME).shape == (3, height, width)
+    assert not is_sound_png(content[:-1])
+    assert not is_sound_png(torch.cat([content[:40], content[41:]]))
+
+
+def test_an_interlaced_png_is_sound() -> None:
+    """Pillow writes none: this one was put together by hand, of seven passes of 5 × 3 grey pixels."""
+    rows = _png_rows(5, 3, 8, interlaced=True)
+    assert sum(length * count for count, length in rows) == 15
+    raw = b"".join(bytes([0]) + bytes(range(length)) for count, length in rows for _ in range(count))
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 3, 8, 0, 0, 0, 1))
+    whole = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    content = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+    assert is_sound_png(content)
+    assert decode_bytes(content, NAME).shape == (3, 3, 5)
+
+
+def test_a_png_with_any_wrong_byte_is_an_image_or_an_error() -> None:
+    """torchvision's decoder ends the process at some of them."""
+    content, refused = encoded(Image.fromarray(COLOURS), "PNG"), 0
+    for place in range(len(content)):
+        damaged = content.clone()
+        damaged[place] ^= 1 << (place % 8)
+        if place < 8:
+            continue  # then it is no PNG
+        try:
+            found = decode_bytes(damaged, NAME)
+        except DataError:
+            refused += 1
+            continue
+        assert torch.equal(found, decode_bytes(content, NAME))  # behind the pixels
+    assert refused > len(content) - 30
+
+
+def test_a_jpeg_that_claims_too_much_is_refused() -> None:
+    content = encoded(Image.new("L", (4000, 4000)), "JPEG").numpy().tobytes()
+    place = content.index(b"\xff\xc0") + 5
+    huge = content[:place] + struct.pack(">HH", 60_000, 60_000) + content[place + 4 :] + bytes(300_000)
+    with pytest.raises(DataError, match="claims 60,000 × 60,000 pixels"):
+        decode_bytes(torch.frombuffer(bytearray(huge), dtype=torch.uint8), NAME)
+
+
+def test_values_of_more_than_16_bits_are_refused_and_pgm_has_16() -> None:
+    values = np.full((4, 5), 20000, dtype=np.uint16)
+    pgm = b"P5 5 4 65535 " + values.astype(">u2").tobytes()
+    content = torch.frombuffer(bytearray(pgm), dtype=torch.uint8)
+    assert decode_bytes(content, NAME).unique().tolist() == [20000 >> 8]
+    assert decode_bytes(content, NAME, Decoding(levels=(0, 40000))).unique().tolist() == [128]
+    for kind in (np.int32, np.float32):
+        with pytest.raises(DataError, match="values of 32 bits"):
+            decode_bytes(encoded(Image.fromarray(values.astype(kind)), "TIFF"), NAME)
 
 
 def test_arrays_of_objects_are_not_unpickled(tmp_path: Path) -> None:

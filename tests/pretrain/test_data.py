@@ -161,6 +161,21 @@ def test_images_of_many_channels(config: Path, tmp_path: Path) -> None:
     _, info = load_backbone(one.backbone_file)
     assert info.in_channels == 6
     assert isinstance(info.normalization, Statistics)
+    # Features of other levels are other features.
+    knn = ["k=2", f"feature_cache={tmp_path / 'cache'}", "data.allow_overlap=true", "data.test=train"]
+    for levels in ("[0, 4095]", "[0, 65535]", "[0, 4095]"):
+        transfer.run(
+            _transfer(
+                tmp_path,
+                "knn",
+                tmp_path / "bands",
+                one.backbone_file,
+                *knn,
+                f"data.levels={levels}",
+                f"name=l{levels[4:8]}",
+            )
+        )
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
     shards = packed(tmp_path / "bands", tmp_path / "shards", test="train", allow_overlap=True)
     assert open_split(recipe(shards), "train").with_decoding(6, (0, 4095)).read(0).shape == (6, 40, 36)
     Image.new("RGB", (40, 40)).save(tmp_path / "bands" / "train" / "0" / "rgb.png")
