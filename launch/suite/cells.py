@@ -211,6 +211,15 @@ class _Expansion:
         said = "data.root" in entry.set or "root" in (entry.set.get("data") or {})
         return [] if place is None or said else [_override("data.root", place)]
 
+    def _monitor_data(self, recipe: PretrainRecipe) -> list[str]:
+        """The override of ``monitor.data.root``, if suite or profile have a place for the monitor's own data."""
+        data = None if recipe.monitor is None else recipe.monitor.data
+        if data is None:
+            return []
+        self.datasets.add(data.name)
+        place = {**self.profile.data, **self.suite.data}.get(data.name)
+        return [] if place is None else [_override("monitor.data.root", place)]
+
     def _resources(self, stage: Stage, own: Resources) -> Resources:
         common: Resources = getattr(self.suite.resources, stage)
         return self.profile.resolve(own.over(common))
@@ -222,6 +231,7 @@ class _Expansion:
         overrides = [
             *overrides,
             *self._data(recipe.data.name, entry),
+            *self._monitor_data(recipe),
             _override("name", (entry.name or recipe.name) + suffix),
         ]
         recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)

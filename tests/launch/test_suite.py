@@ -88,6 +88,15 @@ def test_names_seeds_data_and_resources(tmp_path: Path, shapes: Path) -> None:
     assert first.run.name == f"{first.name}-{first.fingerprint}"
 
 
+def test_the_monitors_own_data_have_their_place_from_the_suite(tmp_path: Path, shapes: Path) -> None:
+    own = {**MIXMASK, "set": {"monitor": {"every_epochs": 1, "data": {"name": "demo-shapes", "root": "not/here"}}}}
+    (cell,) = cells_of(write_suite(tmp_path, [{"pretrain": [own]}], shapes))
+    assert isinstance(cell.recipe, PretrainRecipe)
+    assert cell.recipe.monitor is not None
+    assert cell.recipe.monitor.data is not None
+    assert cell.recipe.monitor.data.root == str(shapes)
+
+
 def test_seeds_that_change_nothing_are_warned_of(
     tmp_path: Path, shapes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
