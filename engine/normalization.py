@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Literal, get_args
 
 import torch
@@ -84,8 +85,15 @@ def normalize(images: Tensor, normalization: Normalization = "imagenet") -> Tens
         normalization: The data set, or the statistics themselves.
     """
     images = as_float(images)
-    mean, std = (
-        torch.tensor(values, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
-        for values in statistics_of(normalization, images.shape[1])
-    )
-    return (images - mean).mul_(1 / std)
+    mean, factor = _constants(*statistics_of(normalization, images.shape[1]), images.device, images.dtype)
+    return (images - mean).mul_(factor)
+
+
+@cache
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / std on a device. Made once: a copy to a GPU in every step would wait for all its work."""
+    with torch.inference_mode(False):
+        centre, spread = (torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1) for values in (mean, std))
+        return centre, 1 / spread
