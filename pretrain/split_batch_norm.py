@@ -27,6 +27,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) to (N, C, H, W)."""
         if not self.training or self.num_splits == 1:
             return super().forward(input)
+        return self.together(input) if input.is_cuda else self.one_by_one(input)
+
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """A batch norm for every group: on CPUs half the time of `together`, whose copies cost more than calls."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -41,3 +45,31 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.running_var.copy_(variances.mean(0))
         self.num_batches_tracked.add_(1)
         return torch.cat(groups)
+
+    def together(self, input: Tensor) -> Tensor:
+        """One batch norm with the groups as further channels: on GPUs a dozen operations instead of three for each group.
+
+        The result has the memory format of the input.
+        """
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        groups, (num, channels, height, width) = self.num_splits, input.shape
+        each = num // groups
+        last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        if last:
+            rows = input.permute(0, 2, 3, 1).reshape(groups, each, height, width, channels)
+            rows = rows.permute(1, 2, 3, 0, 4).reshape(each, height, width, groups * channels).permute(0, 3, 1, 2)
+        else:
+            rows = input.reshape(groups, each, channels, height, width).transpose(0, 1)
+            rows = rows.reshape(each, groups * channels, height, width)
+        mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
+        weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
+        rows = F.batch_norm(rows, mean, variance, weight, bias, True, self.momentum or 0.0, self.eps)
+        self.running_mean.copy_(mean.view(groups, channels).mean(0))
+        self.running_var.copy_(variance.view(groups, channels).mean(0))
+        self.num_batches_tracked.add_(1)
+        if last:
+            rows = rows.permute(0, 2, 3, 1).reshape(each, height, width, groups, channels).permute(3, 0, 1, 2, 4)
+            return rows.reshape(num, height, width, channels).permute(0, 3, 1, 2)
+        return rows.reshape(each, groups, channels, height, width).transpose(0, 1).reshape(input.shape)

@@ -73,8 +73,9 @@ def test_shuffle_changes_the_groups_of_batch_statistics(moco: MoCo) -> None:
     assert not torch.allclose(moco.key(images, generator(1)), moco.key(images, generator(2)), atol=1e-4)
 
 
+@pytest.mark.parametrize("together", [False, True])  # as on CPUs, and as on GPUs
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool) -> None:
+def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool, together: bool) -> None:
     torch.manual_seed(0)
     split, plain = SplitBatchNorm2d(3, 4), nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -91,8 +92,10 @@ def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool) -> None:
         groups.append(own(part))
         means.append(own.running_mean)
         variances.append(own.running_var)
-    expected, actual = torch.cat(groups), split(inputs[1])
+    expected, actual = torch.cat(groups), split.together(inputs[1]) if together else split(inputs[1])
     assert torch.allclose(actual, expected, atol=1e-6)
+    assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert int(split.num_batches_tracked) == 1
     assert torch.allclose(split.running_mean, torch.stack(means).mean(0), atol=1e-6)
     assert torch.allclose(split.running_var, torch.stack(variances).mean(0), atol=1e-6)
     upstream = torch.randn_like(expected)
