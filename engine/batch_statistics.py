@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
-from mixmask.engine.distributed import mean, world
+from mixmask.engine.distributed import mean, sum_with_gradient, world
 from mixmask.engine.errors import ConfigError
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -89,10 +88,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         rows = input.float()  # half precision is too coarse for sums over a batch
         over = [0, *range(2, input.ndim)]
         shape = [1, -1] + [1] * (input.ndim - 2)
-        count = float(_sum_over_ranks(rows.new_tensor(rows.numel() / rows.shape[1], dtype=torch.float64)))
-        centre = _sum_over_ranks(rows.sum(over)) / count
+        count = float(sum_with_gradient(rows.new_tensor(rows.numel() / rows.shape[1], dtype=torch.float64)))
+        centre = sum_with_gradient(rows.sum(over)) / count
         centred = rows - centre.view(shape)
-        variance = _sum_over_ranks(centred.square().sum(over)) / count
+        variance = sum_with_gradient(centred.square().sum(over)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
@@ -106,9 +105,3 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
-
-
-def _sum_over_ranks(values: Tensor) -> Tensor:
-    """All-reduce with gradient: a rank's gradient is the sum of the gradients of all ranks' results."""
-    total: Tensor = differentiable.all_reduce(values)  # type: ignore[no-untyped-call]
-    return total

@@ -124,7 +124,7 @@ def resume(job: Job) -> Start:
     size = distributed.world().size
     if state["world_size"] != size and not (job.elastic(size) and job.elastic(state["world_size"])):
         say(
-            f"{job.title}: warning: this run was started with {state['world_size']} processes and resumes with {size}. "
+            f"{job.title}: warning: this run was started with world size {state['world_size']} and resumes with {size}. "
             f"Batch statistics are of each process's own images, so the result is not the one that either number alone "
             f"would give"
         )

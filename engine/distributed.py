@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 from mixmask.engine.errors import ConfigError, Interrupted, RunFailure, UserError
@@ -258,7 +257,44 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     """Like `gather`, with gradient: the gradients of a row from all ranks are summed on the rank that made it."""
     if _world.size == 1:
         return rows
-    return torch.cat(differentiable.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherWithGradient.apply(rows)
+    return gathered
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """torch's own differentiable collectives are deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total[_world.share(len(total))]
+
+
+def sum_with_gradient(values: Tensor) -> Tensor:
+    """All-reduce with gradient: a rank's gradient is the sum of the gradients of all ranks' results."""
+    if _world.size == 1:
+        return values
+    total: Tensor = _SumWithGradient.apply(values)
+    return total
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 @torch.no_grad()

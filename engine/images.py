@@ -21,6 +21,7 @@ from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode, decode_bytes,
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
 
+REMEDY = "`mixmask check-data` finds all unreadable images; data.skip_unreadable=true leaves them out"
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -184,7 +185,7 @@ class Images(ABC):
         with ThreadPoolExecutor(8) as pool:
             problems = [found for found in pool.map(self.problem, range(len(self)), chunksize=256) if found is not None]
         if problems:
-            raise DataError(*listed(problems))
+            raise DataError(*listed(problems), REMEDY)
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,11 @@ class JoinedImages(Images):
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         return replace(super()._chosen(chosen, root), places=self.places[chosen])
+
+
+def source_of(images: ImageSet) -> str:
+    """The root of images; of joined ones all roots, with the count of each."""
+    if not isinstance(images, JoinedImages):
+        return str(images.root)
+    counts = torch.bincount(images.places[:, 0], minlength=len(images.parts)).tolist()
+    return ", ".join(f"{part.root} ({count:,})" for part, count in zip(images.parts, counts, strict=True))

@@ -28,7 +28,7 @@ from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crop
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import ConfigError, DataError
-from mixmask.engine.images import ImageSet
+from mixmask.engine.images import REMEDY, ImageSet
 from mixmask.engine.precision import to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed, generator
@@ -205,7 +205,7 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         yield from batches
     except DataError as error:
         said = str(error.args[0]).rsplit(f"{DataError.__name__}: ", 1)[-1].strip()
-        raise DataError(*said.splitlines()) from None
+        raise DataError(*said.splitlines(), REMEDY) from None
 
 
 class _Views(Dataset[tuple[list[Tensor], Tensor]]):

@@ -57,7 +57,8 @@ class Packed:
     def describe(self) -> str:
         """A summary on one line."""
         return (
-            f"{self.folder}: {self.num_images:,} images in {self.num_shards:,} shards, {self.num_bytes / 1e6:,.1f} MB"
+            f"{self.folder}: {self.num_images:,} images in {self.num_shards:,} shard{'s' * (self.num_shards != 1)}, "
+            f"{self.num_bytes / 1e6:,.1f} MB"
             + f"; {len(self.left_out):,} unreadable images left out" * bool(self.left_out)
             + " (packed before)" * self.before
         )

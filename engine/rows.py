@@ -19,6 +19,7 @@ from typing_extensions import Self, override
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import EncodedImages, state_of
+from mixmask.engine.progress import say
 
 # Usual names of the column of labels, in this order.
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "wnid")
@@ -295,7 +296,12 @@ def _label_column(file: Path, schema: pa.Schema, asked: str | None, classes: dic
             )
         return usual[0]
     named = [name for name in classes if name in schema.names]
-    return named[0] if len(named) == 1 else None
+    if len(named) == 1:
+        return named[0]
+    possible = named or [field.name for field in schema if is_label(field)]
+    if possible:
+        say(f"{file}: read without labels; data.label_column (--label-column) may be {', '.join(possible)}")
+    return None
 
 
 def _labels(

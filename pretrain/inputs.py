@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from mixmask.engine import distributed
 from mixmask.engine.data import open_split
-from mixmask.engine.datasets import OpenImages, require_same_classes
+from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import BatchPlan, check_crop
@@ -16,6 +18,8 @@ from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.monitor import Monitored
 from mixmask.pretrain.recipe import PretrainRecipe
+
+KEYS = re.compile(rf"\bdata\.({'|'.join(DataRecipe.model_fields)})\b")  # in messages about the monitor's own data
 
 
 def check_inputs(
@@ -68,7 +72,7 @@ def _monitored(recipe: PretrainRecipe, train: ImageSet, open_images: OpenImages)
         queries = open_images(data, "test").with_decoding(channels)
         require_same_classes(bank, queries, data.allow_overlap)
     except DataError as error:
-        raise error if own else DataError(*(f"monitor.data: {line}" for line in error.args)) from None
+        raise error if own else DataError(*(KEYS.sub(r"monitor.data.\1", line) for line in error.args)) from None
     if bank.labels.ndim == 2:
         raise ConfigError(
             f"monitor: the images of '{data.name}' have several labels each, which kNN cannot be tested on; set "

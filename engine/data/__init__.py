@@ -82,6 +82,8 @@ def kind_of(root: Path, data: DataRecipe) -> DataKind:
 
 def _of_classes(images: Images, file: Path) -> Images:
     """The images of the classes that a text file lists, one to a line."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file (data.class_list: a text file with one class folder to a line)")
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     names = [*dict.fromkeys(line if line in images.classes else line.split()[0] for line in lines)]
     unknown = [name for name in names if name not in images.classes]

@@ -95,6 +95,8 @@ def listed_images(file: Path) -> FileImages:
     missing = [path for path, there in zip(paths, found, strict=True) if not there]
     if missing:
         where = "paths are relative to the list's folder"
+        if len(missing) == len(paths) and not classes:
+            where += "; a class follows after a tab"
         raise DataError(
             *listed(
                 [

@@ -28,6 +28,7 @@ from mixmask.engine.storage import write_atomic
 
 INDEX = "index.safetensors"
 FORMAT = "mixmask-shards-1"
+ANEW = "pack the source again, or delete the index and write it anew with `mixmask pack` and the folder's name"
 
 
 class Shard(BaseModel):
@@ -158,14 +159,14 @@ def read_index(folder: Path) -> ShardImages:
             info = IndexInfo.model_validate_json(metadata[FORMAT])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, KeyError, ValueError) as error:  # pydantic's errors are ValueErrors
-        raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); write it anew") from None
+        raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); {ANEW}") from None
     members, labels = tensors.get("members"), tensors.get("labels")
     held, spelt = tensors.get("validation"), tensors.get("names")
     if spelt is None or spelt.dtype != torch.uint8 or spelt.ndim != 1:
-        raise DataError(f"{file}: damaged; it has no names of images. Write it anew")
+        raise DataError(f"{file}: damaged; it has no names of images; {ANEW}")
     names = spelt.numpy().tobytes().decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
     if not _fits(info, names, members, labels, held):
-        raise DataError(f"{file}: damaged; names, places and labels do not fit together. Write it anew")
+        raise DataError(f"{file}: damaged; names, places and labels do not fit together; {ANEW}")
     assert members is not None
     assert labels is not None
     forget(folder / shard.name for shard in info.shards)

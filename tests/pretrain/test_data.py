@@ -26,6 +26,7 @@ from mixmask.transfer.recipe import load_transfer_recipe
 from tests.engine.containers import CONTAINERS, packed, recipe
 from tests.pretrain.small_runs import interrupt_at, plan
 
+SMALL = "backbone.arch=timm/test_resnet"
 COLOURLESS = ["augment.hue=0", "augment.saturation=0", "augment.grayscale_probability=0"]
 
 
@@ -42,7 +43,7 @@ def test_a_run_on_packed_images_is_the_run_on_folders_bit_for_bit(
     storage: str, config: Path, shapes: Path, tmp_path: Path
 ) -> None:
     torch.set_num_threads(1)
-    common = [f"data.storage={storage}", "max_steps=4", "monitor={every_epochs: 1, k: 5}", "checkpoint_every=2"]
+    common = [SMALL, f"data.storage={storage}", "max_steps=4", "monitor={every_epochs: 1, k: 5}", "checkpoint_every=2"]
     whole = plan(config, tmp_path / "folder", *common)
     stage.run(whole)
     shards, table = (CONTAINERS[name](shapes, tmp_path / name) for name in ("shards", "parquet"))
@@ -73,7 +74,7 @@ def test_images_without_classes_are_pretrained_on_and_watched_with_others(
         folder = photos / f"{number % 4}" / ("deep" if number % 2 else "")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / f"{number}{path.suffix}")
-    base = [f"data.root={photos}", "data.name=photos", "data.labels=false", "max_steps=2"]
+    base = [SMALL, f"data.root={photos}", "data.name=photos", "data.labels=false", "max_steps=2"]
     with pytest.raises(ConfigError, match=r"monitor needs labels; set monitor: null, or monitor\.data"):
         plan(config, tmp_path, *base, "monitor={every_epochs: 1}")
     labelled = f"monitor={{every_epochs: 1, k: 5, data: {{name: shapes, root: {shapes}, train: train, test: val}}}}"
@@ -118,7 +119,7 @@ def test_grey_networks_pretrain_and_transfer(arch: str, config: Path, shapes: Pa
     source = read_source(one.backbone_file)
     for target, name in (("torchvision", "b.pth"), ("detectron2", "b.pkl"), ("timm", "b.safetensors")):
         with pytest.raises(
-            CheckpointError, match=r"takes images of 1 channels, and .* take RGB; convert it to mixmask"
+            CheckpointError, match=r"takes images of 1 channels, and .* take RGB; mixmask.s own file is the only form"
         ):
             check_export(source, tmp_path / name, target)  # type: ignore[arg-type]
     if arch == "resnet18":  # as a foreign checkpoint: the first convolution tells
@@ -143,6 +144,7 @@ def test_images_of_many_channels(config: Path, tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / f"{number}.npy", rng.integers(0, 4096, (40, 36, 6), dtype=np.uint16))
     bands = [
+        SMALL,
         f"data.root={tmp_path / 'bands'}",
         "data.name=bands",
         "data.levels=[0, 4095]",
@@ -196,7 +198,7 @@ def test_a_run_leaves_unreadable_images_out(
     broken = open_split(recipe(tmp_path / "data"), "train").paths[11]
     content = broken.read_bytes()
     broken.write_bytes(content[:60] + bytes(len(content) - 120) + content[-60:])
-    base = [f"data.root={tmp_path / 'data'}", "max_steps=8", "epochs=3", "monitor=null", "log_every=4"]
+    base = [SMALL, f"data.root={tmp_path / 'data'}", "max_steps=8", "epochs=3", "monitor=null", "log_every=4"]
     skipping = plan(config, tmp_path, *base, "data.skip_unreadable=true")
     assert skipping.batches.steps_per_epoch == 7
     stage.run(skipping)

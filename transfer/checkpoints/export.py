@@ -63,8 +63,8 @@ def require_known_network(backbone: BackboneRecipe, target: Target, where: str) 
         return
     if backbone.in_channels != 3:
         raise CheckpointError(
-            f"{where}: takes images of {backbone.in_channels} channels, and {target}'s networks take RGB; convert it to "
-            f"mixmask"
+            f"{where}: takes images of {backbone.in_channels} channels, and {target}'s networks take RGB; mixmask's "
+            f"own file is the only form of it"
         )
     if backbone.arch.startswith(TIMM) and target != "timm":
         raise CheckpointError(f"{where}: is {backbone.arch}, which {target} does not have; convert it to timm")
