@@ -9,6 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from mixmask.engine.precision import to_device
+
 NamedStatistics = Literal["imagenet", "cifar10", "cifar100", "tiny_imagenet"]
 
 
@@ -95,5 +97,7 @@ def _constants(
 ) -> tuple[Tensor, Tensor]:
     """Mean and 1 / std on a device. Made once: a copy to a GPU in every step would wait for all its work."""
     with torch.inference_mode(False):
-        centre, spread = (torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1) for values in (mean, std))
+        centre, spread = (
+            to_device(torch.tensor(values, dtype=dtype).view(1, -1, 1, 1), device) for values in (mean, std)
+        )
         return centre, 1 / spread

@@ -1,0 +1,104 @@
+"""Whole steps on tensors that claim to be on a GPU: nothing waits, no devices are mixed, and operations stay few."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixmask.engine.augment import Photometric
+from mixmask.engine.builtin_configs import config_file
+from mixmask.engine.config import load_recipe
+from mixmask.engine.loader import Batch
+from mixmask.engine.normalization import _constants
+from mixmask.engine.randomness import generator
+from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.step import batch_parts
+from tests.pretend_gpu import Blocked, Pretend, images, moved, pretend
+from tests.pretrain.small_runs import CONFIG, SMALL_FRAMEWORKS
+
+BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
+STEPS = {
+    **{name: [framework, BOTH] for name, framework in SMALL_FRAMEWORKS.items()},
+    "plain": ["mix={kind: none}"],
+    "unmix": ["mix={kind: unmix, mask_groups: 2}"],
+    "masks per image": ["mix={kind: mixmask, grid: 4, mask_per: sample}"],
+    "erased": ["mix={kind: erase, grid: 4, fill: noise, extra_crops: 1, extra_crop: 16}"],
+    "accumulated": [SMALL_FRAMEWORKS["byol"], "accumulate=2"],
+    "grey": ["backbone.in_channels=1", "augment.hue=0", "augment.saturation=0", "augment.grayscale_probability=0"],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_constants_of_other_tests() -> None:
+    _constants.cache_clear()
+
+
+def step(recipe: PretrainRecipe, mode: Pretend, rows: int) -> None:
+    """Forward passes and losses of a step, and what follows the backward pass."""
+    torch.manual_seed(0)
+    model = recipe.framework.build(recipe.backbone).to(memory_format=torch.channels_last)
+    moved(model, mode)
+    if isinstance(model, MoCo):
+        model.position = 0  # read from the buffer once, when a run starts
+    views = [images(mode, rows, recipe.backbone.in_channels, view.crop, view.crop) for view in recipe.views]
+    batch = Batch(views, images(mode, rows, dtype=torch.int64), 0, list(range(rows)), rows)
+    with torch.no_grad():
+        for part in batch_parts(model, recipe, batch, 0):
+            part()
+        model.before_step()
+        model.after_step(0.5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_no_step_waits_for_the_device_or_mixes_devices(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(CONFIG.replace("ROOT", "nowhere"))
+    recipe = load_recipe(PretrainRecipe, file, ["backbone.arch=timm/test_resnet", *STEPS[name]])
+    with pretend() as mode:
+        step(recipe, mode, recipe.batch_size)
+    assert mode.kernels > 100
+    _constants.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("config", "budget"),
+    [("cifar100_moco", 1900), ("imagenet_mocov2_mixmask", 3340), ("cifar100_byol", 1100)],
+)
+def test_a_step_starts_no_more_operations_than_before(config: str, budget: int) -> None:
+    """Forward passes only. Lower the budgets when the step gets shorter."""
+    recipe = load_recipe(PretrainRecipe, config_file(Path(config), "pretrain"), ["data.root=nowhere"])
+    with pretend() as mode:
+        step(recipe, mode, 64)
+    assert budget * 0.8 < mode.kernels <= budget
+    _constants.cache_clear()
+
+
+def test_augmentation_is_part_of_it() -> None:
+    recipe = load_recipe(PretrainRecipe, config_file(Path("cifar100_moco"), "pretrain"), ["data.root=nowhere"])
+    with pretend() as mode:
+        Photometric(recipe.augment)(images(mode, 512, 3, 32, 32), generator(0, "x"), slice(0, 512), 512)
+    assert 100 < mode.kernels <= 350
+    _constants.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (lambda x: x.sum().item(), "needs a value of the device"),
+        (lambda x: x[x > 0], "a boolean mask"),
+        (lambda x: (x > 0).nonzero(), "needs a value of the device"),
+        (lambda x: x + torch.ones(3), "mixes devices"),
+        (lambda x: x.cpu(), "copies to the host"),
+        (lambda x: torch.ones(3).to(x.device), "blocking copy"),
+        (lambda x: x.index_select(0, torch.tensor([1])), "mixes devices"),
+    ],
+)
+def test_the_pretended_gpu_finds(code: object, said: str) -> None:
+    assert callable(code)
+    with pretend() as mode:
+        tensor = images(mode, 3)
+        with pytest.raises(Blocked, match=said):
+            code(tensor)
