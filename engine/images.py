@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import Self, override
 
@@ -86,6 +87,20 @@ class ImageSet(Protocol):
             DataError: If images in memory cannot be converted.
         """
 
+    def encoded(self, index: int) -> Tensor:
+        """(n,) uint8, image ``index`` as a file: its own bytes, or a PNG of its pixels.
+
+        Raises:
+            DataError: If it is missing or damaged.
+        """
+
+    def inner_name(self, index: int) -> str:
+        """The path of image ``index`` below the root that it was read from, with slashes."""
+
+    @property
+    def origin(self) -> str:
+        """Where the images come from, for people: the root, or several with their counts."""
+
     def problem(self, index: int) -> str | None:
         """A message if image ``index`` is damaged; else None.
 
@@ -139,6 +154,20 @@ class Images(ABC):
     @abstractmethod
     def states(self) -> Iterable[str]:
         """For each image, a text that changes when its content does."""
+
+    def encoded(self, index: int) -> Tensor:
+        """Image ``index`` as PNG."""
+        png: Tensor = encode_png(self.read(index).contiguous())
+        return png
+
+    def inner_name(self, index: int) -> str:
+        """The path of image ``index`` below the root."""
+        return Path(os.path.relpath(self.paths[index], self.root)).as_posix()
+
+    @property
+    def origin(self) -> str:
+        """The root."""
+        return str(self.root)
 
     def without_labels(self) -> Self:
         """The same images, with no classes."""
@@ -228,6 +257,10 @@ class EncodedImages(Images):
         now = self.decoding
         how = Decoding(now.channels if channels is None else channels, now.levels if levels is None else levels)
         return replace(self, decoding=how)
+
+    @override
+    def encoded(self, index: int) -> Tensor:
+        return self.content(index)
 
     def ends(self, index: int) -> bytes | None:
         """The first two and the last two bytes of image ``index``, if they can be had without reading it whole."""

@@ -92,6 +92,22 @@ class JoinedImages(Images):
         return [states[part][row] for part, row in self.places.tolist()]
 
     @override
+    def encoded(self, index: int) -> Tensor:
+        part, row = self.place(index)
+        return part.encoded(row)
+
+    @override
+    def inner_name(self, index: int) -> str:
+        part, row = self.place(index)
+        return part.inner_name(row)
+
+    @property
+    @override
+    def origin(self) -> str:
+        counts = torch.bincount(self.places[:, 0], minlength=len(self.parts)).tolist()
+        return ", ".join(f"{part.origin} ({count:,})" for part, count in zip(self.parts, counts, strict=True))
+
+    @override
     def problem(self, index: int) -> str | None:
         part, row = self.place(index)
         return part.problem(row)
@@ -108,11 +124,3 @@ class JoinedImages(Images):
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         return replace(super()._chosen(chosen, root), places=self.places[chosen])
-
-
-def source_of(images: ImageSet) -> str:
-    """The root of images; of joined ones all roots, with the count of each."""
-    if not isinstance(images, JoinedImages):
-        return str(images.root)
-    counts = torch.bincount(images.places[:, 0], minlength=len(images.parts)).tolist()
-    return ", ".join(f"{part.root} ({count:,})" for part, count in zip(images.parts, counts, strict=True))

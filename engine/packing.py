@@ -18,15 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_png
 
 from mixmask.engine.data.folder import USUAL_SPLITS, is_image
 from mixmask.engine.data.shards import INDEX, Shard, read_index, require_plain_text, tars, write_index
 from mixmask.engine.data.zip_file import in_class_folders
 from mixmask.engine.decoding import AS_THEY_ARE
 from mixmask.engine.errors import DataError, RunFailure, UserError, listed
-from mixmask.engine.images import EncodedImages, ImageSet, content_problem
-from mixmask.engine.joined import JoinedImages
+from mixmask.engine.images import ImageSet, content_problem
 from mixmask.engine.progress import say, track
 from mixmask.engine.storage import require_output_folder
 
@@ -92,7 +90,7 @@ def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, ski
 
     def take(index: int) -> tuple[Tensor, str | None]:
         try:
-            content = _encoded(images, index)
+            content = images.encoded(index)
             if quick:
                 return content, content_problem(content, images.paths[index], AS_THEY_ARE)
             if images.array() is None:
@@ -163,25 +161,11 @@ def check_pack(images: ImageSet, out: Path) -> None:
         raise UserError(f"{out}: is not empty ({', '.join(others[:3])}); name an empty folder for the shards")
 
 
-def _encoded(images: ImageSet, index: int) -> Tensor:
-    """The bytes of an image's file; a PNG if it has none."""
-    if isinstance(images, JoinedImages):
-        part, row = images.place(index)
-        return _encoded(part, row)
-    if isinstance(images, EncodedImages):
-        return images.content(index)
-    png: Tensor = encode_png(images.read(index).contiguous())
-    return png
-
-
 def _names(images: ImageSet) -> list[str]:
     """A name for each image: its path below the root, so that the images' digest stays the same."""
-    roots = images.root if not isinstance(images, JoinedImages) else None
     names = []
-    for index, path in enumerate(images.paths):
-        root = images.place(index)[0].root if isinstance(images, JoinedImages) else roots
-        assert root is not None
-        name = Path(os.path.relpath(path, root)).as_posix()
+    for index in range(len(images)):
+        name = images.inner_name(index)
         while name.startswith("../"):  # a list of paths may lie beside the images
             name = name.removeprefix("../")
         names.append(name)
@@ -198,7 +182,7 @@ def _require_names(where: Path, names: Sequence[str]) -> None:
 
 
 class _Writer:
-    """Writes .tar files one after another; each gets its name when it is whole."""
+    """Writes .tar files one after another."""
 
     def __init__(self, out: Path, shard_bytes: int) -> None:
         self.out, self.shard_bytes = out, shard_bytes
@@ -206,17 +190,10 @@ class _Writer:
         self.members: list[tuple[int, int, int, int]] = []
         self._tar: tarfile.TarFile | None = None
 
-    @property
-    def _name(self) -> str:
-        return f"{len(self.shards):06d}.tar"
-
-    @property
-    def _temporary(self) -> Path:
-        return self.out / f".{self._name}.tmp"
-
     def add(self, name: str, content: Tensor) -> None:
         if self._tar is None:
-            self._tar = tarfile.open(self._temporary, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by finish)
+            file = self.out / f"{len(self.shards):06d}.tar"
+            self._tar = tarfile.open(file, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed by finish)
         member = tarfile.TarInfo(name)  # without times and owners: the same images give the same bytes
         member.size = len(content)
         self._tar.addfile(member, io.BytesIO(content.numpy().tobytes()))
@@ -230,30 +207,27 @@ class _Writer:
         """Close the present shard, if there is one."""
         if self._tar is None:
             return
+        file = Path(str(self._tar.name))
         self._tar.close()
         self._tar = None
-        name = self._name
-        with self._temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        described = _described(self._temporary, name)
-        os.replace(self._temporary, self.out / name)
-        self.shards.append(described)
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+        self.shards.append(_described(file))
 
     def close(self) -> None:
-        """Delete what is not whole."""
+        """Close the present shard, which is not whole."""
         if self._tar is not None:
             with contextlib.suppress(OSError):
                 self._tar.close()
             self._tar = None
-        self._temporary.unlink(missing_ok=True)
 
 
-def _described(file: Path, name: str) -> Shard:
+def _described(file: Path) -> Shard:
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):
             digest.update(piece)
-    return Shard(name=name, size=file.stat().st_size, sha256=digest.hexdigest())
+    return Shard(name=file.name, size=file.stat().st_size, sha256=digest.hexdigest())
 
 
 # --- shards of others ------------------------------------------------------------------------------------------------
@@ -305,7 +279,7 @@ def index_shards(folder: Path) -> Packed:
             names.append(posixpath.normpath(name))
             members.append((number, *place))
             said.append(classes.get(_split(name)[0]))
-        shards.append(_described(file, file.name))
+        shards.append(_described(file))
     _require_names(folder, names)
     if not names:
         raise DataError(f"{folder}: no images in its {len(files)} .tar files")
@@ -315,7 +289,10 @@ def index_shards(folder: Path) -> Packed:
         name if counted[name] == 1 else f"{files[place[0]].stem}/{name}"
         for name, place in zip(names, members, strict=True)
     ]
-    write_index(folder, shards, torch.tensor(members, dtype=torch.int64), unique, labels, order)
+    try:
+        write_index(folder, shards, torch.tensor(members, dtype=torch.int64), unique, labels, order)
+    except OSError as error:
+        raise RunFailure(f"{folder}: the index cannot be written ({error.strerror or error})") from None
     return Packed(folder, len(names), len(shards), sum(shard.size for shard in shards), [])
 
 
@@ -358,6 +335,8 @@ def _walk(file: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             if packed
             else f"{file}: truncated or not a .tar file ({error}); {last} is the last whole file in it"
         ) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from None
     # tarfile takes a damaged header for the end. At the true end there are two blocks of zeros, and nothing after them.
     with file.open("rb") as rest:
         rest.seek(end)

@@ -42,8 +42,6 @@ def readable(images: S) -> S:
     on_rank0(lambda: _tell(images, problems, file, new=known is None))
     if not problems:
         return images
-    if len(problems) == len(images):
-        raise DataError(f"{images.root}: none of its {len(images):,} images can be read, for example: {problems[0][1]}")
     without = {index for index, _ in problems}
     return images.subset([index for index in range(len(images)) if index not in without])
 
@@ -65,6 +63,8 @@ def _tell(images: ImageSet, problems: list[tuple[int, str]], file: Path, new: bo
             say(
                 f"{images.root}: what cannot be read is not remembered ({error}); the next start decodes all images again"
             )
+    if problems and len(problems) == len(images):
+        raise DataError(f"{images.root}: none of its {len(images):,} images can be read, for example: {problems[0][1]}")
     if not problems:
         return
     say(f"{images.root}: {len(problems):,} of {len(images):,} images cannot be read and are left out:")

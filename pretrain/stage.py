@@ -20,7 +20,6 @@ from mixmask.engine.datasets import other_classes
 from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
-from mixmask.engine.joined import source_of
 from mixmask.engine.loader import Batch, BatchPlan, open_source
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
@@ -109,7 +108,7 @@ class PretrainPlan(RecordedWork[Path]):
         lines = [
             f"{recipe.framework.kind}, {recipe.method}, {recipe.backbone.arch}"
             + f" ({recipe.backbone.stem} stem)" * (not recipe.backbone.arch.startswith(TIMM)),
-            f"data      {recipe.data.name}: {len(self.train_images):,} images from {source_of(self.train_images)}",
+            f"data      {recipe.data.name}: {len(self.train_images):,} images from {self.train_images.origin}",
             f"length    {self._length(shares)} on {self.device}, {recipe.precision}",
             f"lr        {rate:g} (given {recipe.optimizer.lr:g} for a batch of "
             f"{recipe.optimizer.reference_batch_size or recipe.batch_size})",

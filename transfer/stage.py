@@ -167,8 +167,7 @@ def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> Tr
 
 def _opened(channels: int, data: DataRecipe, part: Part) -> ImageSet:
     """Images as the backbone takes them."""
-    images = open_split(data, part)
-    return images if channels == 3 else images.with_decoding(channels)
+    return open_split(data, part).with_decoding(channels)
 
 
 def _check_statistics(plan: TransferPlan) -> None:

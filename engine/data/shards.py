@@ -7,8 +7,8 @@ holds for every image its shard, offset, size, CRC-32, label and name, and for e
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import EncodedImages
+from mixmask.engine.members import MemberImages
 from mixmask.engine.random_access import forget, read_at
 from mixmask.engine.storage import write_atomic
 
@@ -100,7 +100,7 @@ def tars(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class ShardImages(EncodedImages):
+class ShardImages(MemberImages):
     """Images in .tar files.
 
     Attributes:
@@ -109,15 +109,11 @@ class ShardImages(EncodedImages):
     """
 
     shards: tuple[Path, ...]
-    members: Tensor
 
     @override
-    def ends(self, index: int) -> bytes | None:
+    def plain_bytes(self, index: int) -> tuple[Path, int, int] | None:
         shard, offset, size, _ = self.members[index].tolist()
-        if size < 4:
-            return None
-        pieces = (read_at(self.shards[shard], place, 2, self.paths[index]) for place in (offset, offset + size - 2))
-        return b"".join(piece.numpy().tobytes() for piece in pieces)
+        return self.shards[shard], offset, size
 
     @override
     def content(self, index: int) -> Tensor:
@@ -128,14 +124,6 @@ class ShardImages(EncodedImages):
                 f"{self.shards[shard]}: damaged; the CRC-32 of {self.paths[index]} is not the one in {INDEX}"
             )
         return content
-
-    def states(self) -> Iterable[str]:
-        """Checksums of the images."""
-        return [str(crc) for crc in self.members[:, 3].tolist()]
-
-    @override
-    def _chosen(self, chosen: list[int], root: Path) -> Self:
-        return replace(super()._chosen(chosen, root), members=self.members[chosen])
 
 
 def read_index(folder: Path) -> ShardImages:

@@ -8,18 +8,18 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders, is_array, is_image, without_side_arrays
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import EncodedImages
+from mixmask.engine.members import MemberImages
 from mixmask.engine.random_access import forget, read_at
 
 MAX_IMAGE = 1 << 28  # bytes of one image when unpacked: no encoded photograph is larger
@@ -222,7 +222,7 @@ def _refuse(path: Path, one: zipfile.ZipInfo) -> None:
 
 
 @dataclass(frozen=True)
-class ZipImages(EncodedImages):
+class ZipImages(MemberImages):
     """Images in a .zip file.
 
     Attributes:
@@ -231,7 +231,6 @@ class ZipImages(EncodedImages):
     """
 
     archive: Path
-    members: Tensor
 
     def _start(self, index: int) -> int:
         """Where the packed bytes of an image begin: after a local header of variable length."""
@@ -243,13 +242,9 @@ class ZipImages(EncodedImages):
         return start + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
     @override
-    def ends(self, index: int) -> bytes | None:
-        _, packed, size, _, compression = self.members[index].tolist()
-        if compression != zipfile.ZIP_STORED or packed != size or size < 4:
-            return None
-        start, what = self._start(index), self.paths[index]
-        pieces = (read_at(self.archive, place, 2, what) for place in (start, start + size - 2))
-        return b"".join(piece.numpy().tobytes() for piece in pieces)
+    def plain_bytes(self, index: int) -> tuple[Path, int, int] | None:
+        _, _, size, _, compression = self.members[index].tolist()
+        return None if compression != zipfile.ZIP_STORED else (self.archive, self._start(index), size)
 
     @override
     def content(self, index: int) -> Tensor:
@@ -261,14 +256,6 @@ class ZipImages(EncodedImages):
         if len(content) != size or zlib.crc32(content.numpy().data) != crc:
             raise DataError(f"{self.archive}: damaged; the CRC-32 of {what} is not the one it was packed with")
         return content
-
-    def states(self) -> Iterable[str]:
-        """Checksums of the images."""
-        return [str(crc) for crc in self.members[:, 3].tolist()]
-
-    @override
-    def _chosen(self, chosen: list[int], root: Path) -> Self:
-        return replace(super()._chosen(chosen, root), members=self.members[chosen])
 
 
 def _inflated(packed: Tensor, size: int, what: Path) -> Tensor:

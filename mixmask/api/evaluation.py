@@ -251,8 +251,7 @@ def linear_probe(
         run.create(recipe, "probe")
         listing = {"train": train.summary()["listing"], "test": test.summary()["listing"]}
         no_file: Any = None  # a network in memory comes from nowhere
-        if channels_of(model) != 3:
-            train, test = (images.with_decoding(channels_of(model)) for images in (train, test))
+        train, test = (images.with_decoding(channels_of(model)) for images in (train, test))
         setting = Setting(run, "probe", listing, pooled.place.device, no_file, train, test, _of(model, normalization))
         found = recipe.probe(setting, lambda: pooled, state)
     return found["linear/top1"]
@@ -291,7 +290,7 @@ def _features(
     normalization: Normalization,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
-    taken = images.with_decoding(channels_of(pooled)) if channels_of(pooled) != 3 else images
+    taken = images.with_decoding(channels_of(pooled))
     source = open_source(taken, _recipe(images.root), pooled.place.device)
     return features_of(
         "features", pooled, source, batch_size=batch_size, resize=resize, crop=crop, precision=precision,
