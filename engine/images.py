@@ -18,12 +18,12 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import Self, override
 
-from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode, decode_bytes, header_size, read_whole
+from mixmask.engine.damage import JPEG_END, JPEG_START, content_problem, file_problem
+from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode_bytes, header_size, read_whole
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
 
 REMEDY = "`mixmask check-data` finds all unreadable images; data.skip_unreadable=true leaves them out"
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
 class ImageSet(Protocol):
@@ -354,48 +354,6 @@ class ArrayImages(Images):
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])
-
-
-def check_files(paths: Sequence[Path]) -> None:
-    """Find damaged images before long work starts; see `ImageSet.problem`.
-
-    Raises:
-        DataError: Naming the damaged files (the first ten).
-    """
-    with ThreadPoolExecutor(8) as pool:
-        problems = [found for found in pool.map(file_problem, paths) if found is not None]
-    if problems:
-        raise DataError(*listed(problems))
-
-
-def file_problem(path: Path, how: Decoding = RGB) -> str | None:
-    """A message about what is wrong with one file, or None; see `ImageSet.problem`."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 2))
-            end = file.read(2)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    if start == JPEG_START and end == JPEG_END:
-        return None
-    try:
-        decode(path, how)
-    except DataError as error:
-        return str(error)
-    return None
-
-
-def content_problem(content: Tensor, name: Path, how: Decoding = RGB) -> str | None:
-    """Like `file_problem`, for the bytes of an image."""
-    if content[:2].numpy().tobytes() == JPEG_START and content[-2:].numpy().tobytes() == JPEG_END:
-        return None
-    try:
-        decode_bytes(content, name, how)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def state_of(path: Path) -> str:

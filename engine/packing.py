@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixmask.engine.damage import content_problem
 from mixmask.engine.data.folder import USUAL_SPLITS, is_image
 from mixmask.engine.data.shards import INDEX, Shard, read_index, require_plain_text, tars, write_index
 from mixmask.engine.data.zip_file import in_class_folders
 from mixmask.engine.decoding import AS_THEY_ARE
 from mixmask.engine.errors import DataError, RunFailure, UserError, listed
-from mixmask.engine.images import ImageSet, content_problem
+from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say, track
 from mixmask.engine.storage import require_output_folder
 

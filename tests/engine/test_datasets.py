@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from mixmask.engine.config import fingerprint_of, identity
+from mixmask.engine.damage import check_files
 from mixmask.engine.data import open_split
 from mixmask.engine.data.folder import is_only_split
 from mixmask.engine.datasets import DataRecipe, require_same_classes
 from mixmask.engine.decoding import decode
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import FileImages, check_files
+from mixmask.engine.images import FileImages
 from mixmask.engine.preflight import check_data, find_splits
 from mixmask.engine.texts import read_text
 

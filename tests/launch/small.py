@@ -82,14 +82,12 @@ def found(runs: Path, suite: str = "small") -> dict[str, states.CellStatus]:
 
 
 def wait_until_over(runs: Path, seconds: float = 150) -> dict[str, states.CellStatus]:
-    """Until no cell waits or runs, and the last job has ended."""
-    newest = manifest.latest(runs.resolve(), "small")
+    """Until no cell waits or runs, and the last job of every launch has ended: a launch may leave it to an earlier one."""
+    last = {launch.finish_job for launch in manifest.launches(runs.resolve(), "small")}
 
     def over() -> bool:
-        job = newest.finish_job
-        return all(one.state not in ("pending", "running") for one in found(runs).values()) and (
-            job is None or not states.slurm_cli.queued().get(job, states.slurm_cli.JobState("GONE")).is_active
-        )
+        active = {job for job, state in states.slurm_cli.queued().items() if state.is_active}
+        return not last & active and all(one.state not in ("pending", "running") for one in found(runs).values())
 
     wait_for(over, f"the suite is over: {found(runs)}", seconds)
     return found(runs)

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mixmask.engine.damage import check_files
 from mixmask.engine.errors import DataError, listed
-from mixmask.engine.images import check_files
 from mixmask.engine.progress import track
 from mixmask.transfer.segmentation.recipe import SegmentationData
 

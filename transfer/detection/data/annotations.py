@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mixmask.engine.damage import check_files
 from mixmask.engine.errors import DataError, listed
-from mixmask.engine.images import check_files
 from mixmask.engine.progress import say
 from mixmask.engine.texts import read_bytes, read_text
 from mixmask.transfer.detection.data.coco_checks import check_document
