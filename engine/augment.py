@@ -6,6 +6,7 @@ one image (``torchvision.transforms.v2.functional`` on float tensors); only the 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from mixmask.engine.config import added
 from mixmask.engine.crops import CropRecipe
-from mixmask.engine.normalization import Normalization, as_float, normalize
+from mixmask.engine.normalization import Normalization, as_float, normalize, statistics_of
 from mixmask.engine.precision import to_device
 
 MAX_SIGMA = 100.0  # pixels: a wider blur leaves nothing of an image
@@ -173,6 +174,12 @@ class PhotometricDraws:
         """The draws of some of the samples."""
         return PhotometricDraws(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
+    def table(self) -> Tensor:
+        """(13, N) float32: everything in one tensor, for `photometric_kernels`, which says what is where."""
+        jitter = [self.jitter, self.brightness, self.contrast, self.saturation, self.hue]
+        after = [self.grayscale, self.blur, self.sigma, self.solarize]
+        return torch.stack([values.float() for values in (*jitter, *after, *self.order.T)])
+
 
 def draw_photometric(recipe: AugmentRecipe, num: int, generator: torch.Generator) -> PhotometricDraws:
     """Draw the parameters of ``num`` samples, independently for each sample."""
@@ -234,6 +241,15 @@ def _apply(operation: Callable[[Tensor, Tensor], Tensor], images: Tensor, chosen
         images[there] = operation(images[there], values[which])
 
 
+def _kernels(device: torch.device) -> Callable[..., Tensor] | None:
+    """The kernels that replace the operators above on a GPU, if they can be used there."""
+    if importlib.util.find_spec("triton") is None:  # part of torch's builds for GPUs on Linux
+        return None
+    from mixmask.engine import photometric_kernels
+
+    return photometric_kernels.photometric if photometric_kernels.usable(device) else None
+
+
 class Photometric:
     """The photometric half of an `AugmentRecipe`, ready to be applied to batches."""
 
@@ -253,6 +269,9 @@ class Photometric:
             (N, C, H, W), channels last in memory.
         """
         draws = draw_photometric(self.recipe, total, generator).rows(rows)
+        if images.is_cuda and images.shape[1] == 3 and (kernels := _kernels(images.device)) is not None:
+            mean, std = statistics_of(self.recipe.normalization)
+            return kernels(images, to_device(draws.table(), images.device), mean, std, self.recipe.blur_probability > 0)
         result = torch.empty(images.shape, dtype=torch.float32, device=images.device, memory_format=torch.channels_last)
         # On a CPU one image at a time, which stays in a core's cache through all operations.
         together = len(images) if images.device.type != "cpu" else 1

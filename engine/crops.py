@@ -117,15 +117,17 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
         (N, 3, size, size) float in [0, 1].
     """
     num, _, height, width = images.shape
-    crops = to_device(crops.float(), images.device)
     if interpolation == "bicubic":
+        crops = to_device(crops.float(), images.device)
         rows = _cubic_weights(crops[:, 0], crops[:, 2], height, size)
         columns = _cubic_weights(crops[:, 1], crops[:, 3], width, size)
         columns = torch.where(to_device(flips, images.device)[:, None, None], columns.flip(1), columns)
         # First along rows, then along columns, each with a clamp, as Pillow does it.
         across = torch.einsum("nxw,nchw->nchx", columns, images.float() / 255).clamp_(0, 1)
         return torch.einsum("nyh,nchx->ncyx", rows, across).clamp_(0, 1)
-    centre = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
+    # Coordinates are worked out on the host: they are few, and a GPU would start twenty small operations for them.
+    crops = crops.float()
+    centre = torch.arange(size, dtype=torch.float32) + 0.5
 
     def positions(start: Tensor, length: Tensor, mirrored: Tensor | None) -> Tensor:
         place = centre.expand(num, size)
@@ -136,10 +138,11 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
         return start[:, None] + torch.minimum(inside.clamp(min=0), length[:, None] - 1)
 
     y = positions(crops[:, 0], crops[:, 2], None)
-    x = positions(crops[:, 1], crops[:, 3], to_device(flips, images.device))
-    grid_y = ((2 * y + 1) / height - 1)[:, :, None].expand(num, size, size)
-    grid_x = ((2 * x + 1) / width - 1)[:, None, :].expand(num, size, size)
-    grid = torch.stack([grid_x, grid_y], dim=-1)
+    x = positions(crops[:, 1], crops[:, 3], flips)
+    places = to_device(torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1]), images.device)
+    grid = torch.stack(
+        [places[0][:, None, :].expand(num, size, size), places[1][:, :, None].expand(num, size, size)], dim=-1
+    )
     return F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

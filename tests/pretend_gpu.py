@@ -19,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mixmask.engine import photometric_kernels
+
 aten = torch.ops.aten
+KERNELS_OF = {"mixmask.photometric.default": 4}  # operations that start several kernels
 GPU = torch.device("cuda:0")
 
 NEED_VALUES = {
@@ -69,7 +72,7 @@ class Pretend(TorchDispatchMode):
     @property
     def kernels(self) -> int:
         """Operations that start work on the device."""
-        return sum(count for name, count in self.started.items() if not name.startswith(FREE))
+        return sum(count * KERNELS_OF.get(name, 1) for name, count in self.started.items() if not name.startswith(FREE))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -114,16 +117,18 @@ class Pretend(TorchDispatchMode):
 @contextlib.contextmanager
 def pretend() -> Iterator[Pretend]:
     """A machine with one GPU, for the code inside."""
-    lazy, pin = torch.cuda._lazy_init, Tensor.pin_memory
+    lazy, pin, usable = torch.cuda._lazy_init, Tensor.pin_memory, photometric_kernels.usable
     torch.cuda._lazy_init = lambda: None
     Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
     torch.Generator = _OnTheHost  # type: ignore[misc]
+    photometric_kernels.usable = lambda device: True  # type: ignore[assignment]
     try:
         with Pretend() as mode:
             yield mode
     finally:
         torch.cuda._lazy_init, Tensor.pin_memory = lazy, pin  # type: ignore[method-assign]
         torch.Generator = Generator  # type: ignore[misc]
+        photometric_kernels.usable = usable  # type: ignore[assignment]
 
 
 def moved(module: nn.Module, mode: Pretend) -> nn.Module:

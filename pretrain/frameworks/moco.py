@@ -18,7 +18,7 @@ from mixmask.engine.heads import mlp
 from mixmask.engine.precision import to_device
 from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, move_average, unit
-from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d, fold_statistics, split_layers, spread_statistics
 
 
 class MomentumContrastRecipe(FrameworkRecipe):
@@ -110,6 +110,7 @@ class MoCo(Framework):
         head = mlp([width, recipe.dim] if recipe.kind == "moco" else [width, width, recipe.dim], norm=False)
         self.query_encoder = Encoder(trunk, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.split = split_layers(self)
         self.register_buffer("queue", self.first_negatives())
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
         self.fresh: list[Tensor] = []  # this step's keys; they enter the queue after the optimizer step
@@ -184,6 +185,10 @@ class MoCo(Framework):
             self.fresh += [gather(self.negative(key)) for key in reversed(answers)]
         return Clean(losses, query, tuple(answers), {"contrast_accuracy": 100 * first.float().mean()})
 
+    @override
+    def before_step(self) -> None:
+        fold_statistics(self.split)
+
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         """Write this step's keys over the oldest ones in the queue, and update the momentum encoder.
@@ -200,6 +205,8 @@ class MoCo(Framework):
             self.queue_position.fill_(self.position)
         self.fresh.clear()
         move_average(self.key_encoder, self.query_encoder, self.recipe.momentum)
+        if self.queue.is_cuda:
+            spread_statistics(self.split)
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

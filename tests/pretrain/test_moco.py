@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from mixmask.engine.randomness import generator
 from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
 from mixmask.pretrain.mixture import draw_mixtures, mixture_loss
 from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
-from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d, fold_statistics, split_layers, spread_statistics
 from tests.pretrain.small_frameworks import BACKBONE, MOCO, build, slow_info_nce
 
 # --- MoCo ------------------------------------------------------------------------------------------------------------
@@ -95,6 +96,7 @@ def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool, together:
     expected, actual = torch.cat(groups), split.together(inputs[1]) if together else split(inputs[1])
     assert torch.allclose(actual, expected, atol=1e-6)
     assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    split.fold()
     assert int(split.num_batches_tracked) == 1
     assert torch.allclose(split.running_mean, torch.stack(means).mean(0), atol=1e-6)
     assert torch.allclose(split.running_var, torch.stack(variances).mean(0), atol=1e-6)
@@ -104,6 +106,49 @@ def test_split_batch_norm_is_batch_norm_per_group(channels_last: bool, together:
     assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
     plain.load_state_dict(split.state_dict())
     assert torch.equal(split.eval()(images), plain.eval()(images))
+
+
+def test_groups_of_statistics_are_folded_whenever_somebody_looks() -> None:
+    torch.manual_seed(0)
+    layers = [SplitBatchNorm2d(width, 2) for width in (3, 5, 3, 5)]
+    one_by_one, together = nn.ModuleList(layers[:2]), nn.ModuleList(layers[2:])
+
+    def forward(number: int) -> None:
+        torch.manual_seed(number)
+        for one, other in zip(one_by_one, together, strict=True):
+            assert isinstance(one, SplitBatchNorm2d)
+            assert isinstance(other, SplitBatchNorm2d)
+            images = torch.randn(4, one.num_features, 6, 6) + 2
+            assert torch.allclose(one.one_by_one(images), other.together(images), atol=1e-6)
+
+    def same() -> bool:
+        pairs = zip(one_by_one.state_dict().values(), together.state_dict().values(), strict=True)
+        return all(torch.allclose(one.float(), other.float(), atol=1e-6) for one, other in pairs)
+
+    for number in range(3):  # several forward passes in a step
+        forward(number)
+    fold_statistics(split_layers(together))
+    spread_statistics(split_layers(together))
+    assert same()
+    assert [int(count) for name, count in together.state_dict().items() if "tracked" in name] == [3, 3]
+    forward(3)
+    assert same()  # state_dict folds
+    forward(4)
+    saved = {name: value.clone() for name, value in one_by_one.state_dict().items()}
+    forward(5)
+    for model in (one_by_one, together):
+        model.load_state_dict(saved)  # replaces what has not been folded
+    assert same()
+    forward(6)
+    assert same()
+    forward(7)
+    together.eval()
+    assert all(isinstance(layer, SplitBatchNorm2d) and layer.apart is None for layer in together)
+    assert same()
+    copied = copy.deepcopy(together.train())
+    together = copied
+    forward(8)
+    assert same()
 
 
 def test_moco_refuses_what_does_not_divide() -> None:

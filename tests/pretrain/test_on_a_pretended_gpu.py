@@ -11,13 +11,14 @@ import torch
 from mixmask.engine.augment import Photometric
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import load_recipe
-from mixmask.engine.loader import Batch
+from mixmask.engine.images import ArrayImages
+from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.normalization import _constants
 from mixmask.engine.randomness import generator
 from mixmask.pretrain.frameworks.moco import MoCo
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts
-from tests.pretend_gpu import Blocked, Pretend, images, moved, pretend
+from tests.pretend_gpu import GPU, Blocked, Pretend, images, moved, pretend
 from tests.pretrain.small_runs import CONFIG, SMALL_FRAMEWORKS
 
 BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
@@ -40,7 +41,7 @@ def no_constants_of_other_tests() -> Iterator[None]:
 
 
 def step(recipe: PretrainRecipe, mode: Pretend, rows: int) -> None:
-    """Forward passes and losses of a step, and what follows the backward pass."""
+    """Forward passes and losses of the second step, and what follows the backward pass."""
     torch.manual_seed(0)
     model = recipe.framework.build(recipe.backbone).to(memory_format=torch.channels_last)
     moved(model, mode)
@@ -48,11 +49,13 @@ def step(recipe: PretrainRecipe, mode: Pretend, rows: int) -> None:
         model.position = 0  # read from the buffer once, when a run starts
     views = [images(mode, rows, recipe.backbone.in_channels, view.crop, view.crop) for view in recipe.views]
     batch = Batch(views, images(mode, rows, dtype=torch.int64), 0, list(range(rows)), rows)
-    with torch.no_grad():
-        for part in batch_parts(model, recipe, batch, 0):
-            part()
-        model.before_step()
-        model.after_step(0.5)
+    for number in range(2):
+        mode.started.clear()
+        with torch.no_grad():
+            for part in batch_parts(model, recipe, batch, number):
+                part()
+            model.before_step()
+            model.after_step(0.5)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -67,7 +70,7 @@ def test_no_step_waits_for_the_device_or_mixes_devices(name: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("config", "budget"),
-    [("cifar100_moco", 1900), ("imagenet_mocov2_mixmask", 3340), ("cifar100_byol", 1100)],
+    [("cifar100_moco", 660), ("imagenet_mocov2_mixmask", 1290), ("cifar100_byol", 420)],
 )
 def test_a_step_starts_no_more_operations_than_before(config: str, budget: int) -> None:
     """Forward passes only. Lower the budgets when the step gets shorter."""
@@ -77,11 +80,19 @@ def test_a_step_starts_no_more_operations_than_before(config: str, budget: int) 
     assert budget * 0.8 < mode.kernels <= budget
 
 
-def test_augmentation_is_part_of_it() -> None:
+def test_a_view_takes_few_operations_from_the_bytes_to_the_network() -> None:
     recipe = load_recipe(PretrainRecipe, config_file(Path("cifar100_moco"), "pretrain"), ["data.root=nowhere"])
+    none = torch.zeros(0, dtype=torch.int64)
+    stored = ArrayImages((), none, (), Path("nowhere"), torch.zeros(0, 3, 32, 32, dtype=torch.uint8))
     with pretend() as mode:
-        Photometric(recipe.augment)(images(mode, 512, 3, 32, 32), generator(0, "x"), slice(0, 512), 512)
-    assert 100 < mode.kernels <= 350
+        source = ResidentSource(stored, torch.device("cpu"))
+        source.device, source.pixels, source.labels = GPU, images(mode, 5000, 3, 32, 32, dtype=torch.uint8), none
+        source.labels = images(mode, 5000, dtype=torch.int64)
+        mode.started.clear()
+        batch = next(source.training(BatchPlan(5000, 512, True, 0), [recipe.augment], 0, 1))
+        Photometric(recipe.augment)(batch.views[0], generator(0, "x"), batch.rows, batch.total)
+    assert mode.started["mixmask.photometric.default"] == 1
+    assert mode.kernels <= 15
 
 
 @pytest.mark.parametrize(
