@@ -95,11 +95,12 @@ class Probes(nn.Module):
     def bury(self, step: int) -> None:
         """Set the weights of probes that have diverged to zero; after every step, as momentum and decay still move them."""
         if len(self.probes) > 1:
-            for number, head in enumerate(self.heads):
-                for parameter in head.parameters():
-                    self.alive[number] &= parameter.isfinite().all()
-                for parameter in head.parameters():
-                    parameter.masked_fill_(~self.alive[number], 0.0)
+            parameters = [[*head.parameters()] for head in self.heads]
+            largest = torch._foreach_norm([one for of_head in parameters for one in of_head], torch.inf)
+            self.alive &= torch.stack(largest).isfinite().view(len(self.heads), -1).all(dim=1)
+            for dead, of_head in zip((~self.alive).unbind(), parameters, strict=True):
+                for parameter in of_head:
+                    parameter.masked_fill_(dead, 0.0)
 
     def features(self, images: Tensor) -> Tensor:
         """(N, D) features of (N, 3, H, W) normalised images, without gradient."""

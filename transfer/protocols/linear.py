@@ -17,6 +17,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Part
+from mixmask.engine.precision import to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.schedule import cosine_factor, step_factor, warmup_factor
@@ -273,7 +274,7 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
             return ([batch[row] for row in plan.share(batch)] for _, _, batch in plan.from_step(first, total))
 
         def losses(rows: list[int], step: int) -> list[Part]:
-            which = torch.tensor(rows, device=features.device)
+            which = to_device(torch.tensor(rows), features.device)
             return [lambda: {"loss": model.loss(found[which], answered[which])}]
 
         optimizer = recipe.build_optimizer(model)
