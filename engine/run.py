@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from mixmask.engine import distributed
 from mixmask.engine.checkpoint import require_same_data
+from mixmask.engine.determinism import deterministic_kernels
 from mixmask.engine.ownership import owned
 from mixmask.engine.progress import say
 from mixmask.engine.records import Record, finished_record
@@ -35,6 +36,11 @@ class Work(ABC, Generic[P]):
 
     run: RunDirectory  # where it is kept
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the work wants deterministic kernels."""
+        return False
+
     @abstractmethod
     def finished(self) -> P | None:
         """The result of an earlier, finished run, or None. Called on every rank; all get the same answer.
@@ -54,8 +60,13 @@ class Work(ABC, Generic[P]):
 class RecordedWork(Work[P]):
     """Work that ends with a record."""
 
-    recipe: Any  # what to do; it has a ``name``
+    recipe: Any  # what to do; it has a ``name``, and ``deterministic``
     fingerprint: str  # identity of the recipe and of what it builds on
+
+    @property
+    @override
+    def deterministic(self) -> bool:
+        return bool(self.recipe.deterministic)
 
     @property
     @abstractmethod
@@ -113,5 +124,6 @@ def carry_out(work: Work[P]) -> P:
         product = work.finished()  # another process may have finished it while this one waited
         if product is None:
             distributed.on_rank0(work.prepare)
-            product = work.work()
+            with deterministic_kernels(work.deterministic):
+                product = work.work()
     return product

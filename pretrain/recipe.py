@@ -94,6 +94,7 @@ class PretrainRecipe(Recipe):
     )
     monitor: MonitorRecipe | None = None
     device: DeviceName = operational("auto")
+    deterministic: bool = operational(False, description="on a GPU, the same numbers to the bit; slower")
     watch: WatchRecipe = operational(WatchRecipe())
     expected: Expectations = operational(())
     log_every: int = operational(10, ge=1)

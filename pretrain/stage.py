@@ -30,6 +30,7 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
+from mixmask.pretrain.compiling import compile_encoders
 from mixmask.pretrain.diagnostics import collapse_warning
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.inputs import check_inputs, check_network
@@ -268,9 +269,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
     if recipe.sync_bn:
         synchronise_batchnorm(model, plan.device)
-    if recipe.compile:
-        for encoder in model.encoders():
-            encoder.compile()
+    begin_step = compile_encoders(model.encoders(), plan.device) if recipe.compile else None
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
     if plan.monitored is not None:
@@ -309,6 +308,8 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     def losses(batch: Batch, step: int) -> list[Part]:
         # The diagnostics need singular values, so they are computed for logged steps only.
         model.progress = step / plan.num_steps
+        if begin_step is not None:
+            begin_step()
         logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
         return batch_parts(model, recipe, batch, step, diagnosed=logged)
 

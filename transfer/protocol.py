@@ -96,6 +96,7 @@ class TransferRecipe(Recipe, ABC):
     normalization: Normalization | None = added(None)
     precision: Precision = "fp32"
     device: DeviceName = operational("auto")
+    deterministic: bool = operational(False, description="on a GPU, the same numbers to the bit; slower")
     expected: Expectations = operational(())
     log_every: int = operational(10, ge=1)
     checkpoint_every: int = operational(500, ge=1)

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from mixmask.engine.backbones import load_backbone
 from mixmask.engine.checkpoint import read_checkpoint
 from mixmask.engine.config import load_recipe
+from mixmask.engine.distributed import World
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDirectoryError, RunFailure
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.engine.records import Record
-from mixmask.pretrain import stage
+from mixmask.pretrain import compiling, stage
 from mixmask.pretrain.mixture import draw_mixtures
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import step_terms
@@ -232,7 +234,7 @@ def test_compiled_encoders_train_the_same_network(
     compiled: list[str] = []
     original = torch.nn.Module.compile
 
-    def eager(module: torch.nn.Module) -> None:
+    def eager(module: torch.nn.Module, **_: object) -> None:
         compiled.append(type(module).__name__)
         original(module, backend="eager")
 
@@ -242,6 +244,37 @@ def test_compiled_encoders_train_the_same_network(
     assert compiled == ["ResNet", "ResNet"]
     ours, theirs = load_backbone(whole.backbone_file)[0], load_backbone(other.backbone_file)[0]
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e-4) for name in ours)
+
+
+def test_a_machine_that_cannot_compile_trains_without(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    stage.run(plan(config, tmp_path / "runs", "max_steps=1", "compile=true"))
+    assert (
+        "compile: true: there is no C++ compiler (install g++, or set CXX), so the encoders run"
+        in capfd.readouterr().err
+    )
+
+
+def test_on_a_gpu_the_encoders_are_recorded_as_graphs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **keys: asked.append(keys))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    encoder, device = torch.nn.Linear(2, 2), torch.device("cuda")
+    assert compiling.compile_encoders([encoder], device) is torch.compiler.cudagraph_mark_step_begin
+    monkeypatch.setattr(compiling, "world", lambda: World(0, 2))
+    assert compiling.compile_encoders([encoder], device) is None
+    assert asked == [{"mode": "reduce-overhead", "dynamic": False}, {"dynamic": False}]
+    assert "without CUDA graphs, because 2 processes exchange gradients" in capfd.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert compiling.compile_encoders([encoder], device) is None
+    assert "compute capability 7.0 or more, this one has 6.1" in capfd.readouterr().err
 
 
 def test_what_a_machine_or_a_framework_cannot_do_is_said_early(config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What only a GPU can show: no step waits, the kernels' numbers, resume to the bit, NCCL. Skipped without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixmask.engine import distributed, photometric_kernels
+from mixmask.engine.augment import AugmentRecipe, Photometric, apply_photometric, draw_photometric
+from mixmask.engine.determinism import deterministic_kernels
+from mixmask.engine.loader import Batch
+from mixmask.engine.normalization import as_float, normalize
+from mixmask.engine.precision import autocast
+from mixmask.engine.randomness import generator
+from mixmask.pretrain import stage
+from mixmask.pretrain.optimizers import build_optimizer
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
+from mixmask.pretrain.step import batch_parts
+from tests.pretrain.small_runs import SMALL_FRAMEWORKS, interrupt_at, plan
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; run these tests on a machine with one"
+)
+DEVICE = torch.device("cuda")
+ON_GPU = "device=cuda"
+BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
+
+
+def steps(recipe: PretrainRecipe, num: int) -> None:
+    """Whole steps, as the training loop takes them."""
+    torch.manual_seed(0)
+    model = recipe.framework.build(recipe.backbone).to(DEVICE).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(recipe.optimizer, model, recipe.batch_size)
+    rows = recipe.batch_size
+    views = [torch.randint(0, 256, (rows, 3, view.crop, view.crop), dtype=torch.uint8) for view in recipe.views]
+    batch = Batch([view.to(DEVICE) for view in views], torch.zeros(rows, device=DEVICE).long(), 0, [*range(rows)], rows)
+    for step in range(num):
+        # The first step compiles kernels, chooses algorithms and allocates; from the second on nothing may wait.
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.zero_grad(set_to_none=True)
+            for part in batch_parts(model, recipe, batch, step):
+                with autocast(DEVICE, recipe.precision):
+                    terms = part()
+                terms["loss"].backward()
+            model.before_step()
+            optimizer.step()
+            model.after_step(0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SMALL_FRAMEWORKS)
+def test_no_step_waits(config: Path, tmp_path: Path, name: str, precision: str) -> None:
+    recipe = plan(config, tmp_path, ON_GPU, SMALL_FRAMEWORKS[name], BOTH, f"precision={precision}").recipe
+    steps(recipe, 3)
+
+
+def test_kernels_do_what_the_operators_do() -> None:
+    assert photometric_kernels.usable(DEVICE)
+    recipe = AugmentRecipe(crop=224, solarize_probability=0.3)
+    images = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8, generator=generator(0))
+    found = Photometric(recipe)(images.to(DEVICE), generator(1), slice(0, 64), 64)
+    draws = draw_photometric(recipe, 64, generator(1))
+    expected = normalize(apply_photometric(as_float(images), draws), recipe.normalization)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_groups_together_are_groups_one_by_one(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    one, other = SplitBatchNorm2d(64, 8).to(DEVICE), SplitBatchNorm2d(64, 8).to(DEVICE)
+    images = torch.randn(64, 64, 16, 16, device=DEVICE) + 1
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        torch.testing.assert_close(one.one_by_one(images), other.together(images), atol=1e-4, rtol=1e-4)
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moco", "byol", "dino"])
+def test_a_deterministic_run_resumes_to_the_same_bits(config: Path, tmp_path: Path, name: str) -> None:
+    keys = [ON_GPU, "deterministic=true", "precision=bf16", SMALL_FRAMEWORKS[name], BOTH]
+    whole, broken = (plan(config, tmp_path / where, *keys) for where in ("whole", "broken"))
+    stage.run(whole)
+    interrupt_at(5, broken)
+    stage.run(broken)
+    ours, theirs = load_file(whole.backbone_file), load_file(broken.backbone_file)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_one_process_with_nccl_computes_what_one_without_does(config: Path, tmp_path: Path) -> None:
+    keys = [ON_GPU, "deterministic=true", "max_steps=4"]
+    alone = plan(config, tmp_path / "alone", *keys)
+    stage.run(alone)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "mixmask"]
+    done = subprocess.run(
+        [*command, "pretrain", str(config), *keys, "--runs", str(tmp_path / "nccl")],
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = load_file(alone.backbone_file), load_file(next((tmp_path / "nccl").rglob("backbone.safetensors")))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert distributed.world().size == 1
+
+
+def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) -> None:
+    keys = [ON_GPU, "precision=bf16", "max_steps=4", "backbone.stem=cifar"]
+    eager, compiled = (plan(config, tmp_path / str(on), *keys, f"compile={on}") for on in ("false", "true"))
+    stage.run(eager)
+    stage.run(compiled)
+    ours, theirs = load_file(eager.backbone_file), load_file(compiled.backbone_file)
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], atol=2e-2, rtol=5e-2)
+
+
+def test_deterministic_kernels_cover_every_framework(config: Path, tmp_path: Path) -> None:
+    for name in SMALL_FRAMEWORKS:
+        recipe = plan(config, tmp_path / name, ON_GPU, SMALL_FRAMEWORKS[name], BOTH).recipe
+        with deterministic_kernels(True):
+            steps(recipe, 1)
