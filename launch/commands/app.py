@@ -19,7 +19,7 @@ import typer
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
 from mixmask.engine.wording import printable
-from mixmask.launch.commands import checkpoints, inputs, results, suites
+from mixmask.launch.commands import checkpoints, inputs, results, speed, suites
 from mixmask.launch.commands.command_help import GroupedCommands, show_version
 from mixmask.launch.commands.options import Config, DryRun, Force, Overrides, RunDir, Runs
 from mixmask.launch.commands.terminal import show
@@ -184,6 +184,7 @@ for _command in (
     results.report,
     results.verify,
     results.card,
+    speed.bench,
 ):
     app.command()(_command)
 

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 GROUPS = {
-    "Start": ("demo", "doctor", "configs"),
+    "Start": ("demo", "doctor", "configs", "bench"),
     "Before a run": ("check-data", "pack", "show-views", "inspect"),
     "Run": ("pretrain", "convert", "transfer", "show-detections"),
     "Suites, here or on a cluster": ("launch", "status", "logs", "cancel"),

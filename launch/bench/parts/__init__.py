@@ -1,0 +1,1 @@
+"""The parts of ``mixmask bench``, one per module."""

@@ -1,0 +1,54 @@
+"""What options of pretraining cost or save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from typing_extensions import override
+
+from mixmask.engine.determinism import deterministic_kernels
+from mixmask.launch.bench.machine import Call, Machine
+from mixmask.launch.bench.part import LeftOut, Part, Row
+from mixmask.launch.bench.setups import SETUPS
+from mixmask.launch.bench.training_step import TrainingStep, recipe_of
+from mixmask.pretrain.compiling import compile_encoders, obstacle
+
+
+class Options(Part):
+    """MoCo with ``compile: true`` and with ``deterministic: true``, over the step without them."""
+
+    name = "options"
+    title = "Options: MoCo's step with them over the step without"
+    place = 3
+    share = 0.1
+
+    @override
+    def measure(self, machine: Machine, before: dict[str, list[Row]]) -> Iterator[Row | LeftOut]:
+        if not machine.is_gpu:
+            yield LeftOut("compile and deterministic", "they are options for GPUs")
+            return
+        for setup in SETUPS:
+            config = next(name for kind, name in setup.recipes().items() if kind.startswith("moco"))
+            step = TrainingStep(machine, recipe_of(setup, config, "none", machine, setup.batch(machine)))
+            plain = machine.time(step).seconds
+            with deterministic_kernels(True):
+                yield _row(setup.title, "deterministic: true", machine.time(step).seconds, plain)
+            why = obstacle(machine.device)
+            if why is not None:
+                yield LeftOut(f"{setup.title}: compile: true", why)
+                continue
+            begin = compile_encoders(step.model.encoders(), machine.device)
+            yield _row(setup.title, "compile: true", machine.time(_after(begin, step)).seconds, plain)
+
+
+def _after(begin: Callable[[], None] | None, step: TrainingStep) -> Call:
+    def call() -> None:
+        if begin is not None:
+            begin()
+        step()
+
+    return call
+
+
+def _row(title: str, option: str, seconds: float, plain: float) -> Row:
+    return Row(f"{title}: {option}", seconds / plain, "× the time", more={"step_s": seconds, "plain_step_s": plain})
