@@ -54,6 +54,11 @@ class FrameworkRecipe(Recipe, ABC):
         """The augmentations of the views besides the two full ones (multi-crop); ``augment`` is that of the first view."""
         return []
 
+    @property
+    def full_passes(self) -> tuple[int, int]:
+        """How many full views pass the trunks in a step without mixtures: with a gradient, and without."""
+        return 2, 0
+
     def remarks(self, num_images: int) -> list[str]:
         """Warnings about unusual but valid settings, for ``num_images`` training images; shown before the run."""
         return []

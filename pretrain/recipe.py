@@ -14,11 +14,13 @@ from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
+from mixmask.engine.flops import forward_flops, num_parameters
 from mixmask.engine.heads import Head
 from mixmask.engine.normalization import statistics_of
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Method
 from mixmask.engine.watching import WatchRecipe
+from mixmask.engine.workload import Workload
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks import AnyFramework
 from mixmask.pretrain.frameworks.moco import MoCoRecipe
@@ -197,6 +199,35 @@ class PretrainRecipe(Recipe):
     def trained_epochs(self, steps_per_epoch: int) -> float:
         """Number of epochs trained, to 4 decimals; less than ``epochs`` if ``max_steps`` cuts the run."""
         return round(self.num_steps(steps_per_epoch) / steps_per_epoch, 4)
+
+    def passes(self) -> tuple[float, float]:
+        """How many views pass the trunks in a step, with a gradient and without; a small view counts by its area."""
+        with_gradient, without = self.framework.full_passes
+        small = self.framework.small_views(self.augment)
+        mixed = self.mix.extra_views(self.augment) or [self.augment] * self.mix.num_mixtures
+        area = sum(view.crop**2 for view in (*small, *mixed)) / self.augment.crop**2
+        return with_gradient + area, without
+
+    def workload(self, num_images: int, monitored: int = 0) -> Workload:
+        """What the run computes on so many training images; the monitor's are ``monitored``."""
+        per_epoch = max(num_images // self.batch_size, 1)
+        steps = self.num_steps(per_epoch)
+        images, flops = steps * self.batch_size, forward_flops(self.backbone, self.augment.crop)
+        with_gradient, without = self.passes()
+        looks = 0
+        if self.monitor is not None and steps:
+            looks = math.ceil(steps / (self.monitor.every_epochs * per_epoch))
+        return Workload(
+            trained=images * with_gradient * flops,
+            forward=(images * without + looks * monitored) * flops,
+            side=self.augment.crop,
+            loaded=0 if self.data.storage == "resident" else images + looks * monitored,
+            views=len(self.views),
+            steps=steps,
+            parameters=num_parameters(self.backbone),
+            kind=self.framework.kind,
+            mixture=self.mix.kind,
+        )
 
     def warmup_steps(self, steps_per_epoch: int) -> int:
         """Length of the warm-up in steps; ``warmup_epochs`` is rounded down to whole steps."""

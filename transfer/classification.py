@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mixmask.engine.backbones import build_trunk, width_of
+from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
@@ -21,6 +22,7 @@ from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.distributed import gather_dealt, on_rank0
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.features import outputs_of
+from mixmask.engine.flops import forward_flops, num_parameters
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.knn import top1
@@ -30,6 +32,7 @@ from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
+from mixmask.engine.workload import Workload
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end, require_shares
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
@@ -75,6 +78,17 @@ class ClassifyRecipe(TransferRecipe):
             )
         require_same_classes(train, test, self.data.allow_overlap)
         return train, test
+
+    @override
+    def workload(self, backbone: BackboneRecipe, train: ImageSet, test: ImageSet) -> Workload:
+        num = len(train) + len(test)
+        flops = forward_flops(backbone, self.evaluation.crop)
+        return Workload(forward=num * flops, side=self.evaluation.crop, loaded=0 if self.is_resident else num)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether images are decoded once and stay in memory."""
+        return self.data.storage == "resident"
 
 
 class TrainedRecipe(ClassifyRecipe):
@@ -134,6 +148,28 @@ class TrainedRecipe(ClassifyRecipe):
     def labelled(self, train: ImageSet) -> ImageSet:
         """The training images whose labels are used: all of them by default."""
         return train
+
+    trains_trunk: ClassVar[bool] = True  # whether the trunk is trained, too
+
+    @override
+    def workload(self, backbone: BackboneRecipe, train: ImageSet, test: ImageSet) -> Workload:
+        once = super().workload(backbone, train, test)
+        if self.augment is None:
+            return once
+        seen = self.epochs * len(train)
+        passed, tested = (
+            num * forward_flops(backbone, side)
+            for num, side in ((seen, self.augment.crop), (len(test), self.evaluation.crop))
+        )
+        return replace(
+            once,
+            trained=passed if self.trains_trunk else 0.0,
+            forward=tested + (0.0 if self.trains_trunk else passed),
+            side=self.augment.crop,
+            loaded=0 if self.is_resident else seen + len(test),
+            steps=seen // self.batch_size,
+            parameters=num_parameters(backbone) if self.trains_trunk else 0,
+        )
 
 
 def trunk_of(setting: Images) -> nn.Module:

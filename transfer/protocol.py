@@ -14,15 +14,18 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from pydantic import Field
 
+from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
+from mixmask.engine.flops import forward_flops
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Label, Method
 from mixmask.engine.storage import RunDirectory
+from mixmask.engine.workload import Workload
 from mixmask.transfer.checkpoints.source import Source
 
 LABELS = ("framework", "method", "pretrain_epochs", "pretrain_data")  # keys that label a foreign checkpoint
@@ -176,6 +179,11 @@ class TransferRecipe(Recipe, ABC):
         Raises:
             UserError: If the data are missing or damaged, or a size does not fit them.
         """
+
+    def workload(self, backbone: BackboneRecipe, train: Any, test: Any) -> Workload:
+        """What the protocol computes, for estimates; by default every image passes the trunk once, at 224 pixels."""
+        num = len(train) + len(test)
+        return Workload(forward=num * forward_flops(backbone, 224), loaded=num)
 
     @abstractmethod
     def measure(self, setting: Setting[Any]) -> dict[str, float]:

@@ -185,6 +185,7 @@ for _command in (
     results.verify,
     results.card,
     speed.bench,
+    speed.estimate,
 ):
     app.command()(_command)
 

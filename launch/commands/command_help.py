@@ -12,7 +12,7 @@ GROUPS = {
     "Start": ("demo", "doctor", "configs", "bench"),
     "Before a run": ("check-data", "pack", "show-views", "inspect"),
     "Run": ("pretrain", "convert", "transfer", "show-detections"),
-    "Suites, here or on a cluster": ("launch", "status", "logs", "cancel"),
+    "Suites, here or on a cluster": ("estimate", "launch", "status", "logs", "cancel"),
     "Results": ("tables", "results", "compare", "plots", "report", "verify", "card"),
 }
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from mixmask.engine.builtin_configs import config_file
 from mixmask.launch.commands.options import Force
 from mixmask.launch.commands.terminal import show
 
@@ -39,3 +40,42 @@ def bench(
     command = " ".join(["mixmask", *sys.argv[1:]])
     for file in run_benchmark(out, device, minutes, only or (), force, command):
         show(file)
+
+
+def estimate(
+    suite: Annotated[Path, typer.Argument(help="A YAML file, or the name of a suite (see mixmask configs suites).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="The cluster: cores, folders of data, and what its GPUs are (gpu, bench).")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Kind of GPU, such as a100; its speed is assumed.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="A bench.json of `mixmask bench`; its speed is measured.")] = None,
+    cores: Annotated[
+        float | None,
+        typer.Option(help="Loader cores beside each GPU; by default the profile's, or 8.", min=0.1, max=1024),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs; finished cells count nothing.")] = Path("runs"),
+) -> None:
+    """Say what a suite will take on 1, 8 and 64 GPUs, and what bounds it: GPU-hours, time, loader cores, storage.
+
+    Data that are not here count with their published size. docs/scaling.md explains the model.
+
+    \b
+    Examples:
+      mixmask estimate table5 --gpu a100
+      mixmask estimate table5 --profile my_cluster.yaml --bench bench/bench.json
+    """
+    from mixmask.launch.estimate.estimate import describe, speed_of
+    from mixmask.launch.slurm.profile import load_profile
+    from mixmask.launch.suite.cells import expand
+    from mixmask.launch.suite.suite import load_suite
+
+    suite = config_file(suite, "suites")
+    chosen = load_suite(suite, overrides or ())
+    given = load_profile(config_file(profile, "cluster") if profile is not None else None)
+    speed = speed_of(given, gpu, bench)
+    cells = expand(chosen, suite.parent, given, runs.resolve())
+    show(describe(chosen.name, cells, speed, cores or float(given.resources.cpus_per_task or 8)))

@@ -47,6 +47,7 @@ def launch(
       mixmask launch table5 --profile my_cluster.yaml --dry-run
       mixmask launch demo --cluster inline
     """
+    from mixmask.launch.estimate.estimate import short_estimate
     from mixmask.launch.slurm import submission
     from mixmask.launch.slurm.profile import load_profile
     from mixmask.launch.suite import launching, manifest
@@ -64,6 +65,7 @@ def launch(
         return
     plan = launching.make_plan(chosen, suite.parent, given, cluster, runs, check_data, dry=True)
     show(plan.describe())
+    show(short_estimate(plan.cells, given))
     if cluster != "slurm" or not plan.arrays:
         return
     folder = manifest.suite_folder(plan.runs, chosen.name) / "launches" / "…"

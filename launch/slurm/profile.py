@@ -112,6 +112,8 @@ class Profile(Recipe):
     data: dict[str, str] = Field({})
     sbatch: dict[str, str | int | bool] = Field({})
     shared_check_s: int = Field(60, ge=0, description="0 leaves the check out")
+    gpu: str | None = Field(None, description="the kind of GPU, such as a100, for `mixmask estimate`")
+    bench: str | None = Field(None, description="a bench.json measured on one of its nodes, for `mixmask estimate`")
 
     def resolve(self, resources: Resources) -> Resources:
         """A job's resources with this cluster's defaults."""

@@ -38,6 +38,11 @@ class BYOLRecipe(FrameworkRecipe):
     projector_width: int = Field(4096, ge=1, le=MAX_WIDTH)
     momentum: float = Field(0.996, ge=0, lt=1)
 
+    @property
+    @override
+    def full_passes(self) -> tuple[int, int]:
+        return 2, 2
+
     @override
     def build(self, backbone: BackboneRecipe) -> BYOL:
         return BYOL(self, backbone)

@@ -42,6 +42,11 @@ class MomentumContrastRecipe(FrameworkRecipe):
     bn_splits: int = Field(8, ge=1, le=4096)
     symmetric: bool = added(False)
 
+    @property
+    @override
+    def full_passes(self) -> tuple[int, int]:
+        return (2, 2) if self.symmetric else (1, 1)
+
     @override
     def remarks(self, num_images: int) -> list[str]:
         if self.queue_size <= num_images:

@@ -40,6 +40,11 @@ class MoCoV3Recipe(FrameworkRecipe):
     momentum: float = Field(0.99, ge=0, lt=1)
     temperature: float = Field(1.0, gt=0)
 
+    @property
+    @override
+    def full_passes(self) -> tuple[int, int]:
+        return 2, 2
+
     @override
     def build(self, backbone: BackboneRecipe) -> MoCoV3:
         return MoCoV3(self, backbone)

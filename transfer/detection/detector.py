@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.config import Recipe
+from mixmask.engine.flops import forward_flops
 from mixmask.engine.normalization import IMAGENET_MEAN, IMAGENET_STD
 from mixmask.engine.precision import Precision
 
@@ -162,6 +163,13 @@ class DetectorRecipe(Recipe, ABC):
         Raises:
             ConfigError: The message says which trunks are valid.
         """
+
+    def operations(self, backbone: BackboneRecipe, height: int, width: int, training: bool) -> float:
+        """Floating-point operations of an image's forward pass, for estimates.
+
+        Of detectors on a pyramid, the pyramid and the heads take about as many as the trunk.
+        """
+        return 2.0 * forward_flops(backbone, height, width)
 
     @abstractmethod
     def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:

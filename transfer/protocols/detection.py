@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
+from mixmask.engine.flops import num_parameters
+from mixmask.engine.workload import Workload
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.pictures import DetectionSet
@@ -100,6 +103,25 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
         train, test = open_detection(self)
         check_annotations(self, test.classes)
         return train, test
+
+    @override
+    def workload(self, backbone: BackboneRecipe, train: DetectionSet, test: DetectionSet) -> Workload:
+        iterations = self.scaled_length(self.iterations)
+        seen = iterations * self.batch_size
+        short = round(sum(self.min_size_train) / len(self.min_size_train))
+        in_training, in_tests = (
+            self.detector.operations(backbone, side, side * 4 // 3, training)
+            for side, training in ((short, True), (self.min_size_test, False))
+        )
+        return Workload(
+            trained=seen * in_training,
+            forward=len(test) * in_tests,
+            side=short,
+            loaded=seen + len(test),
+            steps=iterations,
+            parameters=num_parameters(backbone),
+            kind=self.detector.kind,
+        )
 
     def measure(self, setting: Setting[DetectionSet]) -> dict[str, float]:
         """Average precisions of boxes, on COCO of masks, too, in percent."""

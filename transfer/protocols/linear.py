@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -71,6 +71,8 @@ class LinearRecipe(FeatureOptions, TrainedRecipe):
     step``), or ``exponential`` from ``lr`` to ``final_lr``, after ``warmup_epochs`` of linear warm-up. W-MSE's probe
     (arXiv:2007.06346, `htdt/self-supervised` ``eval/sgd.py``) is the last one with Adam: ``cifar100_linear_wmse.yaml``.
     """
+
+    trains_trunk: ClassVar[bool] = False
 
     protocol: Literal["linear"]
     optimizer: ProbeOptimizer = added(ProbeOptimizer())

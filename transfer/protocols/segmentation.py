@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.batch_statistics import synchronise_batchnorm
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.distributed import from_first, on_rank0, world
 from mixmask.engine.errors import DataError
+from mixmask.engine.flops import forward_flops, num_parameters
 from mixmask.engine.job import Job, Part
 from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import PIXELS
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
+from mixmask.engine.workload import Workload
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.protocol import (
     Setting,
@@ -89,6 +92,21 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
                 f"{train.root}: {len(train)} training images, and batch_size is {self.batch_size}; choose at most as many"
             )
         return train, test
+
+    @override
+    def workload(self, backbone: BackboneRecipe, train: SegmentationSet, test: SegmentationSet) -> Workload:
+        seen, crop = self.iterations * self.batch_size, self.augment.crop
+        # Where stages keep a larger map instead of halving it, a ResNet-50 does so many times its work.
+        each = {8: 5.0, 16: 1.6}.get(self.output_stride, 1.0) * forward_flops(backbone, crop)
+        return Workload(
+            trained=seen * each,
+            forward=len(test) * each,
+            side=crop,
+            loaded=seen + len(test),
+            steps=self.iterations,
+            parameters=num_parameters(backbone),
+            kind="segment",
+        )
 
     def measure(self, setting: Setting[SegmentationSet]) -> dict[str, float]:
         """mIoU, accuracies and the IoU of every class, in percent."""

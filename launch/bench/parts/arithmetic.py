@@ -9,8 +9,8 @@ from torch import nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.flops import forward_flops
 from mixmask.engine.precision import Precision, autocast
-from mixmask.launch.bench.flops import forward_flops
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.part import LeftOut, Part, Row
 from mixmask.launch.bench.setups import SETUPS, Setup

@@ -87,6 +87,7 @@ def _row(label: str, step: TrainingStep, bound: Bound) -> Row:
     more = {
         "step_s": timing.seconds,
         "batch": batch,
+        "crop": step.recipe.augment.crop,
         "passes_with_gradient": passed.with_gradient,
         "passes_without": passed.without,
         "augmentation_share": augmentation,

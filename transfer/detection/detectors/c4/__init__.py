@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
+from mixmask.engine.flops import forward_flops
 from mixmask.transfer.detection.detector import DetectorRecipe
 from mixmask.transfer.detection.detectors.c4 import names
 from mixmask.transfer.detection.detectors.c4.network import C4Detector, check_backbone
@@ -36,6 +37,12 @@ class C4Recipe(DetectorRecipe):
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
         check_backbone(backbone)
+
+    @override
+    def operations(self, backbone: BackboneRecipe, height: int, width: int, training: bool) -> float:
+        # The last stage, a fifth of a ResNet, runs on every region.
+        regions = self.roi.batch_per_image if training else self.rpn.post_nms_test
+        return 0.8 * forward_flops(backbone, height, width) + 0.2 * regions * forward_flops(backbone, 224)
 
     @override
     def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> C4Detector:

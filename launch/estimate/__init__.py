@@ -1,0 +1,1 @@
+"""``mixmask estimate``: what a suite will take, and what bounds it."""

@@ -1,0 +1,277 @@
+"""What a suite takes: the work of its cells, by stage, on 1, 8 and 64 GPUs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tabulate import tabulate
+
+from mixmask.engine.data import open_split
+from mixmask.engine.datasets import DataRecipe
+from mixmask.engine.errors import DataError, UserError
+from mixmask.engine.images import ImageSet
+from mixmask.engine.workload import Workload
+from mixmask.launch.estimate.model import Cost, cost
+from mixmask.launch.estimate.speeds import Speed, assumed, measured
+from mixmask.launch.slurm.profile import Profile
+from mixmask.launch.suite.cells import Cell
+from mixmask.launch.suite.status import duration
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.protocol import TransferRecipe
+
+COUNTS = (1, 8, 64)
+MOST_OF_ONE_RUN = 8  # GPUs that share the batches of one run, unless the cell asks for more
+SAMPLED = 100  # files whose size is looked at
+# Images of well-known data sets, for estimates before the data are there: training, test.
+KNOWN_SIZES = {
+    "imagenet": (1_281_167, 50_000),
+    "imagenet100": (126_689, 5_000),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny_imagenet": (100_000, 10_000),
+    "voc2007": (16_551, 4_952),
+    "voc2012": (10_582, 1_449),
+    "coco2017": (117_266, 5_000),
+    "coco": (117_266, 5_000),
+    "cityscapes": (2_975, 500),
+    "places205": (2_448_873, 20_500),
+    "inaturalist2018": (437_513, 24_426),
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A split of which only the number of images is known."""
+
+    num: int
+
+    def __len__(self) -> int:
+        return self.num
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, and what it computes."""
+
+    cell: Cell
+    work: Workload
+    bytes_per_image: float
+
+
+class _Data:
+    """Sizes of the data sets: of the folders, or published ones where there is no folder."""
+
+    def __init__(self) -> None:
+        self.opened: dict[tuple[str, str], ImageSet] = {}
+        self.notes: list[str] = []
+
+    def open_once(self, data: DataRecipe, split: Literal["train", "test"]) -> ImageSet:
+        key = (data.model_dump_json(), split)
+        if key not in self.opened:
+            self.opened[key] = open_split(data, split)
+        return self.opened[key]
+
+    def published(self, name: str, why: UserError) -> tuple[Counted, Counted]:
+        sizes = KNOWN_SIZES.get(name.lower().replace("-", "").replace("imagenet1k", "imagenet"))
+        if sizes is None:
+            raise why
+        note = f"{name}: its folder is not there, so its published size is taken ({sizes[0]:,} and {sizes[1]:,} images)"
+        if note not in self.notes:
+            self.notes.append(note)
+        return Counted(sizes[0]), Counted(sizes[1])
+
+
+def jobs_of(cells: Sequence[Cell]) -> tuple[list[Job], list[str]]:
+    """The work of every cell that is left to do, and notes about the data.
+
+    Raises:
+        UserError: If data are not there and their size is not known, or a backbone cannot be read.
+    """
+    data = _Data()
+    by_id = {cell.id: cell for cell in cells}
+    found = []
+    for cell in cells:
+        if cell.is_finished:
+            continue
+        if isinstance(cell.recipe, PretrainRecipe):
+            found.append(_pretraining(cell, cell.recipe, data))
+        elif isinstance(cell.recipe, TransferRecipe):
+            found.append(_transfer(cell, cell.recipe, by_id, data))
+        else:
+            found.append(Job(cell, Workload(), 0.0))
+    return found, data.notes
+
+
+def _pretraining(cell: Cell, recipe: PretrainRecipe, data: _Data) -> Job:
+    train: Any
+    try:
+        train = data.open_once(recipe.data, "train")
+    except DataError as error:
+        train, _ = data.published(recipe.data.name, error)
+    return Job(cell, recipe.workload(len(train), _monitored(recipe, len(train))), bytes_per_image(train))
+
+
+def _monitored(recipe: PretrainRecipe, num_train: int) -> int:
+    monitor = recipe.monitor
+    if monitor is None:
+        return 0
+    bank = num_train if monitor.max_bank is None else min(monitor.max_bank, num_train)
+    return bank + (monitor.max_queries or num_train // 10)
+
+
+def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], data: _Data) -> Job:
+    parent = by_id.get(cell.parent) if cell.parent is not None else None
+    if parent is not None and isinstance(parent.recipe, PretrainRecipe):
+        backbone = parent.recipe.backbone
+    else:
+        backbone = read_source(Path(recipe.backbone)).info.recipe
+    train: Any
+    test: Any
+    try:
+        train, test = recipe.open(data.open_once)
+    except DataError as error:
+        train, test = data.published(recipe.data.name, error)
+    return Job(cell, recipe.workload(backbone, train, test), bytes_per_image(train))
+
+
+def bytes_per_image(images: Any) -> float:
+    """The mean size of some of a split's files, spread over it; 0 if they are not files of their own."""
+    paths = [*getattr(images, "paths", ())]
+    sizes = []
+    for path in paths[:: max(len(paths) // SAMPLED, 1)]:
+        try:
+            sizes.append(Path(path).stat().st_size)
+        except OSError:
+            return 0.0
+    return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+def gpus_of(job: Job, available: int) -> int:
+    """How many of the available GPUs share a run's batches: as many as its job asks for, or up to eight."""
+    return min(max(job.cell.resources.gpus, min(available, MOST_OF_ONE_RUN)), available)
+
+
+def wall_seconds(jobs: Sequence[Job], costs: Mapping[str, Cost], available: int) -> float:
+    """When the last run ends, if each starts as soon as its parent has ended and enough GPUs are free.
+
+    Args:
+        jobs: Parents before their children.
+        costs: By the cell's id; none needs more than ``available`` GPUs.
+        available: GPUs.
+    """
+    ends: dict[str, float] = {}
+    free = available
+    now, latest = 0.0, 0.0
+    running: list[tuple[float, str, int]] = []
+    waiting = [*jobs]
+    while waiting or running:
+        ready = [job for job in waiting if job.cell.parent not in costs or job.cell.parent in ends]
+        startable = next((job for job in ready if costs[job.cell.id].gpus <= free), None)
+        if startable is not None:
+            one = costs[startable.cell.id]
+            free -= one.gpus
+            heapq.heappush(running, (now + one.seconds, startable.cell.id, one.gpus))
+            waiting.remove(startable)
+            continue
+        now, ended, gpus = heapq.heappop(running)
+        ends[ended], latest, free = now, max(latest, now), free + gpus
+    return latest
+
+
+def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores_per_gpu: float) -> str:
+    """The estimate as text: a row for every stage and protocol, and the whole.
+
+    Raises:
+        UserError: As `jobs_of`.
+    """
+    jobs, notes = jobs_of(cells)
+    if not jobs:
+        return f"{suite}: all {len(cells)} cells are finished"
+    by_count = {
+        count: {
+            job.cell.id: cost(job.work, speed, gpus_of(job, count), cores_per_gpu, job.bytes_per_image) for job in jobs
+        }
+        for count in COUNTS
+    }
+    rows = [*_rows(jobs, by_count)]
+    whole = [f"{sum(one.gpu_hours for one in by_count[1].values()):,.1f}"]
+    walls = [duration(wall_seconds(jobs, by_count[count], count)) for count in COUNTS]
+    rows.append(["all", str(len(jobs)), *whole, *walls, "", "", ""])
+    heads = ["", "runs", "GPU-hours", *(f"{count} GPU{'s' * (count > 1)}" for count in COUNTS)]
+    heads += ["bound by (1 GPU)", "loader cores per GPU", "storage per GPU"]
+    table = tabulate(
+        rows,
+        heads,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=("left", *("right",) * 5, "left", "right", "right"),
+    )
+    lines = [
+        f"{suite}: {len(jobs)} of {len(cells)} cells are left to do, on {speed.name}: {speed.source}",
+        f"{cores_per_gpu:g} loader cores beside each GPU, {speed.per_core:,.0f} images/s each"
+        + ("" if speed.measured else " (measured elsewhere)"),
+        "",
+        table,
+        "",
+        *(f"note: {note}" for note in notes),
+    ]
+    if not speed.measured:
+        lines.append(
+            "The speed is assumed, so expect errors of a factor of two; docs/scaling.md says how it is computed."
+        )
+    return "\n".join(lines).rstrip()
+
+
+def _rows(jobs: Sequence[Job], by_count: Mapping[int, Mapping[str, Cost]]) -> Iterator[list[str]]:
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        dataset = f" on {job.cell.dataset}" if job.cell.dataset else ""
+        groups.setdefault(f"{job.cell.protocol}{dataset}", []).append(job)
+    for title, members in groups.items():
+        costs = [by_count[1][job.cell.id] for job in members]
+        hardest = max(costs, key=lambda one: one.cores)
+        # Of this stage alone, without what it waits for.
+        alone = [Job(replace(job.cell, parent=None), job.work, job.bytes_per_image) for job in members]
+        walls = [duration(wall_seconds(alone, by_count[count], count)) for count in COUNTS]
+        storage = f"{hardest.bytes_per_second / 1e6:,.0f} MB/s" if hardest.bytes_per_second else ""
+        cores = f"{hardest.cores:.1f}" if hardest.cores else "none"
+        yield [
+            title, str(len(members)), f"{sum(one.gpu_hours for one in costs):,.1f}", *walls,
+            max(costs, key=lambda one: one.seconds).bound, cores, storage,
+        ]  # fmt: skip
+
+
+def speed_of(profile: Profile, gpu: str | None = None, bench: Path | None = None) -> Speed:
+    """The speed of a cluster's devices: measured, if there is a measurement, else assumed; an H100 if nobody says.
+
+    Args:
+        profile: Its ``bench`` and ``gpu`` hold where the other arguments are None.
+        gpu: Name of a GPU.
+        bench: A ``bench.json``.
+
+    Raises:
+        ConfigError: As `measured` and `assumed`.
+    """
+    if bench is None and gpu is None and profile.bench is not None:
+        bench = Path(profile.bench).expanduser()
+    if bench is not None:
+        return measured(bench)
+    return assumed(gpu or profile.gpu or "h100")
+
+
+def short_estimate(cells: Sequence[Cell], profile: Profile) -> str:
+    """One line for dry runs, or why there is none."""
+    try:
+        speed = speed_of(profile)
+        jobs, _ = jobs_of(cells)
+    except UserError as error:
+        return f"estimate  none: {error.one_line()}"
+    cores = float(profile.resources.cpus_per_task or 8)
+    total = sum(cost(job.work, speed, 1, cores, job.bytes_per_image).gpu_hours for job in jobs)
+    how = "" if speed.measured else ", speed assumed"
+    return f"estimate  about {total:,.1f} GPU-hours on one {speed.name}{how}; `mixmask estimate` shows it by stage"
