@@ -29,7 +29,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench doctor
+.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench bench-gpu doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -114,6 +114,9 @@ bench: $(READY) ## Measure the pretraining step, the data path and the loop; wri
 	$(BIN)/python -m benchmarks.results
 	$(BIN)/python -m benchmarks.frozen probes
 	$(BIN)/python -m benchmarks.frozen knn
+
+bench-gpu: $(READY) ## Measure this machine in ten minutes: bounds, pretraining, loader, transfer; writes bench/
+	$(MIXMASK) bench $(ARGS)
 
 doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
 	$(MIXMASK) doctor

@@ -27,7 +27,7 @@ from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
-from mixmask.engine.images import FileImages
+from mixmask.engine.images import ArrayImages
 from mixmask.engine.job import Job, Part
 from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.precision import Precision, autocast, fast_bf16
@@ -59,7 +59,7 @@ def main() -> None:
     )
     num = 4096
     pixels = torch.randint(0, 256, (num, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = FileImages(
+    images = ArrayImages(
         tuple(Path(str(i)) for i in range(num)), torch.zeros(num, dtype=torch.int64), ("x",), Path(), pixels
     )
     source = ResidentSource(images, DEVICE)

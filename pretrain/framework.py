@@ -54,9 +54,12 @@ class FrameworkRecipe(Recipe, ABC):
         """The augmentations of the views besides the two full ones (multi-crop); ``augment`` is that of the first view."""
         return []
 
-    @property
-    def full_passes(self) -> tuple[int, int]:
-        """How many full views pass the trunks in a step without mixtures: with a gradient, and without."""
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
+        """How many full views pass the trunks in a step besides the mixtures' queries: with a gradient, and without.
+
+        Args:
+            hidden: Whether the mixture shows the queries other views than the keys (`MixtureRecipe.hide`).
+        """
         return 2, 0
 
     def remarks(self, num_images: int) -> list[str]:

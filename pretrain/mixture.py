@@ -116,6 +116,11 @@ class MixtureRecipe(Recipe, ABC):
         return 0
 
     @property
+    def hides(self) -> bool:
+        """Whether the query side sees other views than the key side (`hide`)."""
+        return type(self).hide is not MixtureRecipe.hide
+
+    @property
     def clean_weight(self) -> float:
         """Weight of the clean term."""
         return 1.0

@@ -202,7 +202,7 @@ class PretrainRecipe(Recipe):
 
     def passes(self) -> tuple[float, float]:
         """How many views pass the trunks in a step, with a gradient and without; a small view counts by its area."""
-        with_gradient, without = self.framework.full_passes
+        with_gradient, without = self.framework.full_passes(self.mix.hides)
         small = self.framework.small_views(self.augment)
         mixed = self.mix.extra_views(self.augment) or [self.augment] * self.mix.num_mixtures
         area = sum(view.crop**2 for view in (*small, *mixed)) / self.augment.crop**2

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -29,10 +28,10 @@ from mixmask.engine.knn import top1
 from mixmask.engine.loader import Batch, BatchPlan, Interpolation, check_crop, open_source
 from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import CLASSES, ClassPredictions
-from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.training import train
 from mixmask.engine.workload import Workload
+from mixmask.transfer.divergence import DivergenceWatch, say_if_at_chance
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end, require_shares
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
@@ -274,7 +273,7 @@ def scored(recipe: TrainedRecipe, setting: Images, ranked: Tensor, labels: Tenso
     num_classes = len(setting.train.classes)
     save_answers(recipe, setting, ranked[:, 0], labels)
     found = accuracies(ranked, labels, num_classes)
-    _say_if_at_chance(recipe, found["top1"], num_classes)
+    say_if_at_chance(recipe.name, found["top1"], num_classes)
     return found
 
 
@@ -306,49 +305,8 @@ def new_job(
         after_step=after_step,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
-        watch=None
-        if recipe.slower is None
-        else _DivergenceWatch(len(setting.train.classes), total // 5, recipe.slower),
+        watch=None if recipe.slower is None else DivergenceWatch(len(setting.train.classes), total // 5, recipe.slower),
     )
-
-
-class _DivergenceWatch:
-    """Says when a classifier's loss is well over that of one that knows nothing and does not fall.
-
-    A rate that is too high does that. A loss that begins high and falls is no sign of it.
-
-    Args:
-        num_classes: Number of classes.
-        settled: From which step on; a probe's first steps may jump with the published rates, too.
-        slower: The override that takes a tenth of the rate.
-    """
-
-    def __init__(self, num_classes: int, settled: int, slower: str) -> None:
-        self.start = math.log(max(num_classes, 2))  # of a classifier that knows nothing
-        self.settled = settled
-        self.slower = slower
-        self.before: float | None = None
-        self.said = False
-
-    def __call__(self, line: Mapping[str, float], step: int) -> str | None:
-        before, self.before = self.before, line["loss"]
-        falls = before is None or line["loss"] < 0.9 * before
-        if self.said or step < self.settled or falls or not line["loss"] > 1.5 * self.start:
-            return None
-        self.said = True
-        return (
-            f"the loss is {line['loss']:.3g}, and chance level is {self.start:.3g}: the learning rate "
-            f"is probably too high for these features. Try a tenth of it: {self.slower}"
-        )
-
-
-def _say_if_at_chance(recipe: TrainedRecipe, top1: float, num_classes: int) -> None:
-    chance = 100 / num_classes
-    if num_classes > 2 and top1 <= 1.2 * chance:
-        say(
-            f"{recipe.name}: warning: top-1 is {top1:.2f} %, and guessing gives {chance:.2f} %: nothing was learnt. The "
-            f"learning rate or the backbone does not fit"
-        )
 
 
 def batch_plan(recipe: TrainedRecipe, images: ImageSet) -> BatchPlan:

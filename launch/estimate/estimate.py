@@ -55,7 +55,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Job:
+class CellWork:
     """A cell, and what it computes."""
 
     cell: Cell
@@ -86,7 +86,7 @@ class _Data:
         return Counted(sizes[0]), Counted(sizes[1])
 
 
-def jobs_of(cells: Sequence[Cell]) -> tuple[list[Job], list[str]]:
+def jobs_of(cells: Sequence[Cell]) -> tuple[list[CellWork], list[str]]:
     """The work of every cell that is left to do, and notes about the data.
 
     Raises:
@@ -103,17 +103,17 @@ def jobs_of(cells: Sequence[Cell]) -> tuple[list[Job], list[str]]:
         elif isinstance(cell.recipe, TransferRecipe):
             found.append(_transfer(cell, cell.recipe, by_id, data))
         else:
-            found.append(Job(cell, Workload(), 0.0))
+            found.append(CellWork(cell, Workload(), 0.0))
     return found, data.notes
 
 
-def _pretraining(cell: Cell, recipe: PretrainRecipe, data: _Data) -> Job:
+def _pretraining(cell: Cell, recipe: PretrainRecipe, data: _Data) -> CellWork:
     train: Any
     try:
         train = data.open_once(recipe.data, "train")
     except DataError as error:
         train, _ = data.published(recipe.data.name, error)
-    return Job(cell, recipe.workload(len(train), _monitored(recipe, len(train))), bytes_per_image(train))
+    return CellWork(cell, recipe.workload(len(train), _monitored(recipe, len(train))), bytes_per_image(train))
 
 
 def _monitored(recipe: PretrainRecipe, num_train: int) -> int:
@@ -124,7 +124,7 @@ def _monitored(recipe: PretrainRecipe, num_train: int) -> int:
     return bank + (monitor.max_queries or num_train // 10)
 
 
-def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], data: _Data) -> Job:
+def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], data: _Data) -> CellWork:
     parent = by_id.get(cell.parent) if cell.parent is not None else None
     if parent is not None and isinstance(parent.recipe, PretrainRecipe):
         backbone = parent.recipe.backbone
@@ -136,7 +136,7 @@ def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], dat
         train, test = recipe.open(data.open_once)
     except DataError as error:
         train, test = data.published(recipe.data.name, error)
-    return Job(cell, recipe.workload(backbone, train, test), bytes_per_image(train))
+    return CellWork(cell, recipe.workload(backbone, train, test), bytes_per_image(train))
 
 
 def bytes_per_image(images: Any) -> float:
@@ -151,12 +151,12 @@ def bytes_per_image(images: Any) -> float:
     return sum(sizes) / len(sizes) if sizes else 0.0
 
 
-def gpus_of(job: Job, available: int) -> int:
+def gpus_of(job: CellWork, available: int) -> int:
     """How many of the available GPUs share a run's batches: as many as its job asks for, or up to eight."""
     return min(max(job.cell.resources.gpus, min(available, MOST_OF_ONE_RUN)), available)
 
 
-def wall_seconds(jobs: Sequence[Job], costs: Mapping[str, Cost], available: int) -> float:
+def wall_seconds(jobs: Sequence[CellWork], costs: Mapping[str, Cost], available: int) -> float:
     """When the last run ends, if each starts as soon as its parent has ended and enough GPUs are free.
 
     Args:
@@ -227,8 +227,8 @@ def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores_per_gpu: flo
     return "\n".join(lines).rstrip()
 
 
-def _rows(jobs: Sequence[Job], by_count: Mapping[int, Mapping[str, Cost]]) -> Iterator[list[str]]:
-    groups: dict[str, list[Job]] = {}
+def _rows(jobs: Sequence[CellWork], by_count: Mapping[int, Mapping[str, Cost]]) -> Iterator[list[str]]:
+    groups: dict[str, list[CellWork]] = {}
     for job in jobs:
         dataset = f" on {job.cell.dataset}" if job.cell.dataset else ""
         groups.setdefault(f"{job.cell.protocol}{dataset}", []).append(job)
@@ -236,7 +236,7 @@ def _rows(jobs: Sequence[Job], by_count: Mapping[int, Mapping[str, Cost]]) -> It
         costs = [by_count[1][job.cell.id] for job in members]
         hardest = max(costs, key=lambda one: one.cores)
         # Of this stage alone, without what it waits for.
-        alone = [Job(replace(job.cell, parent=None), job.work, job.bytes_per_image) for job in members]
+        alone = [CellWork(replace(job.cell, parent=None), job.work, job.bytes_per_image) for job in members]
         walls = [duration(wall_seconds(alone, by_count[count], count)) for count in COUNTS]
         storage = f"{hardest.bytes_per_second / 1e6:,.0f} MB/s" if hardest.bytes_per_second else ""
         cores = f"{hardest.cores:.1f}" if hardest.cores else "none"

@@ -38,9 +38,8 @@ class BYOLRecipe(FrameworkRecipe):
     projector_width: int = Field(4096, ge=1, le=MAX_WIDTH)
     momentum: float = Field(0.996, ge=0, lt=1)
 
-    @property
     @override
-    def full_passes(self) -> tuple[int, int]:
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
         return 2, 2
 
     @override

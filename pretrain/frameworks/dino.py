@@ -41,9 +41,8 @@ class DINORecipe(MultiCropRecipe):
     center_momentum: float = Field(0.9, ge=0, lt=1)
     freeze_prototypes: float = Field(0.00125, ge=0, le=1)
 
-    @property
     @override
-    def full_passes(self) -> tuple[int, int]:
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
         return 2, 2
 
     @model_validator(mode="after")

@@ -42,9 +42,8 @@ class MomentumContrastRecipe(FrameworkRecipe):
     bn_splits: int = Field(8, ge=1, le=4096)
     symmetric: bool = added(False)
 
-    @property
     @override
-    def full_passes(self) -> tuple[int, int]:
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
         return (2, 2) if self.symmetric else (1, 1)
 
     @override

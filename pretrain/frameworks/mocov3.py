@@ -40,9 +40,8 @@ class MoCoV3Recipe(FrameworkRecipe):
     momentum: float = Field(0.99, ge=0, lt=1)
     temperature: float = Field(1.0, gt=0)
 
-    @property
     @override
-    def full_passes(self) -> tuple[int, int]:
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
         return 2, 2
 
     @override

@@ -32,6 +32,10 @@ class SimSiamRecipe(FrameworkRecipe):
     fixed_predictor_lr: bool = True
 
     @override
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
+        return 2, 2 * hidden
+
+    @override
     def build(self, backbone: BackboneRecipe) -> SimSiam:
         return SimSiam(self, backbone)
 

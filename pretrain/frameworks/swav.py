@@ -39,6 +39,10 @@ class SwAVRecipe(MultiCropRecipe):
     freeze_prototypes: float = Field(0.0025, ge=0, le=1)
 
     @override
+    def full_passes(self, hidden: bool) -> tuple[int, int]:
+        return 2, 2 * hidden
+
+    @override
     def build(self, backbone: BackboneRecipe) -> SwAV:
         return SwAV(self, backbone)
 

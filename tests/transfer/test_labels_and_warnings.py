@@ -14,7 +14,7 @@ from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunFailure
 from mixmask.engine.records import Record
-from mixmask.transfer import classification, stage
+from mixmask.transfer import divergence, stage
 from mixmask.transfer.protocols.linear import LinearRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.subsets import listed_subset
@@ -86,7 +86,7 @@ def test_a_probe_at_chance_is_warned_of(
 ) -> None:
     recipe = make_plan(LINEAR, shapes, tmp_path, resnet18).recipe
     assert isinstance(recipe, LinearRecipe)
-    classification._say_if_at_chance(recipe, top1, 10)
+    divergence.say_if_at_chance(recipe.name, top1, 10)
     assert ("guessing gives 10.00 %" in capsys.readouterr().err) == warned
 
 
@@ -125,7 +125,7 @@ def test_metadata_of_our_own_files_is_checked_when_they_are_read(key: str, tmp_p
 
 
 def test_a_loss_that_falls_from_high_is_no_divergence() -> None:
-    watch = classification._DivergenceWatch(10, settled=2, slower="lr=1")
+    watch = divergence.DivergenceWatch(10, settled=2, slower="lr=1")
     said = [watch({"loss": loss, "lr": 0.1}, step) for step, loss in enumerate([50, 40, 30, 20, 19.5, 25, 5, 3.4, 3.3])]
     assert [text is not None for text in said] == [False, False, False, False, True, False, False, False, False]  # once
 
