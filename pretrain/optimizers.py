@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from timm.optim import Lars
 from torch import nn
 from typing_extensions import override
 
@@ -102,6 +101,8 @@ class LARSRecipe(OptimizerRecipe):
 
     @override
     def build(self, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+        from timm.optim import Lars
+
         # timm leaves groups without weight decay out of the scaling, unless told otherwise.
         told = [{"always_adapt": group["decays"], **group} for group in groups]
         lars: torch.optim.Optimizer = Lars(

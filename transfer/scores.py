@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 
 Score = Literal["top1", "mean_per_class", "mAP"]
@@ -52,6 +51,8 @@ def average_precision(scores: npt.NDArray[np.floating], present: npt.NDArray[np.
         points: VOC 2007's: the mean of the interpolated precision at 11 recalls. Else the area below the interpolated
             precision (VOC 2010 and VISSL).
     """
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(present, scores)  # from the highest recall down to 0
     if points:
         return eleven_point_ap(recall[:-1], precision[:-1])

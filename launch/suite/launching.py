@@ -23,7 +23,6 @@ from mixmask.launch.suite.arrays import Array, plan_arrays
 from mixmask.launch.suite.cells import Cell, check_cells, expand
 from mixmask.launch.suite.manifest import Cluster, Launch
 from mixmask.launch.suite.suite import Suite
-from mixmask.launch.suite.summary import write_results
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.protocol import LABELS, TransferRecipe
 
@@ -223,6 +222,8 @@ def launch(suite: Suite, folder: Path, profile: Profile, cluster: Cluster, runs:
         return True
     if cluster != "slurm":
         local.run(plan.arrays, jobs, plan.profile, record)
+    from mixmask.launch.suite.summary import write_results  # imports pandas, SciPy and matplotlib
+
     print(write_results(plan.runs, suite.name))
     return all(cell.is_finished for cell in plan.cells)
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from timm.optim import Lars
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -196,6 +195,8 @@ class LinearRecipe(FeatureOptions, TrainedRecipe):
         if kind == "adamw":
             return torch.optim.AdamW(groups, lr=rate)
         if kind == "lars":  # without always_adapt, tensors without weight decay would take plain SGD's step
+            from timm.optim import Lars
+
             lars: torch.optim.Optimizer = Lars(
                 groups, lr=rate, momentum=self.momentum, nesterov=options.nesterov,
                 trust_coeff=options.trust_coefficient, always_adapt=True,

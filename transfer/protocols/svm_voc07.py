@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from joblib import Parallel, delayed
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.svm import LinearSVC
 from typing_extensions import override
 
 from mixmask.engine.data import open_split
@@ -22,10 +17,8 @@ from mixmask.engine.distributed import agreed, from_first, world
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
 from mixmask.engine.progress import say, track
-from mixmask.engine.randomness import derived_seed
 from mixmask.transfer.classification import Images, trunk_of
 from mixmask.transfer.features import FrozenRecipe, frozen_features
-from mixmask.transfer.scores import average_precision
 
 Array = npt.NDArray[Any]
 MANY = 2000  # training images from which on the classes are shared out to processes
@@ -110,17 +103,21 @@ class SvmVoc07Recipe(FrozenRecipe):
         self, features: Array, labels: Array, asked: Array, answers: Array, classes: Sequence[str]
     ) -> dict[str, float]:
         num_classes = labels.shape[1]
+        from joblib import Parallel, delayed
+
+        from mixmask.transfer.svm_fits import low_shot, one_class  # imports scikit-learn
+
         # liblinear draws from one generator per process, so that fits in threads would disturb each other. Processes pay
         # for themselves on real data only.
         workers = _cores() if len(features) >= MANY else 1
         parallel = Parallel(n_jobs=workers, return_as="generator")
-        work = (delayed(_one_class)(self, label, features, labels, asked, answers) for label in range(num_classes))
+        work = (delayed(one_class)(self, label, features, labels, asked, answers) for label in range(num_classes))
         done = list(track(f"{self.name}: classes", parallel(work), num_classes, len(features)))
         costs, points, areas = zip(*done, strict=True)
         found = {"svm/mAP": 100 * float(np.mean(points)), "svm/mAP_area": 100 * float(np.mean(areas))}
         say(f"{self.name}: SVM mAP {found['svm/mAP']:.2f} % (11-point), {found['svm/mAP_area']:.2f} % (area)")
         draws = [(k, sample) for k in self.low_shot for sample in range(self.low_shot_samples)]
-        shots = (delayed(_low_shot)(self, k, sample, features, labels, asked, answers) for k, sample in draws)
+        shots = (delayed(low_shot)(self, k, sample, features, labels, asked, answers) for k, sample in draws)
         scores = list(track(f"{self.name}: low-shot draws", parallel(shots), len(draws), 1)) if draws else []
         for k in self.low_shot:
             values = [score for (shot, _), score in zip(draws, scores, strict=True) if shot == k]
@@ -136,57 +133,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _svm(recipe: SvmVoc07Recipe, cost: float) -> LinearSVC:
-    return LinearSVC(
-        C=cost, class_weight={True: 2, False: 1}, dual=True, max_iter=recipe.max_iter,
-        random_state=derived_seed(recipe.seed, "svm") % 2**31,
-    )  # fmt: skip
-
-
-def _one_class(
-    recipe: SvmVoc07Recipe, label: int, features: Array, labels: Array, asked: Array, answers: Array
-) -> tuple[float, float, float]:
-    """The chosen C of one class, and the AP of its SVM at 11 recalls and by area."""
-    known = labels[:, label] >= 0
-    inputs, wanted, truth = features[known], labels[known, label] == 1, answers[:, label]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the published protocol stops at max_iter, too
-        cost = recipe.costs[0] if len(recipe.costs) == 1 else _chosen(recipe, inputs, wanted)
-        scores = _svm(recipe, cost).fit(inputs, wanted).decision_function(asked)
-    return cost, _precision(scores, truth, points=True), _precision(scores, truth, points=False)
-
-
-def _chosen(recipe: SvmVoc07Recipe, features: Array, wanted: Array) -> float:
-    """The C with the highest mean average precision over the folds; the first of equals."""
-    folds = StratifiedKFold(recipe.folds)
-    means = [
-        cross_val_score(_svm(recipe, cost), features, wanted, cv=folds, scoring="average_precision").mean()
-        for cost in recipe.costs
-    ]
-    return recipe.costs[int(np.argmax(means))]
-
-
-def _low_shot(
-    recipe: SvmVoc07Recipe, k: int, sample: int, features: Array, labels: Array, asked: Array, answers: Array
-) -> float:
-    """Mean AP of SVMs from one draw of k images per class, in percent."""
-    rng = np.random.default_rng(derived_seed(recipe.seed, "low shot", sample, k))
-    found = []
-    for label in range(labels.shape[1]):
-        positives = rng.permutation(np.flatnonzero(labels[:, label] == 1))[:k]
-        absent = labels[:, label] == 0
-        others = [absent & (labels[:, c] == 1) for c in range(labels.shape[1]) if c != label]
-        drawn = [rng.permutation(np.flatnonzero(one))[:k] for one in others]
-        # Where no other class has an image without this one, any image without it is a negative.
-        negatives = np.unique(np.concatenate(drawn)) if any(map(len, drawn)) else np.flatnonzero(absent)
-        rows = np.concatenate([positives, negatives])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            svm = _svm(recipe, recipe.low_shot_c).fit(features[rows], np.arange(len(rows)) < len(positives))
-        found.append(_precision(svm.decision_function(asked), answers[:, label], True))
-    return 100 * float(np.mean(found))
-
-
 def _numpy(tensor: Any) -> Array:
     found: Array = tensor.cpu().numpy()
     return found
@@ -196,8 +142,3 @@ def _unit(features: Array) -> Array:
     wide = features.astype(np.float64)
     found: Array = wide / (np.linalg.norm(wide, axis=1, keepdims=True) + 1e-5)
     return found
-
-
-def _precision(scores: Sequence[float] | Array, truth: Array, points: bool) -> float:
-    known = truth >= 0
-    return average_precision(np.asarray(scores)[known], truth[known] == 1, points)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
-from pycocotools.cocoeval import Params
 
 from mixmask.engine.predictions import DetectionMatches
 from mixmask.transfer.detection.data.pictures import DetectionSet
@@ -40,6 +39,8 @@ def coco_matches(detections: Sequence[FoundObject], pictures: DetectionSet, kind
         pictures: The test set.
         kind: ``bbox``, ``segm`` or ``keypoints``.
     """
+    from pycocotools.cocoeval import Params  # imports matplotlib
+
     params = Params(iouType=kind)
     thresholds, most = np.asarray(params.iouThrs), params.maxDets[-1]
     truth = _objects(pictures, kind, params.areaRng[0])

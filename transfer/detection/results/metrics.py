@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from mixmask.engine.predictions import DetectionMatches
 from mixmask.transfer.detection.data.pictures import DetectionSet
@@ -239,6 +237,9 @@ def _coco_evaluation(
     detections: Sequence[FoundObject], pictures: DetectionSet, kinds: Sequence[str]
 ) -> dict[str, tuple[list[float], npt.NDArray[np.float64]]]:
     """Of each kind the statistics, and the precisions (overlaps, recalls, classes, sizes, most detections)."""
+    from pycocotools.coco import COCO  # imports matplotlib
+    from pycocotools.cocoeval import COCOeval
+
     reader, judge = COCO, COCOeval
     if coco_backend() == "faster-coco-eval":
         import faster_coco_eval
@@ -264,9 +265,11 @@ def _coco_evaluation(
     return judged
 
 
-def coco_truth(pictures: DetectionSet, reader: type[Any] = COCO) -> Any:
+def coco_truth(pictures: DetectionSet, reader: type[Any] | None = None) -> Any:
     """The annotations as an instance of pycocotools' ``COCO``, or of a class with its interface."""
-    truth = reader()
+    from pycocotools.coco import COCO
+
+    truth = (reader or COCO)()
     truth.dataset = _merged(pictures)
     with contextlib.redirect_stdout(io.StringIO()):  # it says that it does so
         truth.createIndex()

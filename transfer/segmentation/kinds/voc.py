@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 from typing_extensions import override
 
 from mixmask.engine.errors import DataError
@@ -55,6 +53,9 @@ class VOC(SegmentationKind):
     def read(self, path: Path) -> Labels:
         if path.suffix != ".mat":
             return read_indices(path)
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+
         try:
             content = loadmat(path, simplify_cells=True)["GTcls"]["Segmentation"]
             return np.asarray(content, dtype=np.uint8)

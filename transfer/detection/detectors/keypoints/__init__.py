@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pycocotools.cocoeval import Params
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
@@ -26,7 +25,9 @@ from mixmask.transfer.detection.layers.recipes import (
 
 Positive = Annotated[float, Field(gt=0)]
 # COCO's, of the 17 keypoints of a person
-OF_PERSONS = tuple(round(float(sigma), 3) for sigma in Params(iouType="keypoints").kpt_oks_sigmas)
+OF_PERSONS = (
+    0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089
+)  # fmt: skip
 
 
 class KeypointRPNRecipe(PyramidRPNRecipe):
