@@ -14,6 +14,7 @@ import torch
 from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
 from mixmask.engine.provenance import Code
 from mixmask.launch.demo import demo_data
+from tests.skipped import reason_of, summary
 
 
 def pytest_report_header() -> str:
@@ -52,6 +53,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 pytest.exit(
                     f"pytest {pytest.__version__}: xdist_group is not in force; install pytest<9.2", returncode=4
                 )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons = [reason_of(report) for report in terminalreporter.stats.get("skipped", [])]
+    if reasons:
+        terminalreporter.section("skipped, and how to run it")
+        for line in summary(reasons):
+            terminalreporter.line(line)
 
 
 @pytest.fixture(autouse=True)

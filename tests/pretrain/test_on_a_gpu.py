@@ -25,9 +25,7 @@ from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 from mixmask.pretrain.step import batch_parts
 from tests.pretrain.small_runs import SMALL_FRAMEWORKS, interrupt_at, plan
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU; run these tests on a machine with one"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")
 ON_GPU = "device=cuda"
 BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
