@@ -19,7 +19,8 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
     """Let torch use deterministic kernels only, while the context lasts; a no-op if not ``on``.
 
     Without it, some of a GPU's kernels add numbers in another order every time, and cuDNN may choose other algorithms. The
-    same run on the same kind of GPU then agrees to rounding; with it, to the bit. On a CPU runs in fp32 agree to the bit
+    same run on the same kind of GPU then agrees to rounding; with it, to the bit (with three or more processes, a resumed
+    run only to rounding: DistributedDataParallel regroups gradients). On a CPU runs in fp32 agree to the bit
     in any case; in bf16 oneDNN's convolutions may round differently from time to time, whatever is set. `mixmask bench`
     measures what it costs.
 
@@ -37,6 +38,10 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" in str(error):  # of some versions of torch, if matrix products ran before
+            raise ConfigError(
+                f"deterministic: true: this version of torch wants {WORKSPACE}=:4096:8 in the environment before it starts"
+            ) from error
         found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
         if found is None:
             raise

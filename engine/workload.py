@@ -18,8 +18,9 @@ class Workload:
         views: Random views that the loader cuts out of each.
         steps: Optimizer steps; each exchanges the gradients of all processes.
         parameters: Numbers in such a gradient.
-        kind: What is compared with measured runs: a framework, ``frozen``, or a detector.
+        kind: What is compared with measured runs: a framework, ``frozen``, ``finetune``, or a detector.
         mixture: The mixture of pretraining, else ``none``.
+        half: Whether it computes in bf16 or fp16.
     """
 
     trained: float = 0.0
@@ -31,6 +32,7 @@ class Workload:
     parameters: int = 0
     kind: str = "frozen"
     mixture: str = "none"
+    half: bool = False
 
     @property
     def operations(self) -> float:

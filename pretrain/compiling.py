@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -16,9 +17,9 @@ def compile_encoders(encoders: Iterable[nn.Module], device: torch.device) -> Cal
     """Compile trunks in place, if this machine can.
 
     On a GPU the forward and backward passes of the encoders are recorded as CUDA graphs and replayed with one launch
-    each: the host then starts some hundred operations in a step instead of thousands. Shapes are static in pretraining, so
-    that nothing is recorded again; a framework with small crops has a recording for each shape. With several processes
-    they are compiled without graphs, because gradients are exchanged during the backward pass.
+    each: the host then starts some hundred operations in a step instead of thousands. Shapes are static in steps, so that
+    nothing is recorded again; a framework with small crops has a recording for each shape. Evaluations run `uncompiled`.
+    With several processes there are no graphs, because gradients are exchanged during the backward pass.
 
     Returns:
         What must be called before every step, or None. If the machine cannot compile, the user is told why, and the
@@ -37,6 +38,20 @@ def compile_encoders(encoders: Iterable[nn.Module], device: torch.device) -> Cal
         else:
             encoder.compile(dynamic=False)
     return torch.compiler.cudagraph_mark_step_begin if graphs else None
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let compiled parts of a model run operator by operator: batches of other sizes would each be compiled and recorded."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    before = [module._compiled_call_impl for module in compiled]
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, before, strict=True):
+            module._compiled_call_impl = call
 
 
 def obstacle(device: torch.device) -> str | None:

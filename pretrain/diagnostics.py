@@ -31,7 +31,7 @@ def rank_me(embedding: Tensor) -> Tensor:
     Between 1 (all on one line) and min(N, dim); NaN if an embedding is not finite. It is computed on one batch here, so
     compare it within a run.
     """
-    sound = torch.isfinite(embedding).all()  # asked on the device: the host does not wait
+    sound = torch.isfinite(embedding).all()  # on the device: the singular values are all that the host waits for
     values = torch.linalg.svdvals(embedding.float().nan_to_num(0.0, 0.0, 0.0))
     # 1e-7 is the ε of equation 1; it keeps the logarithm finite.
     shares = values / values.sum().clamp(min=1e-12) + 1e-7

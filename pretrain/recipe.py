@@ -227,6 +227,7 @@ class PretrainRecipe(Recipe):
             parameters=num_parameters(self.backbone),
             kind=self.framework.kind,
             mixture=self.mix.kind,
+            half=self.precision != "fp32",
         )
 
     def warmup_steps(self, steps_per_epoch: int) -> int:

@@ -32,7 +32,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
         if not self.training or self.num_splits == 1:
-            self.fold()
+            if not torch.compiler.is_compiling():
+                self.fold()
             return super().forward(input)
         return self.together(input) if input.is_cuda else self.one_by_one(input)
 
@@ -67,12 +68,19 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         else:
             rows = input.reshape(groups, each, channels, height, width).transpose(0, 1)
             rows = rows.reshape(each, groups * channels, height, width)
-        apart = self._apart()
         weight, bias = self.weight.repeat(groups), self.bias.repeat(groups)
-        rows = F.batch_norm(rows, apart.mean, apart.variance, weight, bias, True, self.momentum or 0.0, self.eps)
-        apart.batches += 1
-        if torch.compiler.is_compiling():  # the compiler joins small operations itself
-            self.fold()
+        if torch.compiler.is_compiling():  # it joins small operations itself, and must not see state that changes
+            means, variances = (buffer.repeat(groups) for buffer in _running(self))
+            rows = F.batch_norm(rows, means, variances, weight, bias, True, self.momentum or 0.0, self.eps)
+            with torch.no_grad():
+                for buffer, found in zip(_running(self), (means, variances), strict=True):
+                    buffer.copy_(found.view(groups, channels).mean(0))
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        else:
+            apart = self._apart()
+            rows = F.batch_norm(rows, apart.mean, apart.variance, weight, bias, True, self.momentum or 0.0, self.eps)
+            apart.batches += 1
         if last:
             rows = rows.permute(0, 2, 3, 1).reshape(each, height, width, groups, channels).permute(3, 0, 1, 2, 4)
             return rows.reshape(num, height, width, channels).permute(0, 3, 1, 2)
@@ -128,8 +136,6 @@ def _running(layer: SplitBatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _versions(tensors: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    if torch.compiler.is_compiling():
-        return 0, 0
     return tensors[0]._version, tensors[1]._version
 
 
@@ -144,15 +150,19 @@ def _folded(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 @torch.no_grad()
-def fold_statistics(layers: Sequence[SplitBatchNorm2d]) -> None:
-    """Write the mean over the groups into the layers' running statistics: a handful of operations for all layers."""
+def fold_statistics(layers: Sequence[SplitBatchNorm2d]) -> list[SplitBatchNorm2d]:
+    """Write the mean over the groups into the layers' running statistics: a handful of operations for all layers.
+
+    Returns:
+        The layers that had statistics of groups; none on CPUs, and none of a compiled trunk.
+    """
     found = []
     for layer in layers:
         apart, layer.apart = layer.apart, None
-        if apart is not None and apart.batches and (torch.compiler.is_compiling() or not apart.stale(layer)):
+        if apart is not None and apart.batches and not apart.stale(layer):
             found.append((layer, apart))
     if not found:
-        return
+        return []
     groups = {layer.num_splits for layer, _ in found}
     assert len(groups) == 1, "layers of one model have the same number of groups"
     parts = [part.view(*groups, -1) for _, apart in found for part in (apart.mean, apart.variance)]
@@ -161,6 +171,7 @@ def fold_statistics(layers: Sequence[SplitBatchNorm2d]) -> None:
     torch._foreach_copy_(running, list(torch.split(means, [len(buffer) for buffer in running])))
     counted = [layer.num_batches_tracked for layer, _ in found if layer.num_batches_tracked is not None]
     torch._foreach_add_(counted, [apart.batches for _, apart in found])
+    return [layer for layer, _ in found]
 
 
 @torch.no_grad()

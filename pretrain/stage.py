@@ -30,7 +30,7 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
-from mixmask.pretrain.compiling import compile_encoders
+from mixmask.pretrain.compiling import compile_encoders, uncompiled
 from mixmask.pretrain.diagnostics import collapse_warning
 from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.inputs import check_inputs, check_network
@@ -290,7 +290,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         precision=recipe.precision,
         log_every=recipe.log_every,
         checkpoint_every=recipe.checkpoint_every,
-        evaluate=monitor,
+        evaluate=None if monitor is None else lambda: _uncompiled(model, monitor),
         evaluate_every=recipe.monitor.every_epochs * per_epoch if recipe.monitor is not None else 0,
         clip_norm=recipe.clip_norm,
         before_step=model.before_step,
@@ -319,6 +319,11 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     # Only rank 0 writes the log.
     last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}
     return {**last, **result}
+
+
+def _uncompiled(model: Framework, monitor: Monitor) -> dict[str, float]:
+    with uncompiled(model):
+        return monitor()
 
 
 def _weight_decay(plan: PretrainPlan) -> Callable[[int], float] | None:

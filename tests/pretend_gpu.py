@@ -2,7 +2,8 @@
 
 Operations that touch such a tensor compute shapes only (torch's FakeTensorMode); draws and other host tensors are real.
 What needs a value on the host (``.item()``, a boolean mask, ``nonzero``) or a copy that blocks is an error, with the line
-that asked for it. The backward pass cannot run: autograd's engine wants a real device.
+that asked for it. Waits inside an operation are not seen (``svdvals`` looks at its solver's status). The backward pass
+cannot run: autograd's engine wants a real device.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+pytest.importorskip("triton", reason="triton comes with torch's builds for GPUs")
 
 from mixmask.engine import photometric_kernels
 

@@ -82,7 +82,12 @@ class ClassifyRecipe(TransferRecipe):
     def workload(self, backbone: BackboneRecipe, train: ImageSet, test: ImageSet) -> Workload:
         num = len(train) + len(test)
         flops = forward_flops(backbone, self.evaluation.crop)
-        return Workload(forward=num * flops, side=self.evaluation.crop, loaded=0 if self.is_resident else num)
+        return Workload(
+            forward=num * flops,
+            side=self.evaluation.crop,
+            loaded=0 if self.is_resident else num,
+            half=self.precision != "fp32",
+        )
 
     @property
     def is_resident(self) -> bool:
@@ -168,6 +173,7 @@ class TrainedRecipe(ClassifyRecipe):
             loaded=0 if self.is_resident else seen + len(test),
             steps=seen // self.batch_size,
             parameters=num_parameters(backbone) if self.trains_trunk else 0,
+            kind="finetune" if self.trains_trunk else "frozen",
         )
 
 

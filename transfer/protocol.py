@@ -183,7 +183,11 @@ class TransferRecipe(Recipe, ABC):
     def workload(self, backbone: BackboneRecipe, train: Any, test: Any) -> Workload:
         """What the protocol computes, for estimates; by default every image passes the trunk once, at 224 pixels."""
         num = len(train) + len(test)
-        return Workload(forward=num * forward_flops(backbone, 224), loaded=num)
+        return Workload(forward=num * forward_flops(backbone, 224), loaded=num, half=self.precision != "fp32")
+
+    def num_labelled(self, num_train: int) -> int:
+        """How many of so many training images it uses."""
+        return num_train
 
     @abstractmethod
     def measure(self, setting: Setting[Any]) -> dict[str, float]:

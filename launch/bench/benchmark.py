@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from mixmask.engine.errors import RunFailure
+from mixmask.engine.errors import RunFailure, UserError
 from mixmask.engine.precision import DeviceName, resolve_device
 from mixmask.engine.progress import say
 from mixmask.engine.records import environment
 from mixmask.engine.storage import require_output_file, write_text
+from mixmask.engine.wording import printable
 from mixmask.launch.bench.machine import Machine, processor
 from mixmask.launch.bench.part import PARTS, LeftOut, Part, Row
 
@@ -49,7 +50,7 @@ class Findings:
 
     def as_markdown(self, titles: dict[str, str]) -> str:
         """The text of ``bench.md``."""
-        versions = {**self.environment}
+        versions = self.environment
         lines = [
             f"# {self.machine}",
             "",
@@ -84,7 +85,7 @@ def _share(share: float | None) -> str:
 def run_benchmark(
     out: Path, device: DeviceName, minutes: float, only: Sequence[str], force: bool, command: str
 ) -> list[Path]:
-    """Measure, and write ``bench.md`` and ``bench.json``; both are written after every part.
+    """Measure, and write ``bench.md`` and ``bench.json``; both are written after every row.
 
     Args:
         out: The folder.
@@ -115,14 +116,15 @@ def run_benchmark(
         share = part.share / sum(one.share for one in parts[number:])
         machine.ends = time.monotonic() + max(ends - time.monotonic(), 0.0) * share
         say(f"{part.title} (at most {machine.left:,.0f} s)")
-        _measure(part, machine, findings)
-        findings.seconds = round(time.monotonic() - started, 1)
-        for file, text in zip(files, (findings.as_markdown(titles), findings.as_json()), strict=True):
-            write_text(file, text)
+        for _ in _measured(part, machine, findings):
+            findings.seconds = round(time.monotonic() - started, 1)
+            for file, text in zip(files, (findings.as_markdown(titles), findings.as_json()), strict=True):
+                write_text(file, text)
     return files
 
 
-def _measure(part: Part, machine: Machine, findings: Findings) -> None:
+def _measured(part: Part, machine: Machine, findings: Findings) -> Iterator[None]:
+    """Yield after every row, so that none is lost."""
     rows = findings.rows.setdefault(part.name, [])
     missing = findings.left_out.setdefault(part.name, [])
     try:
@@ -134,10 +136,12 @@ def _measure(part: Part, machine: Machine, findings: Findings) -> None:
                 rows.append(one)
                 share = "" if one.share is None else f" ({_share(one.share)} of the bound)"
                 say(f"  {one.name}: {_number(one.value)} {one.unit}{share}")
-    except torch.OutOfMemoryError as error:
-        missing.append(LeftOut("the rest of it", f"not enough memory on the device ({str(error).splitlines()[0]})"))
-    except RunFailure as error:
-        missing.append(LeftOut("the rest of it", str(error)))
+            yield
+    except (RuntimeError, UserError, RunFailure) as error:  # memory, drivers, an operation that a device does not have
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        missing.append(LeftOut("the rest of it", why))
+        say(f"  not measured: the rest of it: {printable(why)}")
+        yield
     finally:
         if machine.is_gpu:
             torch.cuda.empty_cache()

@@ -127,8 +127,11 @@ def recipe_of(
     return load_recipe(PretrainRecipe, config_file(Path(config), "pretrain"), [*keys, *more])
 
 
-def busy_shares(machine: Machine, call: Callable[[], object], steps: int = 3) -> tuple[float, float]:
-    """Of steps on a GPU, the share of the time in which the host starts work, and in which the device is busy with it."""
+def busy_shares(machine: Machine, call: Callable[[], object], steps: int = 3) -> tuple[float, float | None]:
+    """Of steps on a GPU, the share of the time in which the host starts work, and in which the device is busy with it.
+
+    None for the device, if the profiler cannot see what it does.
+    """
     call()
     machine.wait()
     started = time.perf_counter()
@@ -146,7 +149,7 @@ def busy_shares(machine: Machine, call: Callable[[], object], steps: int = 3) ->
         for event in profiler.events() or ()
         if event.device_type.name == "CUDA"
     )
-    return min(launched / whole, 1.0), min(covered(spans) / 1e6 / whole, 1.0)
+    return min(launched / whole, 1.0), min(covered(spans) / 1e6 / whole, 1.0) if spans else None
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:

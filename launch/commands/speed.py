@@ -55,7 +55,7 @@ def estimate(
     bench: Annotated[Path | None, typer.Option(help="A bench.json of `mixmask bench`; its speed is measured.")] = None,
     cores: Annotated[
         float | None,
-        typer.Option(help="Loader cores beside each GPU; by default the profile's, or 8.", min=0.1, max=1024),
+        typer.Option(help="Loader cores beside each GPU; by default what jobs ask for, or 8.", min=0.1, max=1024),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs; finished cells count nothing.")] = Path("runs"),
 ) -> None:
@@ -78,4 +78,5 @@ def estimate(
     given = load_profile(config_file(profile, "cluster") if profile is not None else None)
     speed = speed_of(given, gpu, bench)
     cells = expand(chosen, suite.parent, given, runs.resolve())
-    show(describe(chosen.name, cells, speed, cores or float(given.resources.cpus_per_task or 8)))
+    beside = 8.0 if cores is None and profile is None else cores
+    show(describe(chosen.name, cells, speed, beside))

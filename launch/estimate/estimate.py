@@ -12,8 +12,9 @@ from tabulate import tabulate
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe
-from mixmask.engine.errors import DataError, UserError
+from mixmask.engine.errors import ConfigError, DataError, UserError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.progress import say
 from mixmask.engine.workload import Workload
 from mixmask.launch.estimate.model import Cost, cost
 from mixmask.launch.estimate.speeds import Speed, assumed, measured
@@ -22,6 +23,7 @@ from mixmask.launch.suite.cells import Cell
 from mixmask.launch.suite.status import duration
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.classification import ClassifyRecipe
 from mixmask.transfer.protocol import TransferRecipe
 
 COUNTS = (1, 8, 64)
@@ -34,7 +36,8 @@ KNOWN_SIZES = {
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "tiny_imagenet": (100_000, 10_000),
-    "voc2007": (16_551, 4_952),
+    "voc2007": (16_551, 4_952),  # with VOC 2012's training images, as detection takes it
+    "voc2007 labels": (5_011, 4_952),
     "voc2012": (10_582, 1_449),
     "coco2017": (117_266, 5_000),
     "coco": (117_266, 5_000),
@@ -76,8 +79,9 @@ class _Data:
             self.opened[key] = open_split(data, split)
         return self.opened[key]
 
-    def published(self, name: str, why: UserError) -> tuple[Counted, Counted]:
-        sizes = KNOWN_SIZES.get(name.lower().replace("-", "").replace("imagenet1k", "imagenet"))
+    def published(self, name: str, why: UserError, labels: bool = False) -> tuple[Counted, Counted]:
+        key = name.lower().replace("-", "").replace("imagenet1k", "imagenet")
+        sizes = KNOWN_SIZES.get(f"{key} labels" if labels else key, KNOWN_SIZES.get(key))
         if sizes is None:
             raise why
         note = f"{name}: its folder is not there, so its published size is taken ({sizes[0]:,} and {sizes[1]:,} images)"
@@ -135,7 +139,8 @@ def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], dat
     try:
         train, test = recipe.open(data.open_once)
     except DataError as error:
-        train, test = data.published(recipe.data.name, error)
+        train, test = data.published(recipe.data.name, error, labels=isinstance(recipe, ClassifyRecipe))
+        train = Counted(recipe.num_labelled(len(train)))
     return CellWork(cell, recipe.workload(backbone, train, test), bytes_per_image(train))
 
 
@@ -183,8 +188,19 @@ def wall_seconds(jobs: Sequence[CellWork], costs: Mapping[str, Cost], available:
     return latest
 
 
-def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores_per_gpu: float) -> str:
+def cores_of(job: CellWork, given: float | None) -> float:
+    """Loader cores beside each GPU of a run: what its job asks for, unless they are given."""
+    return float(job.cell.resources.cpus_per_task or 1) if given is None else given
+
+
+def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores: float | None) -> str:
     """The estimate as text: a row for every stage and protocol, and the whole.
+
+    Args:
+        suite: Its name.
+        cells: All cells of the suite.
+        speed: Of a device.
+        cores: Loader cores beside each GPU; None takes those that each job asks for.
 
     Raises:
         UserError: As `jobs_of`.
@@ -194,7 +210,8 @@ def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores_per_gpu: flo
         return f"{suite}: all {len(cells)} cells are finished"
     by_count = {
         count: {
-            job.cell.id: cost(job.work, speed, gpus_of(job, count), cores_per_gpu, job.bytes_per_image) for job in jobs
+            job.cell.id: cost(job.work, speed, gpus_of(job, count), cores_of(job, cores), job.bytes_per_image)
+            for job in jobs
         }
         for count in COUNTS
     }
@@ -211,20 +228,33 @@ def describe(suite: str, cells: Sequence[Cell], speed: Speed, cores_per_gpu: flo
         disable_numparse=True,
         colalign=("left", *("right",) * 5, "left", "right", "right"),
     )
+    beside = ", ".join(f"{number:g}" for number in sorted({cores_of(job, cores) for job in jobs}))
     lines = [
         f"{suite}: {len(jobs)} of {len(cells)} cells are left to do, on {speed.name}: {speed.source}",
-        f"{cores_per_gpu:g} loader cores beside each GPU, {speed.per_core:,.0f} images/s each"
+        f"{beside} loader cores beside each GPU, {speed.per_core:,.0f} images/s each"
         + ("" if speed.measured else " (measured elsewhere)"),
         "",
         table,
         "",
         *(f"note: {note}" for note in notes),
+        *_in_half(jobs, speed),
     ]
     if not speed.measured:
         lines.append(
             "The speed is assumed, so expect errors of a factor of two; docs/scaling.md says how it is computed."
         )
     return "\n".join(lines).rstrip()
+
+
+def _in_half(jobs: Sequence[CellWork], speed: Speed) -> list[str]:
+    """A note on what precision=bf16 would save."""
+    single = [job.work for job in jobs if not job.work.half and job.work.operations]
+    if not single:
+        return []
+    now, then = (sum(speed.seconds(replace(work, half=half)) for work in single) / 3600 for half in (False, True))
+    return [
+        f"note: {len(single)} runs are in fp32; with precision=bf16 they take {then:,.1f} GPU-hours instead of {now:,.1f}"
+    ]
 
 
 def _rows(jobs: Sequence[CellWork], by_count: Mapping[int, Mapping[str, Cost]]) -> Iterator[list[str]]:
@@ -255,23 +285,28 @@ def speed_of(profile: Profile, gpu: str | None = None, bench: Path | None = None
         bench: A ``bench.json``.
 
     Raises:
-        ConfigError: As `measured` and `assumed`.
+        ConfigError: As `measured` and `assumed`, or if both are given.
     """
+    if gpu is not None and bench is not None:
+        raise ConfigError("--gpu and --bench: give one; a bench.json says what it was measured on")
     if bench is None and gpu is None and profile.bench is not None:
         bench = Path(profile.bench).expanduser()
     if bench is not None:
         return measured(bench)
+    if gpu is None and profile.gpu is None:
+        say("no GPU is named (--gpu, or gpu: in the profile), so an h100 is assumed")
     return assumed(gpu or profile.gpu or "h100")
 
 
 def short_estimate(cells: Sequence[Cell], profile: Profile) -> str:
     """One line for dry runs, or why there is none."""
+    if profile.gpu is None and profile.bench is None:
+        return "estimate  ask `mixmask estimate SUITE --gpu …`, or name the GPU in the profile (gpu, bench)"
     try:
         speed = speed_of(profile)
         jobs, _ = jobs_of(cells)
     except UserError as error:
         return f"estimate  none: {error.one_line()}"
-    cores = float(profile.resources.cpus_per_task or 8)
-    total = sum(cost(job.work, speed, 1, cores, job.bytes_per_image).gpu_hours for job in jobs)
+    total = sum(cost(job.work, speed, 1, cores_of(job, None), job.bytes_per_image).gpu_hours for job in jobs)
     how = "" if speed.measured else ", speed assumed"
     return f"estimate  about {total:,.1f} GPU-hours on one {speed.name}{how}; `mixmask estimate` shows it by stage"

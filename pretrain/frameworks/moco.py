@@ -114,7 +114,7 @@ class MoCo(Framework):
         head = mlp([width, recipe.dim] if recipe.kind == "moco" else [width, width, recipe.dim], norm=False)
         self.query_encoder = Encoder(trunk, head)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        self.split = split_layers(self)
+        self.split, self.folded = split_layers(self), list[SplitBatchNorm2d]()
         self.register_buffer("queue", self.first_negatives())
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
         self.fresh: list[Tensor] = []  # this step's keys; they enter the queue after the optimizer step
@@ -191,7 +191,7 @@ class MoCo(Framework):
 
     @override
     def before_step(self) -> None:
-        fold_statistics(self.split)
+        self.folded = fold_statistics(self.split)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -209,8 +209,7 @@ class MoCo(Framework):
             self.queue_position.fill_(self.position)
         self.fresh.clear()
         move_average(self.key_encoder, self.query_encoder, self.recipe.momentum)
-        if self.queue.is_cuda:
-            spread_statistics(self.split)
+        spread_statistics(self.folded)
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

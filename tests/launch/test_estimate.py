@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models import resnet50
@@ -20,7 +21,7 @@ from mixmask.engine.workload import Workload
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.training_step import TrainingStep
 from mixmask.launch.estimate import model, speeds
-from mixmask.launch.estimate.estimate import CellWork, describe, jobs_of, wall_seconds
+from mixmask.launch.estimate.estimate import CellWork, describe, jobs_of, speed_of, wall_seconds
 from mixmask.launch.estimate.model import Cost, cost
 from mixmask.launch.estimate.speeds import PEAKS, Speed, assumed, measured
 from mixmask.launch.slurm.profile import Profile, Resources
@@ -31,7 +32,7 @@ from mixmask.transfer.recipe import load_transfer_recipe
 from tests.launch.small import KNN, MIXMASK, RANDOM, write_suite
 from tests.pretrain.small_runs import CONFIG, SMALL_FRAMEWORKS
 
-SPEED = Speed("one", "test", {224: 1e12}, per_core=100.0)
+SPEED = Speed("one", "test", {(224, False): 1e12}, per_core=100.0)
 MIXTURES = ("{kind: none}", "{kind: mixmask, grid: 4}", "{kind: mixmask+unmix, grid: 4}",
             "{kind: erase, grid: 4, extra_crops: 2, extra_crop: 16}")  # fmt: skip
 
@@ -91,7 +92,9 @@ def test_the_work_of_protocols() -> None:
     linear = work("linear", "epochs=3")
     assert (linear.trained, linear.forward, linear.parameters) == (0, 31_000 * flops, 0)
     tuned = work("semisup_100", "epochs=3")
-    assert (tuned.trained, tuned.forward) == (30_000 * flops, 1_000 * flops)
+    assert (tuned.trained, tuned.forward, tuned.kind) == (30_000 * flops, 1_000 * flops, "finetune")
+    assert not tuned.half
+    assert work("semisup_100", "precision=bf16").half
     voc, coco = work("detect_voc"), work("detect_coco")
     assert voc.steps == 24_000
     assert coco.trained > voc.trained > 24_000 * 16 * 5 * flops  # larger images, and 512 regions of each
@@ -148,8 +151,9 @@ def bench_file(folder: Path) -> Path:
     rows = {
         "arithmetic": [
             {"name": "matrices", "value": 1, "share": None, "more": {}},
-            {"name": "small", "value": 1, "share": None, "more": {"crop": 32, "flop_per_s": 2e12}},
-            {"name": "large", "value": 1, "share": None, "more": {"crop": 224, "flop_per_s": 5e12}},
+            {"name": "small", "value": 1, "share": None, "more": {"crop": 32, "half": 0.0, "flop_per_s": 2e12}},
+            {"name": "large", "value": 1, "share": None, "more": {"crop": 224, "half": 0.0, "flop_per_s": 5e12}},
+            {"name": "half", "value": 1, "share": None, "more": {"crop": 224, "half": 1.0, "flop_per_s": 9e12}},
         ],
         "pretraining": [
             {"name": "CIFAR ResNet-18, 32 pixels: moco", "share": 0.5, "more": {"crop": 32}},
@@ -172,12 +176,23 @@ def test_measured_speeds(tmp_path: Path) -> None:
         1 / (5 * 0.8)
     )  # the median of what there is
     assert speed.seconds(replace(small, side=224, kind="frozen")) == pytest.approx(1 / 5)
+    assert speed.seconds(replace(small, side=224, kind="frozen", half=True)) == pytest.approx(1 / 9)
+    assert speed.seconds(replace(small, half=True)) == speed.seconds(small)  # not measured in that format
 
 
 def test_assumed_speeds() -> None:
     assert assumed("A100").name == assumed("a-100").name == "a100"
-    assert assumed("h100").rates[224] == PEAKS["h100"] * 1e12 * speeds.ASSUMED_EFFICIENCY
+    assert assumed("h100").rates[224, True] == PEAKS["h100"][0] * 1e12 * speeds.ASSUMED_EFFICIENCY
+    assert assumed("v100").rates[224, False] == 15.7e12 * speeds.EFFICIENCY_WITHOUT
+    assert all(half > single for half, single in PEAKS.values())
     assert "assumed, not measured" in assumed("h100").source
+
+
+BENCH = (
+    '{{"format": 1, "machine": "x", "rows": {{"arithmetic": [{{"more": {{"crop": 32, "half": 1, "flop_per_s": {rate}}}}}], '
+    '"pretraining": [{{"name": "x: moco", "share": {share}, "more": {{"crop": 32}}}}], '
+    '"loader": [{{"more": {{"per_core": {core}}}}}]}}}}'
+)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +203,10 @@ def test_assumed_speeds() -> None:
         ("[]", "is not a bench.json"),
         ('{"format": 2, "rows": {}}', "is of format 2; this version reads format 1"),
         ('{"format": 1, "machine": "x", "rows": {}}', "lacks the part 'arithmetic'"),
-        ('{"format": 1, "machine": "x", "rows": {"arithmetic": [{"more": {"crop": 1, "flop_per_s": 0}}]}}', "lacks"),
+        (BENCH.format(rate=0, share=0.5, core=1), "not above 0"),
+        (BENCH.format(rate=1, share=0, core=1), "not above 0"),
+        (BENCH.format(rate=1, share=0.5, core=0), "not above 0"),
+        (BENCH.format(rate="NaN", share=0.5, core=1), "not above 0"),
         ('{"format": 1, "machine": "x", "rows": {"arithmetic": [{"more": 3}]}}', "is not a bench.json"),
     ],
 )
@@ -198,6 +216,31 @@ def test_files_that_are_no_benchmark(text: str | None, said: str, tmp_path: Path
         file.write_text(text)
     with pytest.raises(ConfigError, match=said):
         measured(file)
+
+
+def test_the_share_of_labels_counts_where_the_data_are_not_here(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], resnet50: Path
+) -> None:
+    suite = tmp_path / "labels.yaml"
+    grid = {
+        "checkpoints": [{"name": "one", "path": str(resnet50)}],
+        "transfer": [{"config": "semisup_1"}, {"config": "semisup_10"}, {"config": "svm_voc07"}],
+    }
+    suite.write_text(yaml.safe_dump({"name": "labels", "grids": [grid]}))
+    jobs, notes = jobs_of(expand(load_suite(suite), tmp_path, Profile(), tmp_path / "runs"))
+    work = {one.cell.protocol: one.work for one in jobs}
+    assert 9 < work["semisup_10"].trained / work["semisup_1"].trained < 11
+    assert work["svm_voc07"].loaded == 5_011 + 4_952
+    assert len(notes) == 2
+    speed = speed_of(Profile())
+    assert "no GPU is named" in capfd.readouterr().err
+    text = describe("labels", list(expand(load_suite(suite), tmp_path, Profile(), tmp_path / "runs")), speed, None)
+    assert "1 loader cores beside each GPU" in text
+    assert "3 runs are in fp32; with precision=bf16 they take" in text
+    with pytest.raises(ConfigError, match="--gpu and --bench: give one"):
+        speed_of(Profile(), "a100", bench_file(tmp_path))
+    assert speed_of(Profile.model_validate({"bench": str(bench_file(tmp_path))})).measured
+    assert speed_of(Profile.model_validate({"gpu": "a100"})).name == "a100"
 
 
 def test_a_gpu_that_is_not_known_is_told_which_are() -> None:

@@ -1,8 +1,8 @@
-"""What only a GPU can show: no step waits, the kernels' numbers, resume to the bit, NCCL. Skipped without one."""
+"""What only a GPU can show: no step waits, the kernels' numbers, resume to the bit, NCCL, graphs. Skipped without one."""
 
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
-from mixmask.engine import distributed, photometric_kernels
+pytest.importorskip("triton", reason="triton comes with torch's builds for GPUs")
+
+from mixmask.engine import photometric_kernels
 from mixmask.engine.augment import AugmentRecipe, Photometric, apply_photometric, draw_photometric
 from mixmask.engine.determinism import deterministic_kernels
 from mixmask.engine.loader import Batch
@@ -96,31 +99,70 @@ def test_a_deterministic_run_resumes_to_the_same_bits(config: Path, tmp_path: Pa
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_one_process_with_nccl_computes_what_one_without_does(config: Path, tmp_path: Path) -> None:
-    keys = [ON_GPU, "deterministic=true", "max_steps=4"]
+NCCL = """
+import torch
+import torch.distributed as dist
+from mixmask.engine import distributed
+
+device = torch.device("cuda", 0)
+dist.init_process_group("nccl", init_method="tcp://127.0.0.1:PORT", world_size=1, rank=0, device_id=device)
+numbers = torch.arange(6.0, device=device).view(3, 2)
+dist.all_reduce(numbers)
+gathered = torch.empty_like(numbers)
+dist.all_gather_into_tensor(gathered, numbers)
+assert torch.equal(gathered, numbers)
+layer = torch.nn.Linear(2, 2).to(device)
+wrapped = torch.nn.parallel.DistributedDataParallel(layer, device_ids=[0])
+wrapped(numbers).sum().backward()
+assert layer.weight.grad is not None
+dist.destroy_process_group()
+print("fine")
+"""
+
+
+def test_nccl_works_with_one_process() -> None:
+    """What `engine.distributed` builds on; whole runs need two GPUs."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", NCCL.replace("PORT", str(port))], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU, and another one")
+def test_two_gpus_compute_what_one_does(config: Path, tmp_path: Path) -> None:
+    keys = [ON_GPU, "deterministic=true", "max_steps=4", SMALL_FRAMEWORKS["simsiam"], "sync_bn=true"]
     alone = plan(config, tmp_path / "alone", *keys)
     stage.run(alone)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "mixmask"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mixmask"]
     done = subprocess.run(
-        [*command, "pretrain", str(config), *keys, "--runs", str(tmp_path / "nccl")],
-        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-        capture_output=True,
-        text=True,
+        [*command, "pretrain", str(config), *keys, "--runs", str(tmp_path / "nccl")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     ours, theirs = load_file(alone.backbone_file), load_file(next((tmp_path / "nccl").rglob("backbone.safetensors")))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert distributed.world().size == 1
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], atol=1e-3, rtol=1e-3)
 
 
 def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) -> None:
-    keys = [ON_GPU, "precision=bf16", "max_steps=4", "backbone.stem=cifar"]
-    eager, compiled = (plan(config, tmp_path / str(on), *keys, f"compile={on}") for on in ("false", "true"))
-    stage.run(eager)
-    stage.run(compiled)
-    ours, theirs = load_file(eager.backbone_file), load_file(compiled.backbone_file)
+    keys = [ON_GPU, "max_steps=6", "optimizer.lr=0.3", "monitor={every_epochs: 1, batch_size: 16}"]
+    start, eager, compiled = (
+        plan(config, tmp_path / name, *keys, *more)
+        for name, more in (("start", ["epochs=0"]), ("eager", []), ("compiled", ["compile=true"]))
+    )
+    torch.compiler.reset()
+    counters.clear()
+    for one in (start, eager, compiled):
+        stage.run(one)
+    # A graph for each encoder, with a gradient and without; none for evaluations.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 4
+    before, ours, theirs = (load_file(one.backbone_file) for one in (start, eager, compiled))
     for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], atol=2e-2, rtol=5e-2)
+        if ours[key].is_floating_point() and "running" not in key:
+            one, other = (change.flatten() - before[key].flatten() for change in (ours[key], theirs[key]))
+            assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98, key
 
 
 def test_deterministic_kernels_cover_every_framework(config: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whole steps on tensors that claim to be on a GPU: nothing waits, no devices are mixed, and operations stay few."""
+"""Steps, but for the backward pass, on tensors that claim to be on a GPU: nothing waits, and operations stay few."""
 
 from __future__ import annotations
 

@@ -15,8 +15,10 @@ from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDi
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.engine.records import Record
 from mixmask.pretrain import compiling, stage
+from mixmask.pretrain.frameworks.moco import MoCo
 from mixmask.pretrain.mixture import draw_mixtures
 from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 from mixmask.pretrain.step import step_terms
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.recipe import load_transfer_recipe
@@ -275,6 +277,54 @@ def test_on_a_gpu_the_encoders_are_recorded_as_graphs(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert compiling.compile_encoders([encoder], device) is None
     assert "compute capability 7.0 or more, this one has 6.1" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_compiled_trunk_with_groups_of_statistics_is_compiled_once(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs the groups pass together; what is done once a step must not make the compiler start again."""
+
+    def forward(layer: SplitBatchNorm2d, images: torch.Tensor) -> torch.Tensor:
+        return layer.together(images) if layer.training else torch.nn.BatchNorm2d.forward(layer, images)
+
+    monkeypatch.setattr(SplitBatchNorm2d, "forward", forward)
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs[-1] += 1
+        return graph
+
+    torch.compiler.reset()
+    recipe = plan(config, tmp_path, "backbone.arch=resnet18").recipe
+    eager, compiled = (recipe.framework.build(recipe.backbone) for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    assert isinstance(compiled, MoCo)
+    for encoder in compiled.encoders():
+        encoder.compile(backend=backend, dynamic=False)
+    for number in range(3):
+        graphs.append(0)
+        views = [torch.randn(16, 3, 32, 32, generator=generator(number, view)) for view in range(2)]
+        for model in (eager, compiled):
+            for term in step_terms(model, recipe.mix, views, python_generator(number), generator(number)):
+                (term.loss * term.weight).backward()
+            model.before_step()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.sub_(0.01 * parameter.grad)
+                        parameter.grad = None
+            model.after_step(0.5)
+    assert graphs[0] > 0
+    assert graphs[1:] == [0, 0]
+    with compiling.uncompiled(compiled):
+        for model in (eager, compiled):
+            model.eval()
+        ours, theirs = (model.trunk(torch.ones(3, 3, 32, 32)) for model in (eager, compiled))
+    assert sum(graphs) == graphs[0]  # another size, and nothing was compiled
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(value, compiled.state_dict()[name], atol=1e-3, rtol=1e-3)
 
 
 def test_what_a_machine_or_a_framework_cannot_do_is_said_early(config: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_features_and_neighbours() -> None:
         assert votes[20, 0.1].device == GPU
 
 
-def test_diagnostics_do_not_ask_for_values() -> None:
+def test_diagnostics_ask_for_no_values_themselves() -> None:
     with pretend() as mode:
         found = diagnose(images(mode, 32, 16), images(mode, 32, 16))
     assert {value.device for value in found.values()} == {GPU}

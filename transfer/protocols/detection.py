@@ -120,6 +120,7 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
             loaded=seen + len(test),
             steps=iterations,
             parameters=num_parameters(backbone),
+            half=self.precision != "fp32",
             kind=self.detector.kind,
         )
 

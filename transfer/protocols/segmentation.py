@@ -105,6 +105,7 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
             loaded=seen + len(test),
             steps=self.iterations,
             parameters=num_parameters(backbone),
+            half=self.precision != "fp32",
             kind="segment",
         )
 

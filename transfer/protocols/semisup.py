@@ -132,6 +132,10 @@ class SemisupRecipe(TrainedRecipe):
         }
 
     @override
+    def num_labelled(self, num_train: int) -> int:
+        return round(num_train * self.labels / 100)
+
+    @override
     def labelled(self, train: ImageSet) -> ImageSet:
         if self.label_list is None:
             return balanced_subset(train, self.labels, self.subset_seed)

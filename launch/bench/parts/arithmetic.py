@@ -27,7 +27,7 @@ class Arithmetic(Part):
     @override
     def measure(self, machine: Machine, before: dict[str, list[Row]]) -> Iterator[Row | LeftOut]:
         side = 8192 if machine.is_gpu else 2048
-        formats: dict[str, Precision] = {"fp32": "fp32", machine.precision: machine.precision}
+        formats: dict[str, Precision] = {machine.precision: machine.precision, "fp32": "fp32"}
         for label, precision in formats.items():
             yield _product(machine, side, label, precision)
         if machine.is_gpu:
@@ -36,21 +36,8 @@ class Arithmetic(Part):
             yield _product(machine, side, "tf32", "fp32")
             torch.backends.cuda.matmul.allow_tf32 = before_tf32
         for setup in SETUPS:
-            batch = setup.batch(machine)
-            forward, both = bare_seconds(machine, setup, batch)
-            work = 3 * forward_flops(setup.backbone, setup.crop) * batch  # the backward pass does twice the forward's
-            yield Row(
-                f"{setup.title}, forward and backward, {machine.precision}, batch {batch}",
-                batch / both,
-                "images/s",
-                limit=f"{work / both / 1e12:,.2f} TFLOP/s",
-                more={
-                    "forward_s_per_image": forward / batch,
-                    "both_s_per_image": both / batch,
-                    "flop_per_s": work / both,
-                    "crop": setup.crop,
-                },
-            )
+            for precision in formats.values():
+                yield _bare(machine, setup, precision)
 
 
 def _product(machine: Machine, side: int, label: str, precision: Precision) -> Row:
@@ -60,26 +47,41 @@ def _product(machine: Machine, side: int, label: str, precision: Precision) -> R
     return Row(f"{side} × {side} matrices, {label}", 2 * side**3 / timing.seconds / 1e12, "TFLOP/s")
 
 
-def bare_seconds(machine: Machine, setup: Setup, batch: int) -> tuple[float, float]:
-    """Seconds of a forward pass, and of a forward and a backward pass, of a batch through the bare trunk."""
-    forward, both = passes(machine, setup.backbone, setup.crop, batch)
-    return machine.time(forward).seconds, machine.time(both).seconds
+def _bare(machine: Machine, setup: Setup, precision: Precision) -> Row:
+    batch = setup.batch(machine)
+    forward, both = (
+        machine.time(call).seconds for call in passes(machine, setup.backbone, setup.crop, batch, precision)
+    )
+    work = 3 * forward_flops(setup.backbone, setup.crop) * batch  # the backward pass does twice the forward's
+    return Row(
+        f"{setup.title}, forward and backward, {precision}, batch {batch}",
+        batch / both,
+        "images/s",
+        limit=f"{work / both / 1e12:,.2f} TFLOP/s",
+        more={
+            "forward_s_per_image": forward / batch,
+            "both_s_per_image": both / batch,
+            "flop_per_s": work / both,
+            "crop": setup.crop,
+            "half": float(precision != "fp32"),
+        },
+    )
 
 
 def passes(
-    machine: Machine, backbone: BackboneRecipe, crop: int, batch: int
+    machine: Machine, backbone: BackboneRecipe, crop: int, batch: int, precision: Precision
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """A forward pass without gradient, and a forward and a backward pass."""
     trunk: nn.Module = build_trunk(backbone).to(machine.device).to(memory_format=torch.channels_last).train()
     images = torch.randn(batch, 3, crop, crop, device=machine.device).contiguous(memory_format=torch.channels_last)
 
     def forward() -> None:
-        with torch.no_grad(), autocast(machine.device, machine.precision):
+        with torch.no_grad(), autocast(machine.device, precision):
             trunk(images)
 
     def both() -> None:
         trunk.zero_grad(set_to_none=True)
-        with autocast(machine.device, machine.precision):
+        with autocast(machine.device, precision):
             loss = trunk(images).float().square().mean()
         loss.backward()
 

@@ -40,16 +40,17 @@ class Loader(Part):
         wanted = max((row.value for row in before.get("pretraining", ()) if "ResNet-50" in row.name), default=None)
         with tempfile.TemporaryDirectory() as folder:
             images = draw(Path(folder))
-            rate = 0.0
+            measured: tuple[int, float] | None = None
             for number in numbers:
                 if machine.left <= 0:
                     yield LeftOut(f"the loader with {number} cores", "the time was up")
                     continue
                 rate = _rate(images, number)
+                measured = number, rate
                 said = "" if wanted is None else f"the fastest step of a ResNet-50 takes {wanted:,.0f} images/s"
                 yield Row(f"{number} worker processes", rate, "images/s", limit=said, more={"per_core": rate / number})
-        if wanted is not None and rate:
-            yield Row("cores that the fastest step needs", wanted * number / rate, "cores")
+        if wanted is not None and measured is not None:
+            yield Row("cores that the fastest step needs", wanted * measured[0] / measured[1], "cores")
 
 
 def draw(folder: Path) -> FileImages:

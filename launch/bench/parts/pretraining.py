@@ -34,7 +34,8 @@ class Pretraining(Part):
     @override
     def measure(self, machine: Machine, before: dict[str, list[Row]]) -> Iterator[Row | LeftOut]:
         kinds = [*MIXTURES.by_name()]
-        mixtures = ["none", *(kind for kind in kinds if kind != "none")]
+        first = ["none", "mixmask", "mixmask+unmix"]
+        mixtures = [*first, *(kind for kind in kinds if kind not in first)]
         wanted = [
             (setup, framework, config, mixture)
             for mixture in mixtures
@@ -66,12 +67,13 @@ class Bound:
 
     def __init__(self, machine: Machine, setup: Setup) -> None:
         self.machine, self.batch = machine, setup.batch(machine)
-        self.forward, self.both = passes(machine, setup.backbone, setup.crop, self.batch)
-        machine.time(self.forward, most=3), machine.time(self.both, most=3)
+        self.forward, self.both = passes(machine, setup.backbone, setup.crop, self.batch, machine.precision)
 
     def seconds(self, passed: Passes) -> float:
         """Of the passes of a step, now: other work on the machine slows both down alike."""
-        forward, both = (min(self.machine.once(call) for _ in range(2)) for call in (self.forward, self.both))
+        forward, both = (
+            self.machine.time(call, most=2, seconds=1.0, least=2).seconds for call in (self.forward, self.both)
+        )
         return passed.with_gradient * both + passed.without * forward
 
 
@@ -86,6 +88,9 @@ def _row(label: str, step: TrainingStep, bound: Bound) -> Row:
     augmentation = machine.time(step.augment, most=5, seconds=1.0).seconds / timing.seconds
     more = {
         "step_s": timing.seconds,
+        "fastest_s": timing.fastest,
+        "slowest_s": timing.slowest,
+        "repeats": timing.repeats,
         "batch": batch,
         "crop": step.recipe.augment.crop,
         "passes_with_gradient": passed.with_gradient,
@@ -95,8 +100,10 @@ def _row(label: str, step: TrainingStep, bound: Bound) -> Row:
     limits = []
     if machine.is_gpu:
         host, device = busy_shares(machine, step)
-        more |= {"host_busy": host, "device_busy": device}
-        if device < IDLE:
+        more |= {"host_busy": host} | ({} if device is None else {"device_busy": device})
+        if device is None:
+            limits.append("not known: the profiler sees no kernels")
+        elif device < IDLE:
             limits.append(f"the host: the device idles {1 - device:.0%} of the time")
     if augmentation > LARGE:
         limits.append(f"augmentation ({augmentation:.0%})")
