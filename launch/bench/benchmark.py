@@ -115,7 +115,7 @@ def run_benchmark(
         # A part may use its share of what is left; what it leaves goes to the later ones.
         share = part.share / sum(one.share for one in parts[number:])
         machine.ends = time.monotonic() + max(ends - time.monotonic(), 0.0) * share
-        say(f"{part.title} (at most {machine.left:,.0f} s)")
+        say(f"{part.title} (at most {max(machine.left, 0.0):,.0f} s)")
         for _ in _measured(part, machine, findings):
             findings.seconds = round(time.monotonic() - started, 1)
             for file, text in zip(files, (findings.as_markdown(titles), findings.as_json()), strict=True):
