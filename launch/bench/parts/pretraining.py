@@ -108,5 +108,5 @@ def _row(label: str, step: TrainingStep, bound: Bound) -> Row:
     if augmentation > LARGE:
         limits.append(f"augmentation ({augmentation:.0%})")
     if not limits:
-        limits.append("arithmetic" if share > IDLE else "memory traffic besides the networks")
+        limits.append("arithmetic" if share > IDLE else "what is not the trunk: projector, losses, optimizer")
     return Row(label, batch / timing.seconds, "images/s", share, "; ".join(limits), more)
