@@ -24,6 +24,7 @@ from mixmask.engine.packing import index_shards, pack
 from tests.engine.containers import packed, recipe
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(

@@ -56,6 +56,7 @@ def compare(case: str) -> None:
         torch.testing.assert_close(result, reference(images, draws, recipe), atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_kernels_do_what_the_operators_do() -> None:
     program = f"from {__name__} import CASES, compare\nfor case in CASES:\n    compare(case)\n    print(case)\n"
     done = subprocess.run(
@@ -69,6 +70,7 @@ def test_kernels_do_what_the_operators_do() -> None:
     assert done.stdout.split("\n")[:-1] == [*CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("architecture", [70, 90], ids=["V100", "H100"])
 def test_kernels_compile_for_gpus_that_are_not_here(architecture: int) -> None:

@@ -63,6 +63,7 @@ with distributed.session() as world:
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_leave_the_same_images_out(damaged: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

@@ -66,6 +66,7 @@ def test_a_run_on_packed_images_is_the_run_on_folders_bit_for_bit(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_images_without_classes_are_pretrained_on_and_watched_with_others(
     config: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def _transfer(out: Path, protocol: str, root: Path, backbone: Path, *overrides: 
     return transfer.plan(load_transfer_recipe(file, [f"backbone={backbone}", *overrides]), out / "runs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet18", "timm/test_convnext"])
 def test_grey_networks_pretrain_and_transfer(arch: str, config: Path, shapes: Path, tmp_path: Path) -> None:
     grey = ["backbone.in_channels=1", f"backbone.arch={arch}", *COLOURLESS, "max_steps=2", "framework.bn_splits=1"]
@@ -137,6 +139,7 @@ def test_detection_of_networks_for_other_images_is_refused(voc: Path, config: Pa
         transfer.plan(load_transfer_recipe(file, [f"backbone={one.backbone_file}", "device=cpu"]), tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_images_of_many_channels(config: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(32):
@@ -190,6 +193,7 @@ def test_images_of_many_channels(config: Path, tmp_path: Path) -> None:
     assert views.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_run_leaves_unreadable_images_out(
     config: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

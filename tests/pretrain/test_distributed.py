@@ -134,6 +134,7 @@ with distributed.session() as world:
 """
 
 
+@pytest.mark.slow
 def test_losses_are_over_all_processes_and_their_gradients_add_up(tmp_path: Path) -> None:
     script = tmp_path / "gathered.py"
     script.write_text(GATHERED)

@@ -119,6 +119,7 @@ def slow_vicreg(first: Tensor, second: Tensor) -> float:
     return 25 * distance + 25 * hinges / 2 + products
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(num=st.integers(2, 6), seed=st.integers(0, 1000))
 def test_losses_of_a_batch(num: int, seed: int) -> None:
@@ -127,6 +128,7 @@ def test_losses_of_a_batch(num: int, seed: int) -> None:
         assert build(name).loss(query, key).tolist() == pytest.approx([slow] * num, rel=1e-6), name
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(num=st.integers(3, 6), seed=st.integers(0, 1000), share=st.floats(0.01, 1))
 def test_the_mixed_loss_of_a_batch(num: int, seed: int, share: float) -> None:

@@ -32,6 +32,8 @@ STEPS = {
     "grey": ["backbone.in_channels=1", "augment.hue=0", "augment.saturation=0", "augment.grayscale_probability=0"],
 }
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_constants_of_other_tests() -> Iterator[None]:

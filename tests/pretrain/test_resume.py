@@ -73,6 +73,7 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], state[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_the_weight_decay_follows_its_schedule(config: Path, tmp_path: Path) -> None:
     optimizer = (
         "optimizer={kind: adamw, lr: 0.001, weight_decay: 0.1, weight_decay_end: 0.5, decay_norm_and_bias: false}"

@@ -248,6 +248,7 @@ def test_compiled_encoders_train_the_same_network(
     assert all(torch.allclose(ours[name].float(), theirs[name].float(), atol=1e-4) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_compile_trains_without(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

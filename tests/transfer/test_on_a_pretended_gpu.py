@@ -36,6 +36,8 @@ from tests.transfer.detection.small_recipes import COCO, VOC, with_detector, wit
 
 RESNET = BackboneRecipe(arch="resnet18")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def no_constants_of_other_tests() -> Iterator[None]:
