@@ -10,11 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mixmask.engine.backbones import BackboneInfo, BackboneRecipe, build_trunk, save_backbone
 from mixmask.engine.provenance import Code
 from mixmask.launch.demo import demo_data
 from tests.skipped import reason_of, summary
+
+settings.register_profile("shared machine", deadline=None)  # an example may take long while others use the cores
+settings.load_profile("shared machine")
 
 
 def pytest_report_header() -> str:
