@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from mixmask.engine.records import environment
 from mixmask.engine.storage import write_text
+from mixmask.launch.bench.machine import processor
 
 Call = Callable[[], object]
 
@@ -50,17 +50,9 @@ def report(name: str, command: str, answers: list[dict[str, Any]], out: Path) ->
         for key, value in answer.items():
             if key != "question":
                 print(f"  {key}: {json.dumps(value, default=str)}")
-    content = {"command": command, "environment": {**environment(), "processor": _processor()}, "answers": answers}
+    content = {"command": command, "environment": {**environment(), "processor": processor()}, "answers": answers}
     write_text(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
     print(f"\n{out / f'{name}.json'}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:

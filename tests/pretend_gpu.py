@@ -123,16 +123,16 @@ def pretend() -> Iterator[Pretend]:
     """A machine with one GPU, for the code inside."""
     lazy, pin, usable = torch.cuda._lazy_init, Tensor.pin_memory, photometric_kernels.usable
     torch.cuda._lazy_init = lambda: None
-    Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
-    torch.Generator = _OnTheHost  # type: ignore[misc]
-    photometric_kernels.usable = lambda device: True  # type: ignore[assignment]
+    Tensor.pin_memory = lambda self, *_: self
+    torch.Generator = _OnTheHost
+    photometric_kernels.usable = lambda device: True
     try:
         with Pretend() as mode:
             yield mode
     finally:
-        torch.cuda._lazy_init, Tensor.pin_memory = lazy, pin  # type: ignore[method-assign]
-        torch.Generator = Generator  # type: ignore[misc]
-        photometric_kernels.usable = usable  # type: ignore[assignment]
+        torch.cuda._lazy_init, Tensor.pin_memory = lazy, pin
+        torch.Generator = Generator
+        photometric_kernels.usable = usable
 
 
 def moved(module: nn.Module, mode: Pretend) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,34 +15,13 @@ from sklearn.svm import LinearSVC
 from mixmask.engine.randomness import derived_seed
 from mixmask.transfer.scores import average_precision
 
+if TYPE_CHECKING:
+    from mixmask.transfer.protocols.svm_voc07 import SvmVoc07Recipe
+
 Array = npt.NDArray[Any]
 
 
-class Fits(Protocol):
-    """What the fits ask of a recipe (`SvmVoc07Recipe`)."""
-
-    @property
-    def costs(self) -> tuple[float, ...]:
-        """Values of C to choose from."""
-
-    @property
-    def folds(self) -> int:
-        """Folds of the cross-validation that chooses."""
-
-    @property
-    def max_iter(self) -> int:
-        """Largest number of iterations of a fit."""
-
-    @property
-    def low_shot_c(self) -> float:
-        """C of the fits on a few images."""
-
-    @property
-    def seed(self) -> int:
-        """Of the draws."""
-
-
-def _svm(recipe: Fits, cost: float) -> LinearSVC:
+def _svm(recipe: SvmVoc07Recipe, cost: float) -> LinearSVC:
     return LinearSVC(
         C=cost, class_weight={True: 2, False: 1}, dual=True, max_iter=recipe.max_iter,
         random_state=derived_seed(recipe.seed, "svm") % 2**31,
@@ -50,7 +29,7 @@ def _svm(recipe: Fits, cost: float) -> LinearSVC:
 
 
 def one_class(
-    recipe: Fits, label: int, features: Array, labels: Array, asked: Array, answers: Array
+    recipe: SvmVoc07Recipe, label: int, features: Array, labels: Array, asked: Array, answers: Array
 ) -> tuple[float, float, float]:
     """The chosen C of one class, and the AP of its SVM at 11 recalls and by area."""
     known = labels[:, label] >= 0
@@ -62,7 +41,7 @@ def one_class(
     return cost, _precision(scores, truth, points=True), _precision(scores, truth, points=False)
 
 
-def _chosen(recipe: Fits, features: Array, wanted: Array) -> float:
+def _chosen(recipe: SvmVoc07Recipe, features: Array, wanted: Array) -> float:
     """The C with the highest mean average precision over the folds; the first of equals."""
     folds = StratifiedKFold(recipe.folds)
     means = [
@@ -72,7 +51,9 @@ def _chosen(recipe: Fits, features: Array, wanted: Array) -> float:
     return recipe.costs[int(np.argmax(means))]
 
 
-def low_shot(recipe: Fits, k: int, sample: int, features: Array, labels: Array, asked: Array, answers: Array) -> float:
+def low_shot(
+    recipe: SvmVoc07Recipe, k: int, sample: int, features: Array, labels: Array, asked: Array, answers: Array
+) -> float:
     """Mean AP of SVMs from one draw of k images per class, in percent."""
     rng = np.random.default_rng(derived_seed(recipe.seed, "low shot", sample, k))
     found = []

@@ -9,7 +9,6 @@ from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
 from mixmask.launch.bench.machine import Machine
-from mixmask.pretrain.mixtures.none import NoMix
 from mixmask.pretrain.recipe import PretrainRecipe
 
 GB = 10**9
@@ -55,7 +54,7 @@ def _configs(prefix: str) -> tuple[tuple[str, str], ...]:
     found = []
     for file in sorted((configs_folder() / "pretrain").glob(f"{prefix}*.yaml")):
         recipe = load_recipe(PretrainRecipe, file)
-        if isinstance(recipe.mix, NoMix):
+        if not recipe.mix.num_mixtures and not recipe.mix.hides:
             found.append((recipe.framework.kind, file.stem))
     return tuple(found)
 

@@ -16,3 +16,8 @@ Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory. By default runs/<stage>/<name>-<fingerprint>.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
+SuiteFile = Annotated[Path, typer.Argument(help="A YAML file, or the name of a suite (see mixmask configs suites).")]
+SuiteOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
+]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from mixmask.engine.builtin_configs import config_file
-from mixmask.launch.commands.options import Force
+from mixmask.launch.commands.options import Force, SuiteFile, SuiteOverrides
 from mixmask.launch.commands.terminal import show
 
 
@@ -43,11 +43,8 @@ def bench(
 
 
 def estimate(
-    suite: Annotated[Path, typer.Argument(help="A YAML file, or the name of a suite (see mixmask configs suites).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
-    ] = None,
+    suite: SuiteFile,
+    overrides: SuiteOverrides = None,
     profile: Annotated[
         Path | None, typer.Option(help="The cluster: cores, folders of data, and what its GPUs are (gpu, bench).")
     ] = None,

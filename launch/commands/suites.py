@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from mixmask.engine.builtin_configs import config_file
+from mixmask.launch.commands.options import SuiteFile, SuiteOverrides
 from mixmask.launch.commands.terminal import show
 
 Suite = Annotated[str, typer.Argument(help="A suite's file, or the name of a launched one.")]
@@ -16,11 +17,8 @@ Runs = Annotated[Path, typer.Option(help="Folder of all runs; the nodes must sha
 
 
 def launch(
-    suite: Annotated[Path, typer.Argument(help="A YAML file, or the name of a suite (see mixmask configs suites).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Replace keys of the suite, e.g. data.cifar100=/data/cifar100."),
-    ] = None,
+    suite: SuiteFile,
+    overrides: SuiteOverrides = None,
     cluster: Annotated[
         Literal["slurm", "local", "inline"],
         typer.Option(help="SLURM, processes on this machine one after another, or this very process."),

@@ -23,21 +23,20 @@ from mixmask.launch.suite.cells import Cell
 from mixmask.launch.suite.status import duration
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.transfer.checkpoints.source import read_source
-from mixmask.transfer.classification import ClassifyRecipe
 from mixmask.transfer.protocol import TransferRecipe
 
 COUNTS = (1, 8, 64)
 MOST_OF_ONE_RUN = 8  # GPUs that share the batches of one run, unless the cell asks for more
 SAMPLED = 100  # files whose size is looked at
-# Images of well-known data sets, for estimates before the data are there: training, test.
+# Images of well-known data sets, for estimates before the data are there: training, test. A task may take others.
 KNOWN_SIZES = {
     "imagenet": (1_281_167, 50_000),
     "imagenet100": (126_689, 5_000),
     "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
     "tiny_imagenet": (100_000, 10_000),
-    "voc2007": (16_551, 4_952),  # with VOC 2012's training images, as detection takes it
-    "voc2007 labels": (5_011, 4_952),
+    "voc2007": (5_011, 4_952),
+    "voc2007 object-detection": (16_551, 4_952),  # with VOC 2012's training images
     "voc2012": (10_582, 1_449),
     "coco2017": (117_266, 5_000),
     "coco": (117_266, 5_000),
@@ -79,9 +78,9 @@ class _Data:
             self.opened[key] = open_split(data, split)
         return self.opened[key]
 
-    def published(self, name: str, why: UserError, labels: bool = False) -> tuple[Counted, Counted]:
+    def published(self, name: str, task: str, why: UserError) -> tuple[Counted, Counted]:
         key = name.lower().replace("-", "").replace("imagenet1k", "imagenet")
-        sizes = KNOWN_SIZES.get(f"{key} labels" if labels else key, KNOWN_SIZES.get(key))
+        sizes = KNOWN_SIZES.get(f"{key} {task}", KNOWN_SIZES.get(key))
         if sizes is None:
             raise why
         note = f"{name}: its folder is not there, so its published size is taken ({sizes[0]:,} and {sizes[1]:,} images)"
@@ -116,7 +115,7 @@ def _pretraining(cell: Cell, recipe: PretrainRecipe, data: _Data) -> CellWork:
     try:
         train = data.open_once(recipe.data, "train")
     except DataError as error:
-        train, _ = data.published(recipe.data.name, error)
+        train, _ = data.published(recipe.data.name, "pretraining", error)
     return CellWork(cell, recipe.workload(len(train), _monitored(recipe, len(train))), bytes_per_image(train))
 
 
@@ -139,7 +138,7 @@ def _transfer(cell: Cell, recipe: TransferRecipe, by_id: Mapping[str, Cell], dat
     try:
         train, test = recipe.open(data.open_once)
     except DataError as error:
-        train, test = data.published(recipe.data.name, error, labels=isinstance(recipe, ClassifyRecipe))
+        train, test = data.published(recipe.data.name, recipe.task, error)
         train = Counted(recipe.num_labelled(len(train)))
     return CellWork(cell, recipe.workload(backbone, train, test), bytes_per_image(train))
 

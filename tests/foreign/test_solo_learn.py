@@ -22,8 +22,8 @@ LOSSES = clone("solo-learn", "solo") / "solo" / "losses"
 def solo(name: str) -> Any:
     """One of its loss modules; with one process its collective operations change nothing."""
     misc = ModuleType("solo.utils.misc")
-    misc.gather = misc.concat_all_gather_no_grad = lambda rows, dim=0: rows  # type: ignore[attr-defined]
-    misc.get_rank = lambda: 0  # type: ignore[attr-defined]
+    misc.gather = misc.concat_all_gather_no_grad = lambda rows, dim=0: rows
+    misc.get_rank = lambda: 0
     packages = {key: ModuleType(key) for key in ("solo", "solo.utils")}
     return module_of(LOSSES / f"{name}.py", {**packages, "solo.utils.misc": misc})
 

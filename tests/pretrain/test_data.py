@@ -123,7 +123,7 @@ def test_grey_networks_pretrain_and_transfer(arch: str, config: Path, shapes: Pa
         with pytest.raises(
             CheckpointError, match=r"takes images of 1 channels, and .* take RGB; mixmask.s own file is the only form"
         ):
-            check_export(source, tmp_path / name, target)  # type: ignore[arg-type]
+            check_export(source, tmp_path / name, target)
     if arch == "resnet18":  # as a foreign checkpoint: the first convolution tells
         torch.save(load_backbone(one.backbone_file)[0], tmp_path / "foreign.pth")
         assert read_source(tmp_path / "foreign.pth").info.in_channels == 1
