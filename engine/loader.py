@@ -29,7 +29,7 @@ from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import REMEDY, ImageSet
-from mixmask.engine.precision import to_device
+from mixmask.engine.precision import available_cores, to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.stopping import outlive_stop_signals
@@ -264,8 +264,7 @@ def useful_workers(num_workers: int) -> int:
     The number of workers changes neither the images nor their order.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    # The cores that this process may use: a SLURM job often gets fewer than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if num_workers > cores:
         say(f"data.num_workers={num_workers}: this machine has {cores} cores, so {cores} workers are started")
     return min(num_workers, cores)

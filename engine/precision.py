@@ -38,6 +38,11 @@ def check_precision(device: torch.device, precision: Precision) -> None:
         raise ConfigError("precision: fp16 needs a GPU; on a CPU use bf16 (if `mixmask doctor` calls it fast) or fp32")
 
 
+def available_cores() -> int:
+    """The cores that this process may use: a SLURM job often gets fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def memory_of(device: torch.device) -> int:
     """Total memory of a device in bytes: the GPU's, or for the CPU the machine's."""
     if device.type == "cuda":

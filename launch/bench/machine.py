@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mixmask.engine.precision import Precision, fast_bf16, memory_of
+from mixmask.engine.precision import Precision, available_cores, fast_bf16, memory_of
 
 Call = Callable[[], object]
 BLOCK_SECONDS = 0.3  # of calls on a GPU between two synchronisations
@@ -107,10 +106,9 @@ class Machine:
 
 def processor() -> str:
     """The processor's name, and how many of its cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {cores} cores"
+    return f"{name}, {available_cores()} cores"

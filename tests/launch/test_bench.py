@@ -100,7 +100,7 @@ def test_the_loader_is_measured_by_cores(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cores_are_those_of_the_last_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(loader, "available_cores", lambda: 64)
     here = machine()
 
     def rate(images: object, workers: int) -> float:

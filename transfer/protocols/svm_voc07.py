@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.distributed import agreed, from_first, world
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.precision import available_cores
 from mixmask.engine.progress import say, track
 from mixmask.transfer.classification import Images, trunk_of
 from mixmask.transfer.features import FrozenRecipe, frozen_features
@@ -109,7 +109,7 @@ class SvmVoc07Recipe(FrozenRecipe):
 
         # liblinear draws from one generator per process, so that fits in threads would disturb each other. Processes pay
         # for themselves on real data only.
-        workers = _cores() if len(features) >= MANY else 1
+        workers = available_cores() if len(features) >= MANY else 1
         parallel = Parallel(n_jobs=workers, return_as="generator")
         work = (delayed(one_class)(self, label, features, labels, asked, answers) for label in range(num_classes))
         done = list(track(f"{self.name}: classes", parallel(work), num_classes, len(features)))
@@ -126,11 +126,6 @@ class SvmVoc07Recipe(FrozenRecipe):
         found.update({f"svm/AP/{name}": 100 * float(own) for name, own in zip(classes, points, strict=True)})
         found.update({f"svm/chosen_C/{name}": float(cost) for name, cost in zip(classes, costs, strict=True)})
         return found
-
-
-def _cores() -> int:
-    """The cores of this job, which may be fewer than those of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numpy(tensor: Any) -> Array:

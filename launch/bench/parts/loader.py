@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing_extensions import override
 from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.images import FileImages
 from mixmask.engine.loader import BatchPlan, StreamSource
+from mixmask.engine.precision import available_cores
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.part import LeftOut, Part, Row
 
@@ -33,7 +33,7 @@ class Loader(Part):
 
     @override
     def measure(self, machine: Machine, before: dict[str, list[Row]]) -> Iterator[Row | LeftOut]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = available_cores()
         numbers = [2**power for power in range(cores.bit_length()) if 2**power <= cores]
         if numbers[-1] != cores:
             numbers.append(cores)
