@@ -107,16 +107,14 @@ def first_layer(trunk: nn.Module) -> nn.Module:
     return next(module for module in trunk.modules() if isinstance(module, nn.Conv2d))
 
 
-def recipe_of(
-    setup: Setup, config: str, mixture: str, machine: Machine, batch: int, more: Sequence[str] = ()
-) -> PretrainRecipe:
-    """A built-in recipe with another mixture, batch and number format; its data are not opened.
+def recipe_of(setup: Setup, config: str, mixture: str, machine: Machine) -> PretrainRecipe:
+    """A built-in recipe with another mixture, and the machine's batch and number format; its data are not opened.
 
     Raises:
         ConfigError: If framework and mixture do not go together.
     """
     keys = [
-        f"batch_size={batch}",
+        f"batch_size={setup.batch(machine)}",
         f"precision={machine.precision}",
         "data.root=nowhere",
         "monitor=null",
@@ -124,7 +122,7 @@ def recipe_of(
         f"backbone.arch={setup.backbone.arch}",
         f"mix={{kind: {mixture}}}",
     ]
-    return load_recipe(PretrainRecipe, config_file(Path(config), "pretrain"), [*keys, *more])
+    return load_recipe(PretrainRecipe, config_file(Path(config), "pretrain"), keys)
 
 
 def busy_shares(machine: Machine, call: Callable[[], object], steps: int = 3) -> tuple[float, float | None]:

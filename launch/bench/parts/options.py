@@ -31,7 +31,7 @@ class Options(Part):
             return
         for setup in SETUPS:
             config = next(name for kind, name in setup.recipes().items() if kind.startswith("moco"))
-            step = TrainingStep(machine, recipe_of(setup, config, "none", machine, setup.batch(machine)))
+            step = TrainingStep(machine, recipe_of(setup, config, "none", machine))
             torch.compiler.reset()  # what was compiled for the setup before counts towards a limit
             plain = machine.time(step).seconds
             with deterministic_kernels(True):

@@ -1,4 +1,4 @@
-"""Whole pretraining steps of every framework with every mixture, and lightly's."""
+"""Whole pretraining steps of every framework with every mixture."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ class Pretraining(Part):
 
     @override
     def measure(self, machine: Machine, before: dict[str, list[Row]]) -> Iterator[Row | LeftOut]:
-        kinds = [*MIXTURES.by_name()]
-        first = ["none", "mixmask", "mixmask+unmix"]
-        mixtures = [*first, *(kind for kind in kinds if kind not in first)]
+        first = ["none", "mixmask", "mixmask+unmix"]  # the others may find no time
+        mixtures = [*first, *(kind for kind in MIXTURES.by_name() if kind not in first)]
         wanted = [
             (setup, framework, config, mixture)
             for mixture in mixtures
@@ -49,7 +48,7 @@ class Pretraining(Part):
                 return
             label = f"{setup.title}: {framework}" + f" + {mixture}" * (mixture != "none")
             try:
-                recipe = recipe_of(setup, config, mixture, machine, setup.batch(machine))
+                recipe = recipe_of(setup, config, mixture, machine)
             except UserError as error:
                 yield LeftOut(label, str(error).split("the command line: ")[-1].strip())
                 continue
