@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
+from mixmask.evaluate.compact import compact
 from mixmask.evaluate.spreadsheet import safe_cell
 from mixmask.evaluate.table import MISSING, Table, TableCell
 from mixmask.evaluate.templating import templated
@@ -74,11 +75,14 @@ def _headings(table: Table, between: str) -> list[str]:
 # --- terminal --------------------------------------------------------------------------------------------------------
 
 
-def _term(table: Table, width: int | None) -> str:
+def _term(whole: Table, width: int | None) -> str:
+    small = compact(whole)
+    table = small.table
+
     def shown_cell(cell: TableCell | None) -> Text:
         if cell is None:
             return Text("")
-        own, published = numbers(cell)
+        own, published = numbers(cell, counted=small.num_runs is None)
         text = Text()
         if own:
             mark = "*" if cell.best else "~" if cell.near_best else ""
@@ -114,6 +118,8 @@ def _term(table: Table, width: int | None) -> str:
     colour = sys.stdout.isatty()
     console = Console(file=buffer, width=limit, force_terminal=colour, no_color=not colour, highlight=False)
     console.print(Text(heading(table), style="bold"))
+    if small.caption:
+        console.print(Text(printable(small.caption)))
     for number, block in enumerate(_blocks(widths, room)):
         if number:
             console.print()
@@ -127,7 +133,7 @@ def _term(table: Table, width: int | None) -> str:
                 shown.add_row(*stub[: len(stub_names)], *(row[n] for n in block))
         console.print(shown)
     legend = f"* {MARKS[0]}, ~ {MARKS[1]}"
-    said = [remark or legend for remark in remarks(table)]
+    said = [remark or legend for remark in remarks(table, small.num_runs)]
     for letter, text in table.footnotes:
         console.print(Text(f"{letter}  {printable(text)}"))
     for remark in said:

@@ -29,7 +29,8 @@ class TableCell:
     Attributes:
         results: One per run, ordered by seed; empty where there is only a published number.
         published: The published number with the same recipe, if there is one.
-        best: Whether its mean is the highest of the comparable ones in its column.
+        best: Whether its mean is the highest of the comparable ones in its column; never where one of these is a single
+            run.
         near_best: Whether it is not significantly different from the best (`within_noise`).
         marks: The letters of its footnotes.
     """
@@ -343,7 +344,8 @@ def _marked(groups: Sequence[_Group], sections: bool) -> dict[_Group, tuple[bool
         rivals[group.place[1], section, group.results[0].peers].append(group)
     for own in rivals.values():
         summaries = {group: summarize([result.value for result in group.results]) for group in own}
-        if len(own) > 1:
+        # A single run says nothing about the spread, so where one is among the rivals there is no winner.
+        if len(own) > 1 and min(summary.n for summary in summaries.values()) > 1:
             top = max(summary.mean for summary in summaries.values())
             first = next(group for group in own if summaries[group].mean == top)
             for group, summary in summaries.items():

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from mixmask.engine.errors import UserError
 from mixmask.engine.wording import printable
+from mixmask.evaluate.compact import Compact, compact
 from mixmask.evaluate.escaping import escape_html, escape_latex, escape_markdown
 from mixmask.evaluate.table import MISSING, Table, TableCell
 from mixmask.evaluate.wording import MARKS, heading, numbers, remarks
@@ -46,7 +47,7 @@ def templated(
         UserError: If the folder's template is broken; the message names the file and, for syntax errors, the line.
     """
     try:
-        return _environment(form, templates).get_template(FILES[form]).render(**_values(table, link))
+        return _environment(form, templates).get_template(FILES[form]).render(**_values(compact(table), link))
     except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:  # what a template does
         if templates is None:
             raise
@@ -79,20 +80,28 @@ def _environment(form: Templated, templates: Path | None) -> jinja2.Environment:
     return environment
 
 
-def _values(table: Table, link: Callable[[TableCell, str], str]) -> dict[str, Any]:
+def _values(shown: Compact, link: Callable[[TableCell, str], str]) -> dict[str, Any]:
     """The variables of a template."""
+    table, counted = shown.table, shown.num_runs is None
     return {
         "id": table.id,
         "title": table.title,
         "heading": heading(table),
+        "constants": shown.caption,
+        "num_runs": shown.num_runs,
+        "groups": shown.groups,
         "row_names": table.row_names,
         "columns": table.columns,
         "lines": [
-            {"row": line.row, "marks": line.marks, "cells": [None if one is None else _cell(one) for one in line.cells]}
+            {
+                "row": line.row,
+                "marks": line.marks,
+                "cells": [None if one is None else _cell(one, counted) for one in line.cells],
+            }
             for line in table.lines
         ],
         "footnotes": table.footnotes,
-        "remarks": remarks(table),
+        "remarks": remarks(table, shown.num_runs),
         "missing": MISSING,
         "marked_best": MARKS[0],
         "marked_near": MARKS[1],
@@ -100,8 +109,8 @@ def _values(table: Table, link: Callable[[TableCell, str], str]) -> dict[str, An
     }
 
 
-def _cell(cell: TableCell) -> dict[str, Any]:
-    own, published = numbers(cell)
+def _cell(cell: TableCell, counted: bool) -> dict[str, Any]:
+    own, published = numbers(cell, counted)
     summary = cell.summary
     return {
         "own": own,

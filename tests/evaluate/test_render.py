@@ -89,6 +89,7 @@ def check_html(name: str) -> None:
     cells = Cells()
     cells.feed(render(hostile_table(name), "html"))
     assert cells.tags <= {
+        "div",
         "figure",
         "table",
         "caption",
@@ -102,7 +103,7 @@ def check_html(name: str) -> None:
         "figcaption",
         "p",
     }
-    assert cells.rows[1][1] == printable(name)
+    assert cells.rows[2][1] == printable(name)
     assert printable(name) in cells.rows[0][-1]
 
 
@@ -140,7 +141,7 @@ def check_markdown(name: str) -> None:
 def check_term(name: str) -> None:
     text = render(hostile_table(name), "term", width=100)
     assert "\x1b" not in text
-    assert "50.0 (1)" in text
+    assert "50.0" in text
     squeezed = re.sub(r"\s", "", text)
     assert re.sub(r"\s", "", printable(name))[:6] in squeezed
 
