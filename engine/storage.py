@@ -124,7 +124,7 @@ def require_own_file(path: Path, mark: bytes, force: bool) -> None:
 
     Args:
         path: The output path.
-        mark: Bytes that stand in the first 2,000 bytes of every file of this kind that this project writes.
+        mark: Bytes that stand in the first or last 2,000 bytes of every file of this kind that this project writes.
         force: Replace the file even without the mark.
 
     Raises:
@@ -137,6 +137,8 @@ def require_own_file(path: Path, mark: bytes, force: bool) -> None:
     if path.is_file() and not path.is_symlink():
         with path.open("rb") as file:
             own = mark in file.read(2000)
+            file.seek(max(path.stat().st_size - 2000, 0))
+            own = own or mark in file.read()
     require_output_file(path, force=own)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,15 @@ from mixmask.engine.predictions import SHEET
 from mixmask.engine.storage import RunDirectory, last_lines, require_output_folder, require_own_file, write_text
 from mixmask.engine.texts import read_run_file
 from mixmask.engine.wording import printable
-from mixmask.evaluate.collect import Collection, Run, ablation
+from mixmask.evaluate.collect import Collection, Run, ablation, flat
 from mixmask.evaluate.comparison import Comparison, compare
 from mixmask.evaluate.drawing import Plot
+from mixmask.evaluate.headline import caveats, facts, finding
 from mixmask.evaluate.layouts import choose
 from mixmask.evaluate.names import name, text_of
 from mixmask.evaluate.plots import plots_of
 from mixmask.evaluate.published import Published, published_numbers
+from mixmask.evaluate.render import TableFormat, render
 from mixmask.evaluate.results import results_of
 from mixmask.evaluate.table import Table, TableCell, build
 from mixmask.evaluate.templating import html_table
@@ -36,6 +41,7 @@ from mixmask.evaluate.verify import Check, expectations
 LOG_LINES = 12
 MOST_IMAGE_BYTES = 4_000_000
 GENERATOR = '<meta name="generator" content="mixmask report">'
+COPIES: dict[str, TableFormat] = {"Markdown": "md", "LaTeX": "latex", "CSV": "csv"}
 FILTERS = ("Stage", "Protocol", "Data set", "Framework", "Method")
 
 
@@ -69,9 +75,21 @@ def write_report(
 
 
 def render_report(
-    collection: Collection, out: Path, published: Sequence[Published] = (), templates: Path | None = None
+    collection: Collection,
+    out: Path,
+    published: Sequence[Published] = (),
+    templates: Path | None = None,
+    live: tuple[str, str] | None = None,
 ) -> str:
-    """The page; links to run folders are relative to ``out``."""
+    """The page.
+
+    Args:
+        collection: What to report.
+        out: Where links to run folders start.
+        published: Published numbers in addition to the paper's.
+        templates: A folder whose ``table.html.j2`` is used instead of ours.
+        live: For a page that a server keeps up to date: HTML before the tables, and a script after ours.
+    """
     runs = collection.distinct
     results = results_of(runs)
     tables = [table for table in (build(layout, results) for layout in choose(None, published)) if table.num_runs]
@@ -88,12 +106,16 @@ def render_report(
     environment.filters |= {"p": lambda text: printable(str(text)), "id": run_id}
     return environment.get_template("report.html.j2").render(
         title=f"Transfer results: {printable(collection.folder.resolve().name)}",
+        finding=finding(runs, comparisons),
+        facts=facts(runs, date.today()),
+        caveats=caveats(runs),
+        live=Markup(live[0]) if live else "",
         summary=f"{len(runs) - num_transfers} pretraining and {num_transfers} transfer runs, finished"
         + (f"; {len(collection.unfinished)} are not" if collection.unfinished else "")
         + ".",
         style=Markup(page_file("report.css")),
-        script=Markup(page_file("report.js")),
-        tables=[html_table(table, _linked, templates) for table in tables],
+        script=Markup(page_file("report.js") + (live[1] if live else "")),
+        tables=[{"id": table.id, "html": html_table(table, _linked, templates), "forms": COPIES} for table in tables],
         comparisons=comparisons,
         checks=checks,
         plots=[_drawn(plot) for plot in plots],
@@ -101,6 +123,7 @@ def render_report(
         filters={label: sorted({run["columns"][n] for run in listed}) for n, label in enumerate(FILTERS)},
         left_out=[printable(line) for line in collection.remarks(most=1000).splitlines()],
         footer=_sources(tables),
+        data=Markup(_data(tables, runs)),
     )
 
 
@@ -115,6 +138,35 @@ def run_id(run: Run) -> str:
 def page_file(file: str) -> str:
     """A template, a style or a script of ``page/``."""
     return resources.files("mixmask.evaluate").joinpath("page", file).read_text(encoding="utf-8")
+
+
+def _data(tables: Sequence[Table], runs: Sequence[Run]) -> str:
+    """What the page's script reads, as JSON that is safe inside a script element: tables to copy, runs to compare."""
+    document = {
+        "tables": {table.id: {form: render(table, kind) for form, kind in COPIES.items()} for table in tables},
+        "runs": {
+            run_id(run): {
+                "name": printable(run.record.name),
+                "metrics": {printable(key): value for key, value in run.record.metrics.items()},
+                "settings": {printable(key): printable(text_of(value)) for key, value in _everything(run).items()},
+            }
+            for run in runs
+        },
+    }
+    text = json.dumps(document)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _everything(run: Run) -> dict[str, Any]:
+    """Every setting and circumstance of a run, as flat keys."""
+    record = run.record
+    return {
+        **flat(record.settings),
+        **flat(record.recipe),
+        **flat(record.pretraining, "pretrain."),
+        "seed": record.seed,
+        **flat(record.environment, "environment."),
+    }
 
 
 def _sources(tables: Sequence[Table]) -> str:
@@ -139,7 +191,12 @@ def _seeds(seeds: tuple[int | None, int]) -> str:
 
 def _drawn(plot: Plot) -> dict[str, str]:
     image = base64.b64encode(plot.render("svg")).decode()
-    return {"title": printable(plot.title), "text": printable(plot.text), "image": image}
+    return {
+        "title": printable(plot.title),
+        "text": printable(plot.text),
+        "caption": printable(plot.caption),
+        "image": image,
+    }
 
 
 def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
@@ -151,10 +208,16 @@ def _listed(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
             child = {"id": run_id(run), "name": printable(run.record.name)}
             children.setdefault(run.record.parent, []).append(child)
     order = sorted(runs, key=lambda run: (run.record.stage, run.record.name, run.record.seed, run.record.fingerprint))
-    return [_described(run, out, known, children.get(run.record.fingerprint, [])) for run in order]
+    names = Counter(run.record.name for run in runs)
+    return [
+        _described(run, out, known, children.get(run.record.fingerprint, []), names[run.record.name] > 1)
+        for run in order
+    ]
 
 
-def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dict[str, str]]) -> dict[str, Any]:
+def _described(
+    run: Run, out: Path, known: Mapping[str, str], children: list[dict[str, str]], twice: bool
+) -> dict[str, Any]:
     record = run.record
     headline, order = "", None
     if record.headline is not None:
@@ -171,6 +234,7 @@ def _described(run: Run, out: Path, known: Mapping[str, str], children: list[dic
         "id": run_id(run),
         "fingerprint": printable(record.fingerprint),
         "name": printable(record.name),
+        "label": printable(record.name) + (f" ({printable(record.fingerprint)[:8]})" if twice else ""),
         "columns": [printable(text) for text in columns],
         "epochs": record.pretrain_epochs,
         "seed": _seeds((record.pretrain_seed, record.seed)) if record.stage == "transfer" else f"seed {record.seed}",

@@ -28,6 +28,13 @@ class Summary:
     std: float | None
     n: int
 
+    @property
+    def half_interval(self) -> float | None:
+        """Half the width of the 95 % t interval of the mean; None with fewer than three runs."""
+        if self.std is None or self.n < 3:
+            return None
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.std / math.sqrt(self.n)
+
 
 def summarize(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of one or more values; their order does not matter."""

@@ -235,7 +235,7 @@ def plots(
     published: More = None,
     force: Force = False,
 ) -> None:
-    """Draw training curves, budgets, ablations, average precisions, label efficiency and throughput, as PNG and SVG.
+    """Draw what every protocol measured, training curves, budgets, ablations and throughput, as PNG, SVG and PDF.
 
     \b
     Example:

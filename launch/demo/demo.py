@@ -15,6 +15,7 @@ from mixmask.engine.progress import say
 from mixmask.engine.records import Record
 from mixmask.engine.storage import write_text
 from mixmask.evaluate.collect import collect
+from mixmask.evaluate.headline import DEMO_CAVEAT
 from mixmask.evaluate.layouts import methods_by_protocols
 from mixmask.evaluate.render import render
 from mixmask.evaluate.report import write_report
@@ -151,7 +152,5 @@ def verdict(records: Sequence[Record]) -> str:
         f"Pretrained against randomly initialised, in this run (chance is {100 / classes:.0f} % for {classes} classes):\n"
         + "\n".join(lines)
         + "\n\n"
-        "These numbers show that every stage works and learns. They come from minutes of training on a few thousand "
-        "synthetic pictures, with one seed: they do not rank the methods, and nothing in them can be compared with a "
-        "published number."
+        f"{DEMO_CAVEAT}"
     )

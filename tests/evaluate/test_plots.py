@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+from scipy import stats
 
 from mixmask.evaluate.collect import Run, collect
+from mixmask.evaluate.dots import protocol_dots
 from mixmask.evaluate.drawing import STYLES, write_plots
+from mixmask.evaluate.logs import read_log
 from mixmask.evaluate.plots import (
     ablations,
-    average_precisions,
     budgets,
     label_efficiency,
     plots_of,
-    read_log,
     throughput,
 )
 from mixmask.evaluate.published import published_numbers
 from mixmask.evaluate.results import results_of
+from mixmask.evaluate.statistics import summarize
 from tests.evaluate.made import backbone, laboratory, write
 
 
@@ -43,13 +45,25 @@ def test_every_kind_of_plot_is_drawn_as_png_and_svg(runs: tuple[Run, ...], tmp_p
     plots = plots_of(runs, published_numbers())
     ids = [plot.id for plot in plots]
     assert len(ids) == len(set(ids))
-    for start in ("training-", "budget-", "mix.grid-", "mix.ratio-", "ap-coco", "ap-voc", "labels-", "throughput"):
+    for start in (
+        "training-",
+        "budget-",
+        "mix.grid-",
+        "mix.ratio-",
+        "dots-coco2017",
+        "dots-voc2007",
+        "dots-cifar100-knn",
+        "labels-",
+        "throughput",
+    ):
         assert any(id.startswith(start) for id in ids), start
     written = write_plots(plots, tmp_path)
-    assert len(written) == 2 * len(plots)
+    assert len(written) == 3 * len(plots)
     for path in written:
         if path.suffix == ".png":
             assert np.asarray(Image.open(path).convert("L")).std() > 5  # something is drawn
+        elif path.suffix == ".pdf":
+            assert path.read_bytes().startswith(b"%PDF-")
         else:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
     again = plots_of(runs, published_numbers())
@@ -68,6 +82,15 @@ def line_of(plot: object, label: str) -> list[tuple[float, float]]:
     raise AssertionError(f"no line {label}")
 
 
+def dot_of(panel: object, label: str) -> tuple[float, float]:
+    """The mean and half the interval in the row whose label begins so."""
+    labels = [text.get_text() for text in panel.figure.axes[0].get_yticklabels()]
+    (row,) = [number for number, text in enumerate(labels) if text.startswith(label)]
+    (container,) = [one for one in panel.containers if one.lines[0].get_ydata()[0] == -row]
+    ends = container.lines[2][0].get_segments()[0]
+    return float(container.lines[0].get_xdata()[0]), float(ends[1][0] - ends[0][0]) / 2
+
+
 def test_points_are_the_means_of_the_runs(runs: tuple[Run, ...]) -> None:
     found = results_of(runs)
     budget = next(plot for plot in budgets(found) if plot.id == "budget-cifar100-knn")
@@ -81,11 +104,25 @@ def test_points_are_the_means_of_the_runs(runs: tuple[Run, ...]) -> None:
     ]  # fmt: skip
     (labels,) = label_efficiency(found)
     assert line_of(labels, "MixMask (MoCo v2, 200 epochs)") == [(1, 44.0), (10, 64.0), (100, 77.0)]
-    bars = {plot.title: plot.figure.axes[0].containers for plot in average_precisions(found)}
-    assert len(bars) == 4  # two data sets, each measured in two ways
-    voc = bars["Detection: VOC 2007, detectron2, 24000 iterations"]
-    (mixmask,) = [container for container in voc if container.get_label().startswith("MixMask")]
-    assert [bar.get_height() for bar in mixmask] == pytest.approx([57.8, 83.0, 64.9])
+    dots = {plot.id[:16]: plot for plot in protocol_dots(found) if "engine detectron2" in plot.title}
+    assert {*dots} == {"dots-coco2017-de", "dots-voc2007-det"}
+    shown = [dot_of(panel, "MixMask") for panel in dots["dots-voc2007-det"].figure.axes]
+    assert [mean for mean, _ in shown] == pytest.approx([57.8, 83.0, 64.9])
+    values = [57.8 + shift for shift in (0.1, -0.2, 0.3, 0.0, -0.2)]
+    half = shown[0][1]
+    assert half == pytest.approx(stats.t.interval(0.95, 4, 0.0, stats.sem(values))[1], rel=0.5)
+    assert half == pytest.approx(
+        summarize(
+            [
+                r.value
+                for r in found
+                if r.metric == "bbox/AP"
+                and r.run.record.method == "mixmask"
+                and r.run.record.settings["engine"] == "detectron2"
+                and r.run.record.dataset == "voc2007"
+            ]
+        ).half_interval
+    )
     (rates,) = throughput(runs)
     assert {bar.get_width() for bar in rates.figure.axes[0].patches} == {5120.0}
 

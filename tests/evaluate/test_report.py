@@ -174,7 +174,7 @@ def test_the_page_is_whole(page: object) -> None:
 def test_hostile_names_are_shown_as_they_are(page: object) -> None:
     assert HOSTILE in column(page, "#run-table", 1)
     assert page.locator("img[src=x]").count() == 0
-    assert page.evaluate("document.scripts.length") == 1
+    assert page.evaluate("document.scripts.length") == 2  # the data and the program
 
 
 @pytest.mark.parametrize("width", [360, 1600])
