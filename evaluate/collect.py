@@ -145,8 +145,12 @@ def one_run(folder: Path) -> Run:
     return Run(folder, finished_record(directory))
 
 
-def collect(folder: Path) -> Collection:
+def collect(folder: Path, may_be_empty: bool = False) -> Collection:
     """Read every ``record.json`` below a folder.
+
+    Args:
+        folder: The folder.
+        may_be_empty: Whether a folder without a finished run is no error.
 
     Raises:
         DataError: If the folder is missing, or holds no finished run (the unfinished and damaged ones are named).
@@ -160,7 +164,7 @@ def collect(folder: Path) -> Collection:
 
     found = collection_of(folder, _run_directories(folder, listed_as_unreadable))
     collection = replace(found, damaged=(*found.damaged, *unreadable))
-    if not collection.runs:
+    if not collection.runs and not may_be_empty:
         remarks = collection.remarks()
         raise DataError(f"{folder}: no finished run" + " (no record.json in it)" * (not remarks), *remarks.splitlines())
     return collection

@@ -52,14 +52,13 @@ def _figure(id: str, title: str, results: Sequence[Result]) -> Plot:
         panel.set_ylim(-len(shown) + 0.4, 0.6)
         panel.margins(x=0.12)
     counts = sorted({len([r for r in own if r.metric == metrics[0]]) for own in shown})
-    runs = f"{counts[0]} run each" if counts == [1] else f"{counts[0]} to {counts[-1]} runs each"
-    if len(counts) == 1 and counts != [1]:
-        runs = f"{counts[0]} runs each"
-    intervals = "; bars: 95 % t intervals over seeds" if counts[-1] > 2 else "; no intervals below three runs"
-    text = (
-        f"Dots: means of {len(shown)} backbones, {runs}{intervals}; small dots: single runs. "
-        f"The axes do not start at zero." + (f" {left_out} more backbones are left out." if left_out > 0 else "")
-    )
+    if counts == [1]:
+        runs = f"Dots: single runs of {len(shown)} backbones; one run has no interval"
+    else:
+        several = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        bars = "; bars: 95 % t intervals over seeds" if counts[-1] > 2 else "; no intervals below three runs"
+        runs = f"Dots: means of {several} runs, of {len(shown)} backbones; small dots: single runs{bars}"
+    text = f"{runs}. The axes do not start at zero." + f" {left_out} more backbones are left out." * (left_out > 0)
     return finished_plot(id, title, figure, text, caption=text)
 
 

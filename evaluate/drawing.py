@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from mixmask.engine.storage import require_own_file, write_atomic
@@ -124,7 +125,8 @@ def errorbars(panel: Axes, points: Sequence[tuple[Any, float, float, int]], meth
     A further line of the same method in a panel gets hollow markers and another dash.
     """
     colour, marker, dash = style(method)
-    before = sum(container.lines[0].get_color() == colour for container in panel.containers if container.lines)
+    lines = [one.lines[0] for one in panel.containers if isinstance(one, ErrorbarContainer)]
+    before = sum(line.get_color() == colour for line in lines)
     if before:
         dash = (":", "-.", "--")[(before - 1) % 3]
     panel.errorbar(

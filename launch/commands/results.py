@@ -258,23 +258,50 @@ def plots(
 
 def report(
     runs: RunsArgument,
-    out: Annotated[Path, typer.Option(help="Folder for index.html.")] = Path("report"),
+    out: Annotated[Path | None, typer.Option(help="Folder for index.html; by default report.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page instead, and keep it up to date while runs train.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --serve: the address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --serve: the port; 0 takes a free one.", min=0, max=65535)] = 8765,
     published: More = None,
     templates: Templates = None,
     force: Force = False,
 ) -> None:
     """Write one HTML page with every table, comparison, plot and run; it needs no network and no other file.
 
+    With --serve, watch the page in a browser while runs train: curves, stale runs, suites, new results. Only this
+    machine can read it; from elsewhere use ssh -L 8765:127.0.0.1:8765.
+
     \b
-    Example:
+    Examples:
       mixmask report runs --out report
+      mixmask report runs --serve
     """
+    from mixmask.engine.errors import UserError
     from mixmask.engine.storage import require_output_folder
     from mixmask.evaluate.report import write_report
 
-    require_output_folder(out)
     _check_templates(templates)
-    show(write_report(_collect(runs), out, _published(published), force, templates))
+    if not serve:
+        folder = out or Path("report")
+        require_output_folder(folder)
+        show(write_report(_collect(runs), folder, _published(published), force, templates))
+        return
+    if out is not None:
+        raise UserError("--out and --serve: a served page is not written; give one or the other")
+    from mixmask.launch.live.server import LOOPBACK, LivePage, open_server
+
+    page = LivePage(runs, _published(published), templates)
+    page.page()  # a folder that is missing is reported now, not in the browser
+    with open_server(page, host, port) as server:
+        if host not in LOOPBACK:
+            show(f"{host}: everyone who can reach this address can read the results", err=True)
+        show(f"http://{host}:{server.server_address[1]}/  (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            show("stopped", err=True)
 
 
 def verify(runs: RunsArgument) -> None:

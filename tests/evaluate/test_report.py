@@ -13,7 +13,9 @@ from PIL import Image
 from mixmask.engine.errors import UserError
 from mixmask.engine.expected import Expectation
 from mixmask.engine.predictions import SHEET
-from mixmask.evaluate.collect import collect
+from mixmask.evaluate.collect import Run, collect
+from mixmask.evaluate.comparison import compare
+from mixmask.evaluate.headline import DEMO_CAVEAT, caveats, finding
 from mixmask.evaluate.report import write_report
 from tests.evaluate.made import backbone, laboratory, transfer, write
 from tests.needs import need
@@ -185,6 +187,75 @@ def test_it_fits_any_window_in_light_and_dark(page: object, width: int, scheme: 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 21, 23)")
+
+
+def test_a_table_is_copied_in_three_forms(page: object, page_file: Path) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    for form, start in (("Markdown", "**Table 7"), ("LaTeX", "% needs"), ("CSV", "table,row,column")):
+        button = page.locator(f"button[data-table='7'][data-copy='{form}']")
+        button.click()
+        page.wait_for_function("([form, id]) => document.querySelector(`button[data-table='${id}'][data-copy='${form}']`)"
+                               ".textContent === 'copied'", arg=[form, "7"])  # fmt: skip
+        assert page.evaluate("navigator.clipboard.readText()").startswith(start)
+
+
+def test_two_runs_are_set_side_by_side(page: object) -> None:
+    page.fill("#search", "knn vanilla")
+    boxes = page.locator("#run-table tbody tr:visible input")
+    boxes.nth(0).check()
+    assert page.locator("#pair").inner_text() == "Choose a second run to compare with."
+    boxes.nth(1).check()
+    lines = {line.locator("th").first.inner_text(): line.inner_text() for line in page.locator("#pair tbody tr").all()}
+    assert "knn/top1" in lines
+    assert any(key in lines for key in ("pretrain.epochs", "seed", "pretrain.seed"))
+    assert page.locator("#run-table input:enabled").count() == 2  # a third one has no place
+    boxes.nth(1).uncheck()
+    assert page.locator("#run-table input:enabled").count() > 2
+
+
+def test_it_begins_with_the_finding(page: object) -> None:
+    finding = page.locator("header .finding").inner_text()
+    assert finding.startswith("Compared with vanilla at 95 % confidence: ")
+    assert "above vanilla" in finding
+    assert "mixmask 0" in page.locator("header").inner_text()
+    assert page.locator(".caveat").count() == 0
+
+
+def test_the_demo_and_single_runs_claim_nothing() -> None:
+    runs = [
+        Run(Path(method), transfer(backbone(method=method), "knn", {"knn/top1": top1}, dataset="demo-shapes"))
+        for method, top1 in (("vanilla", 40.0), ("mixmask", 60.0))
+    ]
+    said = finding(runs, compare(runs[1:], runs[:1]))
+    assert said.startswith("Every backbone has a single run, so nothing is said here about which method is better.")
+    assert caveats(runs) == [DEMO_CAVEAT]
+    assert finding([], []).startswith("Nothing has been measured")
+
+
+@pytest.mark.parametrize("width", [700, 1040])  # pixels of A4 in portrait and landscape, without margins
+def test_nothing_is_clipped_in_print(page: object, width: int) -> None:
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": width, "height": 1000})
+    wide = page.evaluate(
+        "limit => [...document.querySelectorAll('figure.table table, #run-table, #plots img')]"
+        ".filter(one => one.getBoundingClientRect().right > limit + 1).map(one => one.closest('[id]').id)",
+        width,
+    )
+    assert wide == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_table_that_scrolls_says_so_and_keeps_its_first_column(page: object, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    region = page.locator("#table-methods .scroll")
+    hidden = region.evaluate("one => one.scrollWidth - one.clientWidth")
+    page.wait_for_function(
+        "more => document.querySelector('#table-methods .scroll').classList.contains('more-right') === more",
+        arg=hidden > 1,
+    )
+    before = region.locator("tbody tr").first.locator("> *").first.bounding_box()["x"]
+    region.evaluate("one => one.scrollTo(200, 0)")
+    assert region.locator("tbody tr").first.locator("> *").first.bounding_box()["x"] == pytest.approx(before, abs=1)
 
 
 def test_it_prints_without_its_controls(page: object) -> None:
