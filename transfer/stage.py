@@ -27,6 +27,7 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.transfer.checkpoints.source import Source, read_source
 from mixmask.transfer.protocol import LABELS, Setting, Split, TransferRecipe
+from mixmask.transfer.zoo.references import locate_checkpoint
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,22 @@ class TransferPlan(RecordedWork[Record]):
         )
 
 
-def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None) -> TransferPlan:
+def plan(recipe: TransferRecipe, runs: Path, explicit: Path | None = None, download: bool = True) -> TransferPlan:
     """Read the backbone, open the data, and check everything that can be checked before training.
+
+    Args:
+        recipe: What to do.
+        runs: The folder of runs.
+        explicit: A run directory of the user's choice.
+        download: Whether a backbone that is named as ``zoo:…`` or ``hf:…`` may be downloaded.
 
     Raises:
         UserError: If the backbone, the data, the sizes or the run directory do not fit.
+        RunFailure: If the backbone cannot be downloaded.
     """
-    source = read_source(Path(recipe.backbone).expanduser())
+    located = locate_checkpoint(recipe.backbone, download)
+    recipe = located.known(recipe)
+    source = read_source(located.path, located.reading)
     info = source.info
     check_labels({key: getattr(recipe, key) for key in LABELS}, source)
     fingerprint, run = locate(recipe, info.fingerprint, runs, explicit)

@@ -19,7 +19,7 @@ import typer
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.errors import Interrupted, RunFailure, UserError
 from mixmask.engine.wording import printable
-from mixmask.launch.commands import checkpoints, inputs, results, speed, suites
+from mixmask.launch.commands import checkpoints, inputs, results, speed, suites, zoo
 from mixmask.launch.commands.command_help import GroupedCommands, show_version
 from mixmask.launch.commands.options import Config, DryRun, Force, Overrides, RunDir, Runs
 from mixmask.launch.commands.terminal import show
@@ -105,7 +105,8 @@ def transfer(
     """Measure how well a backbone transfers: kNN, linear probe, finetuning on a share of the labels, VOC or COCO detection.
 
     backbone=PATH is our backbone.safetensors or a checkpoint of a known layout. For a foreign one, framework=… and
-    method=… label the result. The metrics are written to record.json in the run directory.
+    method=… label the result. backbone=zoo:NAME is a known checkpoint (mixmask zoo), backbone=hf:OWNER/NAME a model on the
+    Hugging Face Hub; both are downloaded once. The metrics are written to record.json in the run directory.
 
     \b
     Examples:
@@ -128,7 +129,9 @@ def transfer(
         return
     with session() as world:
         plan = agreed(
-            lambda: stage.plan(load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir)
+            lambda: stage.plan(
+                load_transfer_recipe(config_file(config, "transfer"), overrides or ()), runs, run_dir, not dry_run
+            )
         )
         if dry_run:
             if world.is_writer:
@@ -184,6 +187,8 @@ for _command in (
     results.report,
     results.verify,
     results.card,
+    zoo.zoo,
+    zoo.push,
     speed.bench,
     speed.estimate,
 ):

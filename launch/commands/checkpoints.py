@@ -24,7 +24,10 @@ Arch = Annotated[
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of a known layout, or our backbone.safetensors.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint of a known layout, our backbone.safetensors, zoo:NAME or hf:OWNER/NAME."),
+    ],
     out: Annotated[Path, typer.Argument(help="The file to write: .pkl (detectron2), .pth or .safetensors.")],
     to: Annotated[
         Literal["detectron2", "torchvision", "timm", "mixmask"],
@@ -54,17 +57,18 @@ def convert(
     from mixmask.engine.storage import require_output_file
     from mixmask.transfer.checkpoints.export import check_export, export
     from mixmask.transfer.checkpoints.source import read_source
-    from mixmask.transfer.checkpoints.tensor_report import Reading
+    from mixmask.transfer.zoo.references import locate_checkpoint
 
     require_output_file(out, force)
-    found = read_source(source, Reading(layout, prefix, arch))
+    located = locate_checkpoint(str(source), download=not dry_run)
+    found = read_source(located.path, located.read_as(layout, prefix, arch))
     check_export(found, out, to)
     result = f"would write {out} for {to}" if dry_run else f"written   {export(found, out, to, verify)}"
     show(f"source    {source} ({found.info.arch}, {found.info.stem} stem)\n{found.tensor_report.summary()}\n{result}")
 
 
 def inspect(
-    source: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint; also zoo:NAME or hf:OWNER/NAME.")],
     layout: Layout = None,
     prefix: Prefix = None,
     arch: Arch = None,
@@ -79,9 +83,10 @@ def inspect(
       mixmask inspect moco_v2_800ep_pretrain.pth.tar
     """
     from mixmask.transfer.checkpoints.source import inspect as look
-    from mixmask.transfer.checkpoints.tensor_report import Reading
+    from mixmask.transfer.zoo.references import locate_checkpoint
 
-    text, problem = look(source, Reading(layout, prefix, arch), tensors)
+    located = locate_checkpoint(str(source))
+    text, problem = look(located.path, located.read_as(layout, prefix, arch), tensors)
     show(text)
     if problem is not None:
         raise problem

@@ -10,10 +10,10 @@ from typer.core import TyperGroup
 
 GROUPS = {
     "Start": ("demo", "doctor", "configs", "bench"),
-    "Before a run": ("check-data", "pack", "show-views", "inspect"),
+    "Before a run": ("check-data", "pack", "show-views", "inspect", "zoo"),
     "Run": ("pretrain", "convert", "transfer", "show-detections"),
     "Suites, here or on a cluster": ("estimate", "launch", "status", "logs", "cancel"),
-    "Results": ("tables", "results", "compare", "plots", "report", "verify", "card"),
+    "Results": ("tables", "results", "compare", "plots", "report", "verify", "card", "push"),
 }
 
 

@@ -31,6 +31,7 @@ from mixmask.transfer.checkpoints.export import SUFFIXES, Target, require_known_
 from mixmask.transfer.checkpoints.source import Source, read_source
 from mixmask.transfer.protocol import LABELS, TransferRecipe
 from mixmask.transfer.recipe import load_transfer_recipe, protocol_of
+from mixmask.transfer.zoo.references import ZOO, Located, is_reference, locate_checkpoint
 
 ORIGIN = "the suite"  # the source of a cell's overrides, for error messages
 
@@ -100,7 +101,7 @@ class Cell:
         )
 
 
-def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Cell, ...]:
+def expand(suite: Suite, folder: Path, profile: Profile, runs: Path, download: bool = False) -> tuple[Cell, ...]:
     """The cells of a suite; a pretraining cell comes before the cells that need its backbone.
 
     Args:
@@ -108,11 +109,12 @@ def expand(suite: Suite, folder: Path, profile: Profile, runs: Path) -> tuple[Ce
         folder: What its paths are relative to.
         profile: Gives default resources and the folders of data sets.
         runs: Folder of all runs.
+        download: Whether checkpoints that are named as ``zoo:…`` or ``hf:…`` may be downloaded.
 
     Raises:
         UserError: If a recipe or checkpoint cannot be read, a data set's name is unknown, or two cells are the same work.
     """
-    grower = _Expansion(suite, folder, profile, runs)
+    grower = _Expansion(suite, folder, profile, runs, download)
     cells = [cell for grid in suite.grids for cell in grower.grid(grid)]
     unknown = sorted(set(suite.data) - grower.datasets)
     if unknown:
@@ -149,11 +151,18 @@ class _Backbone:
     fingerprint: str
     cell: Cell | None
     labels: dict[str, str]
+    located: Located | None = None
+
+    @property
+    def reference(self) -> str:
+        """What transfer recipes call it."""
+        entry = None if self.located is None else self.located.entry
+        return str(self.file.resolve()) if entry is None else f"{ZOO}{entry.name}"
 
 
 class _Expansion:
-    def __init__(self, suite: Suite, folder: Path, profile: Profile, runs: Path) -> None:
-        self.suite, self.folder, self.profile, self.runs = suite, folder, profile, runs
+    def __init__(self, suite: Suite, folder: Path, profile: Profile, runs: Path, download: bool) -> None:
+        self.suite, self.folder, self.profile, self.runs, self.download = suite, folder, profile, runs, download
         self.datasets: set[str] = set()
         self.sources: dict[Path, Source] = {}
 
@@ -250,17 +259,26 @@ class _Expansion:
         )
 
     def _checkpoint(self, entry: CheckpointEntry) -> _Backbone:
-        named = Path(entry.path).expanduser()
-        path = (self.folder / named).resolve()
-        if not path.exists() and named.exists():  # from the command line
-            path = named.resolve()
+        located = self._located(entry.path)
+        path = located.path
         if path not in self.sources:
-            self.sources[path] = read_source(path)
-        labels = {key: getattr(entry, key) for key in LABELS}
+            self.sources[path] = read_source(path, located.reading)
+        known = located.entry.labels if located.entry is not None else {}
+        labels = {key: getattr(entry, key) or known.get(key) for key in LABELS}
         given = {key: value for key, value in labels.items() if value is not None}
         transfer_stage.check_labels(given, self.sources[path])
         info = self.sources[path].info
-        return _Backbone(entry.name, info.recipe, path, info.fingerprint, None, given)
+        return _Backbone(entry.name, info.recipe, path, info.fingerprint, None, given, located)
+
+    def _located(self, given: str) -> Located:
+        """A checkpoint's file: one of the zoo or the Hub, or a path relative to the suite's file."""
+        if is_reference(given):
+            return locate_checkpoint(given, self.download)
+        named = Path(given).expanduser()
+        path = (self.folder / named).resolve()
+        if not path.exists() and named.exists():  # from the command line
+            path = named.resolve()
+        return Located(path)
 
     def _convert(self, entry: ConvertEntry, backbone: _Backbone, target: Target) -> Cell:
         require_known_network(backbone.network, target, f"convert: {backbone.name}")
@@ -282,13 +300,15 @@ class _Expansion:
 
     def _transfer(self, entry: Entry, backbone: _Backbone, suffix: str, overrides: list[str], seed: int) -> Cell:
         config = self._config(entry, "transfer")
-        overrides = [*overrides, _override("backbone", str(backbone.file.resolve()))]
+        overrides = [*overrides, _override("backbone", backbone.reference)]
         overrides += [_override(key, value) for key, value in backbone.labels.items()]
         recipe = load_transfer_recipe(config, overrides, ORIGIN)
         name = f"{backbone.name}-{entry.name or recipe.name}{suffix}"
         recipe = load_transfer_recipe(
             config, [*overrides, *self._data(recipe.data.name, entry), _override("name", name)], ORIGIN
         )
+        if backbone.located is not None:
+            recipe = backbone.located.known(recipe)
         fingerprint, run = transfer_stage.locate(recipe, backbone.fingerprint, self.runs)
         resources = self._resources("transfer", entry.resources)
         return Cell(

@@ -111,7 +111,7 @@ def make_plan(
         RunFailure: If SLURM does not answer.
     """
     runs = runs.resolve()
-    cells = expand(suite, folder, profile, runs)
+    cells = expand(suite, folder, profile, runs, download=not dry)
     waiting: dict[str, str] = {}
     limit = LARGEST_ARRAY
     if cluster == "slurm":

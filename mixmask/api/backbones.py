@@ -16,7 +16,7 @@ from mixmask.engine.storage import require_output_file
 from mixmask.engine.wording import did_you_mean
 from mixmask.transfer.checkpoints.export import TARGETS, Target, check_export, export
 from mixmask.transfer.checkpoints.source import read_source
-from mixmask.transfer.checkpoints.tensor_report import Reading
+from mixmask.transfer.zoo.references import Located, is_reference, locate_checkpoint
 
 
 def load_backbone(
@@ -25,7 +25,8 @@ def load_backbone(
     """Load the trunk of a checkpoint, of this project or any other, in eval mode.
 
     Args:
-        path: ``backbone.safetensors``, or a checkpoint of a known layout (``mixmask inspect`` lists what is in it).
+        path: ``backbone.safetensors``, a checkpoint of a known layout (``mixmask inspect`` lists what is in it),
+            ``zoo:NAME`` (``mixmask zoo`` lists the names) or ``hf:OWNER/NAME``; the last two are downloaded once.
         layout: Its layout, if it cannot be recognised by its keys: ``moco``, ``simsiam``, ``swav`` …
         prefix: Prefix of the trunk's keys in the file.
         arch: ``timm/`` and a name, if it is a ConvNet of timm; ResNets are recognised.
@@ -44,7 +45,8 @@ def load_backbone(
     >>> model(torch.zeros(2, 3, 64, 64)).shape
     torch.Size([2, 512])
     """
-    source = read_source(_file(path), Reading(layout, prefix, arch))
+    located = _located(path)
+    source = read_source(located.path, located.read_as(layout, prefix, arch))
     for text in source.tensor_report.warnings:
         warnings.warn(f"{source.path}: {text}", stacklevel=2)
     trunk: Any = build_trunk(source.info.recipe)
@@ -74,7 +76,8 @@ def convert(source: Place, out: Place, *, to: Target, force: bool = False, verif
         raise ConfigError(f"to={to!r}: valid: {', '.join(TARGETS)}. {did_you_mean(to, TARGETS)}".rstrip())
     out = _file(out)
     require_output_file(out, force)
-    found = read_source(_file(source))
+    located = _located(source)
+    found = read_source(located.path, located.reading)
     check_export(found, out, to)
     export(found, out, to, verify)
     return out
@@ -84,3 +87,7 @@ def _file(path: Place) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"a checkpoint's path was expected, got {type(path).__name__}")
     return Path(path).expanduser()
+
+
+def _located(path: Place) -> Located:
+    return locate_checkpoint(path) if isinstance(path, str) and is_reference(path) else Located(_file(path))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from mixmask.engine.backbones import BackboneInfo
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.errors import CheckpointError, ConfigError, DataError
 from mixmask.launch.slurm.profile import Profile, Resources, load_profile
+from mixmask.launch.suite import cells as cells_module
 from mixmask.launch.suite.cells import Cell, check_cells, expand
 from mixmask.launch.suite.suite import load_suite
 from mixmask.pretrain.recipe import PretrainRecipe
-from mixmask.transfer.checkpoints.source import read_source
+from mixmask.transfer.checkpoints.source import Source, read_source
+from mixmask.transfer.checkpoints.tensor_report import TensorReport
+from mixmask.transfer.protocol import TransferRecipe
 from mixmask.transfer.protocols.linear import LinearRecipe
+from mixmask.transfer.zoo.catalogue import known_checkpoint
+from mixmask.transfer.zoo.references import Located
 from tests.launch.small import KNN, MIXMASK, write_suite
 
 SUITES = sorted((configs_folder() / "suites").glob("*.yaml"))
@@ -27,6 +34,7 @@ COUNTS = {
     "frozen": (0, 0, 15),
     "semisup": (3, 0, 9),
     "table1": (28, 0, 28),
+    "known": (0, 0, 210),
     "table2": (12, 0, 12),
     "table3": (3, 0, 3),
     "table4": (6, 0, 6),
@@ -39,8 +47,52 @@ def cells_of(path: Path, *overrides: str, profile: Profile | None = None) -> tup
     return expand(load_suite(path, overrides), path.parent, profile or Profile(), path.parent / "runs")
 
 
+def pretend_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Every checkpoint of the zoo is in a folder, and is another ResNet-50 each; no file is written or read."""
+
+    def located(reference: str, download: bool) -> Located:
+        assert not download
+        entry = known_checkpoint(reference.removeprefix("zoo:"))
+        assert not entry.by_hand  # a suite that nobody can start is no use
+        return Located(folder / entry.name / entry.file_name, entry)
+
+    def read(path: Path, reading: object) -> Source:
+        digest = f"{zlib.crc32(str(path).encode()):08x}"
+        info = BackboneInfo(
+            arch="resnet50", stem="standard", in_channels=3, framework="unknown", method="unknown", fingerprint=digest,
+            lineage=digest,
+        )  # fmt: skip
+        return Source(path, {}, info, TensorReport("pretended", {}, {}))
+
+    monkeypatch.setattr(cells_module, "locate_checkpoint", located)
+    monkeypatch.setattr(cells_module, "read_source", read)
+
+
+def test_known_checkpoints_expect_what_their_publishers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_checkpoints(monkeypatch, tmp_path)
+    cells = expand(load_suite(configs_folder() / "suites" / "known.yaml"), tmp_path, Profile(), tmp_path / "runs")
+    recipes = {cell.name: cell.recipe for cell in cells if isinstance(cell.recipe, TransferRecipe)}
+    assert {one.value for one in recipes["swav-800ep-imagenet-linear-swav"].expected} == {75.3}
+    found = {name.split("-imagenet")[0].split("-voc")[0] for name, recipe in recipes.items() if recipe.expected}
+    assert {
+        "mocov2-800ep",
+        "mocov2-200ep",
+        "mocov1-200ep",
+        "swav-800ep",
+        "barlowtwins-1000ep",
+        "vicreg",
+        "dino",
+    } <= found
+    assert all(recipe.framework not in (None, "unknown") for recipe in recipes.values())
+    assert all(recipe.backbone.startswith("zoo:") for recipe in recipes.values())
+
+
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_the_suites_that_come_with_the_project(path: Path, tmp_path: Path, resnet18: Path) -> None:
+def test_the_suites_that_come_with_the_project(
+    path: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path.stem == "known":
+        pretend_checkpoints(monkeypatch, tmp_path)
     suite = load_suite(path, [f"checkpoints=[{{path: {resnet18}, name: mine}}]"] if path.stem == "frozen" else [])
     assert suite.name == path.stem
     cells = expand(suite, path.parent, load_profile(configs_folder() / "cluster" / "example.yaml"), tmp_path)
