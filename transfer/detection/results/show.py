@@ -21,23 +21,27 @@ from mixmask.transfer.detection.data.batches import read_rgb
 from mixmask.transfer.detection.data.pictures import DetectionSet, Instance, Picture
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.metrics import FoundObject
+from mixmask.transfer.detection.results.outcomes import Box, Outcome, iou, outcomes
 from mixmask.transfer.detection.results.predictions import NAME, load_detections
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#f0e442",
-)  # told apart by colour-blind eyes
+# Okabe and Ito's, with a dark red for what was missed; every outcome also has a word or a line style of its own.
+COLOURS: dict[Outcome, str] = {
+    "hit": "#009e73",
+    "false alarm": "#e69f00",
+    "missed": "#b2182b",
+    "not counted": "#666666",
+}
+DASHES: dict[Outcome, str] = {"hit": "-", "false alarm": "--", "missed": "-", "not counted": ":"}
+IN_WORDS: dict[Outcome, str] = {
+    "hit": "hit (IoU ≥ 0.5)",
+    "false alarm": "false alarm",
+    "missed": "missed",
+    "not counted": "difficult or a crowd: not counted",
+}
+LABEL_POINTS = 9.0
 
 MOST = 20  # detections drawn in a picture
 LEAST_PROBABILITY = 0.05  # of a keypoint that is drawn, as in Detectron2
-# On these colours, labels are black.
-LIGHT = ("#f0e442", "#56b4e9", "#e69f00")
-
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
@@ -53,8 +57,8 @@ PAGE = """<!doctype html>
 <main>{% for item in items %}
 <figure><img src="data:image/png;base64,{{ item.image }}" alt="Picture {{ item.key }}: found and true objects">
 <figcaption><b>{{ item.key }}</b>: {{ item.rows | length }} found, {{ item.num_true }} there
-{% if item.rows %}<details><summary>found</summary><table><tr><th>class<th>score<th>left, top, right, bottom</tr>
-{% for row in item.rows %}<tr><td>{{ row[0] }}<td>{{ row[1] }}<td>{{ row[2] }}</tr>{% endfor %}</table></details>{% endif %}
+{% if item.rows %}<details><summary>found</summary><table><tr><th>class<th>score<th><th>left, top, right, bottom</tr>
+{% for row in item.rows %}<tr>{% for cell in row %}<td>{{ cell }}{% endfor %}</tr>{% endfor %}</table></details>{% endif %}
 </figcaption></figure>{% endfor %}
 </main></html>
 """
@@ -128,14 +132,15 @@ def _page(
     for index in chosen:
         picture = pictures.pictures[index]
         rows = [
-            (pictures.classes[d.label], f"{d.score:.2f}", ", ".join(f"{value:.0f}" for value in d.box))
-            for d in shown[index]
+            (pictures.classes[d.label], f"{d.score:.2f}", outcome, ", ".join(f"{value:.0f}" for value in d.box))
+            for d, outcome in zip(shown[index], outcomes(shown[index], picture.instances)[0], strict=True)
         ]
         image = base64.b64encode(_figure([(picture, shown[index])], pictures, "")).decode()
         items.append({"key": picture.key, "image": image, "rows": rows, "num_true": len(picture.instances)})
     about = (
         f"{len(chosen)} of {len(pictures)} test pictures; left what was found with a score of {least_score:g} or more, "
-        f"right what is there (dashed: difficult or a crowd, which does not count)."
+        f"right what is there. Green: found; orange, dashed: false alarms; red: missed; grey, dotted: difficult or a crowd, "
+        f"which does not count."
     )
     environment = jinja2.Environment(autoescape=True)
     return environment.from_string(PAGE).render(title=f"Detections of {name}", about=about, items=items)
@@ -147,36 +152,75 @@ def _figure(rows: Sequence[tuple[Picture, list[FoundObject]]], pictures: Detecti
 
     pairs = 1 if len(rows) == 1 else 2
     lines = -(-len(rows) // pairs)
-    figure = Figure(figsize=(5.2 * 2 * pairs, 4.0 * lines + 0.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(5.2 * 2 * pairs, 4.0 * lines + 0.8), dpi=80, layout="constrained")
     grid = figure.subplots(lines, 2 * pairs, squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axes in grid.ravel():
         axes.set_axis_off()
+    seen: set[Outcome] = set()
     for number, (picture, found) in enumerate(rows):
         image = np.asarray(read_rgb(picture.path))
         left, right = grid[number // pairs][2 * (number % pairs) :][:2]
         for axes, heading in ((left, f"{picture.key}: found"), (right, "true")):
             axes.imshow(image)
             axes.set_autoscale_on(False)  # what reaches over the border must not make the picture smaller
-            axes.set_title(heading, fontsize=9)
-        for detection in reversed(found):  # the best on top
-            label = f"{pictures.classes[detection.label]} {detection.score:.2f}"
+            axes.set_title(heading, fontsize=11)
+        of_found, of_true = outcomes(found, picture.instances)
+        seen |= {*of_found, *of_true}
+        taken: list[Box] = []
+        # The best come last and so lie on top, but choose the places of their labels first.
+        places = [_label_place(left, d.box, _label(d, pictures), taken) for d in found]
+        for detection, outcome, place in reversed([*zip(found, of_found, places, strict=True)]):
+            colour = COLOURS[outcome]
             mask = None if detection.mask is None else coco_mask.decode(detection.mask).astype(bool)
-            _draw(left, detection.box, label, _colour(detection.label), mask)
-            _draw_keypoints(left, detection.keypoints, LEAST_PROBABILITY, pictures, _colour(detection.label))
-        for instance in picture.instances:
+            _draw(left, detection.box, _label(detection, pictures), place, outcome, mask)
+            _draw_keypoints(left, detection.keypoints, LEAST_PROBABILITY, pictures, colour)
+        taken = []
+        for instance, outcome in zip(picture.instances, of_true, strict=True):
+            name = pictures.classes[instance.label]
+            text = f"missed: {name}" if outcome == "missed" else name
             # Beside keypoints, outlines would only hide them: no masks are found then.
             mask = _outline_mask(instance, picture) if pictures.keypoints is None else None
-            dashed = instance.difficult or instance.crowd
-            _draw(right, instance.box, pictures.classes[instance.label], _colour(instance.label), mask, dashed)
-            _draw_keypoints(right, instance.keypoints, 1, pictures, _colour(instance.label))
+            _draw(right, instance.box, text, _label_place(right, instance.box, text, taken), outcome, mask)
+            _draw_keypoints(right, instance.keypoints, 1, pictures, COLOURS[outcome])
+    _legend(figure, [outcome for outcome in COLOURS if outcome in seen])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _colour(label: int) -> str:
-    return COLOURS[label % len(COLOURS)]
+def _label(detection: FoundObject, pictures: DetectionSet) -> str:
+    return f"{pictures.classes[detection.label]} {detection.score:.2f}"
+
+
+def _label_place(axes: Any, box: Box, text: str, taken: list[Box]) -> tuple[float, float]:
+    """Left and top of a label, in pixels of the picture: by its box where no other label is; it is then taken."""
+    height_px, width_px = axes.get_ylim()[0], axes.get_xlim()[1]
+    # The panel is about 4.8 inches wide or 3.6 high, whichever the picture fills.
+    pixels_per_point = max(width_px / (4.8 * 72), height_px / (3.6 * 72))
+    width = (0.62 * len(text) + 0.8) * LABEL_POINTS * pixels_per_point
+    height = 1.6 * LABEL_POINTS * pixels_per_point
+    left, top, right, bottom = box
+    corners = [
+        (left, top - height), (left, top), (right - width, top - height), (right - width, bottom - height),
+        (left, bottom - height), (left, bottom), (left, (top + bottom) / 2),
+    ]  # fmt: skip
+    inside = [
+        (min(max(x, 0.0), max(width_px - width, 0.0)), min(max(y, 0.0), max(height_px - height, 0.0)))
+        for x, y in corners
+    ]
+    free = (at for at in inside if all(iou((*at, at[0] + width, at[1] + height), one) == 0 for one in taken))
+    place = next(free, inside[0])
+    taken.append((*place, place[0] + width, place[1] + height))
+    return place
+
+
+def _legend(figure: Any, seen: Sequence[Outcome]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=COLOURS[one], ls=DASHES[one], lw=2.4, label=IN_WORDS[one]) for one in seen]
+    if lines:
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=11, frameon=False)
 
 
 def _outline_mask(instance: Instance, picture: Picture) -> npt.NDArray[np.bool_] | None:
@@ -190,27 +234,28 @@ def _outline_mask(instance: Instance, picture: Picture) -> npt.NDArray[np.bool_]
 
 def _draw(
     axes: Any,
-    box: tuple[float, float, float, float],
+    box: Box,
     label: str,
-    colour: str,
+    place: tuple[float, float],
+    outcome: Outcome,
     mask: npt.NDArray[np.bool_] | None,
-    dashed: bool = False,
 ) -> None:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     left, top, right, bottom = box
+    colour = COLOURS[outcome]
     if mask is not None:
         layer = np.zeros((*mask.shape, 4))
-        layer[mask] = (*to_rgb(colour), 0.45)
+        layer[mask] = (*to_rgb(colour), 0.4)
         axes.imshow(layer)
-    style = "--" if dashed else "-"
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, ec=colour, lw=1.8, ls=style))
-    ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.2, "alpha": 0.85}
-    ink = "black" if colour in LIGHT else "white"
-    inside = top < 0.08 * axes.get_ylim()[0]  # above the box there is no room for its label
-    place = "top" if inside else "bottom"
-    axes.text(max(left, 0), max(top, 0), label, fontsize=7, color=ink, va=place, bbox=ground, clip_on=True)
+    width, height = right - left, bottom - top
+    # A white line below makes the box visible on any picture.
+    axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="white", lw=3.4, alpha=0.7))
+    axes.add_patch(Rectangle((left, top), width, height, fill=False, ec=colour, lw=2.0, ls=DASHES[outcome]))
+    ink = "black" if outcome == "false alarm" else "white"
+    ground = {"facecolor": colour, "edgecolor": "none", "pad": 1.2}
+    axes.text(*place, label, fontsize=LABEL_POINTS, color=ink, va="top", bbox=ground, clip_on=True, zorder=4)
 
 
 def _draw_keypoints(axes: Any, points: Any, least: float, pictures: DetectionSet, colour: str) -> None:
