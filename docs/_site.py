@@ -98,9 +98,9 @@ def recipes() -> str:
         "# Recipes, key by key",
         "",
         "Keys can be set in a YAML file or on the command line (`key=value`, nested as `data.root=…`). Keys marked *no "
-        "number* cannot change a result and are not in the fingerprint. Fractions are between 0 and 1, sizes in pixels, rates "
-        "for the reference batch, unless said otherwise. What a value's source is, each [config](configs.md) says in its "
-        "first lines.",
+        "number* cannot change a result and are not in the fingerprint. Fractions are between 0 and 1, sizes in pixels, "
+        "rates for the reference batch, unless said otherwise. Each [config](configs.md) names the source of its values in "
+        "its first lines.",
         "",
         "## Pretraining",
         *_model(PretrainRecipe, "", skip=("framework", "mix")),

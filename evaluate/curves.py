@@ -43,7 +43,7 @@ def training_curves(runs: Sequence[Run]) -> list[Plot]:
         shown = _panels(own[:MOST_LINES], logs)
         if not shown:
             continue
-        columns = min(3, len(shown))
+        columns = 2 if len(shown) == 4 else min(3, len(shown))
         figure, axes = panels(columns, -(-len(shown) // columns), full_width=columns > 1)
         labels = _labels(own)
         for panel, (title, key, there) in zip(axes, shown):

@@ -46,12 +46,8 @@ def finding(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
             f"The largest difference: {top.first} on {top.what}, {top.result.value:+.1f} points "
             f"[{top.result.low:.1f}, {top.result.high:.1f}], {_seeds(top)}."
         )
-    top_result = max(measured, key=lambda one: one.value)
     only = "Every backbone has a single run" if not comparisons or _single(comparisons) else "There are too few seeds"
-    return (
-        f"{only}, so nothing is said here about which method is better. The highest number is "
-        f"{top_result.run.record.headlines[top_result.metric]} {top_result.value:.1f} ({top_result.run.record.name})."
-    )
+    return f"{only}, so nothing is said here about which method is better."
 
 
 def _count(group: Sequence[Comparison], of: Sequence[object]) -> str:
