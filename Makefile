@@ -24,12 +24,13 @@ PROFILE ?=
 RUNS ?= runs
 FORMAT ?= term
 REPORT ?= report
+DEMO ?= demo
 ARGS ?=
 # Processes that tests are shared out to
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench bench-gpu doctor
+.PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench bench-gpu docs pictures doctor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,7 +99,7 @@ tables: $(READY) ## The paper's tables with your numbers: RUNS=… FORMAT=term|m
 report: $(READY) ## One HTML page of all results: RUNS=… REPORT=folder
 	$(MIXMASK) report $(RUNS) --out $(REPORT) $(ARGS)
 
-plots: $(READY) ## Every plot as PNG and SVG: RUNS=… ARGS="--out plots"
+plots: $(READY) ## Every plot as PNG, SVG and PDF: RUNS=… ARGS="--out plots"
 	$(MIXMASK) plots $(RUNS) $(ARGS)
 
 verify: $(READY) ## Which finished runs reproduce what their configs expect: RUNS=…
@@ -117,6 +118,13 @@ bench: $(READY) ## Measure the pretraining step, the data path and the loop; wri
 
 bench-gpu: $(READY) ## Measure this machine in ten minutes: bounds, pretraining, loader, transfer; writes bench/
 	$(MIXMASK) bench $(ARGS)
+
+docs: $(READY) ## Build the documentation into build/site; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+pictures: $(READY) ## Make the pictures of README and docs again, from a finished demo: DEMO=demo
+	$(BIN)/python docs/_pictures.py $(DEMO)
 
 doctor: $(READY) ## Versions, devices, engines, data folders, and how to get what is missing
 	$(MIXMASK) doctor

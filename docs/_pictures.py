@@ -33,7 +33,7 @@ BOXES = (  # left, top, title, lines
     (410, 90, "backbone", ("convert to Detectron2,", "torchvision, timm")),
     (610, 90, "transfer", ("probes, finetuning,", "detection, masks")),
     (810, 90, "tables", ("with published", "numbers, statistics")),
-    (410, 220, "any checkpoint", ("19 layouts,", "125 known by name")),
+    (410, 220, "any checkpoint", ("22 layouts,", "125 known by name")),
 )
 ARROWS = ((170, 125, 206, 125), (370, 125, 406, 125), (570, 125, 606, 125), (770, 125, 806, 125), (490, 216, 490, 166))
 

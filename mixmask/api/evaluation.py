@@ -170,7 +170,11 @@ def knn(
         k: Number of neighbours.
         temperature: Softness of the weights.
         holdout: The share of every class that is held out for testing if there is no test folder.
-        resize, crop, batch_size, normalization, precision: As `extract_features` takes them.
+        resize: As `extract_features` takes it, and so are the following.
+        crop: In pixels.
+        batch_size: Images at a time.
+        normalization: A data set's mean and standard deviation.
+        precision: Number format of the network.
 
     Raises:
         UserError: If the data are missing or damaged, or fewer than ``k``.
@@ -223,8 +227,11 @@ def linear_probe(
         epochs: Length of the training.
         seed: Seed of the classifier's initial weights and of the order of the images.
         holdout: As `knn` takes it.
-        resize, crop, batch_size, normalization, precision: As in `extract_features`. ``batch_size`` is also
-            used for the training.
+        resize: As `extract_features` takes it, and so are the following.
+        crop: In pixels.
+        batch_size: Images at a time, also for the training.
+        normalization: A data set's mean and standard deviation.
+        precision: Number format of the network.
 
     >>> 0 <= linear_probe(mixmask.load_backbone(backbone), photos, epochs=2, resize=None, crop=32) <= 100
     True
