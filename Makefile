@@ -121,7 +121,7 @@ bench-gpu: $(READY) ## Measure this machine in ten minutes: bounds, pretraining,
 
 docs: $(READY) ## Build the documentation into build/site; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 pictures: $(READY) ## Make the pictures of README and docs again, from a finished demo: DEMO=demo
 	$(BIN)/python docs/_pictures.py $(DEMO)

@@ -118,6 +118,8 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
         )
     ]
     assert outside == []  # it can be read without network
+    scripts = "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "site").rglob("*.html"))
+    assert "unpkg.com" not in scripts
 
 
 def test_every_page_is_in_the_menu() -> None:

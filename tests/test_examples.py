@@ -117,6 +117,7 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
         "tables runs",
         "tables runs --table few_shot_table",
         "inspect theirs.pth",
+        "zoo our-align-100ep",
         "tables runs --rows method --cols protocol --metric fewshot/top1",
         "report runs --out report",
         "results runs --format json",
@@ -132,6 +133,8 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
     assert "Our lab, technical report 1" in table
     assert "episodes 3 (this row's recipe: 2)" in table  # the run that was made otherwise
     assert "our-lab: our lab's training code" in done.stdout
+    assert "https://our-lab.example/align_100ep.pth" in done.stdout
+    assert "[measured by linear]" in done.stdout
     assert "2-shot top-1" in done.stdout
     assert "halves" in done.stdout
     records = [json.loads(file.read_text()) for file in (tmp_path / "runs").rglob("record.json")]

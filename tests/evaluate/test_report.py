@@ -179,7 +179,7 @@ def test_hostile_names_are_shown_as_they_are(page: object) -> None:
     assert page.evaluate("document.scripts.length") == 2  # the data and the program
 
 
-@pytest.mark.parametrize("width", [360, 1600])
+@pytest.mark.parametrize("width", [390, 1280, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_any_window_in_light_and_dark(page: object, width: int, scheme: str) -> None:
     page.set_viewport_size({"width": width, "height": 800})

@@ -1,0 +1,1 @@
+"""Checkpoints that this lab publishes: every YAML file here is a publisher."""
