@@ -16,6 +16,10 @@ from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "https://arxiv.org/abs/"
+SHOWN = {  # comments that stand for a file's content, with its place and its language
+    "<!-- the file stands here on the site -->": ("examples/our_lab/our_lab/fewshot.py", "python"),
+    "<!-- the recipe stands here on the site -->": ("examples/our_lab/fewshot.yaml", "yaml"),
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -41,6 +45,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             )
             files.append(made)
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """In the repository, links lead to its files; on the site, to the pages that are made of them."""
+    back = "../" * page.file.src_uri.count("/")
+    root = f"{back}../"
+    places = {
+        f"({root}benchmarks/results/": f"({back}results/",
+        f"({root}CONTRIBUTING.md)": f"({back}contributing.md)",
+        f"({root}transfer/zoo/entries)": f"({back}reference/zoo.md)",
+    }
+    for there, here in places.items():
+        markdown = markdown.replace(there, here)
+    for mark, (name, kind) in SHOWN.items():
+        markdown = markdown.replace(mark, f"```{kind}\n{(ROOT / name).read_text(encoding='utf-8').rstrip()}\n```")
+    return re.sub(rf"\[([^\]]+)\]\({re.escape(root)}examples/[^)]*\)", r"\1", markdown)
 
 
 def _plain_links(text: str) -> str:
