@@ -130,7 +130,7 @@ def test_a_package_outside_opens_every_door(installed: Path, own_data: Path, tmp
     table = done.stdout.split("$ tables runs --table few_shot_table")[1].split("$ ")[0]
     assert "Few-shot accuracy of our lab's methods" in table
     assert "[42.5, " in table  # beside the suite's run, which has as many episodes as the publication states
-    assert "Our lab, technical report 1" in table
+    assert "Our lab, technical report 1" in " ".join(table.split())
     assert "episodes 3 (this row's recipe: 2)" in table  # the run that was made otherwise
     assert "our-lab: our lab's training code" in done.stdout
     assert "https://our-lab.example/align_100ep.pth" in done.stdout

@@ -112,8 +112,8 @@ def test_only_what_is_our_own_is_replaced(runs: Path, tmp_path: Path, monkeypatc
     assert cli(monkeypatch, "plots", runs, "--out", "plots") == 0
     assert cli(monkeypatch, "plots", runs, "--out", "plots") == 0
     drawn = sorted((tmp_path / "plots").iterdir())
-    assert {path.suffix for path in drawn} == {".png", ".svg"}
-    for path in drawn[:2]:
+    assert {path.suffix for path in drawn} == {".pdf", ".png", ".svg"}
+    for path in drawn[:3]:
         path.write_text("mine")
         assert cli(monkeypatch, "plots", runs, "--out", "plots") == 2
         assert path.read_text() == "mine"
