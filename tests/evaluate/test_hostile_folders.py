@@ -100,6 +100,7 @@ def test_damaged_files_are_listed(runs: Path, tmp_path: Path) -> None:
             ClassPredictions.read(tmp_path / CLASSES)
 
 
+@pytest.mark.slow
 def test_only_what_is_our_own_is_replaced(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "site" / "index.html"

@@ -114,6 +114,7 @@ def test_records_that_make_no_sense_are_left_out(name: str, tmp_path: Path) -> N
     assert len(collect(root).runs) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_odd_records_are_shown(name: str, tmp_path: Path) -> None:
     root = folder_with(SHOWN[name], tmp_path / "runs")
@@ -121,6 +122,7 @@ def test_odd_records_are_shown(name: str, tmp_path: Path) -> None:
     use(root, tmp_path)
 
 
+@pytest.mark.slow
 def test_odd_logs_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
     root = folder_with(lambda document: None, tmp_path / "runs")
     lines = [

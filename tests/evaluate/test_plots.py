@@ -91,6 +91,7 @@ def dot_of(panel: object, label: str) -> tuple[float, float]:
     return float(container.lines[0].get_xdata()[0]), float(ends[1][0] - ends[0][0]) / 2
 
 
+@pytest.mark.slow
 def test_points_are_the_means_of_the_runs(runs: tuple[Run, ...]) -> None:
     found = results_of(runs)
     budget = next(plot for plot in budgets(found) if plot.id == "budget-cifar100-knn")

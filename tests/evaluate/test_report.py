@@ -265,6 +265,7 @@ def test_it_prints_without_its_controls(page: object) -> None:
     assert page.locator("#table-7").is_visible()
 
 
+@pytest.mark.slow
 def test_links_to_folders_lead_there(page_file: Path) -> None:
     text = page_file.read_text()
     target = text.split('<p><a href="', 1)[1].split('"', 1)[0]

@@ -128,6 +128,7 @@ def test_what_is_served_and_to_whom(served: tuple[Path, str]) -> None:
         urllib.request.urlopen(request, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_folder_that_disappears_is_reported_and_does_not_end_the_server(served: tuple[Path, str]) -> None:
     runs, url = served
     get(url + "/state.json")

@@ -354,6 +354,7 @@ def test_offline_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert locate_checkpoint(str(place)).entry is None
 
 
+@pytest.mark.slow
 def test_a_run_on_a_checkpoint_of_the_zoo(
     server: tuple[str, type[Handler]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet18: Path, shapes: Path
 ) -> None:
