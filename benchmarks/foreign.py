@@ -42,6 +42,11 @@ PROJECTS = {  # our test file: project, its clone's folders, what of it runs aga
         ("faster_coco_eval", "faster-coco-eval"),
         "its expected results and comparisons, on our COCO evaluation",
     ),
+    "timm": (
+        "huggingface/pytorch-image-models",
+        ("timm", "timm_src", "pytorch-image-models"),
+        "its tests of reading checkpoints, on our reader",
+    ),
     "ffcv": ("libffcv/ffcv", ("ffcv",), "its random crops beside ours, drawn from the same numbers"),
 }
 
@@ -111,9 +116,6 @@ def _page(rows: list[str]) -> str:
             "MIXMASK_FOREIGN=clones PYTHONPATH=clones/detectron2 make test ARGS=tests/foreign",
             "MIXMASK_FOREIGN=clones PYTHONPATH=clones/detectron2 python -m benchmarks.foreign      # writes this page",
             "```",
-            "",
-            "timm's checkpoint tests have no counterpart: they are about resuming timm's own training. What we write for "
-            "timm is loaded by timm itself and compared, in every conversion and in our own tests.",
             "",
         ]
     )
