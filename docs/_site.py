@@ -164,7 +164,8 @@ def _rows(model: type[BaseModel], prefix: str, skip: tuple[str, ...]) -> Iterato
             yield from _rows(inner, f"{prefix}{name}.", ())
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        notes = [field.description or "", "*no number*" if extra.get("identity") is False else ""]
+        said = field.description or _about_key(model.__doc__ or "", name)
+        notes = [said, "*no number*" if extra.get("identity") is False else ""]
         limits = [_limit(one) for one in field.metadata]
         default = (
             "required" if field.default is PydanticUndefined and field.default_factory is None else _default(field)
@@ -172,6 +173,13 @@ def _rows(model: type[BaseModel], prefix: str, skip: tuple[str, ...]) -> Iterato
         kind = " ".join(filter(None, (_type(field.annotation), *limits)))
         about = _references(" ".join(filter(None, notes)))
         yield f"| `{prefix}{name}` | {_cell(kind)} | {_cell(default)} | {_cell(about)} |"
+
+
+def _about_key(docstring: str, name: str) -> str:
+    """The sentences of a recipe's docstring that name a key."""
+    text = " ".join(docstring.split())
+    sentences = re.split(r"(?<=[.:]) (?=[A-Z`])", text)
+    return " ".join(one for one in sentences if re.search(rf"``{name}(?::[^`]*)?``", one))
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
