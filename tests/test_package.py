@@ -26,6 +26,7 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_a_wheel_has_nothing_at_its_top_level_but_mixmask(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

@@ -213,6 +213,7 @@ def mine(tmp_path: Path) -> Iterator[Owner]:
     owner.heart.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "happens",
     [

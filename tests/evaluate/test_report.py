@@ -273,6 +273,7 @@ def test_links_to_folders_lead_there(page_file: Path) -> None:
     assert (page_file.parent / target / "record.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_file_in_the_place_of_the_folder_is_refused(page_file: Path, tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine")
     with pytest.raises(UserError, match="is a file"):

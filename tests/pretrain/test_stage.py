@@ -74,6 +74,7 @@ def test_zero_epochs_give_the_initial_trunk(config: Path, tmp_path: Path) -> Non
     assert not torch.equal(state["conv1.weight"], other["conv1.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "num_terms"), [("none", 1), ("unmix", 3), ("mixmask", 3), ("mixmask+unmix", 5)])
 @pytest.mark.parametrize("framework", ["moco", "byol", "swav", "dino", "densecl"])
 def test_the_terms_of_equations_4_to_6(framework: str, kind: str, num_terms: int, config: Path, tmp_path: Path) -> None:

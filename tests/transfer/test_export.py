@@ -65,6 +65,7 @@ def test_a_resnet50_has_265_tensors_for_detectron2(resnet50: Path, tmp_path: Pat
         assert torch.equal(torch.from_numpy(array), source.state[from_detectron2(name)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "suffix"),
     [

@@ -138,6 +138,7 @@ def test_dilation_keeps_the_resolution(arch: str, stride: int) -> None:
     assert before.shape[2:] == ((8, 12) if stride == 8 else (4, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["timm/convnext_atto", "timm/resnet18d", "timm/regnetx_002"])
 @pytest.mark.parametrize("stride", [8, 16])
 def test_trunks_of_timm_are_dilated_and_all_of_them_is_trained(arch: str, stride: int) -> None:
