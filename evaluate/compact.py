@@ -27,7 +27,7 @@ class Compact:
 
     @property
     def caption(self) -> str:
-        """``All rows: framework MoCo, epochs 200.``, or an empty text."""
+        """``All results: framework MoCo, epochs 200.``, or an empty text."""
         return f"All results: {', '.join(self.constants)}." if self.constants else ""
 
 

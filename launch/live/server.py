@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from mixmask.evaluate.report import render_report
 from mixmask.launch.live.state import LiveState
 
 FRESH_SECONDS = 2.0  # a folder is not read more often than that, whatever the number of readers
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class LivePage:
@@ -76,11 +77,16 @@ class _Server(ThreadingHTTPServer):
         self.page = page
         super().__init__(address, _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for a reader who closed the page before it had all of it; everything else as usual."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def valid_hosts(self) -> set[str] | None:
         """What a request may call this server; None for any. On loopback a foreign name means DNS rebinding."""
         host, port = str(self.server_address[0]), self.server_address[1]
-        return {f"{name}:{port}" for name in (*LOOPBACK, "[::1]")} if host in LOOPBACK else None
+        return {f"{name}:{port}" for name in LOOPBACK} if host in LOOPBACK else None
 
 
 class _Handler(BaseHTTPRequestHandler):

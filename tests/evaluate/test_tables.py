@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mixmask.engine.errors import DataError, UserError
 from mixmask.engine.records import Record, said_before_schema_3
 from mixmask.evaluate.collect import Run
-from mixmask.evaluate.compact import compact
 from mixmask.evaluate.layouts import choose, layouts, methods_by_protocols, pivot
 from mixmask.evaluate.published import COLUMNS, published_numbers, read_published
 from mixmask.evaluate.render import TableFormat, render
@@ -373,38 +372,6 @@ def test_no_winner_where_one_of_the_rivals_is_a_single_run() -> None:
 
     assert marked(runs(2, 2, 2)) == ["MixMask"]
     assert marked(runs(1, 1, 1)) == marked(runs(3, 3, 1)) == marked(runs(1, 3, 3)) == []
-
-
-def test_what_is_the_same_everywhere_stands_in_the_caption() -> None:
-    records = [
-        transfer(backbone(method=method, seed=seed), "knn", {"knn/top1": 60.0 + seed})
-        for method in ("vanilla", "mixmask")
-        for seed in range(3)
-    ]
-    small = compact(table_of(records, "methods"))
-    assert small.table.row_names == ("method",)
-    assert small.table.columns == (("CIFAR-100", "kNN top-1"),)  # a single column keeps all of its levels
-    assert small.caption == "All results: pretrained on CIFAR-100, framework MoCo, arch resnet18, epochs 1,000."
-    assert small.num_runs == 3
-    assert "(3)" not in render(table_of(records, "methods"), "latex")
-    alone = compact(table_of(records[:1], "methods"))
-    assert alone.table.row_names == table_of(records, "methods").row_names
-    assert alone.constants == ()
-
-
-@pytest.mark.parametrize("id", IDS)
-def test_a_compact_table_loses_nothing(id: str) -> None:
-    whole = table_of(laboratory(), id)
-    small = compact(whole)
-    assert [line.cells for line in small.table.lines] == [line.cells for line in whole.lines]
-    for whole_keys, keys in (
-        ([line.row for line in whole.lines], [line.row for line in small.table.lines]),
-        (whole.columns, small.table.columns),
-    ):
-        told = [{*key} | {text for text in key if text in small.caption} for key in keys]
-        assert all(text in one or text in small.caption for key, one in zip(whole_keys, told) for text in key)
-    for level in small.groups:
-        assert sum(span for _, span in level) == len(whole.columns)
 
 
 def test_what_is_not_recorded_or_not_independent_is_said() -> None:

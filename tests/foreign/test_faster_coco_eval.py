@@ -29,7 +29,7 @@ CLOSE = 1e-10  # ours is in percent
 def theirs(name: str) -> Any:
     """One of their test modules; a test that they repeat for several backends is called here with its arguments."""
     repeated = ModuleType("parameterized")
-    repeated.parameterized = type("parameterized", (), {"expand": lambda cases: lambda test: test})  # type: ignore[attr-defined]
+    repeated.parameterized = type("parameterized", (), {"expand": lambda cases: lambda test: test})
     return module_of(TESTS / f"{name}.py", {"parameterized": repeated})
 
 

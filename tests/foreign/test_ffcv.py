@@ -68,7 +68,7 @@ class Draws(random.Random):
     def uniform(self, a: float, b: float) -> float:
         return a + (b - a) * next(self.numbers)
 
-    def randrange(self, *bounds: int) -> int:  # type: ignore[override]
+    def randrange(self, *bounds: int) -> int:
         return int(next(self.numbers) * bounds[0])
 
 

@@ -27,8 +27,8 @@ TESTS = clone("lightly", "lightly_src") / "tests"
 def theirs(name: str, **ours: Any) -> Any:
     """One of their test modules, with what it imports from lightly replaced by ours."""
     mock, helpers = ModuleType("pytest_mock"), ModuleType("tests.ddp_helpers")  # for tests that are not run here
-    mock.MockerFixture = object  # type: ignore[attr-defined]
-    helpers.NUM_PROCESSES, helpers.USE_PYTEST_POOL = 1, False  # type: ignore[attr-defined]
+    mock.MockerFixture = object
+    helpers.NUM_PROCESSES, helpers.USE_PYTEST_POOL = 1, False
     module = module_of(TESTS / f"{name}.py", {one.__name__: one for one in (mock, helpers)})
     for key, value in ours.items():
         assert hasattr(module, key), key
@@ -147,7 +147,7 @@ class Best(list[int]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, list) and self[0] == other[0]
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 def test_knn() -> None:
@@ -163,7 +163,7 @@ def test_knn() -> None:
         return Predicted(knn_predict(bank, feature_labels, feature, num_classes=num_classes, k=knn_k, temperature=0.1))
 
     ours = ModuleType("knn")
-    ours.knn_predict = predict  # type: ignore[attr-defined]
+    ours.knn_predict = predict
     module = theirs("utils/benchmarking/test_knn", knn=ours)
     module.test_knn()
     module.test_knn__knn_k()

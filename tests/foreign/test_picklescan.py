@@ -47,7 +47,7 @@ def dangerous(scanner: Any, path: Path) -> set[str]:
 def test_the_watch_sees_what_a_pickle_would_do() -> None:
     """That the tests below can fail: Python's own way to a name is reported."""
     with watched() as acts:
-        pickle._Unpickler(io.BytesIO(b"")).find_class("colorsys", "rgb_to_hls")  # type: ignore[attr-defined]
+        pickle._Unpickler(io.BytesIO(b"")).find_class("colorsys", "rgb_to_hls")
     assert acts
 
 

@@ -139,6 +139,20 @@ def test_a_folder_that_disappears_is_reported_and_does_not_end_the_server(served
     assert "no such folder of runs" in answer[1]
 
 
+def test_a_reader_who_leaves_early_leaves_no_traceback(
+    served: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_server(LivePage(served[0]), "127.0.0.1", 0) as server:
+        for error, words in ((BrokenPipeError(), ""), (ValueError("ours"), "ours")):
+            try:
+                raise error
+            except (ConnectionError, ValueError):
+                server.handle_error(None, ("127.0.0.1", 1))
+            said = capsys.readouterr()
+            assert (said.out + said.err).endswith(f"{words}\n" + "-" * 40 + "\n" if words else "")
+            assert bool(said.out + said.err) == bool(words)
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder of runs"):
         LivePage(tmp_path / "absent").page()
