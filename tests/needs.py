@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -14,3 +15,11 @@ def need(found: bool, what: str, packages: str, demanded: str) -> None:
     if os.environ.get(demanded):
         pytest.fail(f"{demanded} is set, and there is no {what}")
     pytest.skip(f"no {what} on this machine: {packages}")
+
+
+def needed_browser() -> str:
+    """The program of a Chromium."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    need(found is not None, "chromium", "apt-get install chromium", "MIXMASK_REQUIRE_BROWSER")
+    assert found is not None
+    return found

@@ -25,7 +25,7 @@ from mixmask.evaluate.results import results_of
 from mixmask.evaluate.spreadsheet import safe_cell
 from mixmask.evaluate.table import Table, build
 from tests.evaluate.made import backbone, laboratory, transfer
-from tests.evaluate.test_tables import IDS, table_of
+from tests.evaluate.test_tables import CIFAR, IDS, cells, table_of, the_cell
 from tests.needs import need
 
 HOSTILE = (
@@ -253,3 +253,16 @@ def test_a_template_of_ones_own_comes_before_ours(tmp_path: Path) -> None:
         render(table, "md", templates=broken)
     with pytest.raises(UserError, match=r"table\.tex\.j2: 'absent' is undefined"):
         render(table, "latex", templates=absent)
+
+
+def test_csv_holds_every_cell_in_full_precision() -> None:
+    table = table_of(laboratory(), "5")
+    rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
+    assert len(rows) == len([cell for _, _, cell in cells(table) if cell.results or cell.published])
+    vanilla = next(row for row in rows if row["row"] == "Vanilla" and row["n"] == "5")
+    cell = the_cell(table, ("Vanilla",), CIFAR)
+    assert cell.summary is not None
+    assert float(vanilla["mean"]) == cell.summary.mean
+    assert float(vanilla["std"]) == cell.summary.std
+    assert len(vanilla["runs"].split()) == 5
+    assert vanilla["source"].endswith("table 5")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from mixmask.evaluate.comparison import compare
 from mixmask.evaluate.headline import DEMO_CAVEAT, caveats, finding
 from mixmask.evaluate.report import write_report
 from tests.evaluate.made import backbone, laboratory, transfer, write
-from tests.needs import need
+from tests.needs import needed_browser
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -63,8 +62,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    need(found is not None, "chromium", "apt-get install chromium", "MIXMASK_REQUIRE_BROWSER")
+    found = needed_browser()
     with playwright.sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield running

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import csv
-import io
 import os
 import random
 import statistics
@@ -274,19 +272,6 @@ def test_a_pivot_has_any_rows_and_columns() -> None:
     for rows, columns in ((["methd"], ["dataset"]), (["method"], ["method"]), ([], ["method"])):
         with pytest.raises(UserError):
             pivot(rows, columns, [])
-
-
-def test_csv_holds_every_cell_in_full_precision() -> None:
-    table = table_of(laboratory(), "5")
-    rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
-    assert len(rows) == len([cell for _, _, cell in cells(table) if cell.results or cell.published])
-    vanilla = next(row for row in rows if row["row"] == "Vanilla" and row["n"] == "5")
-    cell = the_cell(table, ("Vanilla",), CIFAR)
-    assert cell.summary is not None
-    assert float(vanilla["mean"]) == cell.summary.mean
-    assert float(vanilla["std"]) == cell.summary.std
-    assert len(vanilla["runs"].split()) == 5
-    assert vanilla["source"].endswith("table 5")
 
 
 def test_more_published_numbers_come_from_csv(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mixmask.evaluate.collect import collect
 from mixmask.launch.live.server import LivePage, open_server
 from mixmask.launch.live.state import LiveState, unfinished_run
 from tests.evaluate.made import backbone, transfer, write
-from tests.needs import need
+from tests.needs import needed_browser
 
 
 def begin(folder: Path, steps: int = 4, of: int = 10) -> RunDirectory:
@@ -169,8 +169,7 @@ def test_mistakes(tmp_path: Path) -> None:
 @pytest.mark.real
 def test_the_page_grows_in_a_browser(served: tuple[Path, str]) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    need(found is not None, "chromium", "apt-get install chromium", "MIXMASK_REQUIRE_BROWSER")
+    found = needed_browser()
     runs, url = served
     with sync_api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
