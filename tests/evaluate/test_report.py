@@ -128,18 +128,24 @@ def test_search_and_filters_narrow_the_runs(page: object) -> None:
     assert len(column(page, "#run-table", 1)) == total
 
 
+def followed(page: object, link: object) -> object:
+    """The run that ``link`` leads to, once the page's script has opened it."""
+    address = link.get_attribute("href")
+    link.click()
+    run = page.locator(f"details.run{address}:target[open]")
+    run.wait_for()
+    return run
+
+
 def test_a_number_leads_to_its_run(page: object) -> None:
-    page.locator("#table-7 td a", has_text="57.0").first.click()
-    target = page.locator("details.run:target")
-    page.wait_for_selector("details.run:target[open]")
+    target = followed(page, page.locator("#table-7 td a", has_text="57.0").first)
     text = target.inner_text()
     assert "torchvision" in text
     assert "mixmask transfer" in text
     assert "NVIDIA H200" in text
     assert "git checkout 0000" in text
     assert target.locator("img").evaluate("image => image.naturalWidth") == 64
-    target.locator("a[href^='#run-']").first.click()  # its backbone
-    backbone_run = page.locator("details.run:target")
+    backbone_run = followed(page, target.locator("a[href^='#run-']").first)
     assert "loss" in backbone_run.inner_text()
     assert "Measured on it" in backbone_run.inner_text()
 
@@ -151,8 +157,7 @@ def test_a_mean_opens_its_seeds(page: object) -> None:
     assert [link.inner_text().split(":")[0] for link in links] == [
         f"seed {seed} (backbone 0)" if seed else "seed 0" for seed in range(5)
     ]
-    links[3].click()
-    assert page.locator("details.run:target").get_attribute("open") is not None
+    assert followed(page, links[3]).is_visible()
 
 
 def test_the_page_is_whole(page: object) -> None:
