@@ -17,25 +17,14 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather, gather_with_gradient
 from mixmask.engine.heads import mlp
-from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views
-
-
-class BatchLossRecipe(FrameworkRecipe):
-    """The projector has hidden layers with batch normalisation, and a last layer without bias.
-
-    Statistics are over the images of all processes; with ``accumulate``, over one part.
-    """
-
-    dim: int = Field(8192, ge=2, le=MAX_WIDTH)
-    projector_layers: int = Field(3, ge=1, le=10)
-    projector_width: int = Field(8192, ge=1, le=MAX_WIDTH)
+from mixmask.pretrain.batch_loss_recipe import BatchLossRecipe
+from mixmask.pretrain.network import Clean, Encoder, Framework, Views
 
 
 class BatchLossFramework(Framework):

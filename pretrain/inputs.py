@@ -15,8 +15,8 @@ from mixmask.engine.images import ImageSet
 from mixmask.engine.loader import BatchPlan, check_crop
 from mixmask.engine.precision import require_memory
 from mixmask.engine.wording import nearest_multiples
-from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.monitor import Monitored
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.recipe import PretrainRecipe
 
 KEYS = re.compile(rf"\bdata\.({'|'.join(DataRecipe.model_fields)})\b")  # in messages about the monitor's own data

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
-from mixmask.pretrain.framework import Encoder, FrameworkRecipe
+from mixmask.pretrain.framework import FrameworkRecipe
+from mixmask.pretrain.network import Encoder
 
 
 class MultiCropRecipe(FrameworkRecipe):

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from mixmask.engine.config import Recipe, added
 from mixmask.engine.schedule import cosine_factor
-from mixmask.pretrain.framework import Framework
+from mixmask.pretrain.network import Framework
 
 
 class OptimizerRecipe(Recipe):

@@ -21,11 +21,11 @@ from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Method
 from mixmask.engine.watching import WatchRecipe
 from mixmask.engine.workload import Workload
-from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks import AnyFramework
 from mixmask.pretrain.frameworks.moco import MoCoRecipe
 from mixmask.pretrain.mixtures import AnyMixture
 from mixmask.pretrain.mixtures.none import NoMix
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import AnyOptimizer
 from mixmask.pretrain.schedules import AnySchedule, CosineRecipe
 

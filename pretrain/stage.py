@@ -32,9 +32,9 @@ from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
 from mixmask.pretrain.compiling import compile_encoders, uncompiled
 from mixmask.pretrain.diagnostics import collapse_warning
-from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.inputs import check_inputs, check_network
 from mixmask.pretrain.monitor import Monitor, Monitored
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts

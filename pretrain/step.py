@@ -16,8 +16,8 @@ from mixmask.engine.job import Part
 from mixmask.engine.loader import Batch
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.pretrain.diagnostics import diagnose
-from mixmask.pretrain.framework import Clean, Framework
 from mixmask.pretrain.mixture import MixtureRecipe, Rows
+from mixmask.pretrain.network import Clean, Framework
 from mixmask.pretrain.recipe import PretrainRecipe
 
 

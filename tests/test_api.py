@@ -19,8 +19,8 @@ from torchvision.models import resnet18 as torchvision_resnet18
 import mixmask
 from mixmask.api import backbones, evaluation, stages, tables
 from mixmask.engine.builtin_configs import configs_folder
-from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.step import step_terms
 
 

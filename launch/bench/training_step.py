@@ -20,7 +20,7 @@ from mixmask.engine.precision import autocast
 from mixmask.engine.randomness import generator
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.setups import Setup
-from mixmask.pretrain.framework import Framework
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mixmask.engine.knn import knn_predict
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
-from mixmask.pretrain.frameworks.moco import MoCo
-from mixmask.pretrain.frameworks.simclr import SimCLR
+from mixmask.pretrain.frameworks.moco.network import MoCo
+from mixmask.pretrain.frameworks.simclr.network import SimCLR
 from tests.foreign.clones import clone, module_of
 from tests.pretrain.small_frameworks import BACKBONE, build
 

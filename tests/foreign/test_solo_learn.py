@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
-from mixmask.pretrain.frameworks.dino import DINO
-from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.frameworks.dino.network import DINO
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from tests.foreign.clones import clone, module_of
 from tests.pretrain.small_frameworks import BACKBONE, build, embeddings, rows
 

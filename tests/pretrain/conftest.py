@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from tests.pretrain.small_frameworks import build
 from tests.pretrain.small_runs import CONFIG
 

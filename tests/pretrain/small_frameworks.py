@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.pretrain.framework import Framework, FrameworkRecipe
+from mixmask.pretrain.framework import FrameworkRecipe
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
 from mixmask.pretrain.frameworks.byol import BYOLRecipe
 from mixmask.pretrain.frameworks.densecl import DenseCLRecipe
@@ -20,6 +20,7 @@ from mixmask.pretrain.frameworks.simclr import SimCLRRecipe
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
 from mixmask.pretrain.frameworks.swav import SwAVRecipe
 from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
+from mixmask.pretrain.network import Framework
 
 MOCO = MoCoRecipe(kind="mocov2", dim=8, queue_size=16, momentum=0.9, temperature=0.2, bn_splits=2)
 RECIPES: dict[str, FrameworkRecipe] = {

@@ -14,15 +14,19 @@ from mixmask.engine.heads import mlp
 from mixmask.engine.randomness import generator
 from mixmask.pretrain.batch_loss import BatchLossFramework
 from mixmask.pretrain.diagnostics import feature_std
-from mixmask.pretrain.framework import FrameworkRecipe, cosine_momentum
+from mixmask.pretrain.framework import FrameworkRecipe
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
-from mixmask.pretrain.frameworks.densecl import DenseCL, DenseCLRecipe
-from mixmask.pretrain.frameworks.dino import DINO, DINORecipe
-from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.frameworks.densecl import DenseCLRecipe
+from mixmask.pretrain.frameworks.densecl.network import DenseCL
+from mixmask.pretrain.frameworks.dino import DINORecipe
+from mixmask.pretrain.frameworks.dino.network import DINO
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.frameworks.mocov3 import MoCoV3Recipe
-from mixmask.pretrain.frameworks.swav import SwAVRecipe, sinkhorn
+from mixmask.pretrain.frameworks.swav import SwAVRecipe
+from mixmask.pretrain.frameworks.swav.network import sinkhorn
 from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
 from mixmask.pretrain.mixture import Mixture, mixture_loss
+from mixmask.pretrain.network import cosine_momentum
 from tests.pretrain.small_frameworks import RECIPES, build, rows
 
 

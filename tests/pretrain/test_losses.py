@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mixmask.pretrain.batch_loss import BatchLossFramework
 from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
-from mixmask.pretrain.frameworks.densecl import DenseCL
-from mixmask.pretrain.frameworks.moco import MoCo
-from mixmask.pretrain.frameworks.simclr import SimCLR
+from mixmask.pretrain.frameworks.densecl.network import DenseCL
+from mixmask.pretrain.frameworks.moco.network import MoCo
+from mixmask.pretrain.frameworks.simclr.network import SimCLR
 from tests.pretrain.small_frameworks import BACKBONE, RECIPES, build, dot, embeddings, rows, slow_info_nce
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mixmask.engine.randomness import generator
-from mixmask.pretrain.frameworks.moco import MoCo, MoCoRecipe
+from mixmask.pretrain.frameworks.moco import MoCoRecipe
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.mixture import draw_mixtures, mixture_loss
 from mixmask.pretrain.mixtures.mixmask_unmix import MixMaskUnMix
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d, fold_statistics, split_layers, spread_statistics

@@ -13,8 +13,10 @@ from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
 from torch import Tensor
 
 from mixmask.engine.randomness import generator
-from mixmask.pretrain.frameworks.dino import DINO, DINORecipe
-from mixmask.pretrain.frameworks.swav import SwAV, SwAVRecipe, sinkhorn
+from mixmask.pretrain.frameworks.dino import DINORecipe
+from mixmask.pretrain.frameworks.dino.network import DINO
+from mixmask.pretrain.frameworks.swav import SwAVRecipe
+from mixmask.pretrain.frameworks.swav.network import SwAV, sinkhorn
 from tests.pretrain.small_frameworks import BACKBONE, build, embeddings
 
 

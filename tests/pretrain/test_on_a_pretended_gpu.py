@@ -15,7 +15,7 @@ from mixmask.engine.images import ArrayImages
 from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.normalization import _constants
 from mixmask.engine.randomness import generator
-from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.step import batch_parts
 from tests.pretend_gpu import GPU, Blocked, Pretend, images, moved, pretend

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.pretrain.framework import Framework
 from mixmask.pretrain.frameworks.byol import BYOLRecipe
 from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import (
     AdamRecipe,
     AdamWRecipe,

@@ -15,7 +15,7 @@ from mixmask.engine.errors import CheckpointError, ConfigError, DataError, RunDi
 from mixmask.engine.randomness import generator, python_generator
 from mixmask.engine.records import Record
 from mixmask.pretrain import compiling, stage
-from mixmask.pretrain.frameworks.moco import MoCo
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.mixture import draw_mixtures
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.heads import mlp
-from mixmask.pretrain.framework import Clean, Encoder, Framework, FrameworkRecipe, Views, unit
+from mixmask.pretrain.framework import FrameworkRecipe
+from mixmask.pretrain.network import Clean, Encoder, Framework, Views, unit
 
 
 class AlignRecipe(FrameworkRecipe):

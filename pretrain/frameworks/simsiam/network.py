@@ -1,43 +1,17 @@
-"""SimSiam (arXiv:2011.10566)."""
+"""The network and the loss of SimSiam (arXiv:2011.10566)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.heads import mlp
-from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
-
-
-class SimSiamRecipe(FrameworkRecipe):
-    """Two views, a predictor and a stop-gradient, without negatives or a momentum encoder.
-
-    The projector's hidden layers have the trunk's width, and its last BatchNorm has no weight and bias. The predictor's
-    hidden layer is a bottleneck of ``dim`` / 4 (section 3 of the paper). ``fixed_predictor_lr`` keeps the predictor's
-    learning rate constant (table 1c of the paper).
-    """
-
-    kind: Literal["simsiam"] = "simsiam"
-    dim: int = Field(2048, ge=4, le=MAX_WIDTH)
-    projector_layers: int = Field(3, ge=1, le=10)
-    predictor_width: int | None = Field(
-        None, ge=1, le=MAX_WIDTH, description="the bottleneck; null takes a quarter of dim"
-    )
-    fixed_predictor_lr: bool = True
-
-    @override
-    def full_passes(self, hidden: bool) -> tuple[int, int]:
-        return 2, 2 * hidden
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> SimSiam:
-        return SimSiam(self, backbone)
+from mixmask.pretrain.frameworks.simsiam import SimSiamRecipe
+from mixmask.pretrain.network import Clean, Encoder, Framework, Views, unit
 
 
 class SimSiam(Framework):

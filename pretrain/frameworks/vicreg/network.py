@@ -1,35 +1,17 @@
-"""VICReg (arXiv:2105.04906)."""
+"""The network and the loss of VICReg (arXiv:2105.04906)."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.pretrain.batch_loss import BatchLossFramework, BatchLossRecipe, off_diagonal, weighted_mean
+from mixmask.pretrain.batch_loss import BatchLossFramework, off_diagonal, weighted_mean
+from mixmask.pretrain.frameworks.vicreg import VICRegRecipe
 
 EPSILON, LEAST_STD = 1e-4, 1.0  # ε and γ of equation 1
-
-
-class VICRegRecipe(BatchLossRecipe):
-    """Two views' embeddings are pulled together, their components kept spread and uncorrelated.
-
-    The three coefficients are λ, μ and ν of equation 6 in the paper; their values are those of its code.
-    """
-
-    kind: Literal["vicreg"] = "vicreg"
-    invariance: float = Field(25.0, ge=0)
-    variance: float = Field(25.0, ge=0)
-    covariance: float = Field(1.0, ge=0)
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> VICReg:
-        return VICReg(self, backbone)
 
 
 class VICReg(BatchLossFramework):

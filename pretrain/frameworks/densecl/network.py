@@ -1,35 +1,18 @@
-"""DenseCL (arXiv:2011.09157)."""
+"""The network and the loss of DenseCL (arXiv:2011.09157)."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, channels_of, map_and_features
-from mixmask.pretrain.framework import Clean, Encoder, Views, move_average, unit
-from mixmask.pretrain.frameworks.moco import MoCo, MomentumContrastRecipe, info_nce
-
-
-class DenseCLRecipe(MomentumContrastRecipe):
-    """MoCo v2, and the same contrast between places of the last maps, with a queue of its own.
-
-    ``dense_weight`` is λ of equation 3, called so because λ is an area here.
-    """
-
-    compiles: ClassVar[bool] = False
-
-    kind: Literal["densecl"] = "densecl"
-    dense_weight: float = Field(0.5, ge=0, le=1)
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> DenseCL:
-        return DenseCL(self, backbone)
+from mixmask.pretrain.frameworks.densecl import DenseCLRecipe
+from mixmask.pretrain.frameworks.moco.network import MoCo, info_nce
+from mixmask.pretrain.network import Clean, Encoder, Views, move_average, unit
 
 
 class DenseCL(MoCo):

@@ -1,33 +1,16 @@
-"""Barlow Twins (arXiv:2103.03230)."""
+"""The network and the loss of Barlow Twins (arXiv:2103.03230)."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.pretrain.batch_loss import BatchLossFramework, BatchLossRecipe, off_diagonal, weighted_mean
+from mixmask.pretrain.batch_loss import BatchLossFramework, off_diagonal, weighted_mean
+from mixmask.pretrain.frameworks.barlow_twins import BarlowTwinsRecipe
 
 EPSILON = 1e-5  # of the batch normalisation of the embeddings
-
-
-class BarlowTwinsRecipe(BatchLossRecipe):
-    """The cross-correlation of two views' embeddings is pulled to the identity.
-
-    ``off_diagonal`` is λ of equation 1, called so because λ is an area here.
-    """
-
-    kind: Literal["barlowtwins"] = "barlowtwins"
-    off_diagonal: float = Field(0.0051, ge=0)
-    scale: float = Field(1.0, gt=0, description="of the whole loss, as solo-learn's recipes have it")
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> BarlowTwins:
-        return BarlowTwins(self, backbone)
 
 
 class BarlowTwins(BatchLossFramework):

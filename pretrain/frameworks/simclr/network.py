@@ -1,35 +1,16 @@
-"""SimCLR (arXiv:2002.05709)."""
+"""The network and the loss of SimCLR (arXiv:2002.05709)."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.distributed import gather_with_gradient, world
 from mixmask.engine.heads import mlp
-from mixmask.pretrain.framework import MAX_WIDTH, Clean, Encoder, Framework, FrameworkRecipe, Views, unit
-
-
-class SimCLRRecipe(FrameworkRecipe):
-    """NT-Xent between two views, with negatives from the global batch (with ``accumulate``, from one part of it).
-
-    The projector has BatchNorm after every linear layer, the last one included.
-    """
-
-    kind: Literal["simclr"] = "simclr"
-    dim: int = Field(128, ge=1, le=MAX_WIDTH)
-    projector_layers: int = Field(2, ge=1, le=10)
-    projector_width: int | None = Field(None, ge=1, le=MAX_WIDTH, description="hidden width; null takes the trunk's")
-    temperature: float = Field(0.5, gt=0)
-
-    @override
-    def build(self, backbone: BackboneRecipe) -> SimCLR:
-        return SimCLR(self, backbone)
+from mixmask.pretrain.frameworks.simclr import SimCLRRecipe
+from mixmask.pretrain.network import Clean, Encoder, Framework, Views, unit
 
 
 class SimCLR(Framework):
