@@ -24,7 +24,8 @@ import torch
 from benchmarks.measure import interleaved, parser, report
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.knn import CHUNK, knn_votes, normalize_
-from mixmask.transfer.probes import Probe, Probes
+from mixmask.transfer.probe import Probe
+from mixmask.transfer.probes import Probes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)

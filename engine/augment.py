@@ -10,16 +10,18 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from mixmask.engine.config import added
 from mixmask.engine.crops import CropRecipe
+from mixmask.engine.late import torch
 from mixmask.engine.normalization import Normalization, as_float, normalize, statistics_of
 from mixmask.engine.precision import to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_SIGMA = 100.0  # pixels: a wider blur leaves nothing of an image
 
@@ -139,7 +141,7 @@ def _blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
     kernels = to_device(kernels.to(images.dtype), images.device)  # (N, taps)
     taps = kernels.T.reshape(2 * radius + 1, -1, 1, 1, 1)
-    padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
+    padded = torch.nn.functional.pad(images, (radius, radius, radius, radius), mode="reflect")
     # A Gaussian is separable: one vertical pass, then one horizontal pass.
     rows = padded[:, :, :height] * taps[0]
     for number in range(1, 2 * radius + 1):

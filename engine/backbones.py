@@ -9,22 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
-import torchvision
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
 
 from mixmask.engine.config import Recipe, added
 from mixmask.engine.errors import CheckpointError, ConfigError
-from mixmask.engine.heads import Head, HeadInfo
+from mixmask.engine.head_info import HeadInfo
+from mixmask.engine.late import torch, torchvision
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.records import Fingerprint, Label, Method, check_recipe_shape
 from mixmask.engine.storage import write_atomic
 from mixmask.engine.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Stem = Literal["standard", "cifar"]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -97,14 +97,14 @@ def _resnet_trunk(recipe: BackboneRecipe) -> nn.Module:
     build = getattr(torchvision.models, recipe.arch)
     trunk: Any = build(weights=None, zero_init_residual=recipe.zero_init_residual)
     trunk.num_features = trunk.fc.in_features
-    trunk.fc = nn.Identity()
+    trunk.fc = torch.nn.Identity()
     if recipe.stem == "cifar":
-        trunk.conv1 = nn.Conv2d(recipe.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
-        trunk.maxpool = nn.Identity()
+        trunk.conv1 = torch.nn.Conv2d(recipe.in_channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        torch.nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+        trunk.maxpool = torch.nn.Identity()
     elif recipe.in_channels != 3:
-        trunk.conv1 = nn.Conv2d(recipe.in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
+        trunk.conv1 = torch.nn.Conv2d(recipe.in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        torch.nn.init.kaiming_normal_(trunk.conv1.weight, mode="fan_out", nonlinearity="relu")
     built: nn.Module = trunk
     return built
 
@@ -158,12 +158,12 @@ def replace_batch_norm(module: nn.Module, build: Callable[[int], nn.BatchNorm2d]
         ConfigError: If the network fuses batch normalisation with an activation, which cannot be replaced.
     """
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) is torch.nn.BatchNorm2d:
             other = build(child.num_features)
             other.eps, other.momentum = child.eps, child.momentum
             other.load_state_dict(child.state_dict())
             setattr(module, name, other)
-        elif isinstance(child, nn.BatchNorm2d):
+        elif isinstance(child, torch.nn.BatchNorm2d):
             raise ConfigError(
                 f"this backbone's {type(child).__name__} cannot be split into groups: set framework.bn_splits=1"
             )
@@ -217,6 +217,8 @@ def backbone_bytes(state: Mapping[str, Tensor], info: BackboneInfo, head: Mappin
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in every.items()}
     # Left out for RGB, so that earlier versions read the file, too.
     text = info.model_dump_json(exclude={"in_channels"} if info.in_channels == 3 else None)
+    from safetensors.torch import save
+
     return save(tensors, metadata={"format": FORMAT, "info": text})
 
 
@@ -264,6 +266,8 @@ def load_backbone_and_head(path: Path) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def _check_head(head: dict[str, Tensor], info: HeadInfo | None, path: Path) -> None:
+    from mixmask.engine.heads import Head
+
     with torch.device("meta"):
         expected = {} if info is None else {name: t.shape for name, t in Head(info).state_dict().items()}
     if {name: tensor.shape for name, tensor in head.items()} != expected:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mixmask.engine import distributed
 from mixmask.engine.errors import CheckpointError, RunDirectoryError, RunFailure
 from mixmask.engine.job import Job
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, disk_problem, write_atomic
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from mixmask.engine.config import Recipe, added
+from mixmask.engine.late import torch
 from mixmask.engine.precision import to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CropRecipe(Recipe):
@@ -143,7 +144,9 @@ def crop_and_flip(images: Tensor, crops: Tensor, flips: Tensor, size: int, inter
     grid = torch.stack(
         [places[0][:, None, :].expand(num, size, size), places[1][:, :, None].expand(num, size, size)], dim=-1
     )
-    return F.grid_sample(images.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.nn.functional.grid_sample(
+        images.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def _cubic_weights(start: Tensor, length: Tensor, extent: int, size: int) -> Tensor:

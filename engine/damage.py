@@ -6,11 +6,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mixmask.engine.decoding import RGB, Decoding, decode, decode_bytes
 from mixmask.engine.errors import DataError, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 

@@ -8,16 +8,16 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as TF
 
 from mixmask.engine.errors import DataError, RunFailure
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files that are images by their names: those of torchvision's ImageFolder, and .gif.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -47,7 +47,7 @@ class Decoding:
 
 RGB = Decoding()
 AS_THEY_ARE = Decoding(channels=0)
-MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
+MODES = {1: "GRAY", 3: "RGB"}  # torchvision.io.ImageReadMode by the number of channels
 
 
 def read_whole(path: Path) -> Tensor:
@@ -94,8 +94,10 @@ def decode_bytes(content: Tensor, name: Path, how: Decoding = RGB) -> Tensor:
         # torchvision does not survive a damaged PNG; Pillow says what is wrong with it.
         image = _by_pillow(content, name, how.channels)
     else:
+        from torchvision.io import ImageReadMode, decode_image
+
         try:
-            image = decode_image(content, mode=MODES.get(how.channels, ImageReadMode.UNCHANGED))
+            image = decode_image(content, mode=ImageReadMode[MODES.get(how.channels, "UNCHANGED")])
         except RuntimeError as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
             reason = re.sub(r"^\S+(\(\))?, \S+:\d+, ", "", said)  # without torchvision's function and source file
@@ -103,7 +105,9 @@ def decode_bytes(content: Tensor, name: Path, how: Decoding = RGB) -> Tensor:
     if image.ndim == 4:  # an animation: keep the first frame
         image = image[0]
     if how.channels == 1 and len(image) == 3:  # WebP and GIF, of which torchvision reads no grey
-        image = TF.rgb_to_grayscale(image)
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        image = rgb_to_grayscale(image)
     if how.channels not in (0, len(image)):
         raise DataError(
             f"{name}: has {len(image)} channels, and the network takes {how.channels} (backbone.in_channels)"

@@ -7,9 +7,8 @@ import os
 import re
 from collections.abc import Iterator
 
-import torch
-
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.late import torch
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS is deterministic only with workspaces of a fixed size
 

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mixmask.engine.errors import ConfigError, Interrupted, RunFailure, UserError
+from mixmask.engine.late import torch
 from mixmask.engine.progress import quieten
+
+if TYPE_CHECKING:
+    pass
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def session() -> Iterator[World]:
             f"the first node's name {launch.address} means nothing on this machine ({error}); set MASTER_ADDR"
         ) from None
     cuda = torch.cuda.is_available()
-    dist.init_process_group(
+    torch.distributed.init_process_group(
         # gloo for CPU tensors and Python objects, NCCL for tensors on GPUs.
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         # torchrun already runs a store at this address; env:// uses it instead of starting another one.
@@ -149,12 +149,12 @@ def session() -> Iterator[World]:
     try:
         agreed(_take_device)
         yield _world
-        dist.destroy_process_group()  # not after an error: other ranks may never get here
+        torch.distributed.destroy_process_group()  # not after an error: other ranks may never get here
     except (RunFailure, Interrupted) as end:  # all ranks raise these at the same step
         stopped = isinstance(end, Interrupted)
         if _world.is_writer:
             print(f"{'interrupted' if stopped else 'failed'}: {end}", file=sys.stderr, flush=True)
-        dist.barrier()
+        torch.distributed.barrier()
         raise SystemExit(128 + end.signal if isinstance(end, Interrupted) else 1) from None
     finally:
         _world = World()
@@ -190,14 +190,14 @@ def agreed(call: Callable[[], T]) -> T:
     except OSError as error:
         problem = RunFailure.exit_code, f"{RunFailure.prefix}: {error}"
     problems: list[tuple[int, str] | None] = [None] * _world.size
-    dist.all_gather_object(problems, problem)
+    torch.distributed.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):
         if found is not None:
             code, message = found
             if _world.is_writer:
                 print(message if rank == 0 else f"process {rank}: {message}", file=sys.stderr, flush=True)
             # Exit only when the message is out: launchers kill the other ranks as soon as one has ended.
-            dist.barrier()
+            torch.distributed.barrier()
             raise SystemExit(code)
     return results[0]
 
@@ -210,7 +210,7 @@ def require_same(value: object, what: str) -> None:
     """
     if _world.size > 1:
         values: list[object] = [None] * _world.size
-        dist.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value)
         if any(other != values[0] for other in values):
             raise ConfigError(
                 f"{what}: not every process sees the same ({values}); the folder of runs must be one that all see"
@@ -227,7 +227,7 @@ def from_first(value: T) -> T:
     if _world.size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -236,88 +236,8 @@ def gather_to_rank0(value: T) -> list[T]:
     if _world.size == 1:
         return [value]
     values = [value] * _world.size if _world.is_writer else None
-    dist.gather_object(value, values, dst=0)
+    torch.distributed.gather_object(value, values, dst=0)
     return values or []
-
-
-# --- exchange --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def gather(rows: Tensor) -> Tensor:
-    """All-gather without gradient, in rank order: (n, …), with the same n on every rank, to (world size · n, …)."""
-    if _world.size == 1:
-        return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(_world.size)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def gather_with_gradient(rows: Tensor) -> Tensor:
-    """Like `gather`, with gradient: the gradients of a row from all ranks are summed on the rank that made it."""
-    if _world.size == 1:
-        return rows
-    gathered: Tensor = _GatherWithGradient.apply(rows)
-    return gathered
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """torch's own differentiable collectives are deprecated."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return gather(rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
-        dist.all_reduce(total)
-        return total[_world.share(len(total))]
-
-
-def sum_with_gradient(values: Tensor) -> Tensor:
-    """All-reduce with gradient: a rank's gradient is the sum of the gradients of all ranks' results."""
-    if _world.size == 1:
-        return values
-    total: Tensor = _SumWithGradient.apply(values)
-    return total
-
-
-class _SumWithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-@torch.no_grad()
-def gather_dealt(rows: Tensor) -> Tensor:
-    """Gather rows that were distributed round-robin (every n-th to a rank), and restore the order they had before."""
-    if _world.size == 1:
-        return rows
-    counts = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-    # all_gather needs the same shape on every rank, but the last round may not have reached all of them.
-    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    parts = gather(padded).chunk(_world.size)
-    together = rows.new_empty(sum(counts), *rows.shape[1:])
-    for rank, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        together[rank :: _world.size] = part[:count]
-    return together
-
-
-def mean(values: Tensor) -> Tensor:
-    """Mean of each value over all ranks (all-reduce); with several ranks, ``values`` is overwritten."""
-    if _world.size > 1:
-        dist.all_reduce(values)
-        values /= _world.size
-    return values
 
 
 def any_of(flag: bool) -> bool:
@@ -326,42 +246,10 @@ def any_of(flag: bool) -> bool:
         return flag
     # On the CPU, so that gloo reduces it without waiting for the GPU.
     flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
     return bool(flags)
-
-
-@torch.no_grad()
-def broadcast_buffers(model: nn.Module) -> None:
-    """Broadcast rank 0's buffers."""
-    if _world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def parallel(module: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a module in DistributedDataParallel, which averages gradients over ranks; with one process, a no-op.
-
-    Buffers are not broadcast: queues are computed alike on all ranks, and `average_statistics` sees to the running
-    statistics.
-
-    Args:
-        module: Its forward pass computes everything that the loss depends on.
-        device: Where it is.
-
-    DistributedDataParallel rebuilds its gradient buckets after its first step, so the first step after a resume sums
-    gradients in another order. With three or more ranks, a resumed run therefore equals an uninterrupted one only up to
-    rounding.
-    """
-    if _world.size == 1:
-        return module
-    # All buffers are ignored instead of `broadcast_buffers=False`, which torch renames.
-    mark = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    mark(module, [name for name, _ in module.named_buffers()])  # type: ignore[no-untyped-call]
-    return nn.parallel.DistributedDataParallel(
-        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
 
 
 def environment() -> dict[str, Any]:
     """World size and communication backend, for the record."""
-    return {"world_size": _world.size, "backend": dist.get_backend() if _world.size > 1 else None}
+    return {"world_size": _world.size, "backend": torch.distributed.get_backend() if _world.size > 1 else None}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from mixmask.engine.backbones import channels_of
-from mixmask.engine.distributed import gather_dealt
+from mixmask.engine.collectives import gather_dealt
+from mixmask.engine.gradients import without_gradients
+from mixmask.engine.late import torch
 from mixmask.engine.loader import ImageSource, Interpolation, num_batches
 from mixmask.engine.normalization import Normalization, normalize
 from mixmask.engine.precision import Precision, autocast
 from mixmask.engine.progress import track
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-@torch.no_grad()
+
+@without_gradients
 def outputs_of(
     title: str,
     network: Callable[[Tensor], Tensor],
@@ -38,7 +41,7 @@ def outputs_of(
         yield output, labels
 
 
-@torch.no_grad()
+@without_gradients
 def extract_features(
     title: str,
     trunk: nn.Module,

@@ -9,19 +9,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.io import encode_png
-from torchvision.transforms.v2 import functional as TF
 from typing_extensions import Self, override
 
 from mixmask.engine.damage import JPEG_END, JPEG_START, content_problem, file_problem
 from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode_bytes, header_size, read_whole
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REMEDY = "`mixmask check-data` finds all unreadable images; data.skip_unreadable=true leaves them out"
 
@@ -157,6 +157,8 @@ class Images(ABC):
 
     def encoded(self, index: int) -> Tensor:
         """Image ``index`` as PNG."""
+        from torchvision.io import encode_png
+
         png: Tensor = encode_png(self.read(index).contiguous())
         return png
 
@@ -340,7 +342,9 @@ class ArrayImages(Images):
                 f"{self.root}: has images of {self.pixels.shape[1]} channels, and the network takes {channels} "
                 f"(backbone.in_channels)"
             )
-        return replace(self, pixels=TF.rgb_to_grayscale(self.pixels))
+        from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+        return replace(self, pixels=rgb_to_grayscale(self.pixels))
 
     def states(self) -> Iterable[str]:
         """A digest of all pixels for every image."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from mixmask.engine.late import torch
 from mixmask.engine.precision import Precision
 from mixmask.engine.storage import RunDirectory
 from mixmask.engine.watching import Sink
 
-Part = Callable[[], dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import nn
+
+Part = Callable[[], "dict[str, torch.Tensor]"]
 
 
 @dataclass

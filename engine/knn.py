@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from mixmask.engine.distributed import gather, world
+from mixmask.engine.collectives import gather
+from mixmask.engine.distributed import world
 from mixmask.engine.features import extract_features
+from mixmask.engine.late import torch
 from mixmask.engine.loader import ImageSource, Interpolation
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import Precision
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 CHUNK = 512  # queries at a time
 BLOCK = 1 << 16  # bank features at a time: with CHUNK, 128 MiB of similarities
 
-Votes = dict[tuple[int, float], Tensor]  # from k and temperature to (M,) int64 predicted labels
+Votes = dict[tuple[int, float], "Tensor"]  # from k and temperature to (M,) int64 predicted labels
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Neigh
     size = world().size
     if size > 1:  # each process has found the best of its share; the best of all are among them
         short = k - similarity.shape[1]
-        similarity, labels = F.pad(similarity, (0, short), value=-torch.inf), F.pad(labels, (0, short))
+        similarity, labels = (
+            torch.nn.functional.pad(similarity, (0, short), value=-torch.inf),
+            torch.nn.functional.pad(labels, (0, short)),
+        )
         similarity, labels = (
             gather(part).reshape(size, len(queries), -1).transpose(0, 1).flatten(1) for part in (similarity, labels)
         )
@@ -123,7 +128,7 @@ def knn_predict(
 
     Neither needs to be normalised; the other arguments are those of `knn_votes`.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    bank, queries = torch.nn.functional.normalize(bank, dim=1), torch.nn.functional.normalize(queries, dim=1)
     votes = knn_votes(
         bank, bank_labels, queries, num_classes=num_classes, ks=[k], temperatures=[temperature], chunk=chunk
     )
@@ -132,7 +137,7 @@ def knn_predict(
 
 def normalize_(features: Tensor) -> Tensor:
     """L2-normalise the rows of (N, D) features in place: a second bank would not fit where one just fits."""
-    return F.normalize(features, dim=1, out=features)
+    return torch.nn.functional.normalize(features, dim=1, out=features)
 
 
 def top1(predicted: Tensor, labels: Tensor) -> float:

@@ -15,13 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
 
 from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crops
@@ -29,16 +24,19 @@ from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import REMEDY, ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.precision import available_cores, to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.stopping import outlive_stop_signals
 from mixmask.engine.wording import nearest_multiples
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
 
 Interpolation = Literal["bilinear", "bicubic"]
-INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def from_workers(batches: Iterable[T]) -> Iterator[T]:
         raise DataError(*said.splitlines(), REMEDY) from None
 
 
-class _Views(Dataset[tuple[list[Tensor], Tensor]]):
+class _Views:
     """Item ``(epoch, index)`` is a list of random views of one image, each (3, crop, crop) uint8, and its label."""
 
     def __init__(self, images: ImageSet, recipes: Sequence[CropRecipe], seed: int) -> None:
@@ -225,12 +223,12 @@ class _Views(Dataset[tuple[list[Tensor], Tensor]]):
             # Decoded images are channels-last in memory; keeping the crop so makes its resize a third faster.
             cut = image[None, :, top : top + height, left : left + width]
             cut = cut.contiguous(memory_format=torch.channels_last)
-            cut = TF.resize(cut, [recipe.crop, recipe.crop], INTERPOLATIONS[recipe.interpolation], antialias=True)[0]
+            cut = _resized(cut, [recipe.crop, recipe.crop], recipe.interpolation)[0]
             views.append(cut.flip(-1) if flip else cut)
         return views, self.images.labels[index]
 
 
-class _Central(Dataset[tuple[list[Tensor], Tensor]]):
+class _Central:
     """Item i is a list with one view of image i (short side resized, central crop, uint8), and its label."""
 
     def __init__(self, images: ImageSet, resize: int | None, crop: int, interpolation: Interpolation) -> None:
@@ -245,9 +243,19 @@ class _Central(Dataset[tuple[list[Tensor], Tensor]]):
 
 
 def _central(image: Tensor, resize: int | None, crop: int, interpolation: Interpolation) -> Tensor:
+    from torchvision.transforms.v2.functional import center_crop
+
     if resize is not None:
-        image = TF.resize(image, [resize], INTERPOLATIONS[interpolation], antialias=True)
-    return image if tuple(image.shape[-2:]) == (crop, crop) else TF.center_crop(image, [crop, crop])
+        image = _resized(image, [resize], interpolation)
+    return image if tuple(image.shape[-2:]) == (crop, crop) else center_crop(image, [crop, crop])
+
+
+def _resized(image: Tensor, size: list[int], interpolation: Interpolation) -> Tensor:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    resized: Tensor = resize(image, size, InterpolationMode(interpolation), antialias=True)
+    return resized
 
 
 def _collate(items: list[tuple[list[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor]:
@@ -276,11 +284,10 @@ class StreamSource(ImageSource):
     def __init__(self, images: ImageSet, num_workers: int, device: torch.device) -> None:
         self.images, self.num_workers, self.device = images, useful_workers(num_workers), device
 
-    def _load(
-        self, dataset: Dataset[tuple[list[Tensor], Tensor]], batches: Any
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        loader = DataLoader(
-            dataset,
+    def _load(self, dataset: _Views | _Central, batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
+        images: Any = dataset  # of no base class: DataLoader needs the methods alone
+        loader: Any = torch.utils.data.DataLoader(
+            images,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=_collate,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
+from mixmask.engine.late import torch
 from mixmask.engine.precision import to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NamedStatistics = Literal["imagenet", "cifar10", "cifar100", "tiny_imagenet"]
 

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mixmask.engine.damage import content_problem
 from mixmask.engine.data.folder import USUAL_SPLITS, is_image
@@ -26,8 +24,12 @@ from mixmask.engine.data.zip_file import in_class_folders
 from mixmask.engine.decoding import AS_THEY_ARE
 from mixmask.engine.errors import DataError, RunFailure, UserError, listed
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say, track
 from mixmask.engine.storage import require_output_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 512  # bytes: .tar files consist of such blocks
 CHUNK = 256

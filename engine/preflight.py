@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mixmask.engine.data import KINDS, kind_of, open_split
 from mixmask.engine.data.folder import NO_CLASSES, USUAL_SPLITS, images_in, is_unlabelled
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.progress import track
 
 CHUNK = 256

@@ -8,11 +8,13 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mixmask.engine.errors import DataError, RunFailure
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_OPEN = 128  # systems allow a process some 1,000 open files
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def derived_seed(seed: int, *what: int | str) -> int:

@@ -8,18 +8,20 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 from typing_extensions import Self, override
 
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import EncodedImages, state_of
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Usual names of the column of labels, in this order.
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "wnid")

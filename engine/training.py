@@ -7,34 +7,24 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor, nn
-
-from mixmask.engine import distributed
+from mixmask.engine import collectives, distributed
 from mixmask.engine.batch_statistics import average_statistics
 from mixmask.engine.checkpoint import Start, require_finite, resume, save
 from mixmask.engine.errors import Interrupted, RunFailure
 from mixmask.engine.job import Job, Part
+from mixmask.engine.late import torch
 from mixmask.engine.precision import autocast
 from mixmask.engine.progress import StepProgress, say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.stopping import StopNow, StopSignals, lost_on_one_of_several, stopped
 from mixmask.engine.watching import Sink
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 B = TypeVar("B")
-
-
-class _Losses(nn.Module):
-    """One part of the loss as a forward pass: DistributedDataParallel averages gradients of what `forward` computes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, part: Part) -> dict[str, Tensor]:
-        return part()
 
 
 def train(
@@ -57,9 +47,11 @@ def train(
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
         Interrupted: After SIGTERM, SIGUSR2 or Ctrl-C, when the step has been finished and a checkpoint written.
     """
+    from mixmask.engine.parts import Parts
+
     start = distributed.agreed(lambda: resume(job))
     first = start.step
-    compute = distributed.parallel(_Losses(job.model), job.device)
+    compute = collectives.parallel(Parts(job.model), job.device)
     sinks = distributed.agreed(lambda: job.open_sinks(first) if distributed.world().is_writer else ())
     started = time.monotonic()
     evaluated: dict[str, float] = {}
@@ -118,7 +110,7 @@ def train(
                 job.before_step()
             if job.clip_norm is not None:
                 job.scaler.unscale_(job.optimizer)  # clip the true gradients, not those scaled for fp16
-                nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
+                torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.clip_norm)
             job.scaler.step(job.optimizer)
             job.scaler.update()
             average_statistics(job.model)
@@ -168,7 +160,9 @@ def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> dict[str, 
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         # Gradients add up locally; only the last part's backward averages them over ranks, one all-reduce per step.
-        local = compute.no_sync() if isinstance(compute, nn.parallel.DistributedDataParallel) and not last else None
+        local = (
+            compute.no_sync() if isinstance(compute, torch.nn.parallel.DistributedDataParallel) and not last else None
+        )
         with local or contextlib.nullcontext():
             with autocast(job.device, job.precision):
                 terms = compute(part)
@@ -192,7 +186,7 @@ class _Window:
         self.pending: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
 
     def add(self, step: int, terms: Mapping[str, Tensor]) -> None:
-        values = distributed.mean(torch.stack([*terms.values()]))
+        values = collectives.mean(torch.stack([*terms.values()]))
         event = None
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.distributed import gather, gather_with_gradient
+from mixmask.engine.collectives import gather
+from mixmask.engine.differentiable import gather_with_gradient
 from mixmask.engine.heads import mlp
 from mixmask.pretrain.batch_loss_recipe import BatchLossRecipe
 from mixmask.pretrain.network import Clean, Encoder, Framework, Views

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mixmask.engine import distributed
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.loader import BatchPlan, check_crop
 from mixmask.engine.precision import require_memory
 from mixmask.engine.wording import nearest_multiples
 from mixmask.pretrain.monitor import Monitored
-from mixmask.pretrain.network import Framework
 from mixmask.pretrain.recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from mixmask.pretrain.network import Framework
 
 KEYS = re.compile(rf"\bdata\.({'|'.join(DataRecipe.model_fields)})\b")  # in messages about the monitor's own data
 
@@ -120,9 +121,9 @@ def check_network(recipe: PretrainRecipe, device: torch.device) -> None:
     recipe.exported(model)
     _check_memory(recipe, model, device)
     if recipe.sync_bn:
-        plain = (nn.BatchNorm1d, nn.BatchNorm2d)
+        plain = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and type(module) not in plain:
                 raise ConfigError(
                     f"sync_bn: {recipe.backbone.arch} fuses {type(module).__name__} with its activation, which "
                     f"SyncBatchNorm would drop; leave sync_bn out"

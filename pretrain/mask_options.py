@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.late import torch
 from mixmask.pretrain.masks import PATTERNS, to_pixels
 from mixmask.pretrain.mixture import Groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _checked_ratio(ratio: float | tuple[float, float]) -> float | tuple[float, float]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The defaults of BEiT's MaskingGenerator: cells and aspect ratio of a rectangle, attempts per rectangle.
 MIN_BLOCK_CELLS = 4

@@ -11,20 +11,22 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.collectives import gather
 from mixmask.engine.config import Recipe, added
-from mixmask.engine.distributed import gather
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.late import torch
 from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 
-Views = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Views = tuple["Tensor", "Tensor"]
 
 
 @dataclass(frozen=True)

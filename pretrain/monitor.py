@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
-from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import knn_of_sources, top1
+from mixmask.engine.late import torch
 from mixmask.engine.loader import ImageSource, open_source
 from mixmask.pretrain.recipe import PretrainRecipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mixmask.engine.heads import Head
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Monitor:
     ) -> None:
         assert recipe.monitor is not None
         self.recipe, self.settings = recipe, recipe.monitor
-        self.network = nn.Sequential(trunk, head) if recipe.monitor.features == "head" else trunk
+        self.network = torch.nn.Sequential(trunk, head) if recipe.monitor.features == "head" else trunk
         self.data = monitored.data
         # One process that uses all training images needs no second copy of them for the bank.
         whole = recipe.monitor.max_bank is None and world().size == 1 and monitored.bank is training.images

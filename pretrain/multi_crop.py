@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.late import torch
 from mixmask.pretrain.framework import FrameworkRecipe
-from mixmask.pretrain.network import Encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.pretrain.network import Encoder
 
 
 class MultiCropRecipe(FrameworkRecipe):

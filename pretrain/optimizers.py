@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import nn
 from typing_extensions import override
 
 from mixmask.engine.config import Recipe, added
+from mixmask.engine.late import torch
 from mixmask.engine.schedule import cosine_factor
-from mixmask.pretrain.network import Framework
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mixmask.pretrain.network import Framework
 
 
 class OptimizerRecipe(Recipe):
@@ -135,7 +138,8 @@ def parameter_groups(recipe: OptimizerRecipe, framework: Framework, batch_size: 
         id(parameter)
         for module in framework.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if name == "bias" or isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm)
+        if name == "bias"
+        or isinstance(module, torch.nn.modules.batchnorm._NormBase | torch.nn.LayerNorm | torch.nn.GroupNorm)
     }
     apart = recipe.vector_lr is not None or not recipe.decay_norm_and_bias
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

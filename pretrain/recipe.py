@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.backbones import TIMM, BackboneRecipe
-from mixmask.engine.config import Recipe, added, operational
+from mixmask.engine.config import Recipe, added, fingerprint_of, fingerprinted, operational
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
 from mixmask.engine.flops import forward_flops, num_parameters
-from mixmask.engine.heads import Head
 from mixmask.engine.normalization import statistics_of
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Method
+from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.engine.watching import WatchRecipe
 from mixmask.engine.workload import Workload
 from mixmask.pretrain.frameworks import AnyFramework
 from mixmask.pretrain.frameworks.moco import MoCoRecipe
 from mixmask.pretrain.mixtures import AnyMixture
 from mixmask.pretrain.mixtures.none import NoMix
-from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import AnyOptimizer
 from mixmask.pretrain.schedules import AnySchedule, CosineRecipe
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mixmask.engine.heads import Head
+    from mixmask.pretrain.network import Framework
+
 # Largest crop in pixels that counts as small: a ResNet with the standard stem divides its sides by 32.
 SMALL = 48
+BACKBONE_FILE = "backbone.safetensors"  # in the run directory
 
 
 class MonitorRecipe(Recipe):
@@ -233,3 +239,9 @@ class PretrainRecipe(Recipe):
     def warmup_steps(self, steps_per_epoch: int) -> int:
         """Length of the warm-up in steps; ``warmup_epochs`` is rounded down to whole steps."""
         return self.schedule.warmup(math.floor(self.warmup_epochs * steps_per_epoch))
+
+
+def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
+    """The fingerprint and the run directory of a recipe; reads no data."""
+    fingerprint = fingerprint_of({"stage": "pretrain", **fingerprinted(recipe)})
+    return fingerprint, locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)

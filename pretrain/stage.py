@@ -27,7 +27,7 @@ from mixmask.engine.randomness import derived_seed
 from mixmask.engine.readable import readable
 from mixmask.engine.records import Record, environment
 from mixmask.engine.run import RecordedWork, carry_out
-from mixmask.engine.storage import RunDirectory, locate_run
+from mixmask.engine.storage import RunDirectory
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
 from mixmask.pretrain.compiling import compile_encoders, uncompiled
@@ -36,10 +36,8 @@ from mixmask.pretrain.inputs import check_inputs, check_network
 from mixmask.pretrain.monitor import Monitor, Monitored
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
-from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe, locate
 from mixmask.pretrain.step import batch_parts
-
-BACKBONE_FILE = "backbone.safetensors"
 
 
 @dataclass(frozen=True)
@@ -179,12 +177,6 @@ def plan(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> Pr
     check_watch(recipe.watch)
     check_network(recipe, device)
     return PretrainPlan(recipe, fingerprint, run, device, *check_inputs(recipe, distributed.world().size))
-
-
-def locate(recipe: PretrainRecipe, runs: Path, explicit: Path | None = None) -> tuple[str, RunDirectory]:
-    """The fingerprint and the run directory of a recipe; reads no data."""
-    fingerprint = fingerprint_of({"stage": "pretrain", **fingerprinted(recipe)})
-    return fingerprint, locate_run(runs, "pretrain", recipe.name, fingerprint, explicit)
 
 
 def run(plan: PretrainPlan) -> Path:

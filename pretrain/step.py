@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mixmask.engine.augment import Photometric
-from mixmask.engine.distributed import gather, gather_with_gradient, world
+from mixmask.engine.collectives import gather
+from mixmask.engine.differentiable import gather_with_gradient
+from mixmask.engine.distributed import world
 from mixmask.engine.job import Part
 from mixmask.engine.loader import Batch
 from mixmask.engine.randomness import generator, python_generator

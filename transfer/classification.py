@@ -5,26 +5,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 from typing_extensions import override
 
-from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.backbones import BackboneRecipe, build_trunk
+from mixmask.engine.collectives import gather_dealt
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, OpenImages, require_same_classes
-from mixmask.engine.distributed import gather_dealt, on_rank0
+from mixmask.engine.distributed import on_rank0
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.features import outputs_of
 from mixmask.engine.flops import forward_flops, num_parameters
+from mixmask.engine.gradients import without_gradients
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Job, Part
 from mixmask.engine.knn import top1
+from mixmask.engine.late import torch
 from mixmask.engine.loader import Batch, BatchPlan, Interpolation, check_crop, open_source
 from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import CLASSES, ClassPredictions
@@ -33,6 +33,11 @@ from mixmask.engine.training import train
 from mixmask.engine.workload import Workload
 from mixmask.transfer.divergence import DivergenceWatch, say_if_at_chance
 from mixmask.transfer.protocol import Setting, TransferRecipe, beyond_end, require_shares
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mixmask.transfer.classifier import Classifier
 
 Epoch = Annotated[int, Field(ge=1, le=10**6)]
 Images = Setting[ImageSet]
@@ -191,24 +196,10 @@ def save_answers(recipe: ClassifyRecipe, setting: Images, predicted: Tensor, lab
         on_rank0(lambda: answers.write(setting.run.path / CLASSES))
 
 
-class Classifier(nn.Module):
-    """A trunk and a linear classifier, both of which are trained."""
-
-    def __init__(self, trunk: nn.Module, num_classes: int) -> None:
-        super().__init__()
-        self.trunk = trunk.requires_grad_(True)
-        self.head = nn.Linear(width_of(trunk), num_classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, classes) logits of (N, 3, H, W) normalised images."""
-        logits: Tensor = self.head(self.trunk(images))
-        return logits
-
-
 def new_classifier(recipe: TrainedRecipe, setting: Images, trunk: Callable[[], nn.Module]) -> Classifier:
     """The trunk with a new classifier; its initial weights depend on the seed only."""
+    from mixmask.transfer.classifier import Classifier
+
     torch.manual_seed(derived_seed(recipe.seed, "head"))
     built = trunk()  # after the seed: building the trunk draws random weights, too, before the classifier's
     return Classifier(built, len(setting.train.classes)).to(setting.device)
@@ -224,7 +215,7 @@ def finetune(
     """Train on augmented images, and test after the last epoch."""
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images).float(), labels)
+        return torch.nn.functional.cross_entropy(model(images).float(), labels)
 
     result = train_on_views(recipe, setting, setting.train, model, optimizer, schedule, loss)
     tested = seen_as_in_tests(f"{recipe.name}: test images", model.eval(), setting.test, recipe, setting)
@@ -353,7 +344,7 @@ def seen_as_in_tests(
     )
 
 
-@torch.no_grad()
+@without_gradients
 def rank_classes(
     logits: Iterable[tuple[Tensor, Tensor]], num_classes: int, device: torch.device, everyone: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
-from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
+from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.distributed import on_rank0
 from mixmask.engine.errors import CheckpointError
+from mixmask.engine.late import torch
 from mixmask.engine.loader import Interpolation
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.storage import write_atomic
 from mixmask.transfer.classification import ClassifyRecipe, Images
-from mixmask.transfer.probes import FeatureNorm
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mixmask.transfer.classifier import SavedClassifier
+    from mixmask.transfer.probes import FeatureNorm
 
 FILE = "classifier.safetensors"
 FORMAT = "mixmask-classifier-1"
@@ -54,26 +57,12 @@ class ClassifierInfo(BaseModel):
     normalization: Normalization
 
 
-class SavedClassifier(nn.Module):
-    """(N, 3, H, W) normalised images to (N, classes) logits."""
-
-    def __init__(self, info: ClassifierInfo) -> None:
-        super().__init__()
-        self.trunk = build_trunk(info.backbone)
-        self.norm = FeatureNorm(width_of(self.trunk)) if info.batch_norm else None
-        self.head = nn.Linear(width_of(self.trunk), len(info.classes))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
-        features = self.trunk(images)
-        logits: Tensor = self.head(self.norm(features) if self.norm is not None else features)
-        return logits
-
-
 def save_classifier(
     recipe: ClassifyRecipe, setting: Images, trunk: nn.Module, head: nn.Module, norm: FeatureNorm | None = None
 ) -> None:
     """Write ``classifier.safetensors`` into the run directory; only the first process does."""
+    from safetensors.torch import save
+
     view = recipe.evaluation
     info = ClassifierInfo(
         fingerprint=setting.fingerprint,
@@ -127,6 +116,10 @@ def load_classifier(path: Path, device: torch.device) -> tuple[SavedClassifier, 
     Raises:
         CheckpointError: As `read_info`; also if its tensors do not fit.
     """
+    from safetensors.torch import load_file
+
+    from mixmask.transfer.classifier import SavedClassifier
+
     info = read_info(path)
     model = SavedClassifier(info)
     try:

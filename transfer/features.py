@@ -8,19 +8,18 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
 
+from mixmask.engine.collectives import gather_dealt
 from mixmask.engine.config import Recipe, added, operational
 from mixmask.engine.datasets import DataRecipe
-from mixmask.engine.distributed import agreed, any_of, from_first, gather_dealt, on_rank0, world
+from mixmask.engine.distributed import agreed, any_of, from_first, on_rank0, world
 from mixmask.engine.errors import ConfigError, NotWritable, RunDirectoryError
 from mixmask.engine.features import extract_features
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.loader import open_source
 from mixmask.engine.ownership import Owner
 from mixmask.engine.precision import Precision
@@ -28,8 +27,11 @@ from mixmask.engine.progress import say
 from mixmask.engine.storage import RunDirectory, write_atomic
 from mixmask.transfer.classification import ClassifyRecipe, EvaluationRecipe, Images
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 FILE = "features.safetensors"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # names in torch
 PIECE = 1 << 14  # features of each process that are gathered at a time
 POLL_SECONDS = 5.0  # between two looks at features that another job is extracting
 
@@ -99,7 +101,7 @@ def frozen_features(
     Returns:
         (N, D) float32 features and the labels, on the device.
     """
-    dtype = DTYPES[recipe.feature_dtype]
+    dtype = getattr(torch, DTYPES[recipe.feature_dtype])
 
     def extracted(gather: bool) -> tuple[Tensor, Tensor]:
         view = recipe.evaluation
@@ -156,6 +158,8 @@ def _identity(recipe: HasFeatures, setting: Images, images: ImageSet, what: str)
 
 def _cached(title: str, folder: Path, num: int, extract: Callable[[], Tensor]) -> Tensor:
     """The features in ``folder``, or new ones that are written there; one job at a time extracts, the others wait."""
+    from safetensors.torch import save
+
     file, owner, waits, wrote = folder / FILE, Owner(RunDirectory(folder).owner_file), False, False
 
     def claimed() -> str:
@@ -217,6 +221,8 @@ def _gathered(share: Tensor, num: int) -> Tensor:
 
 def _read(file: Path, num: int) -> Tensor | None:
     """The features in a file; None if there is none, or it is damaged and must be written again."""
+    from safetensors.torch import load_file
+
     if not file.is_file():
         return None
     try:

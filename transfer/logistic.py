@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 HISTORY = 10  # pairs of steps that approximate the Hessian, as SciPy's L-BFGS-B keeps by default
 TOLERANCE = 1e-6  # largest entry of the gradient at the minimum; scikit-learn's 1e-4 is met at once by a warm start
@@ -49,9 +52,11 @@ def fit_logistic(
         optimizer.zero_grad()
         logits = head(features)
         if labels.ndim == 1:
-            loss = F.cross_entropy(logits, labels)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
         else:
-            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), weights, reduction="none")
+            each = torch.nn.functional.binary_cross_entropy_with_logits(
+                logits, labels.to(logits.dtype), weights, reduction="none"
+            )
             loss = each.sum() / len(features)
         loss = loss + weight_decay / 2 * head.weight.square().sum()
         torch.autograd.backward(loss)

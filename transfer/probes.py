@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmask.engine.backbones import width_of
-from mixmask.engine.distributed import mean, world
+from mixmask.engine.collectives import mean
+from mixmask.engine.distributed import world
 from mixmask.engine.precision import Precision, autocast
+from mixmask.transfer.probe import Probe
 
 LARGEST = 1e30  # a logit beyond it, or one that is not a number, shows that a probe has diverged
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One combination of hyperparameters."""
-
-    lr: float
-    weight_decay: float
-    batch_norm: bool
-
-    def __str__(self) -> str:
-        return f"lr={self.lr:g},weight_decay={self.weight_decay:g},batch_norm={str(self.batch_norm).lower()}"
 
 
 class FeatureNorm(nn.Module):

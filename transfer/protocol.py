@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import torch
 from pydantic import Field
 
 from mixmask.engine.backbones import BackboneRecipe
@@ -21,6 +20,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.expected import Expectations
 from mixmask.engine.flops import forward_flops
+from mixmask.engine.late import torch
 from mixmask.engine.normalization import Normalization
 from mixmask.engine.precision import DeviceName, Precision
 from mixmask.engine.records import Label, Method

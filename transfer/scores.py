@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Score = Literal["top1", "mean_per_class", "mAP"]
 TITLES: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "mAP": "mAP"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.randomness import draw_per_class, generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @overload

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine import distributed
@@ -18,6 +17,7 @@ from mixmask.engine.data import open_split
 from mixmask.engine.datasets import DataRecipe, Part, other_classes
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.images import Images, ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.normalization import Normalization, statistics_of
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
-
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.randomness import generator
 from mixmask.engine.texts import read_text
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.joined import JoinedImages
+from mixmask.engine.late import torch
 from mixmask.engine.randomness import draw_per_class
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.benchmark_sets import BenchmarkSet
@@ -13,6 +12,7 @@ from mixmask.engine.data.folder import class_folders, image_folder
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
+from mixmask.engine.late import torch
 from mixmask.engine.randomness import draw_per_class
 
 BACKGROUND = "BACKGROUND_Google"  # pictures of anything; torchvision leaves it out, too

@@ -1,4 +1,7 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them: python archives, checked against the published checksums."""
+"""CIFAR-10 and CIFAR-100 as their authors publish them: python archives, checked against the published checksums.
+
+The checksums are those in torchvision, which tests compare.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision import datasets as published
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ArrayImages
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,38 @@ class Kind:
     labels: str
 
 
-def _kind(source: Any, labels: str) -> Kind:
-    meta = source.meta
-    return Kind(
-        folder=source.base_folder,
-        tarball=source.filename,
-        checksum=source.tgz_md5,
-        train=dict(source.train_list),
-        test=dict(source.test_list),
-        meta=(meta["filename"], meta["key"], meta["md5"]),
-        labels=labels,
-    )
-
-
-KINDS = (_kind(published.CIFAR10, "labels"), _kind(published.CIFAR100, "fine_labels"))
+KINDS = (
+    Kind(
+        folder="cifar-10-batches-py",
+        tarball="cifar-10-python.tar.gz",
+        checksum="c58f30108f718f92721af3b95e74349a",
+        train={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        },
+        test={
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        meta=("batches.meta", "label_names", "5ff9c542aee3614f3951f8cda6e48888"),
+        labels="labels",
+    ),
+    Kind(
+        folder="cifar-100-python",
+        tarball="cifar-100-python.tar.gz",
+        checksum="eb9058c3a382ffc7106e4002c42a8d85",
+        train={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+        },
+        test={
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        },
+        meta=("meta", "fine_label_names", "7973b15100ade9c7d40fb424638fde48"),
+        labels="fine_labels",
+    ),
+)
 
 
 @dataclass(frozen=True)

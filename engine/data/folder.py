@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.decoding import ARRAYS, EXTENSIONS
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
+from mixmask.engine.late import torch
 
 USUAL_SPLITS = ("train", "val", "test")
 NO_CLASSES = (

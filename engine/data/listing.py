@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.data.folder import holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError, listed
 from mixmask.engine.images import FileImages
+from mixmask.engine.late import torch
 from mixmask.engine.texts import read_text
 
 ENDINGS = (".txt", ".lst", ".list", ".txt.gz")

@@ -10,21 +10,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
+from mixmask.engine.late import torch
 from mixmask.engine.members import MemberImages
 from mixmask.engine.random_access import forget, read_at
 from mixmask.engine.storage import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "index.safetensors"
 FORMAT = "mixmask-shards-1"
@@ -242,6 +243,8 @@ def write_index(
     if validation is not None:
         tensors["validation"] = validation.to(torch.uint8)
     # One key: safetensors writes several in any order, and the same images should give the same bytes.
+    from safetensors.torch import save
+
     content = save(tensors, metadata={FORMAT: info.model_dump_json()})
     write_atomic(folder / INDEX, lambda file: file.write(content))
     return folder / INDEX

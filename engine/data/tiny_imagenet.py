@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, class_folders, image_folder
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
+from mixmask.engine.late import torch
 from mixmask.engine.texts import read_text
 
 ANNOTATIONS = "val_annotations.txt"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.benchmark_sets import BenchmarkSet
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
+from mixmask.engine.late import torch
 
 VALUES = {"1": 1, "-1": 0, "0": -1}  # present, absent, and only as a difficult object: it does not count
 

@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders, is_array, is_image, without_side_arrays
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
+from mixmask.engine.late import torch
 from mixmask.engine.members import MemberImages
 from mixmask.engine.random_access import forget, read_at
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_IMAGE = 1 << 28  # bytes of one image when unpacked: no encoded photograph is larger
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")

@@ -137,7 +137,7 @@ def push(
     """
     from mixmask.engine.backbones import load_backbone
     from mixmask.evaluate.card import write_card
-    from mixmask.pretrain.stage import BACKBONE_FILE
+    from mixmask.pretrain.recipe import BACKBONE_FILE
     from mixmask.transfer.zoo import hub
 
     card = write_card(run, runs, license)

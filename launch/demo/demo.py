@@ -23,7 +23,7 @@ from mixmask.evaluate.results import results_of
 from mixmask.evaluate.table import build
 from mixmask.launch.demo import demo_data
 from mixmask.pretrain import stage as pretrain_stage
-from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.checkpoints.export import SUFFIXES, TARGETS, export
 from mixmask.transfer.checkpoints.source import read_source
@@ -113,7 +113,7 @@ def _write_data(config: Path, root: Path) -> None:
 def _pretrain(config: Path, overrides: Sequence[str], runs: Path, dry_run: bool) -> Path:
     _command(f"mixmask pretrain {config} {' '.join(overrides)} --runs {runs}")
     if dry_run:
-        return runs / "pretrain" / "…" / pretrain_stage.BACKBONE_FILE
+        return runs / "pretrain" / "…" / BACKBONE_FILE
     plan = pretrain_stage.plan(load_recipe(PretrainRecipe, config, overrides), runs)
     say(plan.describe())
     return pretrain_stage.run(plan)

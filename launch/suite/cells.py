@@ -23,9 +23,9 @@ from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
 from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
-from mixmask.pretrain import stage as pretrain_stage
+from mixmask.pretrain import recipe as pretrain_recipe
 from mixmask.pretrain.inputs import check_inputs
-from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.checkpoints.export import SUFFIXES, Target, require_known_network
 from mixmask.transfer.checkpoints.source import Source, read_source
@@ -79,7 +79,7 @@ class Cell:
         if self.target is not None:
             return (self.run / f"backbone{SUFFIXES[self.target][0]}",)
         record = RunDirectory(self.run).record_file
-        return (record, self.run / pretrain_stage.BACKBONE_FILE) if self.stage == "pretrain" else (record,)
+        return (record, self.run / BACKBONE_FILE) if self.stage == "pretrain" else (record,)
 
     @property
     def is_finished(self) -> bool:
@@ -172,7 +172,7 @@ class _Expansion:
             for name, overrides, seed in self._variants(entry, self.suite.set.pretrain, self.suite.force.pretrain):
                 cell = self._pretrain(entry, name, overrides, seed)
                 yield cell
-                file = cell.run / pretrain_stage.BACKBONE_FILE
+                file = cell.run / BACKBONE_FILE
                 assert isinstance(cell.recipe, PretrainRecipe)
                 backbones.append(_Backbone(cell.name, cell.recipe.backbone, file, cell.fingerprint, cell, {}))
         backbones += [self._checkpoint(entry) for entry in grid.checkpoints]
@@ -244,7 +244,7 @@ class _Expansion:
             _override("name", (entry.name or recipe.name) + suffix),
         ]
         recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
-        fingerprint, run = pretrain_stage.locate(recipe, self.runs)
+        fingerprint, run = pretrain_recipe.locate(recipe, self.runs)
         resources = self._resources("pretrain", entry.resources)
         return Cell(
             "pretrain",

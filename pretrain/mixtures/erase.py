@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.late import torch
 from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 from mixmask.pretrain.mask_options import MaskOptions
 from mixmask.pretrain.mixture import Column, Draw, Mixture, Rows, Views, as_stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Erase(MaskOptions):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Literal
 
-import torch
 from pydantic import Field
 from typing_extensions import override
 
+from mixmask.engine.late import torch
 from mixmask.engine.records import Method
 from mixmask.pretrain.mixture import Draw, Groups, reverse_permutation
 

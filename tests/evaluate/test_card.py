@@ -8,7 +8,8 @@ import yaml
 
 from mixmask.engine.backbones import load_backbone, save_backbone
 from mixmask.engine.errors import UserError
-from mixmask.engine.heads import Head, HeadInfo
+from mixmask.engine.head_info import HeadInfo
+from mixmask.engine.heads import Head
 from mixmask.engine.records import Record
 from mixmask.engine.wording import printable
 from mixmask.evaluate.card import write_card

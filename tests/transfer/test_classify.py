@@ -21,7 +21,8 @@ from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record
 from mixmask.transfer import classification, stage
-from mixmask.transfer.probes import Probe, Probes
+from mixmask.transfer.probe import Probe
+from mixmask.transfer.probes import Probes
 from mixmask.transfer.protocols.linear import require_unchanged
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.subsets import balanced_subset, listed_subset

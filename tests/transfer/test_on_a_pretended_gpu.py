@@ -19,15 +19,17 @@ from mixmask.engine.knn import knn_votes
 from mixmask.engine.loader import BatchPlan, ResidentSource, StreamSource
 from mixmask.engine.normalization import _constants
 from mixmask.pretrain.diagnostics import diagnose
-from mixmask.transfer.classification import Classifier
+from mixmask.transfer.classifier import Classifier
 from mixmask.transfer.detection.data.batches import DetectionBatch
-from mixmask.transfer.detection.detector import Detector, Targets
+from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.detectors.c4.network import C4Detector
 from mixmask.transfer.detection.detectors.retinanet.network import RetinaNet
 from mixmask.transfer.detection.engines.torchvision import to_device
 from mixmask.transfer.detection.layers.pyramid_rcnn import PyramidRCNN
+from mixmask.transfer.detection.network import Detector
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.probes import Probe, Probes
+from mixmask.transfer.probe import Probe
+from mixmask.transfer.probes import Probes
 from mixmask.transfer.protocols.segmentation import SegmentRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.segmentation.network import FCN

@@ -17,7 +17,8 @@ from mixmask.engine.errors import ConfigError, DataError, Interrupted, RunFailur
 from mixmask.engine.images import Images
 from mixmask.engine.randomness import generator
 from mixmask.transfer import stage
-from mixmask.transfer.probes import FeatureNorm, Probe, Probes
+from mixmask.transfer.probe import Probe
+from mixmask.transfer.probes import FeatureNorm, Probes
 from mixmask.transfer.protocols.linear import LinearRecipe
 from mixmask.transfer.recipe import load_transfer_recipe
 from mixmask.transfer.selection import split_for_choice

@@ -7,19 +7,17 @@ import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
-import torchvision
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mixmask.engine.backbones import TIMM, BackboneRecipe, build_trunk, load_backbone, save_backbone
 from mixmask.engine.errors import CheckpointError
+from mixmask.engine.late import torch, torchvision
 from mixmask.engine.storage import require_output_file, write_atomic
 from mixmask.transfer.checkpoints.names import COUNTER, from_detectron2, to_detectron2
-from mixmask.transfer.checkpoints.safe_read import read_tensors
 from mixmask.transfer.checkpoints.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Target = Literal["detectron2", "torchvision", "timm", "mixmask"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -123,6 +121,8 @@ def _write_detectron2(source: Source, out: Path) -> str:
 
 def _write_plain(source: Source, out: Path) -> str:
     if out.suffix == ".safetensors":
+        from safetensors.torch import save
+
         payload = save(source.state, metadata={"format": "pt"})
         write_atomic(out, lambda file: file.write(payload))
     else:
@@ -148,7 +148,9 @@ WRITERS: dict[Target, Callable[[Source, Path], str]] = {
 def _verify_torchvision(source: Source, written: Path) -> str:
     theirs: Any = getattr(torchvision.models, source.info.arch)(weights=None)
     # The file has no classifier; features are compared, not logits.
-    theirs.fc = nn.Identity()
+    theirs.fc = torch.nn.Identity()
+    from safetensors.torch import load_file
+
     state = load_file(written) if written.suffix == ".safetensors" else torch.load(written, weights_only=True)
     theirs.load_state_dict(state, strict=True)
     _require_same_features(source, theirs, written)
@@ -172,6 +174,8 @@ def _verify_own(source: Source, written: Path) -> str:
 
 
 def _verify_detectron2(source: Source, written: Path) -> str:
+    from mixmask.transfer.checkpoints.safe_read import read_tensors
+
     arrays = read_tensors(written).tensors
     back = {from_detectron2(name.removeprefix("model.")): stored.read() for name, stored in arrays.items()}
     expected = {name: tensor for name, tensor in source.state.items() if not name.endswith(COUNTER)}

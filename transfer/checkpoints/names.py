@@ -9,6 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing_extensions import override
 
 COUNTER = "num_batches_tracked"
+# What torch.compile, Lightning Fabric, activation checkpointing and FSDP put into tensor names, at any depth.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without `WRAPPERS`."""
+    return WRAPPERS.sub("", name)
 
 
 def to_detectron2(name: str) -> str:

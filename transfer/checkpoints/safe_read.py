@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from mixmask.engine.errors import CheckpointError
 from mixmask.engine.wording import printable
 from mixmask.transfer.checkpoints.containers import every_tensor, joined
+from mixmask.transfer.checkpoints.names import WRAPPERS, unwrapped
 from mixmask.transfer.checkpoints.pickles import load
 from mixmask.transfer.checkpoints.stand_ins import Damaged, Refused
 from mixmask.transfer.checkpoints.stored import Stored, odd
 from mixmask.transfer.checkpoints.torch_files import Pickled, embedded, is_legacy, is_zip, read_legacy, read_zip
 
-# What torch.compile, Lightning Fabric, activation checkpointing and FSDP put into tensor names, at any depth.
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -59,11 +57,6 @@ class Contents:
             counts = ", ".join(f"{name} ({count} ×)" for name, count in self.wrappers.items())
             said.append(f"wrappers  left out of the names: {counts}")
         return said
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name without `WRAPPERS`."""
-    return WRAPPERS.sub("", name)
 
 
 def read_tensors(path: Path) -> Contents:

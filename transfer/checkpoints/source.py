@@ -10,9 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mixmask.engine.backbones import (
     HEAD,
@@ -25,8 +23,8 @@ from mixmask.engine.backbones import (
     load_backbone_and_head,
 )
 from mixmask.engine.errors import CheckpointError
+from mixmask.engine.late import torch
 from mixmask.transfer.checkpoints.names import COUNTER, DETECTRON2
-from mixmask.transfer.checkpoints.safe_read import digest, read_tensors
 from mixmask.transfer.checkpoints.stored import Stored
 from mixmask.transfer.checkpoints.tensor_report import (
     BY_KEYS,
@@ -40,6 +38,9 @@ from mixmask.transfer.checkpoints.tensor_report import (
     trunk_names,
     twins,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
     Raises:
         CheckpointError: If the file cannot be read at all.
     """
+    from mixmask.transfer.checkpoints.safe_read import read_tensors
+
     lines = [f"file      {path} ({path.stat().st_size / 1e6:,.1f} MB)"] if path.is_file() else []
     problem: CheckpointError | None = None
     tensors: dict[str, Stored] = {}
@@ -146,6 +149,8 @@ def inspect(path: Path, reading: Reading = BY_KEYS, every: bool = False) -> tupl
 
 
 def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneInfo, TensorReport]:
+    from mixmask.transfer.checkpoints.safe_read import read_tensors
+
     contents = read_tensors(path)
     tensors = contents.tensors
     try:
@@ -205,6 +210,8 @@ def _foreign(path: Path, reading: Reading) -> tuple[dict[str, Tensor], BackboneI
 
 def _identity(path: Path, prefix: str, recipe: BackboneRecipe) -> str:
     """Fingerprint of a foreign trunk. A file may hold several networks, so the prefix is part of it."""
+    from mixmask.transfer.checkpoints.safe_read import digest
+
     return hashlib.sha256(f"{digest(path)} {prefix} {recipe.arch}".encode()).hexdigest()[:12]
 
 

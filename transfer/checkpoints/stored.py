@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mixmask.engine.errors import CheckpointError
+from mixmask.engine.late import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_SIDES = 64  # torch's own limit on the number of dimensions
 

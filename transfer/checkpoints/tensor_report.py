@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.config import checked_recipe
 from mixmask.engine.errors import CheckpointError, ConfigError
+from mixmask.engine.late import torch
 from mixmask.engine.wording import did_you_mean
 from mixmask.transfer.checkpoints.layouts import ANYWHERE, HEAD, TWIN, Layout, known_layouts
 from mixmask.transfer.checkpoints.names import (
@@ -26,8 +25,8 @@ from mixmask.transfer.checkpoints.names import (
     TRANSFORMERS,
     ListedNames,
     Names,
+    unwrapped,
 )
-from mixmask.transfer.checkpoints.safe_read import unwrapped
 from mixmask.transfer.checkpoints.stored import Stored
 
 NAMINGS = (TORCHVISION, SEQUENTIAL, DETECTRON2, TRANSFORMERS)

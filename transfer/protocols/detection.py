@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.flops import num_parameters
+from mixmask.engine.late import torch
 from mixmask.engine.workload import Workload
 from mixmask.transfer.checkpoints.source import Source
+from mixmask.transfer.detection.checks import check_annotations, check_engine
 from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.pictures import DetectionSet
-from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.recipe import DetectRecipe
-from mixmask.transfer.detection.run import check_annotations, check_engine, run_detection
 from mixmask.transfer.protocol import (
     Setting,
     TransferRecipe,
@@ -126,6 +125,9 @@ class DetectTransferRecipe(DetectRecipe, TransferRecipe):
 
     def measure(self, setting: Setting[DetectionSet]) -> dict[str, float]:
         """Average precisions of boxes, on COCO of masks, too, in percent."""
+        from mixmask.transfer.detection.engines.setting import DetectionSetting
+        from mixmask.transfer.detection.run import run_detection
+
         return run_detection(
             self,
             DetectionSetting(

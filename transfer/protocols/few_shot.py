@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import generator
 from mixmask.transfer.classification import Images, trunk_of
 from mixmask.transfer.features import FrozenRecipe, frozen_features
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FewShotRecipe(FrozenRecipe):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field
-from torch import nn
 from typing_extensions import override
 
 from mixmask.engine.config import added
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
-from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import knn_votes, normalize_, top1
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.classification import Images, save_answers, trunk_of
 from mixmask.transfer.features import FrozenRecipe, frozen_features
+
+if TYPE_CHECKING:
+    from torch import nn
 
 T = TypeVar("T")
 Neighbours = Annotated[int, Field(ge=1)]
@@ -119,6 +120,8 @@ def _with_head(setting: Images) -> nn.Module:
     """The trunk and the projection head behind it."""
     info = setting.source.info.head
     assert info is not None  # `KnnRecipe.check` has made sure
+    from mixmask.engine.heads import Head
+
     head = Head(info)
     head.load_state_dict(setting.source.head, strict=True)
-    return nn.Sequential(trunk_of(setting), head.to(setting.device))
+    return torch.nn.Sequential(trunk_of(setting), head.to(setting.device))

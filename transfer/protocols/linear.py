@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.config import Recipe, added
@@ -16,6 +14,7 @@ from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError, RunFailure
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Part
+from mixmask.engine.late import torch
 from mixmask.engine.precision import to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
@@ -36,8 +35,13 @@ from mixmask.transfer.classification import (
 from mixmask.transfer.classifier_file import save_classifier
 from mixmask.transfer.features import FeatureOptions, frozen_features
 from mixmask.transfer.logistic import fit_logistic
-from mixmask.transfer.probes import Probe, Probes, count_right
+from mixmask.transfer.probe import Probe
 from mixmask.transfer.selection import require_held_out, split_for_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mixmask.transfer.probes import Probes
 
 Rate = Annotated[float, Field(gt=0, le=1e30)]
 Decay = Annotated[float, Field(ge=0, le=1e6)]
@@ -173,6 +177,8 @@ class LinearRecipe(FeatureOptions, TrainedRecipe):
             trunk: Gives the network.
             state: Its weights, on the CPU, which must not change.
         """
+        from mixmask.transfer.probes import Probes
+
         torch.manual_seed(derived_seed(self.seed, "head"))
         built = trunk()  # after the seed: building draws weights, too, and the classifier's come after them
         model = Probes(built, len(setting.train.classes), self.probes).to(setting.device)
@@ -311,7 +317,7 @@ def _minimise(recipe: LinearRecipe, model: Probes, features: Tensor, labels: Ten
         model.norm.set_to(features)
     model.eval()
     for probe, head in zip(recipe.probes, model.heads, strict=True):
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, torch.nn.Linear)
         inputs = model.norm(features) if model.norm is not None and probe.batch_norm else features
         fit_logistic(inputs, labels, head, weight_decay=probe.weight_decay, iterations=recipe.epochs)
     return {}
@@ -332,6 +338,8 @@ def _choice(
     everyone: bool = False,
 ) -> tuple[int, dict[str, float]]:
     """The number of the best probe on held-out training images, and what is recorded of all of them."""
+    from mixmask.transfer.probes import count_right
+
     if held is None:
         return 0, {}
     if not bool(model.alive.any()):

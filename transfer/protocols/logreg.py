@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.gradients import without_gradients
 from mixmask.engine.images import ImageSet
 from mixmask.engine.knn import top1
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say, track
 from mixmask.transfer.classification import Images, save_answers, trunk_of
 from mixmask.transfer.features import FrozenRecipe, frozen_features
 from mixmask.transfer.logistic import fit_logistic
 from mixmask.transfer.scores import TITLES, Score, mean_average_precision, mean_per_class
 from mixmask.transfer.selection import require_held_out, split_for_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class LogregRecipe(FrozenRecipe):
@@ -118,9 +121,9 @@ class LogregRecipe(FrozenRecipe):
         }
 
     def _head(self, features: Tensor, setting: Images) -> nn.Linear:
-        head = nn.Linear(features.shape[1], len(setting.train.classes), device=features.device)
+        head = torch.nn.Linear(features.shape[1], len(setting.train.classes), device=features.device)
         for parameter in head.parameters():
-            nn.init.zeros_(parameter)
+            torch.nn.init.zeros_(parameter)
         return head
 
     def _fit(self, head: nn.Linear, features: Tensor, labels: Tensor, cost: float) -> None:
@@ -136,7 +139,7 @@ class LogregRecipe(FrozenRecipe):
         return {"top1": top1(predicted, labels), "mean_per_class": mean_per_class(predicted, labels)}
 
 
-@torch.no_grad()
+@without_gradients
 def _logits(head: nn.Linear, features: Tensor) -> Tensor:
     logits: Tensor = head(features)
     return logits

@@ -8,25 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor
 from typing_extensions import override
 
+from mixmask.engine.collectives import gather_dealt
 from mixmask.engine.config import operational
 from mixmask.engine.data import open_split
 from mixmask.engine.data.folder import class_folders, image_folder
 from mixmask.engine.datasets import OpenImages
-from mixmask.engine.distributed import gather_dealt
 from mixmask.engine.errors import ConfigError, DataError
 from mixmask.engine.images import FileImages, ImageSet
 from mixmask.engine.knn import top1
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
 from mixmask.transfer.checkpoints.source import Source
 from mixmask.transfer.classification import ClassifyRecipe, Images, save_answers, seen_as_in_tests
 from mixmask.transfer.classifier_file import ClassifierInfo, load_classifier, read_info
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Errors of AlexNet, the mean over the five severities (hendrycks/robustness; arXiv:1903.12261): what mCE is relative to.
 ALEXNET = {

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
@@ -18,6 +15,7 @@ from mixmask.engine.distributed import from_first, on_rank0, world
 from mixmask.engine.errors import DataError
 from mixmask.engine.flops import forward_flops, num_parameters
 from mixmask.engine.job import Job, Part
+from mixmask.engine.late import torch
 from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import PIXELS
 from mixmask.engine.randomness import derived_seed
@@ -31,12 +29,14 @@ from mixmask.transfer.protocol import (
     require_imagenet_statistics,
     require_shares,
 )
-from mixmask.transfer.segmentation.batches import training_batches
 from mixmask.transfer.segmentation.dataset import IGNORED, SegmentationSet
-from mixmask.transfer.segmentation.evaluation import evaluate, metrics_of
 from mixmask.transfer.segmentation.kinds import open_segmentation
-from mixmask.transfer.segmentation.network import FCN, check_backbone
 from mixmask.transfer.segmentation.recipe import SegmentationTraining
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.transfer.segmentation.network import FCN
 
 
 class SegmentRecipe(SegmentationTraining, TransferRecipe):
@@ -76,6 +76,8 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
 
     @override
     def check(self, source: Source, device: torch.device) -> None:
+        from mixmask.transfer.segmentation.network import check_backbone
+
         require_imagenet_statistics(self, source, "segmentation")
         check_backbone(source.info.recipe, self.output_stride)
         self.check_processes(world().size)
@@ -111,6 +113,10 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
 
     def measure(self, setting: Setting[SegmentationSet]) -> dict[str, float]:
         """mIoU, accuracies and the IoU of every class, in percent."""
+        from mixmask.transfer.segmentation.batches import training_batches
+        from mixmask.transfer.segmentation.evaluation import evaluate, metrics_of
+        from mixmask.transfer.segmentation.network import FCN
+
         torch.manual_seed(derived_seed(self.seed, "segmentation-head"))
         network = FCN(
             setting.source.info.recipe,
@@ -165,12 +171,13 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
             labels: (N, H, W) uint8, classes or `IGNORED`.
             real: (N, H, W) bool, False where a crop is padded: there the normalised image is 0.
         """
+
         images = (normalize(pixels) * real[:, None]).contiguous(memory_format=torch.channels_last)
         logits, auxiliary = network(images)
         wanted = labels.long()
 
         def entropy(logits: Tensor) -> Tensor:
-            total = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+            total = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
             return total / (wanted.numel() if self.ignored_in_mean else (wanted != IGNORED).sum().clamp(min=1))
 
         loss = entropy(logits)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from typing_extensions import override
 
@@ -15,6 +14,7 @@ from mixmask.engine.config import added, operational
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.images import ImageSet
+from mixmask.engine.late import torch
 from mixmask.engine.progress import say
 from mixmask.engine.schedule import cosine_factor, step_factor
 from mixmask.transfer.classification import Epoch, Images, TrainedRecipe, finetune, new_classifier, trunk_of

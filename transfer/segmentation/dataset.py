@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from mixmask.engine.damage import check_files
 from mixmask.engine.errors import DataError, listed
+from mixmask.engine.late import torch
 from mixmask.engine.progress import track
 from mixmask.transfer.segmentation.recipe import SegmentationData
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = 255  # a pixel without a class: it is neither learnt nor counted
 Labels = npt.NDArray[np.uint8]

@@ -14,7 +14,8 @@ from mixmask.engine.precision import autocast
 from mixmask.launch.bench.machine import Call, Machine
 from mixmask.launch.bench.part import LeftOut, Part, Row
 from mixmask.launch.bench.setups import SETUPS
-from mixmask.transfer.probes import Probe, Probes
+from mixmask.transfer.probe import Probe
+from mixmask.transfer.probes import Probes
 
 CLASSES, WIDTH, QUERIES = 1000, 2048, 512
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)

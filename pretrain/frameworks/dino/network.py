@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.distributed import gather
+from mixmask.engine.collectives import gather
 from mixmask.engine.heads import Head, mlp
 from mixmask.pretrain.frameworks.dino import DINORecipe
 from mixmask.pretrain.multi_crop import cross_entropy, of_each_view, over_pairs

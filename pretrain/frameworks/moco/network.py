@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, replace_batch_norm, width_of
-from mixmask.engine.distributed import gather, world
+from mixmask.engine.collectives import gather
+from mixmask.engine.distributed import world
 from mixmask.engine.heads import mlp
 from mixmask.engine.precision import to_device
 from mixmask.pretrain.frameworks.moco import MomentumContrastRecipe

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.distributed import gather, world
+from mixmask.engine.collectives import gather
+from mixmask.engine.distributed import world
 from mixmask.engine.heads import mlp
 from mixmask.pretrain.frameworks.mocov3 import MoCoV3Recipe
 from mixmask.pretrain.network import Clean, Encoder, Framework, Views, cosine_momentum, move_average, unit

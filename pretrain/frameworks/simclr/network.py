@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.distributed import gather_with_gradient, world
+from mixmask.engine.differentiable import gather_with_gradient
+from mixmask.engine.distributed import world
 from mixmask.engine.heads import mlp
 from mixmask.pretrain.frameworks.simclr import SimCLRRecipe
 from mixmask.pretrain.network import Clean, Encoder, Framework, Views, unit

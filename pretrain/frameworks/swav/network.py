@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
-from mixmask.engine.distributed import gather, world
+from mixmask.engine.collectives import gather
+from mixmask.engine.distributed import world
 from mixmask.engine.heads import mlp
 from mixmask.pretrain.frameworks.swav import SwAVRecipe
 from mixmask.pretrain.multi_crop import cross_entropy, of_each_view, over_pairs

@@ -23,12 +23,12 @@ from mixmask.engine.storage import RunDirectory
 from mixmask.transfer.detection.data.annotations import open_detection
 from mixmask.transfer.detection.data.batches import DetectionBatch
 from mixmask.transfer.detection.data.pictures import DetectionSet
-from mixmask.transfer.detection.detector import Detector
 from mixmask.transfer.detection.engines import detectron2 as detectron2_engine
 from mixmask.transfer.detection.engines.detectron2_config import make_config
 from mixmask.transfer.detection.engines.setting import DetectionSetting
 from mixmask.transfer.detection.engines.torchvision import in_original_pixels, on_cpu
 from mixmask.transfer.detection.layers.two_stage import TwoStageDetector
+from mixmask.transfer.detection.network import Detector
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.metrics import FoundObject
 from tests.transfer.detection.small_recipes import recipe_of

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixmask.engine.distributed import world
@@ -22,6 +21,9 @@ from mixmask.transfer.detection.data.pictures import DetectionSet, Instance
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.boxes import nonempty
 from mixmask.transfer.detection.recipe import DetectRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -62,7 +64,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-class _Training(Dataset[tuple[Tensor, Targets]]):
+class _Training(Dataset[tuple[torch.Tensor, Targets]]):
     """Item (step, index) is one picture, resized and flipped with draws of its own."""
 
     def __init__(self, pictures: DetectionSet, recipe: DetectRecipe, seed: int) -> None:
@@ -174,7 +176,7 @@ def training_batches(
     yield from from_workers(loader)
 
 
-TestImage = tuple[Tensor, int, tuple[int, int]]  # the image, its index, and the (width, height) of its file
+TestImage = tuple["Tensor", int, tuple[int, int]]  # the image, its index, and the (width, height) of its file
 
 
 class _Testing(Dataset[list[TestImage]]):

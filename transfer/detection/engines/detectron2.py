@@ -35,7 +35,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from mixmask.engine import distributed
+from mixmask.engine import collectives, distributed
 from mixmask.engine.checkpoint import require_same_data
 from mixmask.engine.errors import CheckpointError, RunFailure
 from mixmask.engine.progress import StepProgress, say, track
@@ -292,7 +292,7 @@ class _PreciseStatistics(_Hook):
         batches = itertools.islice(build_detection_train_loader(self.cfg), num)
         with EventStorage(), torch.no_grad():
             update_bn_stats(self.model, batches, num)
-        distributed.broadcast_buffers(self.model)
+        collectives.broadcast_buffers(self.model)
 
 
 class _Checkpoints(_Hook):

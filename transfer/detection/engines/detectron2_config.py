@@ -18,7 +18,7 @@ from mixmask.engine.precision import Precision
 from mixmask.engine.storage import write_text
 from mixmask.engine.texts import read_text
 from mixmask.transfer.detection.data.pictures import DetectionSet
-from mixmask.transfer.detection.detector import PIXEL_MEAN, PIXEL_STD
+from mixmask.transfer.detection.network import PIXEL_MEAN, PIXEL_STD
 from mixmask.transfer.detection.recipe import DetectRecipe
 
 INSTALL = 'pip install --no-build-isolation "git+https://github.com/facebookresearch/detectron2" "setuptools<81"'

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask.engine.distributed import mean as average
+from mixmask.engine.collectives import mean as average
 
 
 @torch.no_grad()

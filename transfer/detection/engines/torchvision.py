@@ -22,9 +22,10 @@ from mixmask.engine.schedule import step_factor, warmup_factor
 from mixmask.engine.training import train
 from mixmask.transfer.detection.data.batches import DetectionBatch, evaluation_batches, training_batches
 from mixmask.transfer.detection.data.pictures import DetectionSet
-from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.engines.precise_bn import estimate_statistics
 from mixmask.transfer.detection.engines.setting import DetectionSetting, Outcome
+from mixmask.transfer.detection.network import Detector
 from mixmask.transfer.detection.recipe import DetectRecipe
 from mixmask.transfer.detection.results.masks import encode_mask
 from mixmask.transfer.detection.results.metrics import FoundObject, coco_backend, coco_metrics, voc_metrics

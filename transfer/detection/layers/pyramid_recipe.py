@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.transfer.detection.detector import DetectorRecipe
-from mixmask.transfer.detection.layers.pyramid import check_maps
 from mixmask.transfer.detection.layers.recipes import (
     BoxHeadRecipe,
     PyramidRoIRecipe,
@@ -52,6 +51,8 @@ class PyramidRecipe(DetectorRecipe):
 
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
+        from mixmask.transfer.detection.layers.pyramid import check_maps
+
         check_maps(backbone, f"detection ({self.label})")
 
     @property

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.layers.roi_heads import RoIHeads
 from mixmask.transfer.detection.layers.rpn import RPN
+from mixmask.transfer.detection.network import Detector
 
 
 class TwoStageDetector(Detector):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.flops import forward_flops
 from mixmask.transfer.detection.detector import DetectorRecipe
 from mixmask.transfer.detection.detectors.c4 import names
-from mixmask.transfer.detection.detectors.c4.network import C4Detector, check_backbone
 from mixmask.transfer.detection.layers.recipes import RoIRecipe, RPNRecipe, configure_roi, configure_rpn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.transfer.detection.network import Detector
 
 HEADS = "Res5ROIHeadsExtraNorm"  # as `heads` registers them
 
@@ -36,6 +39,8 @@ class C4Recipe(DetectorRecipe):
 
     @override
     def check_backbone(self, backbone: BackboneRecipe) -> None:
+        from mixmask.transfer.detection.detectors.c4.network import check_backbone
+
         check_backbone(backbone)
 
     @override
@@ -45,7 +50,9 @@ class C4Recipe(DetectorRecipe):
         return 0.8 * forward_flops(backbone, height, width) + 0.2 * regions * forward_flops(backbone, 224)
 
     @override
-    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> C4Detector:
+    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:
+        from mixmask.transfer.detection.detectors.c4.network import C4Detector
+
         return C4Detector(backbone, state, num_classes, masks, self.rpn, self.roi)
 
     @property

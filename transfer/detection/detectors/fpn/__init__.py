@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.transfer.detection.layers.pyramid_rcnn import PyramidRCNN
 from mixmask.transfer.detection.layers.pyramid_recipe import PyramidRCNNRecipe
 from mixmask.transfer.detection.layers.recipes import MaskHeadRecipe, PyramidRoIRecipe, PyramidRPNRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.transfer.detection.network import Detector
 
 
 class FPNRecipe(PyramidRCNNRecipe):
@@ -27,7 +30,9 @@ class FPNRecipe(PyramidRCNNRecipe):
         return "FPN"
 
     @override
-    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> PyramidRCNN:
+    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:
+        from mixmask.transfer.detection.layers.pyramid_rcnn import PyramidRCNN
+
         return PyramidRCNN(
             backbone,
             state,

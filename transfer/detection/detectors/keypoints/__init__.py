@@ -7,14 +7,12 @@ Sources: ``keypoint_rcnn_R_50_FPN_2x_moco.yaml`` of DetCo and of mmselfsup, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.transfer.detection.layers.pyramid_rcnn import PyramidRCNN
 from mixmask.transfer.detection.layers.pyramid_recipe import PyramidRCNNRecipe
 from mixmask.transfer.detection.layers.recipes import (
     BoxHeadRecipe,
@@ -22,6 +20,11 @@ from mixmask.transfer.detection.layers.recipes import (
     PyramidRoIRecipe,
     PyramidRPNRecipe,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.transfer.detection.network import Detector
 
 Positive = Annotated[float, Field(gt=0)]
 # COCO's, of the 17 keypoints of a person
@@ -73,7 +76,9 @@ class KeypointRecipe(PyramidRCNNRecipe):
         return self.oks_sigmas
 
     @override
-    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> PyramidRCNN:
+    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:
+        from mixmask.transfer.detection.layers.pyramid_rcnn import PyramidRCNN
+
         assert not masks
         return PyramidRCNN(
             backbone,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.config import Recipe
-from mixmask.transfer.detection.detectors.retinanet.network import RetinaNet
 from mixmask.transfer.detection.layers.pyramid_recipe import PyramidRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mixmask.transfer.detection.network import Detector
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -74,7 +77,9 @@ class RetinaNetRecipe(PyramidRecipe):
         return "RetinaNet"
 
     @override
-    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> RetinaNet:
+    def build(self, backbone: BackboneRecipe, state: dict[str, Tensor], num_classes: int, masks: bool) -> Detector:
+        from mixmask.transfer.detection.detectors.retinanet.network import RetinaNet
+
         assert not masks
         return RetinaNet(
             backbone,

@@ -13,11 +13,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from typing_extensions import override
 
 from mixmask.engine.backbones import BackboneRecipe
-from mixmask.engine.distributed import mean
-from mixmask.transfer.detection.detector import Detections, Detector, Targets
+from mixmask.engine.collectives import mean
+from mixmask.transfer.detection.detector import Detections, Targets
 from mixmask.transfer.detection.layers.anchors import Anchors, by_anchor
 from mixmask.transfer.detection.layers.boxes import IGNORED, POSITIVE, clip_boxes, decode_boxes, encode_boxes, match
 from mixmask.transfer.detection.layers.pyramid import Pyramid, trunk_maps
+from mixmask.transfer.detection.network import Detector
 
 STRIDES = (8, 16, 32, 64, 128)
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the deltas (Detectron2's RETINANET.BBOX_REG_WEIGHTS)
