@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
@@ -117,8 +117,8 @@ class BenchmarkSet(DataKind):
         strange = next((pair for pair in pairs if pair[1] not in index), None)
         if strange is not None:
             raise DataError(f"{strange[0]}: its class {strange[1]!r} is not one of the {len(order)} of {self.title}")
-        labels = torch.tensor([index[name] for _, name in pairs], dtype=torch.int64)
-        validation = None if held is None else torch.tensor(list(held), dtype=torch.bool)
+        labels = np.array([index[name] for _, name in pairs], np.int64)
+        validation = None if held is None else np.array([*held], np.bool_)
         return FileImages(tuple(path for path, _ in pairs), labels, tuple(order), home, validation=validation)
 
     def matlab(self, file: Path, name: str) -> Any:

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from typing_extensions import Self, override
 
@@ -34,14 +36,18 @@ class ImageSet(Protocol):
         """A path for each image: its file, or in an archive the split's path in the archive and the image's name in it."""
 
     @property
-    def labels(self) -> Tensor:
+    def targets(self) -> npt.NDArray[Any]:
         """(N,) int64, indices into ``classes``; zeros if there are no classes.
 
         Of multi-label images (N, C) int8: 1 for a class that is present, 0 for one that is not, -1 if it does not count.
         """
 
     @property
-    def validation(self) -> Tensor | None:
+    def labels(self) -> Tensor:
+        """``targets`` as a tensor, which shares their memory."""
+
+    @property
+    def validation(self) -> npt.NDArray[np.bool_] | None:
         """(N,) bool: the official validation split among training images, on which hyperparameters are chosen.
 
         None if the data set has none.
@@ -69,6 +75,13 @@ class ImageSet(Protocol):
 
         Raises:
             DataError: If it is missing or found to be damaged.
+        """
+
+    def header(self, index: int) -> tuple[int, int]:
+        """Width and height of image ``index`` in pixels, as its header says; damage is not looked for.
+
+        Raises:
+            DataError: If it is missing or has no header.
         """
 
     def array(self) -> Tensor | None:
@@ -127,10 +140,21 @@ class Images(ABC):
     """Base class of image sets; attributes and methods as in `ImageSet`."""
 
     paths: tuple[Path, ...]
-    labels: Tensor
+    targets: npt.NDArray[Any]
     classes: tuple[str, ...]
     root: Path
-    validation: Tensor | None = field(default=None, kw_only=True)
+    validation: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        # A kind of data may give a list or a tensor.
+        object.__setattr__(self, "targets", np.asarray(self.targets))
+        if self.validation is not None:
+            object.__setattr__(self, "validation", np.asarray(self.validation))
+
+    @property
+    def labels(self) -> Tensor:
+        """The targets as a tensor."""
+        return torch.from_numpy(self.targets)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -142,6 +166,10 @@ class Images(ABC):
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
         """Width and height of image ``index``."""
+
+    def header(self, index: int) -> tuple[int, int]:
+        """Width and height of image ``index`` as its header says."""
+        return self.size(index)
 
     @abstractmethod
     def array(self) -> Tensor | None:
@@ -173,7 +201,7 @@ class Images(ABC):
 
     def without_labels(self) -> Self:
         """The same images, with no classes."""
-        return replace(self, labels=torch.zeros(len(self), dtype=torch.int64), classes=(), validation=None)
+        return replace(self, targets=np.zeros(len(self), np.int64), classes=(), validation=None)
 
     def subset(self, indices: Sequence[int] | Tensor, root: Path | None = None) -> Self:
         """The images at ``indices``, in that order, with the same classes."""
@@ -183,7 +211,7 @@ class Images(ABC):
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         held = None if self.validation is None else self.validation[chosen]
         paths = tuple(self.paths[i] for i in chosen)
-        return replace(self, paths=paths, labels=self.labels[chosen], root=root, validation=held)
+        return replace(self, paths=paths, targets=self.targets[chosen], root=root, validation=held)
 
     def shard(self) -> Self:
         """This rank's images: with world size n, every n-th one, in order (`gather_dealt` restores the whole order)."""
@@ -192,13 +220,13 @@ class Images(ABC):
     def summary(self) -> dict[str, str | int]:
         """Counts, and a digest of class and file names; if names repeat, of the paths below the root, too."""
         names = [
-            f"{self._shown(label)}/{path.name}" for path, label in zip(self.paths, self.labels.tolist(), strict=True)
+            f"{self._shown(label)}/{path.name}" for path, label in zip(self.paths, self.targets.tolist(), strict=True)
         ]
         # Names can repeat within a class, as for frames of several videos. The paths then tell two data sets apart.
         if len({*names}) < len(names):
             names = [f"{name} {os.path.relpath(path, self.root)}" for name, path in zip(names, self.paths, strict=True)]
         if self.validation is not None:  # it decides what is chosen, and with it numbers
-            names.append(f"validation {self.validation.int().tolist()}")
+            names.append(f"validation {self.validation.astype(int).tolist()}")
         digest = hashlib.sha256("".join(f"{name}\n" for name in names).encode())
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
 
@@ -251,6 +279,10 @@ class EncodedImages(Images):
             raise DataError(problem)
         return header_size(content, self.paths[index])
 
+    @override
+    def header(self, index: int) -> tuple[int, int]:
+        return header_size(self.content(index), self.paths[index])
+
     def array(self) -> None:
         """None: the images are not in memory."""
 
@@ -289,12 +321,16 @@ class FileImages(EncodedImages):
     @override
     def size(self, index: int) -> tuple[int, int]:
         """Width and height from the header. To find truncation, a JPEG's end is read, and any other file is decoded."""
-        path = self.paths[index]
-        problem = file_problem(path, self.decoding)
+        problem = file_problem(self.paths[index], self.decoding)
         if problem is not None:
             raise DataError(problem)
+        return self.header(index)
+
+    @override
+    def header(self, index: int) -> tuple[int, int]:
+        path = self.paths[index]
         if path.name.lower().endswith(ARRAYS):
-            return super().size(index)
+            return super().header(index)
         try:
             with Image.open(path) as image:
                 return image.size

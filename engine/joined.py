@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import Self, override
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
-from mixmask.engine.late import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ class JoinedImages(Images):
     """
 
     parts: tuple[ImageSet, ...]
-    places: Tensor
+    places: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, parts: Sequence[ImageSet]) -> JoinedImages:
@@ -45,27 +46,26 @@ class JoinedImages(Images):
                 f"{without[0].root}: has no labels, and {next(part.root for part in parts if part.classes)} has; "
                 f"data.labels=false reads all without labels"
             )
-        several = next((part for part in parts if part.labels.ndim == 2), None)
+        several = next((part for part in parts if part.targets.ndim == 2), None)
         if several is not None:
             raise DataError(f"{several.root}: its images have several labels each, so it cannot be joined with others")
         order = {name: label for label, name in enumerate(sorted({name for part in parts for name in part.classes}))}
         labels = []
         for part in parts:
-            new = torch.tensor([order[name] for name in part.classes] or [0], dtype=torch.int64)
-            labels.append(new[part.labels])
+            new = np.array([order[name] for name in part.classes] or [0], np.int64)
+            labels.append(new[part.targets])
         held = None
         if any(part.validation is not None for part in parts):
-            none = [torch.zeros(len(part), dtype=torch.bool) for part in parts]
-            held = torch.cat(
-                [zeros if part.validation is None else part.validation for part, zeros in zip(parts, none)]
+            held = np.concatenate(
+                [np.zeros(len(part), np.bool_) if part.validation is None else part.validation for part in parts]
             )
         places = [(number, index) for number, part in enumerate(parts) for index in range(len(part))]
         paths = tuple(path for part in parts for path in part.paths)
         if len({*paths}) < len(paths):
             twice = next(path for path, count in Counter(paths).items() if count > 1)
             raise DataError(f"{twice}: stands in several of the folders that data.root joins")
-        where = torch.tensor(places, dtype=torch.int64)
-        return cls(paths, torch.cat(labels), tuple(order), parts[0].root, tuple(parts), where, validation=held)
+        where = np.array(places, np.int64)
+        return cls(paths, np.concatenate(labels), tuple(order), parts[0].root, tuple(parts), where, validation=held)
 
     def place(self, index: int) -> tuple[ImageSet, int]:
         """The set of image ``index``, and its index there."""
@@ -81,6 +81,11 @@ class JoinedImages(Images):
         """Width and height of image ``index``, from its set."""
         part, row = self.place(index)
         return part.size(row)
+
+    @override
+    def header(self, index: int) -> tuple[int, int]:
+        part, row = self.place(index)
+        return part.header(row)
 
     def array(self) -> None:
         """None: the sets may have images of several sizes."""
@@ -107,7 +112,7 @@ class JoinedImages(Images):
     @property
     @override
     def origin(self) -> str:
-        counts = torch.bincount(self.places[:, 0], minlength=len(self.parts)).tolist()
+        counts = np.bincount(self.places[:, 0], minlength=len(self.parts)).tolist()
         return ", ".join(f"{part.origin} ({count:,})" for part, count in zip(self.parts, counts, strict=True))
 
     @override
@@ -120,7 +125,7 @@ class JoinedImages(Images):
         # Paths are told relative to the image's own root: the same folders may lie elsewhere on another machine.
         roots = [part.root for part in self.parts]
         digest = hashlib.sha256()
-        for path, label, (part, _) in zip(self.paths, self.labels.tolist(), self.places.tolist(), strict=True):
+        for path, label, (part, _) in zip(self.paths, self.targets.tolist(), self.places.tolist(), strict=True):
             digest.update(f"{part} {self._shown(label)}/{os.path.relpath(path, roots[part])}\n".encode())
         return {"num_images": len(self), "num_classes": len(self.classes), "listing": digest.hexdigest()[:16]}
 

@@ -174,7 +174,7 @@ def check_crop(images: ImageSet, data: DataRecipe, recipe: CropRecipe) -> None:
     """
     if data.storage != "resident":
         return
-    _, height, width = images.read(0).shape
+    width, height = images.header(0)
     needed, memory = 3 * height * width * len(images), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ConfigError(

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import Self, override
 
 from mixmask.engine.images import EncodedImages
 from mixmask.engine.random_access import read_at
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class MemberImages(EncodedImages):
 
     CRC: ClassVar[int] = 3
 
-    members: Tensor
+    members: npt.NDArray[np.int64]
 
     @abstractmethod
     def plain_bytes(self, index: int) -> tuple[Path, int, int] | None:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from mixmask.engine.damage import content_problem
 from mixmask.engine.data.folder import USUAL_SPLITS, is_image
 from mixmask.engine.data.shards import INDEX, Shard, read_index, require_plain_text, tars, write_index
@@ -130,9 +133,9 @@ def pack(images: ImageSet, out: Path, shard_bytes: int, quick: bool = False, ski
         write_index(
             temporary,
             writer.shards,
-            torch.tensor(writer.members, dtype=torch.int64),
+            np.array(writer.members, np.int64),
             [names[index] for index in kept],
-            chosen.labels,
+            chosen.targets,
             chosen.classes,
             chosen.validation,
         )
@@ -293,7 +296,7 @@ def index_shards(folder: Path) -> Packed:
         for name, place in zip(names, members, strict=True)
     ]
     try:
-        write_index(folder, shards, torch.tensor(members, dtype=torch.int64), unique, labels, order)
+        write_index(folder, shards, np.array(members, np.int64), unique, labels, order)
     except OSError as error:
         raise RunFailure(f"{folder}: the index cannot be written ({error.strerror or error})") from None
     return Packed(folder, len(names), len(shards), sum(shard.size for shard in shards), [])
@@ -350,7 +353,9 @@ def _walk(file: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             )
 
 
-def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> tuple[Tensor, tuple[str, ...]]:
+def _labels(
+    folder: Path, names: Sequence[str], said: Sequence[str | None]
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Labels and class names, from .cls files or else from folders."""
     if any(one is not None for one in said):
         absent = next((name for name, one in zip(names, said, strict=True) if one is None), None)
@@ -361,8 +366,8 @@ def _labels(folder: Path, names: Sequence[str], said: Sequence[str | None]) -> t
         pairs, order = in_class_folders(names)
         if len(pairs) != len(names):
             say(f"{folder}: its images lie in no class folders and have no .cls files, so they have no labels")
-            return torch.zeros(len(names), dtype=torch.int64), ()
+            return np.zeros(len(names), np.int64), ()
         label_of = dict(pairs)
-        return torch.tensor([label_of[name] for name in names], dtype=torch.int64), order
+        return np.array([label_of[name] for name in names], np.int64), order
     found = {name: label for label, name in enumerate(sorted({*classes}))}
-    return torch.tensor([found[name] for name in classes], dtype=torch.int64), tuple(found)
+    return np.array([found[name] for name in classes], np.int64), tuple(found)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mixmask.engine.late import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 def derived_seed(seed: int, *what: int | str) -> int:
@@ -37,28 +36,6 @@ def derived_seed(seed: int, *what: int | str) -> int:
 def generator(seed: int, *what: int | str) -> torch.Generator:
     """A CPU generator for one purpose; see `derived_seed`."""
     return torch.Generator().manual_seed(derived_seed(seed, *what))
-
-
-def draw_per_class(
-    labels: Tensor, num_classes: int, count: Callable[[int, int], int], generator: torch.Generator
-) -> Tensor:
-    """Draw some images of every class.
-
-    Args:
-        labels: (N,) classes in [0, ``num_classes``).
-        num_classes: Number of classes.
-        count: How many to draw, given the class and the number of its images.
-        generator: Gives one permutation per class, in the order of the classes.
-
-    Returns:
-        (N,) bool: which images are drawn.
-    """
-    drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(num_classes):
-        own = (labels == label).nonzero().flatten()
-        num = count(label, len(own))
-        drawn[own[torch.randperm(len(own), generator=generator)[:num]]] = True
-    return drawn
 
 
 def python_generator(seed: int, *what: int | str) -> random.Random:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import Self, override
@@ -40,7 +42,7 @@ class RowImages(EncodedImages):
 
     files: tuple[Path, ...]
     column: str
-    rows: Tensor
+    rows: npt.NDArray[np.int64]
 
     @override
     def problem(self, index: int) -> str | None:
@@ -112,7 +114,7 @@ def rows_of(root: Path, split: str, files: list[Path], data: DataRecipe) -> RowI
         raise DataError(f"{files[0]}: damaged; its columns have different numbers of rows")
     labels, classes = _labels(files[0], label, values, names.get(label or "", ()))
     if label is None:
-        labels = torch.zeros(len(rows), dtype=torch.int64)
+        labels = np.zeros(len(rows), np.int64)
     # As in folders of classes, so that the digest of the names is the same. Names may repeat within a class.
     inner = [f"{classes[one]}/{name}" if classes else name for one, name in zip(labels.tolist(), given, strict=True)]
     counted = Counter(inner)
@@ -124,7 +126,7 @@ def rows_of(root: Path, split: str, files: list[Path], data: DataRecipe) -> RowI
         root / split,
         files=tuple(files),
         column=image,
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=np.array(rows, np.int64),
     )
 
 
@@ -308,10 +310,10 @@ def _label_column(file: Path, schema: pa.Schema, asked: str | None, classes: dic
 
 def _labels(
     file: Path, column: str | None, values: list[Any], names: tuple[str, ...]
-) -> tuple[Tensor, tuple[str, ...]]:
+) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Labels, numbered by the sorted names of the classes."""
     if column is None:
-        return torch.zeros(0, dtype=torch.int64), ()
+        return np.zeros(0, np.int64), ()
     if any(value is None for value in values):
         raise DataError(f"{file}: {sum(value is None for value in values):,} rows have no value in column '{column}'")
     if len({*names}) < len(names):
@@ -325,4 +327,4 @@ def _labels(
     else:
         texts = [str(value) for value in values]
     order = {name: label for label, name in enumerate(sorted({*(names or texts)}))}
-    return torch.tensor([order[text] for text in texts], dtype=torch.int64), tuple(order)
+    return np.array([order[text] for text in texts], np.int64), tuple(order)

@@ -74,7 +74,7 @@ def _monitored(recipe: PretrainRecipe, train: ImageSet, open_images: OpenImages)
         require_same_classes(bank, queries, data.allow_overlap)
     except DataError as error:
         raise error if own else DataError(*(KEYS.sub(r"monitor.data.\1", line) for line in error.args)) from None
-    if bank.labels.ndim == 2:
+    if bank.targets.ndim == 2:
         raise ConfigError(
             f"monitor: the images of '{data.name}' have several labels each, which kNN cannot be tested on; set "
             f"monitor=null"

@@ -75,7 +75,7 @@ class ClassifyRecipe(TransferRecipe):
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = open_images(self.data, "train"), open_images(self.data, "test")
-        if train.labels.ndim == 2 and not self.multi_label:
+        if train.targets.ndim == 2 and not self.multi_label:
             raise ConfigError(
                 f"protocol {self.protocol}: the images of '{self.data.name}' have several labels each, and this protocol "
                 f"needs one; use logreg (metric=mAP) or svm_voc07"

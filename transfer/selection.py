@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
-from mixmask.engine.late import torch
-from mixmask.engine.randomness import draw_per_class, generator
+from mixmask.engine.permutations import Permutations, draw_per_class
+from mixmask.engine.randomness import derived_seed
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Places = npt.NDArray[np.int64]
 
 
 @overload
@@ -20,7 +22,7 @@ def split_for_choice(
 
 
 @overload
-def split_for_choice(train: ImageSet, share: float, seed: int, rows: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def split_for_choice(train: ImageSet, share: float, seed: int, rows: Literal[True]) -> tuple[Places, Places]: ...
 
 
 def split_for_choice(train: ImageSet, share: float, seed: int, rows: bool = False) -> Any:
@@ -37,15 +39,15 @@ def split_for_choice(train: ImageSet, share: float, seed: int, rows: bool = Fals
     """
     held = train.validation
     if held is None:
-        single = train.labels.ndim == 1  # images with several labels are drawn as one class
+        single = train.targets.ndim == 1  # images with several labels are drawn as one class
         held = draw_per_class(
-            train.labels if single else torch.zeros(len(train), dtype=torch.int64),
+            train.targets if single else np.zeros(len(train), np.int64),
             len(train.classes) if single else 1,
             lambda _, size: max(0, min(max(1, round(size * share)), size - 1)),
-            generator(seed, "held out"),
+            Permutations(derived_seed(seed, "held out")),
         )
-    learnt, kept = (~held).nonzero().flatten(), held.nonzero().flatten()
-    return (learnt, kept) if rows else (train.subset(learnt), train.subset(kept))
+    learnt, kept = np.flatnonzero(~held), np.flatnonzero(held)
+    return (learnt, kept) if rows else (train.subset(learnt.tolist()), train.subset(kept.tolist()))
 
 
 def require_held_out(train: ImageSet, share: float, seed: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import ImageSet
-from mixmask.engine.late import torch
-from mixmask.engine.randomness import generator
+from mixmask.engine.permutations import Permutations
+from mixmask.engine.randomness import derived_seed
 from mixmask.engine.texts import read_text
 
 
@@ -24,8 +26,8 @@ def balanced_subset(images: ImageSet, percent: float, seed: int) -> ImageSet:
     """
     chosen: list[int] = []
     for label in range(len(images.classes)):
-        members = (images.labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=generator(seed, "subset", label))
+        members = np.flatnonzero(images.targets == label)
+        order = Permutations(derived_seed(seed, "subset", label)).next(len(members))
         # Half up: round() would take halves to the even number.
         count = max(1, math.floor(len(members) * percent / 100 + 0.5))
         chosen += members[order[:count]].tolist()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import Images, ImageSet
 from mixmask.engine.joined import JoinedImages
-from mixmask.engine.late import torch
-from mixmask.engine.randomness import draw_per_class
+from mixmask.engine.permutations import Permutations, draw_per_class
 from mixmask.engine.registry import Registry
 from mixmask.engine.texts import read_text
 from mixmask.engine.wording import closest_first
@@ -94,16 +95,16 @@ def _of_classes(images: Images, file: Path) -> Images:
             else "empty"
         )
         raise DataError(f"{file}: {problem} (data.class_list: one class per line)")
-    if images.labels.ndim == 2:
+    if images.targets.ndim == 2:
         raise DataError(
             f"data.class_list: the images of {images.root} have several labels each; classes cannot be chosen"
         )
     classes = tuple(sorted(names))
-    place = torch.full((len(images.classes),), -1, dtype=torch.int64)
+    place = np.full(len(images.classes), -1, np.int64)
     for label, name in enumerate(classes):
         place[images.classes.index(name)] = label
-    chosen = images.subset((place[images.labels] >= 0).nonzero().flatten())
-    return replace(chosen, labels=place[chosen.labels], classes=classes)
+    chosen = images.subset(np.flatnonzero(place[images.targets] >= 0).tolist())
+    return replace(chosen, targets=place[chosen.targets], classes=classes)
 
 
 def _held_out(data: DataRecipe, part: Part) -> Images:
@@ -117,12 +118,12 @@ def _held_out(data: DataRecipe, part: Part) -> Images:
         raise DataError(
             f"{images.root}: its images have no labels; data.holdout keeps a share of every class for testing"
         )
-    if images.labels.ndim == 2:
+    if images.targets.ndim == 2:
         raise DataError(
             f"{images.root}: its images have several labels each, so no share of every class can be held out"
         )
     # Both parts repeat the same draws, so they share no image. The seed is not the run's: all runs share a test split.
-    generator = torch.Generator().manual_seed(data.holdout_seed)
+    permutations = Permutations(data.holdout_seed)
 
     def count(label: int, size: int) -> int:
         num = max(1, round(size * data.holdout))
@@ -133,6 +134,6 @@ def _held_out(data: DataRecipe, part: Part) -> Images:
             )
         return num
 
-    held = draw_per_class(images.labels, len(images.classes), count, generator)
+    held = draw_per_class(images.targets, len(images.classes), count, permutations)
     which = f"({'held out' if part == 'test' else 'not held out'}: {data.holdout:g})"
-    return images.subset((held if part == "test" else ~held).nonzero().flatten(), images.root / which)
+    return images.subset(np.flatnonzero(held if part == "test" else ~held).tolist(), images.root / which)

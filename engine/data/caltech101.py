@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.benchmark_sets import BenchmarkSet
@@ -12,8 +13,7 @@ from mixmask.engine.data.folder import class_folders, image_folder
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
-from mixmask.engine.late import torch
-from mixmask.engine.randomness import draw_per_class
+from mixmask.engine.permutations import Permutations, draw_per_class
 
 BACKGROUND = "BACKGROUND_Google"  # pictures of anything; torchvision leaves it out, too
 PER_CLASS = 30
@@ -34,7 +34,7 @@ class Caltech101(BenchmarkSet):
         whole = image_folder(folder)
         pairs = [(path, path.parent.name) for path in whole.paths if path.parent.name != BACKGROUND]
         images = self.images(folder, pairs, classes)
-        generator = torch.Generator().manual_seed(data.holdout_seed)
+        permutations = Permutations(data.holdout_seed)
 
         def count(label: int, size: int) -> int:
             if size <= PER_CLASS:
@@ -44,8 +44,8 @@ class Caltech101(BenchmarkSet):
                 )
             return PER_CLASS
 
-        drawn = draw_per_class(images.labels, len(images.classes), count, generator)
+        drawn = draw_per_class(images.targets, len(images.classes), count, permutations)
         return images.subset(
-            (drawn if part == "train" else ~drawn).nonzero().flatten(),
+            np.flatnonzero(drawn if part == "train" else ~drawn).tolist(),
             folder / f"({part}, {PER_CLASS} per class for training)",
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
@@ -90,7 +91,7 @@ class Archive:
     kind: Kind
     path: Path
 
-    def read(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor, list[str], list[str]]:
+    def read(self, split: Literal["train", "test"]) -> tuple[Tensor, npt.NDArray[np.int64], list[str], list[str]]:
         """Read one split.
 
         Returns:
@@ -106,7 +107,7 @@ class Archive:
         pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
         labels = [label for batch in batches for label in batch[self.kind.labels]]
         names = [file for batch in batches for file in batch["filenames"]]
-        return torch.from_numpy(pixels), torch.tensor(labels, dtype=torch.int64), names, classes
+        return torch.from_numpy(pixels), np.array(labels, np.int64), names, classes
 
     def _contents(self, wanted: Mapping[str, str]) -> dict[str, bytes]:
         """The bytes of the wanted files, verified against their published checksums."""
@@ -173,7 +174,7 @@ class Cifar(DataKind):
         pixels, labels, names, classes = archive.read(part)
         # Number the classes alphabetically, as ImageFolder does, and not in the archive's order.
         order = sorted(range(len(classes)), key=classes.__getitem__)
-        rank = torch.tensor(order).argsort()
+        rank = np.argsort(order)
         paths = tuple(archive.path / part / name for name in names)
         return ArrayImages(paths, rank[labels], tuple(classes[i] for i in order), archive.path / part, pixels)
 

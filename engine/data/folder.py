@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.decoding import ARRAYS, EXTENSIONS
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
-from mixmask.engine.late import torch
 
 USUAL_SPLITS = ("train", "val", "test")
 NO_CLASSES = (
@@ -114,7 +114,7 @@ def all_images(path: Path) -> FileImages:
     found = without_side_arrays(found)
     if not found:
         raise DataError(f"{path}: no images in it or below it ({', '.join(EXTENSIONS)})")
-    return FileImages(tuple(map(Path, sorted(found))), torch.zeros(len(found), dtype=torch.int64), (), path)
+    return FileImages(tuple(map(Path, sorted(found))), np.zeros(len(found), np.int64), (), path)
 
 
 def is_image(name: str) -> bool:
@@ -178,4 +178,4 @@ def image_folder(path: Path) -> FileImages:
             )
         paths.extend(folder / file for file in files)
         labels.extend([label] * len(files))
-    return FileImages(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)
+    return FileImages(tuple(paths), np.array(labels, np.int64), classes, path)

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.data.folder import holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError, listed
 from mixmask.engine.images import FileImages
-from mixmask.engine.late import torch
 from mixmask.engine.texts import read_text
 
 ENDINGS = (".txt", ".lst", ".list", ".txt.gz")
@@ -107,7 +107,7 @@ def listed_images(file: Path) -> FileImages:
             )
         )
     order = {name: label for label, name in enumerate(sorted({*classes}))}
-    labels = torch.tensor([order[name] for name in classes] or [0] * len(paths), dtype=torch.int64)
+    labels = np.array([order[name] for name in classes] or [0] * len(paths), np.int64)
     return FileImages(tuple(paths), labels, tuple(order), file)
 
 

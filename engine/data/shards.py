@@ -10,16 +10,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.late import torch
 from mixmask.engine.members import MemberImages
 from mixmask.engine.random_access import forget, read_at
 from mixmask.engine.storage import write_atomic
@@ -27,6 +29,7 @@ from mixmask.engine.storage import write_atomic
 if TYPE_CHECKING:
     from torch import Tensor
 
+Array = npt.NDArray[Any]
 INDEX = "index.safetensors"
 FORMAT = "mixmask-shards-1"
 ANEW = "pack the source again, or delete the index and write it anew with `mixmask pack` and the folder's name"
@@ -141,7 +144,7 @@ def read_index(folder: Path) -> ShardImages:
             f"{folder}` writes {INDEX} beside them"
         )
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="np") as opened:
             metadata = opened.metadata() or {}
             if FORMAT not in metadata:
                 raise DataError(f"{file}: not an index of shards (no '{FORMAT}' in its metadata)")
@@ -151,9 +154,9 @@ def read_index(folder: Path) -> ShardImages:
         raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); {ANEW}") from None
     members, labels = tensors.get("members"), tensors.get("labels")
     held, spelt = tensors.get("validation"), tensors.get("names")
-    if spelt is None or spelt.dtype != torch.uint8 or spelt.ndim != 1:
+    if spelt is None or spelt.dtype != np.uint8 or spelt.ndim != 1:
         raise DataError(f"{file}: damaged; it has no names of images; {ANEW}")
-    names = spelt.numpy().tobytes().decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
+    names = spelt.tobytes().decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
     if not _fits(info, names, members, labels, held):
         raise DataError(f"{file}: damaged; names, places and labels do not fit together; {ANEW}")
     assert members is not None
@@ -166,22 +169,20 @@ def read_index(folder: Path) -> ShardImages:
         labels,
         info.classes,
         folder,
-        validation=None if held is None else held.bool(),
+        validation=None if held is None else held.astype(np.bool_),
         shards=tuple(folder / shard.name for shard in info.shards),
         members=members,
     )
 
 
-def _fits(
-    info: IndexInfo, names: list[str], members: Tensor | None, labels: Tensor | None, held: Tensor | None
-) -> bool:
-    if members is None or labels is None or members.dtype != torch.int64 or members.shape != (len(names), 4):
+def _fits(info: IndexInfo, names: list[str], members: Array | None, labels: Array | None, held: Array | None) -> bool:
+    if members is None or labels is None or members.dtype != np.int64 or members.shape != (len(names), 4):
         return False
-    if held is not None and (held.shape != (len(names),) or held.dtype != torch.uint8):
+    if held is not None and (held.shape != (len(names),) or held.dtype != np.uint8):
         return False
     if labels.ndim not in (1, 2) or len(labels) != len(names):
         return False
-    if labels.dtype != (torch.int64 if labels.ndim == 1 else torch.int8):
+    if labels.dtype != (np.int64 if labels.ndim == 1 else np.int8):
         return False
     if labels.ndim == 1 and not (int(labels.min()) >= 0 and int(labels.max()) < max(len(info.classes), 1)):
         return False
@@ -190,18 +191,18 @@ def _fits(
     shard, offset, size = members[:, 0], members[:, 1], members[:, 2]
     if int(members.min()) < 0 or int(members.max()) >= 1 << 60 or int(shard.max()) >= len(info.shards):
         return False
-    sizes = torch.tensor([one.size for one in info.shards])
+    sizes = np.array([one.size for one in info.shards])
     return bool((offset + size <= sizes[shard]).all())
 
 
-def _require_whole(file: Path, shard: Shard, number: int, members: Tensor, names: list[str]) -> None:
+def _require_whole(file: Path, shard: Shard, number: int, members: Array, names: list[str]) -> None:
     try:
         there = file.stat().st_size
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; {INDEX} lists it") from None
     if there < shard.size:
         cut = (members[:, 0] == number) & (members[:, 1] + members[:, 2] > there)
-        first = names[int(cut.nonzero()[0])] if bool(cut.any()) else "none of its images, only its end"
+        first = names[int(np.flatnonzero(cut)[0])] if bool(cut.any()) else "none of its images, only its end"
         raise DataError(
             f"{file}: truncated; it has {there:,} bytes, and {INDEX} says {shard.size:,}. {int(cut.sum()):,} images are cut "
             f"off, the first is {first}"
@@ -226,25 +227,23 @@ def require_plain_text(folder: Path, classes: Sequence[str]) -> None:
 def write_index(
     folder: Path,
     shards: Sequence[Shard],
-    members: Tensor,
+    members: Array,
     names: Sequence[str],
-    labels: Tensor,
+    labels: Array,
     classes: Sequence[str],
-    validation: Tensor | None = None,
+    validation: Array | None = None,
 ) -> Path:
     """Write the index of a folder of shards, whole or not at all; arguments as in `ShardImages`."""
     require_plain_text(folder, classes)
     info = IndexInfo(classes=tuple(classes), shards=tuple(shards))
     tensors = {
         "members": members,
-        "labels": labels.contiguous(),
-        "names": torch.frombuffer(bytearray("\n".join(names).encode("utf-8", "surrogateescape")), dtype=torch.uint8),
+        "labels": np.ascontiguousarray(labels),
+        "names": np.frombuffer("\n".join(names).encode("utf-8", "surrogateescape"), np.uint8),
     }
     if validation is not None:
-        tensors["validation"] = validation.to(torch.uint8)
+        tensors["validation"] = validation.astype(np.uint8)
     # One key: safetensors writes several in any order, and the same images should give the same bytes.
-    from safetensors.torch import save
-
     content = save(tensors, metadata={FORMAT: info.model_dump_json()})
     write_atomic(folder / INDEX, lambda file: file.write(content))
     return folder / INDEX

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, class_folders, image_folder
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
-from mixmask.engine.late import torch
 from mixmask.engine.texts import read_text
 
 ANNOTATIONS = "val_annotations.txt"
@@ -67,4 +67,4 @@ def _validation(path: Path, classes: tuple[str, ...]) -> FileImages:
         labels.append(index[fields[1]])
     if not paths:
         raise DataError(f"{annotations}: empty")
-    return FileImages(tuple(paths), torch.tensor(labels, dtype=torch.int64), classes, path)
+    return FileImages(tuple(paths), np.array(labels, np.int64), classes, path)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.benchmark_sets import BenchmarkSet
 from mixmask.engine.datasets import DataRecipe, Part
 from mixmask.engine.errors import DataError
 from mixmask.engine.images import FileImages
-from mixmask.engine.late import torch
 
 VALUES = {"1": 1, "-1": 0, "0": -1}  # present, absent, and only as a difficult object: it does not count
 
@@ -33,8 +33,8 @@ class Voc2007(BenchmarkSet):
         held = None
         if part == "train":
             kept = {line[0] for line in self.lines(lists / "val.txt")}
-            held = torch.tensor([name in kept for name in names], dtype=torch.bool)
-        labels = torch.tensor(columns, dtype=torch.int8).T.contiguous()
+            held = np.array([name in kept for name in names])
+        labels = np.ascontiguousarray(np.array(columns, np.int8).T)
         paths = tuple(home / "JPEGImages" / f"{name}.jpg" for name in names)
         return FileImages(paths, labels, tuple(classes), home, validation=held)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 from typing_extensions import override
 
 from mixmask.engine.data.folder import USUAL_SPLITS, holds_class_folders, is_array, is_image, without_side_arrays
@@ -168,13 +169,13 @@ class ZipArchive:
         infos = [self.members[inner + name] for name, _ in pairs]
         return ZipImages(
             tuple(root / name for name, _ in pairs),
-            torch.tensor([label for _, label in pairs], dtype=torch.int64),
+            np.array([label for _, label in pairs], np.int64),
             classes,
             root,
             archive=self.path,
-            members=torch.tensor(
+            members=np.array(
                 [[one.header_offset, one.compress_size, one.file_size, one.CRC, one.compress_type] for one in infos],
-                dtype=torch.int64,
+                np.int64,
             ),
         )
 

@@ -321,7 +321,7 @@ def _splits(root: Path, holdout: float) -> tuple[ImageSet, ImageSet, DataRecipe]
     data = _recipe(root, test, 0.0 if test is not None else holdout)
     train, tested = open_split(data, "train"), open_split(data, "test")
     require_same_classes(train, tested)
-    if train.labels.ndim == 2:
+    if train.targets.ndim == 2:
         raise DataError(
             f"{root}: its images have several labels each; `mixmask transfer logreg` and svm_voc07 can measure them"
         )

@@ -166,7 +166,7 @@ def test_the_choice_never_sees_test_labels(shapes: Path, tmp_path: Path, resnet1
     honest = stage.run(plan)
     assert isinstance(plan.test, Images)
     order = torch.randperm(len(plan.test), generator=generator(0, "shuffle"))
-    shuffled = replace(plan.test, labels=plan.test.labels[order])
+    shuffled = replace(plan.test, targets=plan.test.targets[order.numpy()])
     again = make_plan(shapes, tmp_path, resnet18, "augment=null", *MANY, runs="shuffled")
     other = stage.run(replace(again, test=shuffled))
     chosen = {key: value for key, value in honest.metrics.items() if "chosen" in key or "held_out" in key}

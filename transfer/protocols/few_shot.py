@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
@@ -61,9 +62,9 @@ class FewShotRecipe(FrozenRecipe):
         train, test = super().open(open_images)
         if self.ways > len(test.classes):
             raise ConfigError(f"ways {self.ways} is larger than the {len(test.classes)} classes of '{self.data.name}'")
-        counts = torch.bincount(test.labels, minlength=len(test.classes))
+        counts = np.bincount(test.targets, minlength=len(test.classes))
         if self.images == "all":
-            counts += torch.bincount(train.labels, minlength=len(test.classes))
+            counts += np.bincount(train.targets, minlength=len(test.classes))
         needed = self.shots + self.queries
         enough = int((counts >= needed).sum())
         if enough < self.ways:

@@ -271,7 +271,8 @@ def _on_features(recipe: LinearRecipe, setting: Images, model: Probes) -> dict[s
     images, held = _parts(recipe, setting)
     found, answered, kept = features, labels, None
     if held is not None:
-        learnt, kept = split_for_choice(setting.train, recipe.held_out, recipe.seed, rows=True)
+        rows = split_for_choice(setting.train, recipe.held_out, recipe.seed, rows=True)
+        learnt, kept = (torch.from_numpy(part) for part in rows)
         found, answered = features[learnt], labels[learnt]
     if recipe.optimizer.kind == "lbfgs":
         result = _minimise(recipe, model, found, answered)

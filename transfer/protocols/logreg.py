@@ -78,7 +78,7 @@ class LogregRecipe(FrozenRecipe):
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = super().open(open_images)
-        multi_label = train.labels.ndim == 2
+        multi_label = train.targets.ndim == 2
         if multi_label != (self.metric == "mAP"):
             have, valid = ("several labels", "mAP") if multi_label else ("one label", "top1, mean_per_class")
             raise ConfigError(
@@ -98,7 +98,7 @@ class LogregRecipe(FrozenRecipe):
         best = self.costs[0]
         if self.num_c > 1:
             rows = split_for_choice(setting.train, self.held_out, self.seed, rows=True)
-            learnt, kept = (part.to(features.device) for part in rows)
+            learnt, kept = (torch.from_numpy(part).to(features.device) for part in rows)
             head = self._head(features, setting)
             # From strong to weak regularisation: each solution is a good start for the next one.
             for cost in track(f"{self.name}: values of C", iter(self.costs), self.num_c, len(learnt)):

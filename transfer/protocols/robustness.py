@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, Field, model_validator
 from typing_extensions import override
 
@@ -128,7 +129,7 @@ class RobustnessRecipe(ClassifyRecipe):
     def open(self, open_images: OpenImages = open_split) -> tuple[Any, ImageSet]:
         info = self.info
         test = open_images(self.data, "test")
-        if test.labels.ndim == 2 or test.classes != info.classes:
+        if test.targets.ndim == 2 or test.classes != info.classes:
             raise DataError(
                 f"{test.root}: its {len(test.classes)} classes are not the {len(info.classes)} that {self.classifier} was "
                 f"trained for ({info.dataset})"
@@ -260,8 +261,8 @@ def _shifted(name: str, folder: Path, classes: tuple[str, ...]) -> FileImages:
             f"{folder}: {len(strange)} of its class folders are not classes of the classifier: {', '.join(strange[:3])} "
             f"(sets.{name})"
         )
-    place = torch.tensor([index[one] for one in images.classes], dtype=torch.int64)
-    return FileImages(images.paths, place[images.labels], classes, folder)
+    place = np.array([index[one] for one in images.classes], np.int64)
+    return FileImages(images.paths, place[images.targets], classes, folder)
 
 
 def _corrupted(folder: Path, classes: tuple[str, ...]) -> list[tuple[str, str, FileImages]]:

@@ -66,13 +66,13 @@ class SvmVoc07Recipe(FrozenRecipe):
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = super().open(open_images)
-        if train.labels.ndim == 1:
+        if train.targets.ndim == 1:
             raise ConfigError(
                 f"protocol svm_voc07: the images of '{self.data.name}' have one label each, and this protocol measures mAP "
                 f"of multi-label images; use logreg or linear"
             )
         for value, which in ((0, "is absent from"), (1, "is in")):
-            fewest, name = min(zip((train.labels == value).sum(dim=0).tolist(), train.classes, strict=True))
+            fewest, name = min(zip((train.targets == value).sum(axis=0).tolist(), train.classes, strict=True))
             if fewest < self.folds:
                 raise DataError(
                     f"{train.root}: class '{name}' {which} {fewest} images, and {self.folds} folds need one each"

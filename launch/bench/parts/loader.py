@@ -61,7 +61,7 @@ def draw(folder: Path) -> FileImages:
         noise = rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)
         paths.append(folder / f"{number}.jpg")
         Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(paths[-1], quality=92)
-    return FileImages(tuple(paths), torch.zeros(NUM, dtype=torch.int64), ("drawn",), folder)
+    return FileImages(tuple(paths), np.zeros(NUM, np.int64), ("drawn",), folder)
 
 
 def _rate(images: FileImages, workers: int, seconds: float = 4.0) -> float:
