@@ -163,6 +163,7 @@ def test_differing_keys_are_dotted() -> None:
     assert differing_keys(a, b) == ["mix.grid: 2 -> 4", "seed: 0 -> 2"]
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(min_size=1), st.integers() | st.text() | st.booleans()))
 def test_fingerprint_does_not_depend_on_the_order_of_keys(tree: dict[str, object]) -> None:
     assert fingerprint_of(tree) == fingerprint_of(dict(reversed(list(tree.items()))))

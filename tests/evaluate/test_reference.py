@@ -107,6 +107,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(KEYS))
 def test_any_other_value_of_any_key_sends_the_number_away(case: tuple[Any, ...]) -> None:

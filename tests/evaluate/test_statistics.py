@@ -50,7 +50,7 @@ def test_the_intervals_are_students_and_welchs() -> None:
 def test_intervals_cover_what_they_say(n: int, skewed: bool) -> None:
     """95 % of normal differences; of skewed ones (a gamma distribution with skewness 0.5) at least 94 %, too."""
     generator = np.random.default_rng(n)
-    repeats = 8000
+    repeats = 4000
     hits = 0
     samples = (generator.gamma(16.0, size=(repeats, n)) - 16) / 4 if skewed else generator.normal(size=(repeats, n))
     base = generator.normal(60.0, 5.0, size=(repeats, n))  # what the pairs have in common

@@ -218,6 +218,7 @@ def test_files_that_are_no_benchmark(text: str | None, said: str, tmp_path: Path
         measured(file)
 
 
+@pytest.mark.slow
 def test_the_share_of_labels_counts_where_the_data_are_not_here(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], resnet50: Path
 ) -> None:

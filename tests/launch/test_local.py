@@ -78,6 +78,7 @@ def test_inline_a_signal_stops_the_suite_and_it_goes_on(
     assert launch(suite, runs, profile(), cluster="inline")
 
 
+@pytest.mark.slow
 def test_labels_of_a_suite_reach_cells_that_were_finished_before(
     tmp_path: Path, shapes: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

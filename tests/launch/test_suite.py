@@ -68,6 +68,7 @@ def pretend_checkpoints(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(cells_module, "read_source", read)
 
 
+@pytest.mark.slow
 def test_known_checkpoints_expect_what_their_publishers_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_checkpoints(monkeypatch, tmp_path)
     cells = expand(load_suite(configs_folder() / "suites" / "known.yaml"), tmp_path, Profile(), tmp_path / "runs")
@@ -87,6 +88,7 @@ def test_known_checkpoints_expect_what_their_publishers_state(tmp_path: Path, mo
     assert all(recipe.backbone.startswith("zoo:") for recipe in recipes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_the_suites_that_come_with_the_project(
     path: Path, tmp_path: Path, resnet18: Path, monkeypatch: pytest.MonkeyPatch

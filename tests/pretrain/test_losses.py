@@ -168,6 +168,7 @@ def test_lightly_agrees_on_barlow_twins_and_vicreg() -> None:
     assert float(ours) == pytest.approx(float(BarlowTwinsLoss()(query, key)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_densecl_loss_place_by_place() -> None:
     """Equations 1 to 4 of the DenseCL paper, for each image and each of its places."""
     framework = build("densecl").eval()

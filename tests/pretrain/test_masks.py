@@ -86,6 +86,7 @@ def test_never_degenerate_and_exact_when_asked(pattern: str, grid: int, ratio: f
         assert count(cells) <= goal_cells(grid, ratio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grid", "ratio"), [(2, 0.5), (4, 0.5), (8, 0.5), (8, 0.25), (14, 0.4)])
 def test_block_masks_follow_the_reference_in_distribution(grid: int, ratio: float) -> None:
     rng = random.Random(0)

@@ -89,6 +89,7 @@ def test_the_weight_decay_follows_its_schedule(config: Path, tmp_path: Path) -> 
 def test_every_framework_resumes_to_the_same_weights(framework: str, config: Path, tmp_path: Path) -> None:
     """With a mixture, views of different kinds, and the moving average kept where there is one."""
     recipe = [SMALL_FRAMEWORKS[framework], "data.storage=resident", "epochs=1", "checkpoint_every=1"]
+    recipe += ["backbone.arch=timm/test_resnet"]
     recipe += ["second_view={blur_probability: 0.1, solarize_probability: 0.2}", "export=online"]
     if framework in ("byol", "mocov3", "dino", "densecl"):
         recipe[-1] = "export=momentum"

@@ -58,6 +58,7 @@ def test_knn_record(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     assert (record.method, record.parent) == ("mixmask", "testresnet180")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "metric"), [(KNN, "knn/top1"), (LINEAR, "linear/top1")])
 def test_what_was_predicted_is_kept_for_comparisons(
     text: str, metric: str, shapes: Path, tmp_path: Path, resnet18: Path
@@ -120,6 +121,7 @@ def test_the_frozen_trunk_stays_in_eval_mode(resnet18: Path) -> None:
     assert all(module.training for module in free.trunk.modules())
 
 
+@pytest.mark.slow
 def test_finetuning_uses_two_rates_and_changes_the_trunk(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     plan = make_plan(SEMISUP, shapes, tmp_path, resnet18)
     assert plan.recipe.record_name == "semisup_50"

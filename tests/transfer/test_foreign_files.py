@@ -153,6 +153,7 @@ def _other_names(state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str
     }
 
 
+@pytest.mark.slow
 def test_files_of_other_projects_with_their_classes_are_read(resnet18: Path, tmp_path: Path) -> None:
     state, _ = load_backbone(resnet18)
     for name, (layout, content) in _with_objects(state).items():

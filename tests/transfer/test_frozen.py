@@ -306,6 +306,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_voc2007(tmp_path_factory.mktemp("voc"), num=24)
 
 
+@pytest.mark.slow
 def test_svms_are_scikit_learns(voc: Path, tmp_path: Path, resnet18: Path) -> None:
     plan = make_plan(SVM, voc, tmp_path, resnet18)
     record = stage.run(plan)

@@ -68,6 +68,7 @@ def test_training_and_testing_at_other_sizes_is_warned_of(shapes: Path, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_diverging_probe_is_warned_of(
     shapes: Path, tmp_path: Path, resnet18: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

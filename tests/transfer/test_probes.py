@@ -175,6 +175,7 @@ def test_the_choice_never_sees_test_labels(shapes: Path, tmp_path: Path, resnet1
     assert other.metrics["linear/top1"] != honest.metrics["linear/top1"]
 
 
+@pytest.mark.slow
 def test_a_probe_that_diverges_leaves_the_others_alone(shapes: Path, tmp_path: Path, resnet18: Path) -> None:
     with_it = stage.run(make_plan(shapes, tmp_path, resnet18, "augment=null", "epochs=6", "lr=[0.1,1e30]"))
     without = stage.run(make_plan(shapes, tmp_path, resnet18, "augment=null", "epochs=6", "lr=[0.1,1]"))

@@ -132,6 +132,7 @@ def test_a_network_that_was_pickled_whole_is_read(resnet18: Path, tmp_path: Path
     assert "torchvision.models.resnet.ResNet" in source.tensor_report.summary()
 
 
+@pytest.mark.slow
 def test_arrays_that_hold_objects_are_refused_where_they_matter(resnet18: Path, tmp_path: Path) -> None:
     """numpy's own restoring takes a pointer out of such a file."""
     state, _ = load_backbone(resnet18)

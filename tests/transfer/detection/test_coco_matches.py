@@ -126,6 +126,7 @@ def test_the_matches_are_pycocotools_own(seed: int, kind: str, tmp_path_factory:
         assert AveragePrecision(matches)(np.ones(len(pictures))) == pytest.approx(100 * evaluation.stats[0], abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_both_backends_give_the_same_statistics(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:

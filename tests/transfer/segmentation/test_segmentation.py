@@ -104,6 +104,7 @@ def test_batches_do_not_depend_on_where_the_run_starts(tmp_path: Path) -> None:
 # --- network ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_network_is_torchvisions_fcn_resnet50() -> None:
     """Same weights, same logits, training mode with its auxiliary head included (dropout apart)."""
     torch.manual_seed(0)
