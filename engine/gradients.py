@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 from mixmask.engine.late import torch
@@ -13,11 +13,17 @@ R = TypeVar("R")
 
 
 def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """`torch.no_grad` as a decorator that needs torch when the function is called, not when its module is imported."""
+    """`torch.no_grad` as a decorator that needs torch when the function is called, not when its module is imported.
+
+    Of a generator, every step computes without gradients, and what is done with its values is not concerned.
+    """
+
+    @cache
+    def decorated() -> Callable[P, R]:
+        return torch.no_grad()(function)
 
     @wraps(function)
     def guarded(*arguments: P.args, **named: P.kwargs) -> R:
-        with torch.no_grad():
-            return function(*arguments, **named)
+        return decorated()(*arguments, **named)
 
     return guarded
