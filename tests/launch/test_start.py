@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.launch.slurm import Slurm
+from tests.launch.small import KNN, MIXMASK, profile, wait_until_over, write_suite
 
 # Imports that take seconds or hundreds of megabytes, with the place in our code where each comes from.
 SCRIPT = """
@@ -77,3 +81,14 @@ def test_commands_that_only_read_need_no_torch(command: tuple[str, ...]) -> None
     found, peak, said = started(*command)
     assert (found, bool(said)) == ({}, True)
     assert peak < 300
+
+
+@pytest.mark.slow
+def test_a_launch_on_slurm_needs_no_torch(slurm: Slurm, shapes: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path, [{"pretrain": [MIXMASK], "transfer": [KNN]}], shapes)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(yaml.safe_dump(profile().model_dump(mode="json", exclude_unset=True)))
+    found, peak, _ = started("launch", suite, "--profile", cluster, "--runs", tmp_path / "runs")
+    assert found == {}
+    assert peak < 300
+    assert {one.state for one in wait_until_over(tmp_path / "runs").values()} == {"done"}
