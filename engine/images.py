@@ -21,6 +21,7 @@ from mixmask.engine.decoding import ARRAYS, RGB, Decoding, decode_bytes, header_
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import DataError, listed
 from mixmask.engine.late import torch
+from mixmask.engine.storage import state_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -394,12 +395,3 @@ class ArrayImages(Images):
     @override
     def _chosen(self, chosen: list[int], root: Path) -> Self:
         return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])
-
-
-def state_of(path: Path) -> str:
-    """Size and time of the last change of a file; empty if it is not there."""
-    try:
-        state = path.stat()
-    except OSError:
-        return ""
-    return f"{state.st_size} {state.st_mtime_ns}"

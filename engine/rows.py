@@ -18,9 +18,10 @@ from typing_extensions import Self, override
 
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.errors import ConfigError, DataError
-from mixmask.engine.images import EncodedImages, state_of
+from mixmask.engine.images import EncodedImages
 from mixmask.engine.late import torch
 from mixmask.engine.progress import say
+from mixmask.engine.storage import state_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -294,3 +294,12 @@ def locate_run(runs: Path, stage: str, name: str, fingerprint: str, explicit: Pa
             if other.is_dir():
                 return RunDirectory(other)
     return RunDirectory(usual)
+
+
+def state_of(path: Path) -> str:
+    """Size and time of the last change of a file; empty if it is not there."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ""
+    return f"{state.st_size} {state.st_mtime_ns}"

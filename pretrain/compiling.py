@@ -17,8 +17,9 @@ def compile_encoders(encoders: Iterable[nn.Module], device: torch.device) -> Cal
     """Compile trunks in place, if this machine can.
 
     On a GPU the forward and backward passes of the encoders are recorded as CUDA graphs and replayed with one launch
-    each: the host then starts some hundred operations in a step instead of thousands. Shapes are static in steps, so that
-    nothing is recorded again; a framework with small crops has a recording for each shape. Evaluations run `uncompiled`.
+    each. Mixing, losses, queue and moving average stay outside: 73 of the 657 operations of a forward step of MoCo on CIFAR,
+    125 of 1,280 of MixMask on ImageNet (counted by the tests). Shapes are static in steps, so that nothing is recorded
+    again; a framework with small crops has a recording for each shape. Evaluations run `uncompiled`.
     With several processes there are no graphs, because gradients are exchanged during the backward pass.
 
     Returns:

@@ -20,7 +20,8 @@ from mixmask.engine.normalization import normalize
 from mixmask.engine.predictions import CLASSES, ClassPredictions
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.records import Record
-from mixmask.transfer import classification, stage
+from mixmask.transfer import stage
+from mixmask.transfer.classifier import Classifier
 from mixmask.transfer.probe import Probe
 from mixmask.transfer.probes import Probes
 from mixmask.transfer.protocols.linear import require_unchanged
@@ -117,7 +118,7 @@ def test_the_frozen_trunk_stays_in_eval_mode(resnet18: Path) -> None:
     probe.loss(probe.features(torch.randn(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
     assert all(parameter.grad is None for parameter in probe.trunk.parameters())
     assert all(parameter.grad is not None for parameter in probe.heads.parameters())
-    free = classification.Classifier(build_trunk(info.recipe), 10).train()
+    free = Classifier(build_trunk(info.recipe), 10).train()
     assert all(module.training for module in free.trunk.modules())
 
 
@@ -317,7 +318,7 @@ def test_a_probe_on_fixed_features_is_the_loop_of_wmse(shapes: Path, tmp_path: P
     assert isinstance(plan.train, Images)
     assert isinstance(plan.test, Images)
     torch.manual_seed(derived_seed(0, "head"))
-    model = classification.Classifier(build_trunk(plan.source.info.recipe), 10)
+    model = Classifier(build_trunk(plan.source.info.recipe), 10)
     optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01, weight_decay=5e-6)
     order = BatchPlan(120, 40, drop_last=False, seed=0)
     for epoch in range(3):

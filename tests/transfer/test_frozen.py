@@ -243,7 +243,7 @@ def test_logreg_chooses_c_on_held_out_training_images(shapes: Path, tmp_path: Pa
     model = LogisticRegression(C=record.metrics["logreg/chosen_C"], max_iter=5000).fit(features, labels)
     assert record.metrics["logreg/top1"] == pytest.approx(100 * model.score(asked, answers), abs=2.6)
     # A choice that does not see test labels stays the same when they are shuffled.
-    shuffled = replace(plan.test, labels=plan.test.labels.flip(0))
+    shuffled = replace(plan.test, targets=plan.test.targets[::-1].copy())
     again = make_plan(LOGREG, shapes, tmp_path, resnet18, runs="shuffled")
     other = stage.run(replace(again, test=shuffled))
     assert {key: other.metrics[key] for key in held} == held
