@@ -27,7 +27,7 @@ REPORT ?= report
 DEMO ?= demo
 ARGS ?=
 # Processes that tests are shared out to
-JOBS ?= 2
+JOBS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-quick lint pretrain inspect convert knn linear semisup detect-voc detect-coco segment show-detections suite status tables report plots verify reference bench bench-gpu docs pictures doctor
