@@ -101,6 +101,7 @@ class DataKind(ABC):
 
     kind: ClassVar[str]  # its name
     general: ClassVar[bool] = False  # the fallback for roots that no other kind recognises
+    has_columns: ClassVar[bool] = False  # for `data.image_column` and `data.label_column` to name
 
     @abstractmethod
     def recognises(self, root: Path, data: DataRecipe) -> bool:

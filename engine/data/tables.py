@@ -25,6 +25,7 @@ class Tables(DataKind):
     """A folder with ``train-00000-of-00010.parquet`` or ``train/*.arrow``, also below ``data/``; or one such file."""
 
     kind: ClassVar[str] = "table"
+    has_columns: ClassVar[bool] = True
 
     @override
     def recognises(self, root: Path, data: DataRecipe) -> bool:

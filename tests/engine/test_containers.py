@@ -282,3 +282,11 @@ def test_zip_files_are_listed_like_folders(shapes: Path, tmp_path: Path) -> None
     (tmp_path / "split").mkdir()
     shutil.copy(made_of("imagenet/a/0.jpg", "imagenet/b/0.jpg"), tmp_path / "split" / "train.zip")
     assert open_split(recipe(tmp_path / "split"), "train").classes == ("a", "b")
+
+
+@pytest.mark.parametrize("key", ["image_column", "label_column"])
+def test_a_column_of_folders_is_refused(key: str, shapes: Path) -> None:
+    with pytest.raises(
+        DataError, match=rf"has no columns \(data\.layout: folder\), so data\.{key}=image names nothing"
+    ):
+        open_split(recipe(shapes, **{key: "image"}), "train")
