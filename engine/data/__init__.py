@@ -49,8 +49,8 @@ def _opened(data: DataRecipe, part: Part) -> Images:
         if getattr(data, key) is not None and not any(kind.has_columns for kind, _ in kinds):
             kind, root = kinds[0]
             raise DataError(
-                f"{root}: has no columns (data.layout: {kind.kind}), so data.{key}={getattr(data, key)} names nothing; leave "
-                f"it out"
+                f"{root}: has no columns (data.layout: {kind.kind}), so data.{key}={getattr(data, key)} names nothing; "
+                f"leave it out"
             )
     opened = [kind.open(root, data, part) for kind, root in kinds]
     if not data.labels:
