@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import interleaved, parser, report
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.builtin_configs import configs_folder
 from mixmask.engine.config import load_recipe
-from mixmask.engine.images import ArrayImages
 from mixmask.engine.job import Job, Part
 from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.precision import Precision, autocast, fast_bf16

@@ -1,4 +1,4 @@
-"""Distributed training: rank and world size, agreement between ranks, and collective operations.
+"""Distributed training: rank and world size, and agreement between ranks (of tensors: `collectives`).
 
 A run may be started by torchrun or by SLURM's srun, on one node or many; `session` reads their environment once. All
 other code asks `world()`. With a single process, every function here works without communication.
@@ -14,14 +14,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from mixmask.engine.errors import ConfigError, Interrupted, RunFailure, UserError
 from mixmask.engine.late import torch
 from mixmask.engine.progress import quieten
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

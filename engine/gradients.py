@@ -15,7 +15,7 @@ R = TypeVar("R")
 def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.no_grad` as a decorator that needs torch when the function is called, not when its module is imported.
 
-    Of a generator, every step computes without gradients, and what is done with its values is not concerned.
+    Each step of a generator runs without gradients; the caller's code between the steps keeps its own.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""Sets of images: their interface, and the base of its implementations: encoded images (one file each), or one array."""
+"""Sets of images: their interface, and encoded images, such as one file each (`array_images`: one array)."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class ImageSet(Protocol):
         """Counts, and as ``listing`` a digest of class and file names, which tells data sets of one name apart."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images(ABC):
     """Base class of image sets; attributes and methods as in `ImageSet`."""
 
@@ -147,10 +147,11 @@ class Images(ABC):
     validation: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        # A kind of data may give a list or a tensor.
-        object.__setattr__(self, "targets", np.asarray(self.targets))
+        # A kind of data may give a list, a tensor, or an array of another type.
+        found = np.asarray(self.targets)
+        object.__setattr__(self, "targets", np.require(found, np.int8 if found.ndim == 2 else np.int64, ["C", "W"]))
         if self.validation is not None:
-            object.__setattr__(self, "validation", np.asarray(self.validation))
+            object.__setattr__(self, "validation", np.asarray(self.validation, np.bool_))
 
     @property
     def labels(self) -> Tensor:
@@ -248,7 +249,7 @@ class Images(ABC):
             raise DataError(*listed(problems), REMEDY)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImages(Images):
     """Images that are decoded whenever they are read.
 
@@ -311,7 +312,7 @@ class EncodedImages(Images):
             return error.one_line()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FileImages(EncodedImages):
     """Images with one file each."""
 
@@ -346,52 +347,3 @@ class FileImages(EncodedImages):
         """Sizes of the files, and times of their last change."""
         with ThreadPoolExecutor(16) as pool:
             yield from pool.map(state_of, self.paths, chunksize=256)
-
-
-@dataclass(frozen=True)
-class ArrayImages(Images):
-    """Images in memory, all of one size.
-
-    Attributes:
-        pixels: (N, C, H, W) uint8.
-    """
-
-    pixels: Tensor
-
-    def read(self, index: int) -> Tensor:
-        """Image ``index`` as (C, H, W) uint8, a view of the array."""
-        return self.pixels[index]
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Width and height, which all images share."""
-        return self.pixels.shape[3], self.pixels.shape[2]
-
-    def array(self) -> Tensor:
-        """``pixels``, not a copy."""
-        return self.pixels
-
-    def with_decoding(self, channels: int | None = None, levels: tuple[int, int] | None = None) -> Self:
-        """The same images; RGB can become grey. There are no 16-bit values."""
-        if channels in (None, 0, self.pixels.shape[1]):
-            return self
-        if channels != 1 or self.pixels.shape[1] != 3:
-            raise DataError(
-                f"{self.root}: has images of {self.pixels.shape[1]} channels, and the network takes {channels} "
-                f"(backbone.in_channels)"
-            )
-        from torchvision.transforms.v2.functional import rgb_to_grayscale
-
-        return replace(self, pixels=rgb_to_grayscale(self.pixels))
-
-    def states(self) -> Iterable[str]:
-        """A digest of all pixels for every image."""
-        digest = hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
-        return [digest] * len(self)
-
-    @override
-    def check(self) -> None:
-        """Nothing to do: every image was read when the array was made."""
-
-    @override
-    def _chosen(self, chosen: list[int], root: Path) -> Self:
-        return replace(super()._chosen(chosen, root), pixels=self.pixels[chosen])

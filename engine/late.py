@@ -24,6 +24,9 @@ else:
         def __getattr__(self, name: str) -> Any:
             return getattr(importlib.import_module(self.__module), name)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return importlib.import_module, (self.__module,)
+
         def __repr__(self) -> str:
             return f"<{self.__module}, imported when it is used>"
 

@@ -7,6 +7,7 @@ or the number of workers.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import random
@@ -285,6 +286,9 @@ class StreamSource(ImageSource):
         self.images, self.num_workers, self.device = images, useful_workers(num_workers), device
 
     def _load(self, dataset: _Views | _Central, batches: Any) -> Iterator[tuple[list[Tensor], Tensor]]:
+        # Workers inherit what their parent has imported; otherwise each of them would import it in every pass.
+        importlib.import_module("torchvision.io")
+        importlib.import_module("torchvision.transforms.v2.functional")
         images: Any = dataset  # of no base class: DataLoader needs the methods alone
         loader: Any = torch.utils.data.DataLoader(
             images,

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,8 @@ from typing_extensions import Self, override
 from mixmask.engine.images import EncodedImages
 from mixmask.engine.random_access import read_at
 
-if TYPE_CHECKING:
-    pass
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemberImages(EncodedImages):
     """Images whose places are the rows of a table.
 

@@ -8,7 +8,7 @@ from mixmask.engine.job import Part
 
 
 class Parts(nn.Module):
-    """One part of the loss as a forward pass: DistributedDataParallel averages gradients of what `forward` computes."""
+    """Runs one part of the loss as a forward pass: DistributedDataParallel averages gradients of what `forward` computes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import TYPE_CHECKING
 
 from mixmask.engine.late import torch
-
-if TYPE_CHECKING:
-    pass
 
 
 def derived_seed(seed: int, *what: int | str) -> int:

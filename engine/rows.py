@@ -31,7 +31,7 @@ LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "wnid")
 MOST_GROUPS = 4  # row groups that a process keeps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowImages(EncodedImages):
     """Images in the rows of tables.
 

@@ -43,8 +43,6 @@ def _opened(data: DataRecipe, part: Part) -> Images:
             f"data.holdout=0.2 to keep a fifth of every class for testing"
         )
     kinds = [(kind_of(root, data), root) for root in roots]
-    if part == "test" and len(kinds) > 1:  # further roots may hold training images only
-        kinds = [one for one in kinds if one[0].has_test(one[1], data) is not None] or kinds[:1]
     for key in ("image_column", "label_column"):
         if getattr(data, key) is not None and not any(kind.has_columns for kind, _ in kinds):
             kind, root = kinds[0]
@@ -52,6 +50,8 @@ def _opened(data: DataRecipe, part: Part) -> Images:
                 f"{root}: has no columns (data.layout: {kind.kind}), so data.{key}={getattr(data, key)} names nothing; "
                 f"leave it out"
             )
+    if part == "test" and len(kinds) > 1:  # further roots may hold training images only
+        kinds = [one for one in kinds if one[0].has_test(one[1], data) is not None] or kinds[:1]
     opened = [kind.open(root, data, part) for kind, root in kinds]
     if not data.labels:
         opened = [images.without_labels() for images in opened]

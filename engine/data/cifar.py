@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import ArrayImages
-from mixmask.engine.late import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ class Archive:
     kind: Kind
     path: Path
 
-    def read(self, split: Literal["train", "test"]) -> tuple[Tensor, npt.NDArray[np.int64], list[str], list[str]]:
+    def read(
+        self, split: Literal["train", "test"]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], list[str], list[str]]:
         """Read one split.
 
         Returns:
@@ -107,7 +108,7 @@ class Archive:
         pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
         labels = [label for batch in batches for label in batch[self.kind.labels]]
         names = [file for batch in batches for file in batch["filenames"]]
-        return torch.from_numpy(pixels), np.array(labels, np.int64), names, classes
+        return pixels, np.array(labels, np.int64), names, classes
 
     def _contents(self, wanted: Mapping[str, str]) -> dict[str, bytes]:
         """The bytes of the wanted files, verified against their published checksums."""

@@ -103,7 +103,7 @@ def tars(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardImages(MemberImages):
     """Images in .tar files.
 
@@ -150,7 +150,8 @@ def read_index(folder: Path) -> ShardImages:
                 raise DataError(f"{file}: not an index of shards (no '{FORMAT}' in its metadata)")
             info = IndexInfo.model_validate_json(metadata[FORMAT])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:  # pydantic's errors are ValueErrors
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        # pydantic's errors are ValueErrors; of types that NumPy lacks, safetensors raises the last two.
         raise DataError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); {ANEW}") from None
     members, labels = tensors.get("members"), tensors.get("labels")
     held, spelt = tensors.get("validation"), tensors.get("names")

@@ -224,7 +224,7 @@ def _refuse(path: Path, one: zipfile.ZipInfo) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ZipImages(MemberImages):
     """Images in a .zip file.
 

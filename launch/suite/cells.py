@@ -23,9 +23,8 @@ from mixmask.engine.storage import RunDirectory, locate_run
 from mixmask.launch.slurm.profile import Profile, Resources
 from mixmask.launch.suite.manifest import LaunchedCell, Stage
 from mixmask.launch.suite.suite import CheckpointEntry, ConvertEntry, Entry, Grid, Suite
-from mixmask.pretrain import recipe as pretrain_recipe
 from mixmask.pretrain.inputs import check_inputs
-from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe
+from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe, locate
 from mixmask.transfer import stage as transfer_stage
 from mixmask.transfer.checkpoints.export import SUFFIXES, Target, require_known_network
 from mixmask.transfer.checkpoints.source import Source, read_source
@@ -244,7 +243,7 @@ class _Expansion:
             _override("name", (entry.name or recipe.name) + suffix),
         ]
         recipe = load_recipe(PretrainRecipe, config, overrides, ORIGIN)
-        fingerprint, run = pretrain_recipe.locate(recipe, self.runs)
+        fingerprint, run = locate(recipe, self.runs)
         resources = self._resources("pretrain", entry.resources)
         return Cell(
             "pretrain",

@@ -1,4 +1,4 @@
-"""The frameworks, one per module. A module in this folder is found by itself, and its ``kind`` is valid in configs."""
+"""The frameworks, one per folder (whose ``network`` builds it) or module: each is found, and its ``kind`` is valid."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision import datasets
 
 from mixmask.engine.data import cifar, open_split
 from mixmask.engine.datasets import DataRecipe
@@ -63,6 +64,14 @@ def pack(folder: Path, kind: cifar.Kind, into: Path) -> Path:
 
 def recipe(root: Path) -> DataRecipe:
     return DataRecipe(name="cifar", root=str(root), train="train", test="test", storage="resident")
+
+
+@pytest.mark.parametrize(("number", "theirs"), [(0, datasets.CIFAR10), (1, datasets.CIFAR100)])
+def test_names_and_checksums_are_torchvisions(number: int, theirs: type[datasets.CIFAR10]) -> None:
+    kind = cifar.KINDS[number]
+    assert (kind.folder, kind.tarball, kind.checksum) == (theirs.base_folder, theirs.filename, theirs.tgz_md5)
+    assert (kind.train, kind.test) == (dict(theirs.train_list), dict(theirs.test_list))
+    assert kind.meta == (theirs.meta["filename"], theirs.meta["key"], theirs.meta["md5"])
 
 
 @pytest.mark.parametrize("number", [0, 1])

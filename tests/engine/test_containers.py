@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +291,32 @@ def test_a_column_of_folders_is_refused(key: str, shapes: Path) -> None:
         DataError, match=rf"has no columns \(data\.layout: folder\), so data\.{key}=image names nothing"
     ):
         open_split(recipe(shapes, **{key: "image"}), "train")
+
+
+def test_a_column_may_belong_to_one_of_several_roots(made: dict[str, Path], shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for file in (made["parquet"] / "data").glob("train-*"):
+        shutil.copy(file, tmp_path / "data")
+    both = recipe([tmp_path, shapes], image_column="image", label_column="label")
+    assert len(open_split(both, "train")) == 240
+    assert len(open_split(both, "test")) == len(open_split(recipe(shapes), "test"))
+
+
+def test_targets_of_any_type_are_taken(shapes: Path) -> None:
+    images = open_split(recipe(shapes), "train")
+    expected = images.targets
+    frozen = expected.astype(">u2")[::-1][::-1]
+    frozen.flags.writeable = False
+    first = int(expected[0])
+    for targets in (expected.tolist(), images.labels, expected.astype(np.uint8), frozen):
+        again = replace(images, targets=targets, validation=[index % 5 == 0 for index in range(len(images))])
+        assert again.labels.dtype == torch.int64
+        assert np.array_equal(again.targets, expected)
+        again.labels[0] = 7  # shares the memory of the targets, which may be written to
+        assert again.targets[0] == 7
+        assert again.validation is not None
+        assert again.validation.dtype == np.bool_
+        again.labels[0] = first
+    several = replace(images, targets=np.eye(len(images), 3, dtype=np.int64))
+    assert several.labels.dtype == torch.int8
+    assert hash(images) != hash(several)  # image sets can be keys

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mixmask.engine.data import open_split
 from mixmask.engine.data.shards import INDEX, read_index
@@ -207,3 +209,14 @@ def test_tables_that_are_wrong(shapes: Path, tmp_path: Path) -> None:
     refused(DataError, "not a readable image")
     file.write_bytes(file.read_bytes()[:-20])
     refused(DataError, r"a\.parquet: truncated or not a table")
+
+
+def test_an_index_with_numbers_that_numpy_lacks(shapes: Path, tmp_path: Path) -> None:
+    out = packed(shapes, tmp_path / "shards")
+    file = out / "train" / INDEX
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
+    save_file({**tensors, "labels": tensors["labels"].bfloat16()}, file, metadata)
+    with pytest.raises(DataError, match="truncated or damaged"):
+        open_split(recipe(out), "train")

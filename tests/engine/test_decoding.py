@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.augment import AugmentRecipe, Photometric, adjust_contrast
 from mixmask.engine.data import open_split
 from mixmask.engine.decoding import MAX_PIXELS, Decoding, _png_rows, decode, decode_bytes, header_size, is_sound_png
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import ArrayImages
 from mixmask.engine.normalization import STATISTICS, Statistics, normalize, statistics_of
 from tests.engine.containers import recipe
 
@@ -225,7 +225,7 @@ def test_arrays_in_memory_become_grey() -> None:
     pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     images = ArrayImages(tuple(map(Path, "abcde")), torch.zeros(5, dtype=torch.int64), ("x",), Path("."), pixels=pixels)
     assert images.with_decoding(3) is images
-    grey = images.with_decoding(1).pixels
+    grey = images.with_decoding(1).array()
     luma = (pixels.double() * torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1)
     assert (grey[:, 0].double() - luma).abs().max() <= 1
     with pytest.raises(DataError, match="3 channels, and the network takes 5"):

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.data import open_split
 from mixmask.engine.data.shards import INDEX
 from mixmask.engine.errors import DataError, RunFailure, UserError
-from mixmask.engine.images import ArrayImages
 from mixmask.engine.packing import index_shards, pack
 from tests.engine.containers import packed, recipe
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.augment import Photometric
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import load_recipe
-from mixmask.engine.images import ArrayImages
 from mixmask.engine.loader import Batch, BatchPlan, ResidentSource
 from mixmask.engine.normalization import _constants
 from mixmask.engine.randomness import generator

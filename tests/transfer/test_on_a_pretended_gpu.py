@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.backbones import BackboneRecipe, build_trunk
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.features import outputs_of
-from mixmask.engine.images import ArrayImages
 from mixmask.engine.knn import knn_votes
 from mixmask.engine.loader import BatchPlan, ResidentSource, StreamSource
 from mixmask.engine.normalization import _constants

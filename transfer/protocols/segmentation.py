@@ -171,7 +171,6 @@ class SegmentRecipe(SegmentationTraining, TransferRecipe):
             labels: (N, H, W) uint8, classes or `IGNORED`.
             real: (N, H, W) bool, False where a crop is padded: there the normalised image is 0.
         """
-
         images = (normalize(pixels) * real[:, None]).contiguous(memory_format=torch.channels_last)
         logits, auxiliary = network(images)
         wanted = labels.long()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 from typing_extensions import override
@@ -17,9 +19,6 @@ from mixmask.engine.randomness import generator
 from mixmask.engine.stopping import outlive_stop_signals
 from mixmask.transfer.segmentation.dataset import IGNORED, SegmentationSet, read_image
 from mixmask.transfer.segmentation.recipe import SegmentationAugment, SegmentationTraining
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TRIES = 10  # at a crop without too much of one class
 
@@ -35,9 +34,7 @@ def resized(image: Tensor, labels: Tensor | None, width: int, height: int) -> tu
     """An image, bilinearly without smoothing (OpenCV's default), and its label map, by nearest neighbours."""
     image = TF.resize(image, [height, width], antialias=False)
     if labels is not None:
-        labels = torch.nn.functional.interpolate(labels[None, None].float(), (height, width), mode="nearest")[0, 0].to(
-            labels.dtype
-        )
+        labels = F.interpolate(labels[None, None].float(), (height, width), mode="nearest")[0, 0].to(labels.dtype)
     return image, labels
 
 
@@ -79,8 +76,8 @@ def augmented(
     if recipe.jitter:
         pixels = jittered(pixels, rng)
     missing = (0, side - pixels.shape[2], 0, side - pixels.shape[1])
-    real = torch.nn.functional.pad(torch.ones(pixels.shape[1:], dtype=torch.bool), missing)
-    return torch.nn.functional.pad(pixels, missing), torch.nn.functional.pad(cut, missing, value=IGNORED), real
+    real = F.pad(torch.ones(pixels.shape[1:], dtype=torch.bool), missing)
+    return F.pad(pixels, missing), F.pad(cut, missing, value=IGNORED), real
 
 
 def jittered(image: Tensor, rng: torch.Generator) -> Tensor:
@@ -112,7 +109,7 @@ def jittered(image: Tensor, rng: torch.Generator) -> Tensor:
     return image
 
 
-Crops = tuple["Tensor", "Tensor", "Tensor"]
+Crops = tuple[Tensor, Tensor, Tensor]
 
 
 class _Crops(Dataset[Crops]):
@@ -154,7 +151,7 @@ def training_batches(
 
 
 T = TypeVar("T")
-TestImage = tuple["Tensor", "Tensor", int]
+TestImage = tuple[Tensor, Tensor, int]
 
 
 class _Whole(Dataset[TestImage]):

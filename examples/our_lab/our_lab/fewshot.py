@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -51,7 +52,7 @@ class FewShot(ClassifyRecipe):
     @override
     def open(self, open_images: OpenImages = open_split) -> tuple[ImageSet, ImageSet]:
         train, test = super().open(open_images)
-        fewest = int(torch.bincount(train.labels).min())
+        fewest = int(np.bincount(train.targets).min())
         if self.shots > fewest:
             raise ConfigError(f"shots {self.shots}: a class of '{self.data.name}' has {fewest} training images only")
         return train, test

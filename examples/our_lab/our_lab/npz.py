@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from typing_extensions import override
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.datasets import DataKind, DataRecipe, Part
 from mixmask.engine.errors import DataError
-from mixmask.engine.images import ArrayImages
 
 FILE = "images.npz"
 
@@ -30,8 +29,8 @@ class Npz(DataKind):
         with np.load(root / FILE, allow_pickle=False) as file:
             if f"{split}_images" not in file:
                 raise DataError(f"{root / FILE}: no array {split}_images; it has {', '.join(file)}")
-            pixels = torch.from_numpy(file[f"{split}_images"]).permute(0, 3, 1, 2).contiguous()
-            labels = torch.from_numpy(file[f"{split}_labels"]).long()
+            pixels = np.ascontiguousarray(file[f"{split}_images"].transpose(0, 3, 1, 2))
+            labels = file[f"{split}_labels"].astype(np.int64)
             classes = tuple(map(str, file["classes"]))
         paths = tuple(Path(f"{split}-{number:06d}") for number in range(len(labels)))
         return ArrayImages(paths, labels, classes, root / FILE / str(split), pixels)

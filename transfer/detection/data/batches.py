@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mixmask.engine.distributed import world
@@ -21,9 +22,6 @@ from mixmask.transfer.detection.data.pictures import DetectionSet, Instance
 from mixmask.transfer.detection.detector import Targets
 from mixmask.transfer.detection.layers.boxes import nonempty
 from mixmask.transfer.detection.recipe import DetectRecipe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -64,7 +62,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-class _Training(Dataset[tuple[torch.Tensor, Targets]]):
+class _Training(Dataset[tuple[Tensor, Targets]]):
     """Item (step, index) is one picture, resized and flipped with draws of its own."""
 
     def __init__(self, pictures: DetectionSet, recipe: DetectRecipe, seed: int) -> None:
@@ -176,7 +174,7 @@ def training_batches(
     yield from from_workers(loader)
 
 
-TestImage = tuple["Tensor", int, tuple[int, int]]  # the image, its index, and the (width, height) of its file
+TestImage = tuple[Tensor, int, tuple[int, int]]  # the image, its index, and the (width, height) of its file
 
 
 class _Testing(Dataset[list[TestImage]]):
