@@ -32,7 +32,12 @@ class ArrayImages(Images):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "pixels", np.require(self.pixels, np.uint8, "W"))
+        found = np.asarray(self.pixels)
+        if found.dtype != np.uint8 or found.ndim != 4:
+            raise DataError(
+                f"{self.root}: its pixels are an array {found.shape} of {found.dtype}; valid: (N, C, H, W) uint8"
+            )
+        object.__setattr__(self, "pixels", np.require(found, np.uint8, "W"))
 
     def read(self, index: int) -> Tensor:
         """Image ``index`` as (C, H, W) uint8, a view of the array."""

@@ -147,8 +147,13 @@ class Images(ABC):
     validation: npt.NDArray[np.bool_] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        # A kind of data may give a list, a tensor, or an array of another type.
+        # A kind of data may give a list, a tensor, or whole numbers of another type.
         found = np.asarray(self.targets)
+        if found.ndim not in (1, 2) or (found.size and found.dtype.kind not in "iub"):
+            raise DataError(
+                f"{self.root}: its labels are an array {found.shape} of {found.dtype}; valid: (N,) whole numbers, or "
+                f"(N, classes) of images with several labels each"
+            )
         object.__setattr__(self, "targets", np.require(found, np.int8 if found.ndim == 2 else np.int64, ["C", "W"]))
         if self.validation is not None:
             object.__setattr__(self, "validation", np.asarray(self.validation, np.bool_))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mixmask.engine.array_images import ArrayImages
 from mixmask.engine.crops import CropRecipe
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import require_same_classes
@@ -320,3 +321,13 @@ def test_targets_of_any_type_are_taken(shapes: Path) -> None:
     several = replace(images, targets=np.eye(len(images), 3, dtype=np.int64))
     assert several.labels.dtype == torch.int8
     assert hash(images) != hash(several)  # image sets can be keys
+
+
+def test_targets_and_pixels_of_a_wrong_type_are_refused(shapes: Path) -> None:
+    images = open_split(recipe(shapes), "train")
+    for targets in (images.targets / 2, np.array(images.classes)[images.targets], images.targets[:, None, None]):
+        with pytest.raises(DataError, match=r"its labels are an array .*; valid: \(N,\) whole numbers"):
+            replace(images, targets=targets)
+    for pixels in (np.zeros((2, 3, 8, 8), np.float32), np.zeros((2, 8, 8), np.uint8)):
+        with pytest.raises(DataError, match=r"its pixels are an array .*; valid: \(N, C, H, W\) uint8"):
+            ArrayImages(images.paths[:2], images.targets[:2], images.classes, shapes, pixels)

@@ -153,3 +153,27 @@ def test_torchs_warning_of_many_workers_is_said_in_our_words(
     numbers: Any = list(range(9))
     next(from_workers(DataLoader(numbers, num_workers=9)))
     assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]
+
+
+INHERITED = """
+import sys
+from pathlib import Path
+import torch
+from mixmask.engine.images import FileImages
+from mixmask.engine.loader import StreamSource
+
+paths = sorted(path for path in Path(sys.argv[1]).rglob("*.*") if path.is_file())[:4]
+source = StreamSource(FileImages(tuple(paths), [0] * len(paths), ("a",), Path(sys.argv[1])), 1, torch.device("cpu"))
+before = "torchvision" in sys.modules
+batches = source.evaluation(4, None, 8, "bilinear")
+next(batches)
+print(before, "torchvision" in sys.modules)
+"""
+
+
+def test_workers_inherit_torchvision(shapes: Path) -> None:
+    """A worker that had to import it would do so in every pass, which takes seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", INHERITED, str(shapes)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split() == ["False", "True"]
