@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 
 from mixmask.engine.config import added
 from mixmask.engine.crops import CropRecipe
+from mixmask.engine.host_values import to_device
 from mixmask.engine.late import torch
 from mixmask.engine.normalization import Normalization, as_float, normalize, statistics_of
-from mixmask.engine.precision import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from mixmask.engine.config import Recipe, added
+from mixmask.engine.host_values import to_device
 from mixmask.engine.late import torch
-from mixmask.engine.precision import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,9 +24,10 @@ from mixmask.engine.crops import CropRecipe, crop_and_flip, draw_crop, draw_crop
 from mixmask.engine.datasets import DataRecipe
 from mixmask.engine.distributed import world
 from mixmask.engine.errors import ConfigError, DataError
+from mixmask.engine.host_values import to_device
 from mixmask.engine.images import REMEDY, ImageSet
 from mixmask.engine.late import torch
-from mixmask.engine.precision import available_cores, to_device
+from mixmask.engine.precision import available_cores
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed, generator
 from mixmask.engine.stopping import outlive_stop_signals

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mixmask.engine.host_values import to_device
 from mixmask.engine.late import torch
-from mixmask.engine.precision import to_device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mixmask.engine.errors import ConfigError
 from mixmask.engine.late import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -74,14 +71,6 @@ def require_memory(parts: Mapping[str, int], device: torch.device, what: str) ->
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB"
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a small host tensor to the device without waiting for the work that is already queued there."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    # Only a copy from pinned memory is asynchronous.
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, precision: Precision) -> Any:

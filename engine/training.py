@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from mixmask.engine import collectives, distributed
@@ -25,10 +26,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 B = TypeVar("B")
+Values = dict[str, "Tensor"]
 
 
 def train(
-    job: Job, batches: Callable[[int], Iterator[B]], losses: Callable[[B, int], Sequence[Part]]
+    job: Job,
+    batches: Callable[[int], Iterator[B]],
+    losses: Callable[[B, int], Sequence[Part]],
+    passes: Callable[[Callable[[Sequence[Part]], Values], B, int], Values] | None = None,
 ) -> dict[str, float]:
     """Run a job from its checkpoint, or from the start, to its last step.
 
@@ -38,6 +43,9 @@ def train(
         losses: Given a batch and its step, returns the parts of the step's loss. Each part is called without arguments
             and returns named scalars: ``loss`` is minimised, all are logged. The backward pass of a part runs before
             the next part is called; gradients and scalars are summed over the parts.
+        passes: If given, what is called instead of ``losses``, to run the passes of a step in another way, such as a
+            recording: given what runs parts forward and backward, the batch and its step, it leaves the gradients in the
+            model and returns the step's scalars.
 
     Returns:
         ``seconds`` of this run including earlier, interrupted starts, the mean ``images_per_second`` of this start, and
@@ -51,7 +59,7 @@ def train(
 
     start = distributed.agreed(lambda: resume(job))
     first = start.step
-    compute = collectives.parallel(Parts(job.model), job.device)
+    backward = partial(_backward, job, collectives.parallel(Parts(job.model), job.device))
     sinks = distributed.agreed(lambda: job.open_sinks(first) if distributed.world().is_writer else ())
     started = time.monotonic()
     evaluated: dict[str, float] = {}
@@ -105,7 +113,7 @@ def train(
             # resumed run draws the same.
             torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
-            window.add(step, _backward(job, compute, losses(batch, step)))
+            window.add(step, backward(losses(batch, step)) if passes is None else passes(backward, batch, step))
             if job.before_step is not None:
                 job.before_step()
             if job.clip_norm is not None:
@@ -153,10 +161,10 @@ def train(
     return {"seconds": elapsed(), "images_per_second": rate, **evaluated}
 
 
-def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> dict[str, Tensor]:
+def _backward(job: Job, compute: nn.Module, parts: Sequence[Part]) -> Values:
     """Forward and backward over the parts of a step; returns each scalar, detached and summed over the parts."""
     job.optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
+    sums: Values = {}
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         # Gradients add up locally; only the last part's backward averages them over ranks, one all-reduce per step.

@@ -1,4 +1,4 @@
-"""``compile: true``: the encoders as compiled code, on a GPU replayed as CUDA graphs."""
+"""``compile: true``: the encoders as compiled code, and on a GPU the whole step but for its ends as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,34 +11,45 @@ from torch import nn
 
 from mixmask.engine.distributed import world
 from mixmask.engine.progress import say
+from mixmask.engine.recording import CUDAGraph, Graph, Recorder
+from mixmask.pretrain.network import Framework
+from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recorded_step import RecordedSteps
 
 
-def compile_encoders(encoders: Iterable[nn.Module], device: torch.device) -> Callable[[], None] | None:
-    """Compile trunks in place, if this machine can.
+def compile_encoders(encoders: Iterable[nn.Module], device: torch.device) -> None:
+    """Compile trunks in place, if this machine can; if not, the user is told why.
 
-    On a GPU the forward and backward passes of the encoders are recorded as CUDA graphs and replayed with one launch
-    each. Mixing, losses, queue and moving average stay outside: 73 of the 657 operations of a forward step of MoCo on CIFAR,
-    125 of 1,280 of MixMask on ImageNet (counted by the tests). Shapes are static in steps, so that nothing is recorded
-    again; a framework with small crops has a recording for each shape. Evaluations run `uncompiled`.
-    With several processes there are no graphs, because gradients are exchanged during the backward pass.
-
-    Returns:
-        What must be called before every step, or None. If the machine cannot compile, the user is told why, and the
-        encoders stay as they are.
+    Shapes are static in steps, so that nothing is compiled again; a framework with small crops has code for each shape.
+    Evaluations run `uncompiled`.
     """
     why = obstacle(device)
     if why is not None:
         say(f"compile: true: {why}, so the encoders run operator by operator")
-        return None
-    graphs = device.type == "cuda" and world().size == 1
-    if device.type == "cuda" and not graphs:
-        say(f"compile: true: without CUDA graphs, because {world().size} processes exchange gradients meanwhile")
+        return
     for encoder in encoders:
-        if graphs:
-            encoder.compile(mode="reduce-overhead", dynamic=False)
-        else:
-            encoder.compile(dynamic=False)
-    return torch.compiler.cudagraph_mark_step_begin if graphs else None
+        encoder.compile(dynamic=False)
+
+
+def recorded_steps(framework: Framework, recipe: PretrainRecipe, device: torch.device) -> RecordedSteps | None:
+    """What runs the passes of steps as one CUDA graph; None if that is not possible here, and the user is told why."""
+    new_graph = graphs_of(device)
+    if new_graph is None:
+        return None
+    why = None
+    if world().size > 1:
+        why = f"{world().size} processes exchange gradients meanwhile"
+    elif not framework.recordable:
+        why = f"{type(framework).__name__}.recordable is not set: its steps may start other operations every time"
+    if why is not None:
+        say(f"compile: true: without CUDA graphs, because {why}")
+        return None
+    return RecordedSteps(framework, recipe, Recorder("compile: true: the step", new_graph))
+
+
+def graphs_of(device: torch.device) -> Callable[[], Graph] | None:
+    """What makes the graphs of a device; None if it has none."""
+    return CUDAGraph if device.type == "cuda" else None
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from mixmask.engine.augment import AugmentRecipe
 from mixmask.engine.collectives import gather
 from mixmask.engine.config import Recipe, added
 from mixmask.engine.errors import ConfigError
+from mixmask.engine.host_values import to_device
 from mixmask.engine.late import torch
-from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,18 @@ class Framework(nn.Module, ABC):
     keys_have_gradient = False  # whether the loss also trains through the keys, as in SimCLR
     asks_with_both_views = True  # whether both views serve as queries, or only the first
     progress = 0.0  # share of the run before the present step; the training sets it
+    # Whether a step starts the same operations as the one before it, with the same numbers of the host but for those from
+    # `engine.host_values.from_host`, so that ``compile: true`` may record it. After a change of `phase` it is recorded anew.
+    recordable: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh: list[Tensor] = []  # what the forward passes of a step leave for `after_step`
+
+    @property
+    def phase(self) -> Hashable:
+        """What decides which operations a step starts, if it changes during a run."""
+        return None
 
     @property
     def fast(self) -> Encoder:
@@ -103,6 +116,9 @@ class Framework(nn.Module, ABC):
             keys: The two views for the key side: the same tensors, unless a mixture erases parts of the queries.
             rng: For the framework's own draws; in the same state on every rank.
         """
+
+    def settle(self) -> None:
+        """Write what the forward passes keep in memory of their own into the buffers; called around recorded passes."""
 
     def before_step(self) -> None:
         """Change gradients before the optimizer step."""

@@ -98,7 +98,9 @@ class PretrainRecipe(Recipe):
     sync_bn: bool = Field(False, description="batch statistics over all processes")
     precision: Precision = "fp32"
     compile: bool = Field(
-        False, description="torch.compile the encoders; their rounding changes, so it is part of the identity"
+        False,
+        description="torch.compile the encoders, and record the step as a CUDA graph; this changes the rounding, so it is "
+        "part of the identity",
     )
     monitor: MonitorRecipe | None = None
     device: DeviceName = operational("auto")

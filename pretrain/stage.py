@@ -30,13 +30,14 @@ from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory
 from mixmask.engine.training import train
 from mixmask.engine.watching import check_watch, open_sinks
-from mixmask.pretrain.compiling import compile_encoders, uncompiled
+from mixmask.pretrain.compiling import compile_encoders, recorded_steps, uncompiled
 from mixmask.pretrain.diagnostics import collapse_warning
 from mixmask.pretrain.inputs import check_inputs, check_network
 from mixmask.pretrain.monitor import Monitor, Monitored
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe, locate
+from mixmask.pretrain.recorded_step import Backward, Values
 from mixmask.pretrain.step import batch_parts
 
 
@@ -261,7 +262,10 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     recipe, per_epoch = plan.recipe, plan.batches.steps_per_epoch
     if recipe.sync_bn:
         synchronise_batchnorm(model, plan.device)
-    begin_step = compile_encoders(model.encoders(), plan.device) if recipe.compile else None
+    recorded = None
+    if recipe.compile:
+        compile_encoders(model.encoders(), plan.device)
+        recorded = recorded_steps(model, recipe, plan.device)
     source = open_source(plan.train_images, recipe.data, plan.device)
     monitor = None
     if plan.monitored is not None:
@@ -297,16 +301,21 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     def batches(first: int) -> Iterator[Batch]:
         return source.training(plan.batches, recipe.views, first, plan.num_steps)
 
-    def losses(batch: Batch, step: int) -> list[Part]:
+    def logged(step: int) -> bool:
         # The diagnostics need singular values, so they are computed for logged steps only.
+        return (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
+
+    def losses(batch: Batch, step: int) -> list[Part]:
         model.progress = step / plan.num_steps
-        if begin_step is not None:
-            begin_step()
-        logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
-        return batch_parts(model, recipe, batch, step, diagnosed=logged)
+        return batch_parts(model, recipe, batch, step, diagnosed=logged(step))
+
+    def passes(backward: Backward, batch: Batch, step: int) -> Values:
+        assert recorded is not None
+        model.progress = step / plan.num_steps
+        return recorded(backward, batch, step, diagnosed=logged(step))
 
     started = time.monotonic()
-    result = train(job, batches, losses)
+    result = train(job, batches, losses, passes if recorded is not None else None)
     say(f"{recipe.name}: trained in {time.monotonic() - started:,.0f} s")
     # Only rank 0 writes the log.
     last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}

@@ -15,14 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 from mixmask.engine.augment import Photometric
 from mixmask.engine.builtin_configs import config_file
 from mixmask.engine.config import load_recipe
+from mixmask.engine.job import Part
 from mixmask.engine.loader import Batch
 from mixmask.engine.precision import autocast
 from mixmask.engine.randomness import generator
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.setups import Setup
+from mixmask.pretrain.compiling import compile_encoders, recorded_steps
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recorded_step import RecordedSteps
 from mixmask.pretrain.step import batch_parts
 
 
@@ -43,6 +46,7 @@ class TrainingStep:
     model: Framework = field(init=False)
     views: list[Tensor] = field(init=False)
     number: int = 0
+    recorded: RecordedSteps | None = None
 
     def __post_init__(self) -> None:
         recipe, device = self.recipe, self.machine.device
@@ -63,17 +67,31 @@ class TrainingStep:
 
     def __call__(self) -> None:
         """Take a step."""
-        recipe, device, rows = self.recipe, self.machine.device, self.rows
+        recipe, rows = self.recipe, self.rows
         batch = Batch(self.views, self.labels, self.number, rows, len(rows))
-        self.optimizer.zero_grad(set_to_none=True)
-        for part in batch_parts(self.model, recipe, batch, self.number):
-            with autocast(device, self.machine.precision):
-                terms = part()
-            torch.autograd.backward(terms["loss"])
+        if self.recorded is None:
+            self.backward(batch_parts(self.model, recipe, batch, self.number))
+        else:
+            self.recorded(self.backward, batch, self.number, diagnosed=False)
         self.model.before_step()
         self.optimizer.step()
         self.model.after_step(0.5)
         self.number += 1
+
+    def backward(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """Run the forward and backward passes of a step's parts; returns the values of the last one."""
+        self.optimizer.zero_grad(set_to_none=True)
+        terms: dict[str, Tensor] = {}
+        for part in parts:
+            with autocast(self.machine.device, self.machine.precision):
+                terms = part()
+            torch.autograd.backward(terms["loss"])
+        return terms
+
+    def compile(self) -> None:
+        """Take further steps as ``compile: true`` does."""
+        compile_encoders(self.model.encoders(), self.machine.device)
+        self.recorded = recorded_steps(self.model, self.recipe, self.machine.device)
 
     def augment(self) -> None:
         """Only the photometric augmentation of all views."""

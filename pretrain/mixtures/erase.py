@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 from typing_extensions import override
 
 from mixmask.engine.augment import AugmentRecipe
+from mixmask.engine.host_values import to_device
 from mixmask.engine.late import torch
-from mixmask.engine.precision import to_device
 from mixmask.engine.records import Method
 from mixmask.pretrain.mask_options import MaskOptions
 from mixmask.pretrain.mixture import Column, Draw, Mixture, Rows, Views, as_stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ pytest.importorskip("triton", reason="triton comes with torch's builds for GPUs"
 from mixmask.engine import photometric_kernels
 from mixmask.engine.augment import AugmentRecipe, Photometric, apply_photometric, draw_photometric
 from mixmask.engine.determinism import deterministic_kernels
+from mixmask.engine.job import Part
 from mixmask.engine.loader import Batch
 from mixmask.engine.normalization import as_float, normalize
 from mixmask.engine.precision import autocast
 from mixmask.engine.randomness import generator
-from mixmask.pretrain import stage
+from mixmask.engine.recording import REHEARSALS
+from mixmask.pretrain import compiling, stage
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
@@ -156,13 +159,59 @@ def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) 
     counters.clear()
     for one in (start, eager, compiled):
         stage.run(one)
-    # A graph for each encoder, with a gradient and without; none for evaluations.
+    # Code for each encoder, with a gradient and without; none for evaluations.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     before, ours, theirs = (load_file(one.backbone_file) for one in (start, eager, compiled))
     for key in ours:
         if ours[key].is_floating_point() and "running" not in key:
             one, other = (change.flatten() - before[key].flatten() for change in (ours[key], theirs[key]))
             assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98, key
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL_FRAMEWORKS if name != "densecl"])
+def test_recorded_steps_are_steps_to_the_bit(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The same on a GPU as `test_recorded_step` shows on an emulated graph; inductor's code would round otherwise."""
+    monkeypatch.setattr(stage, "compile_encoders", lambda *_: None)
+    keys = [ON_GPU, "deterministic=true", "max_steps=9", "epochs=5", "precision=bf16", SMALL_FRAMEWORKS[name], BOTH]
+    plain, recorded = (plan(config, tmp_path / str(value), *keys, f"compile={value}") for value in ("false", "true"))
+    stage.run(plain)
+    stage.run(recorded)
+    assert "is not recorded" not in capfd.readouterr().err
+    ours, theirs = load_file(recorded.backbone_file), load_file(plain.backbone_file)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_replayed_step_does_not_wait(config: Path, tmp_path: Path) -> None:
+    recipe = plan(config, tmp_path, ON_GPU, "precision=bf16", BOTH).recipe
+    torch.manual_seed(0)
+    model = recipe.framework.build(recipe.backbone).to(DEVICE).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(recipe.optimizer, model, recipe.batch_size)
+    recorded = compiling.recorded_steps(model, recipe, DEVICE)
+    assert recorded is not None
+    rows = recipe.batch_size
+    views = [torch.randint(0, 256, (rows, 3, view.crop, view.crop), dtype=torch.uint8) for view in recipe.views]
+    batch = Batch([view.to(DEVICE) for view in views], torch.zeros(rows, device=DEVICE).long(), 0, [*range(rows)], rows)
+
+    def backward(parts: Sequence[Part]) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            with autocast(DEVICE, recipe.precision):
+                terms = part()
+            terms["loss"].backward()
+        return terms
+
+    for step in range(REHEARSALS + 4):
+        torch.cuda.set_sync_debug_mode("error" if step > REHEARSALS + 1 else "default")
+        try:
+            recorded(backward, batch, step, diagnosed=False)
+            model.before_step()
+            optimizer.step()
+            model.after_step(0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert recorded.recorder.recording is not None
 
 
 def test_deterministic_kernels_cover_every_framework(config: Path, tmp_path: Path) -> None:

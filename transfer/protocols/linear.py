@@ -12,10 +12,10 @@ from mixmask.engine.config import Recipe, added
 from mixmask.engine.data import open_split
 from mixmask.engine.datasets import OpenImages
 from mixmask.engine.errors import ConfigError, RunFailure
+from mixmask.engine.host_values import to_device
 from mixmask.engine.images import ImageSet
 from mixmask.engine.job import Part
 from mixmask.engine.late import torch
-from mixmask.engine.precision import to_device
 from mixmask.engine.progress import say
 from mixmask.engine.randomness import derived_seed
 from mixmask.engine.schedule import cosine_factor, step_factor, warmup_factor

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch._dynamo.utils import counters
 from typing_extensions import override
 
 from mixmask.engine.determinism import deterministic_kernels
-from mixmask.launch.bench.machine import Call, Machine
+from mixmask.engine.recording import REHEARSALS
+from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.part import LeftOut, Part, Row
 from mixmask.launch.bench.setups import SETUPS
 from mixmask.launch.bench.training_step import TrainingStep, recipe_of
-from mixmask.pretrain.compiling import compile_encoders, obstacle
+from mixmask.pretrain.compiling import obstacle
 
 
 class Options(Part):
@@ -40,25 +41,15 @@ class Options(Part):
             if why is not None:
                 yield LeftOut(f"{setup.title}: compile: true", why)
                 continue
-            begin = compile_encoders(step.model.encoders(), machine.device)
-            compiled = _after(begin, step)
-            for _ in range(4):  # compiles, warms up, and records
-                compiled()
+            step.compile()
+            for _ in range(REHEARSALS + 2):  # compiles, warms up, and records
+                step()
             before_it = counters["stats"]["unique_graphs"]
-            seconds = machine.time(compiled).seconds
+            seconds = machine.time(step).seconds
             if counters["stats"]["unique_graphs"] > before_it:
                 yield LeftOut(f"{setup.title}: compile: true", "it was compiled again while it was measured")
-            else:
-                yield _row(setup.title, "compile: true", seconds, plain)
-
-
-def _after(begin: Callable[[], None] | None, step: TrainingStep) -> Call:
-    def call() -> None:
-        if begin is not None:
-            begin()
-        step()
-
-    return call
+                continue
+            yield _row(setup.title, "compile: true", seconds, plain)
 
 
 def _row(title: str, option: str, seconds: float, plain: float) -> Row:

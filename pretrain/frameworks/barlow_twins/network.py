@@ -16,6 +16,8 @@ EPSILON = 1e-5  # of the batch normalisation of the embeddings
 class BarlowTwins(BatchLossFramework):
     """One encoder for both views, and the cross-correlation of its embeddings."""
 
+    recordable = True
+
     def __init__(self, recipe: BarlowTwinsRecipe, backbone: BackboneRecipe) -> None:
         super().__init__(recipe, backbone)
         self.recipe = recipe

@@ -17,6 +17,8 @@ from mixmask.pretrain.network import Clean, Encoder, Framework, Views, cosine_mo
 class BYOL(Framework):
     """Online encoder with a predictor, and the target encoder, which is the moving average of the online encoder."""
 
+    recordable = True
+
     def __init__(self, recipe: BYOLRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe

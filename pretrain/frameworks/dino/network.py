@@ -12,6 +12,7 @@ from typing_extensions import override
 from mixmask.engine.backbones import BackboneRecipe, build_trunk, width_of
 from mixmask.engine.collectives import gather
 from mixmask.engine.heads import Head, mlp
+from mixmask.engine.host_values import from_host
 from mixmask.pretrain.frameworks.dino import DINORecipe
 from mixmask.pretrain.multi_crop import cross_entropy, of_each_view, over_pairs
 from mixmask.pretrain.network import Clean, Encoder, Framework, Views, cosine_momentum, move_average, unit
@@ -40,6 +41,8 @@ class DINO(Framework):
 
     center: Tensor
 
+    recordable = True
+
     def __init__(self, recipe: DINORecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe
@@ -54,7 +57,6 @@ class DINO(Framework):
                     nn.init.zeros_(layer.bias)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(recipe.outputs))
-        self.fresh: list[Tensor] = []  # means of this step's teacher outputs over all ranks
 
     @property
     @override
@@ -89,9 +91,9 @@ class DINO(Framework):
         with torch.no_grad():
             answered = of_each_view(self.teacher, keys)
             outputs = [self.teacher.cosines(one) for one in answered]
-            temperature = self.teacher_temperature(self.progress)
+            temperature = from_host(lambda: torch.tensor(self.teacher_temperature(self.progress)), self.center.device)
             wanted = [((one - self.center) / temperature).softmax(dim=1) for one in outputs]
-            if self.training:
+            if self.training:  # means over all ranks
                 self.fresh.append(torch.stack([gather(one).mean(dim=0) for one in outputs]).mean(dim=0))
         losses = over_pairs(self.loss, predictions, wanted)
         # A mixture of the first view is compared with the teacher's answer to the second.

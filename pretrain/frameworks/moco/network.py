@@ -13,7 +13,7 @@ from mixmask.engine.backbones import BackboneRecipe, build_trunk, replace_batch_
 from mixmask.engine.collectives import gather
 from mixmask.engine.distributed import world
 from mixmask.engine.heads import mlp
-from mixmask.engine.precision import to_device
+from mixmask.engine.host_values import from_host
 from mixmask.pretrain.frameworks.moco import MomentumContrastRecipe
 from mixmask.pretrain.network import Clean, Encoder, Framework, Views, move_average, unit
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d, fold_statistics, split_layers, spread_statistics
@@ -24,6 +24,8 @@ class MoCo(Framework):
 
     queue: Tensor
     queue_position: Tensor
+
+    recordable = True
 
     def __init__(self, recipe: MomentumContrastRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
@@ -41,7 +43,6 @@ class MoCo(Framework):
         self.split, self.folded = split_layers(self), list[SplitBatchNorm2d]()
         self.register_buffer("queue", self.first_negatives())
         self.register_buffer("queue_position", torch.zeros((), dtype=torch.int64))
-        self.fresh: list[Tensor] = []  # this step's keys; they enter the queue after the optimizer step
         self.position: int | None = None  # host copy of queue_position: reading the buffer would wait for the GPU
         self.register_load_state_dict_post_hook(_forget_position)  # type: ignore[no-untyped-call]
 
@@ -74,13 +75,18 @@ class MoCo(Framework):
             (N, dim) unit vectors, in the order of ``images``, without gradient.
         """
         everyone = gather(images)
-        # `rng` is in the same state on every rank, so all ranks draw the same permutation without exchanging it.
-        order = torch.randperm(len(everyone), generator=rng)
-        mine = world().share(len(everyone))
-        shuffled = everyone[to_device(order[mine], images.device)].contiguous(memory_format=torch.channels_last)
-        embedding = gather(self.answer(shuffled))
+
+        num = len(everyone)
+
+        def orders() -> Tensor:
+            # `rng` is in the same state on every rank, so all ranks draw the same permutation without exchanging it.
+            order = torch.randperm(num, generator=rng)
+            return torch.stack([order, torch.argsort(order)])[:, world().share(num)]
+
+        order, inverse = from_host(orders, images.device)
+        embedding = gather(self.answer(everyone[order].contiguous(memory_format=torch.channels_last)))
         # The inverse permutation puts the keys back into the order of their queries.
-        return embedding[to_device(torch.argsort(order)[mine], images.device)]
+        return embedding[inverse]
 
     def answer(self, images: Tensor) -> Tensor:
         """The keys of images, in their order: (N, dim) unit vectors."""
@@ -112,6 +118,10 @@ class MoCo(Framework):
             # code.
             self.fresh += [gather(self.negative(key)) for key in reversed(answers)]
         return Clean(losses, query, tuple(answers), {"contrast_accuracy": 100 * first.float().mean()})
+
+    @override
+    def settle(self) -> None:
+        fold_statistics(self.split)
 
     @override
     def before_step(self) -> None:

@@ -19,6 +19,8 @@ from mixmask.pretrain.network import Clean, Encoder, Framework, Views, cosine_mo
 class MoCoV3(Framework):
     """Encoder with projector and predictor, and its moving average for the keys."""
 
+    recordable = True
+
     def __init__(self, recipe: MoCoV3Recipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe

@@ -20,6 +20,8 @@ class SimCLR(Framework):
     keys_have_gradient = True
     asks_with_both_views = False
 
+    recordable = True
+
     def __init__(self, recipe: SimCLRRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe

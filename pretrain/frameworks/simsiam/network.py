@@ -17,6 +17,8 @@ from mixmask.pretrain.network import Clean, Encoder, Framework, Views, unit
 class SimSiam(Framework):
     """One encoder for both views, and a predictor on the query side."""
 
+    recordable = True
+
     def __init__(self, recipe: SimSiamRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe

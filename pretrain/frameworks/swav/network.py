@@ -28,6 +28,8 @@ class SwAV(Framework):
 
     queue: Tensor
 
+    recordable = True
+
     def __init__(self, recipe: SwAVRecipe, backbone: BackboneRecipe) -> None:
         super().__init__()
         self.recipe = recipe
@@ -36,10 +38,15 @@ class SwAV(Framework):
         self.prototypes = nn.Linear(recipe.dim, recipe.prototypes, bias=False)
         self._to_unit_length()
         self.register_buffer("queue", torch.zeros(2, recipe.queue_size, recipe.dim))
-        self.fresh: list[Tensor] = []  # this step's (2, n, dim) embeddings of all ranks
         self.filled = (
             0  # rows of the queue that hold embeddings; not a buffer, because reading one would wait for the GPU
         )
+
+    @property
+    @override
+    def phase(self) -> bool:
+        """Whether the codes are made with the queue."""
+        return self.recipe.queue_size > 0 and self.filled >= self.recipe.queue_size
 
     @override
     def get_extra_state(self) -> int:
@@ -78,12 +85,11 @@ class SwAV(Framework):
     def _codes(self, answered: Sequence[Tensor]) -> list[Tensor]:
         """The codes of this rank's rows, made from the rows of all ranks and the queue."""
         everyone = torch.stack([gather(one) for one in answered])
-        full = self.recipe.queue_size > 0 and self.filled >= self.recipe.queue_size
         if self.training and self.recipe.queue_size:
-            self.fresh.append(everyone)  # they enter the queue in `after_step`
+            self.fresh.append(everyone)  # (2, n, dim); they enter the queue in `after_step`
         codes = []
         for number, rows in enumerate(everyone):
-            earlier = self.queue[number] if full else rows[:0]
+            earlier = self.queue[number] if self.phase else rows[:0]
             assigned = sinkhorn(
                 self._similarity(torch.cat([earlier, rows])), self.recipe.epsilon, self.recipe.sinkhorn_iterations
             )

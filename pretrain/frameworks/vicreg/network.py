@@ -17,6 +17,8 @@ EPSILON, LEAST_STD = 1e-4, 1.0  # ε and γ of equation 1
 class VICReg(BatchLossFramework):
     """One encoder for both views, and the spread and covariances of its embeddings."""
 
+    recordable = True
+
     def __init__(self, recipe: VICRegRecipe, backbone: BackboneRecipe) -> None:
         super().__init__(recipe, backbone)
         self.recipe = recipe

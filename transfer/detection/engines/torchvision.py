@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mixmask.engine import precision
+from mixmask.engine import host_values
 from mixmask.engine.batch_statistics import synchronise_batchnorm
 from mixmask.engine.distributed import from_first, gather_to_rank0, world
 from mixmask.engine.job import Job, Part
@@ -115,10 +115,10 @@ def to_device(batch: DetectionBatch, device: torch.device) -> tuple[list[Tensor]
     images = [image.to(device, non_blocking=True) for image in batch.images]
     targets = [
         Targets(
-            precision.to_device(t.boxes, device),
-            precision.to_device(t.labels, device),
+            host_values.to_device(t.boxes, device),
+            host_values.to_device(t.labels, device),
             t.polygons,
-            None if t.keypoints is None else precision.to_device(t.keypoints, device),
+            None if t.keypoints is None else host_values.to_device(t.keypoints, device),
         )
         for t in batch.targets
     ]
