@@ -79,6 +79,10 @@ class HostValues:
         """What `from_host` gives."""
         if self.recording:
             self.makes.append(make)
+            if len(self.makes) > len(self.there):
+                raise RuntimeError(
+                    f"the step takes more than {len(self.there)} tensors from the host, as it did before"
+                )
             return self.there[len(self.makes) - 1]
         found = to_device(make(), device)
         self.there.append(found)

@@ -14,7 +14,9 @@ from mixmask.engine.watching import Sink
 if TYPE_CHECKING:
     from torch import nn
 
-Part = Callable[[], "dict[str, torch.Tensor]"]
+Values = dict[str, "torch.Tensor"]  # scalars of a step by name
+Part = Callable[[], Values]
+Backward = Callable[[Sequence[Part]], Values]  # runs the forward and backward passes of parts, in their order
 
 
 @dataclass

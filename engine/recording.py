@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -16,7 +17,8 @@ T = TypeVar("T")
 Run = Callable[[Sequence[Tensor], Sequence[torch.Generator]], T]
 
 REHEARSALS = 3  # steps before one is recorded: libraries choose their algorithms, compilers compile, and memory settles
-RECORDINGS = 4  # in one run; whose form changes more often has no use of them
+RECORDINGS = 4  # in one run; a run that needs more gains nothing by recording
+PATIENCE = 20  # rehearsals of one form after which no two steps in a row had the same shapes often enough
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Recordable(Generic[T]):
             `engine.host_values.from_host`. Tensors in the result are overwritten by the next step.
         remember: Called after the passes have been recorded; returns what puts the tensors, to which a replay writes, back
             where the passes left them, such as gradients.
+        forget: Called before the passes are recorded, and after a failure: drops what earlier passes have left.
     """
 
     inputs: Sequence[Tensor]
@@ -38,6 +41,7 @@ class Recordable(Generic[T]):
     form: Hashable
     run: Run[T]
     remember: Callable[[], Callable[[], None]]
+    forget: Callable[[], None]
 
 
 class Graph(Protocol):
@@ -53,7 +57,7 @@ class Graph(Protocol):
         """Run what was recorded, on the same memory."""
 
 
-class CUDAGraph:
+class StepGraph:
     """A CUDA graph. Whatever it allocates is its own until it is dropped."""
 
     def __init__(self) -> None:
@@ -71,9 +75,16 @@ class CUDAGraph:
 
     def record(self, work: Callable[[], T]) -> T:
         """Record ``work`` without running it."""
-        # Threads that load images may allocate pinned memory meanwhile.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            return work()
+        here = torch.cuda.current_stream()
+        gc.collect()
+        gc.disable()  # what is collected may wait for the device, which must not happen now
+        try:
+            # Threads that load images may allocate pinned memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                return work()
+        finally:
+            gc.enable()
+            torch.cuda.set_stream(here)  # if it fails, older versions of torch stay on the other stream
 
     def replay(self) -> None:
         """Run what was recorded, after what the present stream already has to do."""
@@ -85,6 +96,7 @@ class _Recording(Generic[T]):
     """A graph, the memory that it reads, and its result."""
 
     form: Hashable
+    shapes: Hashable
     graph: Graph
     inputs: list[Tensor]
     generators: Sequence[torch.Generator]
@@ -106,55 +118,78 @@ class _Recording(Generic[T]):
 class Recorder(Generic[T]):
     """Runs the passes of every step: the first ones as they are, the others as a recording, while their form is the same.
 
+    Steps of another form are recorded anew. Steps of the same form whose inputs have other shapes run as they are.
+
     Args:
         subject: What is recorded, for messages.
         graph: Makes an empty graph.
     """
 
-    def __init__(self, subject: str, graph: Callable[[], Graph] = CUDAGraph) -> None:
+    def __init__(self, subject: str, graph: Callable[[], Graph] = StepGraph) -> None:
         self.subject = subject
         self.new_graph = graph
         self.graph: Graph | None = None
         self.values = HostValues()
-        self.form: Hashable = None
-        self.seen = 0  # steps of this form since another one
+        self.last: Hashable = None  # form and shapes of the last rehearsal
+        self.seen = 0  # rehearsals of these in a row
+        self.rehearsed = 0
         self.recording: _Recording[T] | None = None
         self.recorded = 0
         self.stopped = False
 
     def __call__(self, passes: Recordable[T]) -> T:
         """Run the passes of a step."""
-        form = passes.form, tuple((one.shape, one.stride(), one.dtype) for one in passes.inputs)
-        if self.recording is not None and self.recording.form == form:
-            return self.recording.replay(passes)
-        if self.stopped:
+        shapes = tuple((one.shape, one.stride(), one.dtype) for one in passes.inputs)
+        if self.recording is not None and self.recording.form != passes.form:
+            self.recording, self.rehearsed = None, 0  # its memory is needed
+        if self.stopped or (self.recording is not None and self.recording.shapes != shapes):
             return passes.run(passes.inputs, passes.generators)
-        self.seen = self.seen + 1 if form == self.form else 1
-        self.form = form
-        if self.seen <= REHEARSALS:
-            self.graph = self.graph or self.new_graph()
-            with self.values.noted():
-                return self.graph.rehearse(lambda: passes.run(passes.inputs, passes.generators))
+        if self.recording is not None:
+            return self.recording.replay(passes)
         if self.recorded == RECORDINGS:
             return self._stop(passes, f"its form has changed {RECORDINGS} times")
-        return self._record(passes, form)
+        if self.rehearsed == PATIENCE:
+            return self._stop(passes, "its images change their shape too often")
+        self.seen = self.seen + 1 if self.last == (passes.form, shapes) else 1
+        self.last = passes.form, shapes
+        if self.seen > REHEARSALS:
+            return self._record(passes, shapes)
+        self.rehearsed += 1
+        self.graph = self.graph or self.new_graph()
+        with self.values.noted():
+            return self.graph.rehearse(lambda: passes.run(passes.inputs, passes.generators))
 
-    def _record(self, passes: Recordable[T], form: Hashable) -> T:
-        assert self.graph is not None
-        self.recording = None  # its memory is needed
+    def _record(self, passes: Recordable[T], shapes: Hashable) -> T:
+        graph, values = self.graph, self.values
+        assert graph is not None
+        passes.forget()  # before anything is recorded: the memory of the last step's gradients is free for others
         inputs = [one.clone() for one in passes.inputs]
+        why = ""
         try:
-            with self.values.recorded():
-                result = self.graph.record(lambda: passes.run(inputs, passes.generators))
+            with values.recorded():
+                result = graph.record(lambda: passes.run(inputs, passes.generators))
         except RuntimeError as error:  # CUDA's errors and those of memory are such ones, too
-            return self._stop(passes, (str(error).splitlines() or [type(error).__name__])[0])
-        self.recording = _Recording(form, self.graph, inputs, passes.generators, self.values, result, passes.remember())
-        self.graph, self.values = None, HostValues()
+            why = _cause(error)
+        self.graph, self.values, self.seen = None, HostValues(), 0
+        if why:
+            # Not in the handler: there the error would keep alive what was recorded so far, and its memory.
+            del graph, values, inputs
+            passes.forget()
+            return self._stop(passes, why)
+        self.recording = _Recording(
+            passes.form, shapes, graph, inputs, passes.generators, values, result, passes.remember()
+        )
         self.recorded += 1
-        self.seen = 0
         return self.recording.replay(passes)
 
     def _stop(self, passes: Recordable[T], why: str) -> T:
         self.stopped, self.graph, self.recording = True, None, None
         say(f"{self.subject} is not recorded as a CUDA graph ({why}), so it runs operator by operator")
         return passes.run(passes.inputs, passes.generators)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error that came first: CUDA reports another one at the end of a recording that failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]

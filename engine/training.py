@@ -14,7 +14,7 @@ from mixmask.engine import collectives, distributed
 from mixmask.engine.batch_statistics import average_statistics
 from mixmask.engine.checkpoint import Start, require_finite, resume, save
 from mixmask.engine.errors import Interrupted, RunFailure
-from mixmask.engine.job import Job, Part
+from mixmask.engine.job import Backward, Job, Part, Values
 from mixmask.engine.late import torch
 from mixmask.engine.precision import autocast
 from mixmask.engine.progress import StepProgress, say
@@ -26,14 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 B = TypeVar("B")
-Values = dict[str, "Tensor"]
 
 
 def train(
-    job: Job,
-    batches: Callable[[int], Iterator[B]],
-    losses: Callable[[B, int], Sequence[Part]],
-    passes: Callable[[Callable[[Sequence[Part]], Values], B, int], Values] | None = None,
+    job: Job, batches: Callable[[int], Iterator[B]], losses: Callable[[B, int], Sequence[Part]]
 ) -> dict[str, float]:
     """Run a job from its checkpoint, or from the start, to its last step.
 
@@ -43,9 +39,6 @@ def train(
         losses: Given a batch and its step, returns the parts of the step's loss. Each part is called without arguments
             and returns named scalars: ``loss`` is minimised, all are logged. The backward pass of a part runs before
             the next part is called; gradients and scalars are summed over the parts.
-        passes: If given, what is called instead of ``losses``, to run the passes of a step in another way, such as a
-            recording: given what runs parts forward and backward, the batch and its step, it leaves the gradients in the
-            model and returns the step's scalars.
 
     Returns:
         ``seconds`` of this run including earlier, interrupted starts, the mean ``images_per_second`` of this start, and
@@ -54,6 +47,20 @@ def train(
     Raises:
         RunFailure: When the loss is not finite, or a checkpoint cannot be written; the last good checkpoint stays.
         Interrupted: After SIGTERM, SIGUSR2 or Ctrl-C, when the step has been finished and a checkpoint written.
+    """
+    return train_by(job, batches, lambda backward, batch, step: backward(losses(batch, step)))
+
+
+def train_by(
+    job: Job, batches: Callable[[int], Iterator[B]], passes: Callable[[Backward, B, int], Values]
+) -> dict[str, float]:
+    """Like `train`, but the passes of a step may be run in another way, such as a recording.
+
+    Args:
+        job: What is trained.
+        batches: Given the first step, returns an iterator over the remaining batches.
+        passes: Given what runs the parts of a loss forward and backward, a batch and its step, leaves the gradients in the
+            model and returns the step's scalars.
     """
     from mixmask.engine.parts import Parts
 
@@ -113,7 +120,7 @@ def train(
             # resumed run draws the same.
             torch.manual_seed(derived_seed(job.seed, "step", step, distributed.world().rank))
 
-            window.add(step, backward(losses(batch, step)) if passes is None else passes(backward, batch, step))
+            window.add(step, passes(backward, batch, step))
             if job.before_step is not None:
                 job.before_step()
             if job.clip_norm is not None:

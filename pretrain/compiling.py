@@ -11,7 +11,7 @@ from torch import nn
 
 from mixmask.engine.distributed import world
 from mixmask.engine.progress import say
-from mixmask.engine.recording import CUDAGraph, Graph, Recorder
+from mixmask.engine.recording import Graph, Recorder, StepGraph
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.recorded_step import RecordedSteps
@@ -39,7 +39,9 @@ def recorded_steps(framework: Framework, recipe: PretrainRecipe, device: torch.d
     why = None
     if world().size > 1:
         why = f"{world().size} processes exchange gradients meanwhile"
-    elif not framework.recordable:
+    elif recipe.accumulate > 1:
+        why = f"accumulate: {recipe.accumulate} saves memory, which a recording needs"
+    elif not vars(type(framework)).get("recordable"):
         why = f"{type(framework).__name__}.recordable is not set: its steps may start other operations every time"
     if why is not None:
         say(f"compile: true: without CUDA graphs, because {why}")
@@ -49,12 +51,12 @@ def recorded_steps(framework: Framework, recipe: PretrainRecipe, device: torch.d
 
 def graphs_of(device: torch.device) -> Callable[[], Graph] | None:
     """What makes the graphs of a device; None if it has none."""
-    return CUDAGraph if device.type == "cuda" else None
+    return StepGraph if device.type == "cuda" else None
 
 
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let compiled parts of a model run operator by operator: batches of other sizes would each be compiled and recorded."""
+    """Let compiled parts of a model run operator by operator: batches of other sizes would each be compiled."""
     compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
     before = [module._compiled_call_impl for module in compiled]
     for module in compiled:

@@ -50,6 +50,7 @@ class Framework(nn.Module, ABC):
     progress = 0.0  # share of the run before the present step; the training sets it
     # Whether a step starts the same operations as the one before it, with the same numbers of the host but for those from
     # `engine.host_values.from_host`, so that ``compile: true`` may record it. After a change of `phase` it is recorded anew.
+    # It is not inherited: a derived class must say so itself.
     recordable: ClassVar[bool] = False
 
     def __init__(self) -> None:
@@ -119,6 +120,11 @@ class Framework(nn.Module, ABC):
 
     def settle(self) -> None:
         """Write what the forward passes keep in memory of their own into the buffers; called around recorded passes."""
+
+    def forget(self) -> None:
+        """Drop what a step left that was broken off."""
+        self.zero_grad(set_to_none=True)
+        self.fresh.clear()
 
     def before_step(self) -> None:
         """Change gradients before the optimizer step."""

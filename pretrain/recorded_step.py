@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mixmask.engine.job import Part
+from mixmask.engine.job import Backward, Values
 from mixmask.engine.loader import Batch
 from mixmask.engine.precision import autocast
 from mixmask.engine.recording import Recordable, Recorder
 from mixmask.pretrain.diagnostics import diagnose
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.recipe import PretrainRecipe
-from mixmask.pretrain.step import Prepared, Shares, Term, compared, terms_of
+from mixmask.pretrain.step import Prepared, Shares, Term, batch_parts, compared, terms_of
 
-Values = dict[str, Tensor]
-Samples = list[tuple[Tensor, Tensor]]  # the embeddings of a share that diagnostics look at
-Backward = Callable[[Sequence[Part]], Values]
+Samples = tuple[Tensor, Tensor]  # the embeddings that diagnostics look at
 
 
 class RecordedSteps:
@@ -31,7 +30,7 @@ class RecordedSteps:
 
     Args:
         framework: Its `Framework.recordable` is true.
-        recipe: The run's recipe.
+        recipe: The run's recipe, without gradient accumulation.
         recorder: Records and replays.
     """
 
@@ -54,68 +53,59 @@ class RecordedSteps:
         Returns:
             The values of the step by name. The next step overwrites them.
         """
-        recipe = self.recipe
-        device = batch.views[0].device
-        with autocast(device, recipe.precision):
-            passes = self.passes(backward, Shares(self.framework, recipe, batch, step))
+        if self.recorder.stopped:  # parts prepare their images one after another, which takes less memory
+            return backward(batch_parts(self.framework, self.recipe, batch, step, diagnosed))
+        device, precision = batch.views[0].device, self.recipe.precision
+        with autocast(device, precision):
+            passes = self.passes(backward, Shares(self.framework, self.recipe, batch, step))
         values, samples = self.recorder(passes)
-        values = dict(values)
-        if diagnosed:
-            with autocast(device, recipe.precision):
-                for pair in samples:
-                    for name, value in diagnose(*pair).items():
-                        values[name] = values.get(name, 0) + (value * (1 / recipe.accumulate)).float()
-        return values
+        if not diagnosed:
+            return values
+        with autocast(device, precision):
+            return values | {name: value.float() for name, value in diagnose(*samples).items()}
 
     def passes(self, backward: Backward, shares: Shares) -> Recordable[tuple[Values, Samples]]:
         """A step in a form that can be recorded; its images are augmented and mixed."""
-        framework, recipe = self.framework, self.recipe
-        prepared = [_drawn(shares.prepared(number)) for number in range(recipe.accumulate)]
-        known = {id(one): one for share in prepared for one in _tensors(share)}
+        framework, mix = self.framework, self.recipe.mix
+        prepared = shares.prepared(0)
+        prepared = replace(prepared, mixtures=list(prepared.mixtures))
+        known = {id(one): one for one in _tensors(prepared)}
 
         def run(inputs: Sequence[Tensor], generators: Sequence[torch.Generator]) -> tuple[Values, Samples]:
-            given = dict(zip(known, inputs, strict=True))
-            samples: Samples = []
+            samples: list[Samples] = []
             framework.fresh.clear()
             framework.settle()
-            parts = []
-            for share, shuffle in zip(prepared, generators, strict=True):
-                terms = terms_of(framework, recipe.mix, _with(share, given), shuffle)
-                parts += shares.parts(_sampled(terms, samples))
-            values = backward(parts)
+            given = _with(prepared, dict(zip(known, inputs, strict=True)))
+            terms = _sampled(terms_of(framework, mix, given, *generators), samples)
+            values = backward(shares.parts(terms))
             framework.settle()
-            return values, samples
+            return values, samples[0]
 
-        form = [
-            (
-                share.keys[0] is share.queries[0],
-                *((one.name, one.switch, one.across, one.weight) for one in share.mixtures),
-            )
-            for share in prepared
-        ]
         return Recordable(
             inputs=list(known.values()),
-            generators=[shares.shuffle(number) for number in range(recipe.accumulate)],
-            form=(framework.phase, *form),
+            generators=[shares.shuffle(0)],
+            form=(
+                framework.phase,
+                prepared.keys[0] is prepared.queries[0],
+                *((one.name, one.switch, one.across, one.weight) for one in prepared.mixtures),
+            ),
             run=run,
-            remember=self.remember,
+            remember=partial(_remember, framework),
+            forget=framework.forget,
         )
 
-    def remember(self) -> Callable[[], None]:
-        """What puts back the gradients and what the step left for `Framework.after_step`."""
-        gradients = [(one, one.grad) for one in self.framework.parameters() if one.grad is not None]
-        fresh = list(self.framework.fresh)
 
-        def restore() -> None:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            self.framework.fresh[:] = fresh
+def _remember(framework: Framework) -> Callable[[], None]:
+    """What puts back the gradients and what the step left for `Framework.after_step`."""
+    gradients = [(one, one.grad) for one in framework.parameters() if one.grad is not None]
+    fresh = list(framework.fresh)
 
-        return restore
+    def restore() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        framework.fresh[:] = fresh
 
-
-def _drawn(prepared: Prepared) -> Prepared:
-    return replace(prepared, mixtures=list(prepared.mixtures))
+    return restore
 
 
 def _tensors(prepared: Prepared) -> Iterator[Tensor]:
@@ -137,7 +127,7 @@ def _with(prepared: Prepared, given: dict[int, Tensor]) -> Prepared:
     return Prepared(other(prepared.queries), other(prepared.keys), mixtures)
 
 
-def _sampled(terms: Iterator[Term], samples: Samples) -> Iterator[Term]:
+def _sampled(terms: Iterator[Term], samples: list[Samples]) -> Iterator[Term]:
     for term in terms:
         if term.clean is not None:
             samples.append(compared(term.clean))

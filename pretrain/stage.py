@@ -19,7 +19,7 @@ from mixmask.engine.config import fingerprint_of, fingerprinted, identity
 from mixmask.engine.datasets import other_classes
 from mixmask.engine.heads import Head
 from mixmask.engine.images import ImageSet
-from mixmask.engine.job import Job, Part
+from mixmask.engine.job import Backward, Job, Values
 from mixmask.engine.loader import Batch, BatchPlan, open_source
 from mixmask.engine.precision import check_precision, resolve_device
 from mixmask.engine.progress import say
@@ -28,7 +28,7 @@ from mixmask.engine.readable import readable
 from mixmask.engine.records import Record, environment
 from mixmask.engine.run import RecordedWork, carry_out
 from mixmask.engine.storage import RunDirectory
-from mixmask.engine.training import train
+from mixmask.engine.training import train_by
 from mixmask.engine.watching import check_watch, open_sinks
 from mixmask.pretrain.compiling import compile_encoders, recorded_steps, uncompiled
 from mixmask.pretrain.diagnostics import collapse_warning
@@ -37,7 +37,6 @@ from mixmask.pretrain.monitor import Monitor, Monitored
 from mixmask.pretrain.network import Framework
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import BACKBONE_FILE, PretrainRecipe, locate
-from mixmask.pretrain.recorded_step import Backward, Values
 from mixmask.pretrain.step import batch_parts
 
 
@@ -301,21 +300,16 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
     def batches(first: int) -> Iterator[Batch]:
         return source.training(plan.batches, recipe.views, first, plan.num_steps)
 
-    def logged(step: int) -> bool:
-        # The diagnostics need singular values, so they are computed for logged steps only.
-        return (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
-
-    def losses(batch: Batch, step: int) -> list[Part]:
-        model.progress = step / plan.num_steps
-        return batch_parts(model, recipe, batch, step, diagnosed=logged(step))
-
     def passes(backward: Backward, batch: Batch, step: int) -> Values:
-        assert recorded is not None
         model.progress = step / plan.num_steps
-        return recorded(backward, batch, step, diagnosed=logged(step))
+        # The diagnostics need singular values, so they are computed for logged steps only.
+        logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
+        if recorded is not None:
+            return recorded(backward, batch, step, logged)
+        return backward(batch_parts(model, recipe, batch, step, logged))
 
     started = time.monotonic()
-    result = train(job, batches, losses, passes if recorded is not None else None)
+    result = train_by(job, batches, passes)
     say(f"{recipe.name}: trained in {time.monotonic() - started:,.0f} s")
     # Only rank 0 writes the log.
     last = _last_logged(plan.run, ("loss", "feature_std", "rank_me")) if distributed.world().is_writer else {}

@@ -30,7 +30,7 @@ class Prepared:
     Attributes:
         queries: The two full views of the query side, then the small ones.
         keys: The two full views of the key side: the same tensors, unless the mixture hides something.
-        mixtures: Drawn when they are asked for, so that they take no memory before.
+        mixtures: Drawn when they are asked for, so that they take no memory before; a list in recorded steps.
     """
 
     queries: Views

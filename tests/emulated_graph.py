@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 aten = torch.ops.aten
+NEED_VALUES = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 
 
 def tensors_of(values: Any) -> list[Tensor]:
@@ -30,11 +31,13 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.own: set[int] = set()  # storages that were made inside
+        self.made: list[Tensor] = []  # results that use them
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what was there, and a copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default:
+        masked = func is aten.index.Tensor and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if func in NEED_VALUES or masked:
             raise RuntimeError("operation not permitted when stream is capturing")
         for one in tensors_of((args, kwargs)):
             where = one.untyped_storage()._cdata
@@ -42,7 +45,9 @@ class Recorded(TorchDispatchMode):
                 self.before[where] = one, one.detach().clone()
         found = func(*args, **kwargs)
         known = {one.untyped_storage()._cdata for one in tensors_of((args, kwargs))}
-        self.own |= {one.untyped_storage()._cdata for one in tensors_of(found)} - known
+        new = [one for one in tensors_of(found) if one.untyped_storage()._cdata not in known]
+        self.own |= {one.untyped_storage()._cdata for one in new}
+        self.made += new
         self.operations.append((func, args, kwargs, found))
         return found
 
@@ -61,11 +66,20 @@ class EmulatedGraph:
 
     def record(self, work: Callable[[], T]) -> T:
         EmulatedGraph.made += 1
-        with self.recorded:
-            result = work()
-        with torch.no_grad():
-            for one, copy in self.recorded.before.values():
-                one.detach().copy_(copy)
+        try:
+            with self.recorded:
+                result = work()
+        except RuntimeError as error:
+            # A GPU says so at the end of any recording that has failed.
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        finally:
+            with torch.no_grad():
+                for one, copy in self.recorded.before.values():
+                    with torch.autograd._unsafe_preserve_version_counter(one):  # nothing was written
+                        one.detach().copy_(copy)
+                for one in self.recorded.made:
+                    if one.is_floating_point() and one.untyped_storage()._cdata not in self.recorded.before:
+                        one.detach().fill_(torch.nan)  # nothing was computed
         return result
 
     @torch.no_grad()

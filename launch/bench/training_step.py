@@ -86,7 +86,7 @@ class TrainingStep:
             with autocast(self.machine.device, self.machine.precision):
                 terms = part()
             torch.autograd.backward(terms["loss"])
-        return terms
+        return {name: value.detach() for name, value in terms.items()}
 
     def compile(self) -> None:
         """Take further steps as ``compile: true`` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixmask.engine.host_values import from_host, to_device
-from mixmask.engine.recording import RECORDINGS, REHEARSALS, Recordable, Recorder
+from mixmask.engine.recording import PATIENCE, RECORDINGS, REHEARSALS, Recordable, Recorder
 from tests.emulated_graph import EmulatedGraph
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def none_made() -> None:
 
 
 def passes(run: Run, *inputs: Tensor, seed: int = 0, form: object = None) -> Recordable[Tensor]:
-    return Recordable(inputs, [torch.Generator().manual_seed(seed)], form, run, lambda: lambda: None)
+    return Recordable(inputs, [torch.Generator().manual_seed(seed)], form, run, lambda: lambda: None, lambda: None)
 
 
 def steps(run: Run, num: int = REHEARSALS + 3) -> list[Tensor]:
@@ -89,10 +90,11 @@ def test_another_form_is_recorded_anew_but_not_without_end(capfd: pytest.Capture
 
     for _ in range(6):
         take(3)
-    take(4)  # a single step of another shape
-    before = EmulatedGraph.replays
-    take(3)
-    assert (EmulatedGraph.made, EmulatedGraph.replays) == (1, before + 1)
+    for _ in range(6):  # steps of another shape run as they are, and the recording stays
+        before = EmulatedGraph.replays
+        take(4)
+        take(3)
+        assert (EmulatedGraph.made, EmulatedGraph.replays) == (1, before + 1)
     for number in range(RECORDINGS + 2):
         for _ in range(REHEARSALS + 2):
             take(3, form=number)
@@ -100,6 +102,43 @@ def test_another_form_is_recorded_anew_but_not_without_end(capfd: pytest.Capture
     assert (
         capfd.readouterr().err.count(f"is not recorded as a CUDA graph (its form has changed {RECORDINGS} times)") == 1
     )
+
+
+def test_shapes_that_always_change_are_not_recorded(capfd: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder[Tensor]("the step", EmulatedGraph)
+    for number in range(PATIENCE + 5):
+        images = torch.randn(1 + number % 3)
+        assert torch.equal(recorder(passes(lambda inputs, _: 2 * inputs[0], images)), 2 * images)
+    assert EmulatedGraph.made == 0
+    assert capfd.readouterr().err.count("(its images change their shape too often)") == 1
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_another_number_of_host_values_cannot_be_recorded(change: int, capfd: pytest.CaptureFixture[str]) -> None:
+    numbers = iter([2] * REHEARSALS + [2 + change] + [2] * 5)
+
+    def run(inputs: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        return inputs[0] + sum(from_host(lambda: torch.ones(2), CPU) for _ in range(next(numbers)))
+
+    assert [float(one[0]) for one in steps(run)] == [step + 2 for step in range(REHEARSALS + 3)]
+    assert "tensors from the host" in capfd.readouterr().err
+
+
+def test_what_was_recorded_before_a_failure_is_given_back() -> None:
+    """Otherwise a recording for which the memory is too small leaves no memory for the step."""
+    large: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def run(inputs: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        alive.append(sum(one() is not None for one in large))
+        image = 2 * inputs[0]
+        large.append(weakref.ref(image))
+        if len(large) == REHEARSALS + 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return image.sum()
+
+    steps(run)
+    assert alive == [0] * len(alive)
 
 
 def test_an_error_of_a_step_is_an_error() -> None:

@@ -18,15 +18,17 @@ pytest.importorskip("triton", reason="triton comes with torch's builds for GPUs"
 from mixmask.engine import photometric_kernels
 from mixmask.engine.augment import AugmentRecipe, Photometric, apply_photometric, draw_photometric
 from mixmask.engine.determinism import deterministic_kernels
-from mixmask.engine.job import Part
+from mixmask.engine.job import Backward, Part, Values
 from mixmask.engine.loader import Batch
 from mixmask.engine.normalization import as_float, normalize
 from mixmask.engine.precision import autocast
 from mixmask.engine.randomness import generator
-from mixmask.engine.recording import REHEARSALS
+from mixmask.engine.recording import REHEARSALS, StepGraph
 from mixmask.pretrain import compiling, stage
+from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.optimizers import build_optimizer
 from mixmask.pretrain.recipe import PretrainRecipe
+from mixmask.pretrain.recorded_step import RecordedSteps
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 from mixmask.pretrain.step import batch_parts
 from tests.pretrain.small_runs import SMALL_FRAMEWORKS, interrupt_at, plan
@@ -149,7 +151,9 @@ def test_two_gpus_compute_what_one_does(config: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[key], theirs[key], atol=1e-3, rtol=1e-3)
 
 
-def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) -> None:
+def test_compiled_encoders_train_the_same_network(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     keys = [ON_GPU, "max_steps=6", "optimizer.lr=0.3", "monitor={every_epochs: 1, batch_size: 16}"]
     start, eager, compiled = (
         plan(config, tmp_path / name, *keys, *more)
@@ -161,6 +165,7 @@ def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) 
         stage.run(one)
     # Code for each encoder, with a gradient and without; none for evaluations.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
+    assert "is not recorded" not in capfd.readouterr().err
     before, ours, theirs = (load_file(one.backbone_file) for one in (start, eager, compiled))
     for key in ours:
         if ours[key].is_floating_point() and "running" not in key:
@@ -168,17 +173,71 @@ def test_compiled_encoders_train_the_same_network(config: Path, tmp_path: Path) 
             assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98, key
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL_FRAMEWORKS if name != "densecl"])
+RECORDED = {
+    **{name: [framework, BOTH] for name, framework in SMALL_FRAMEWORKS.items() if name != "densecl"},
+    "clipped fp16": ["precision=fp16", "clip_norm=1"],
+    "evaluated between": ["monitor={every_epochs: 1, batch_size: 16}"],
+    "dropped paths": ["backbone.arch=timm/test_efficientnet"],
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
 def test_recorded_steps_are_steps_to_the_bit(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     """The same on a GPU as `test_recorded_step` shows on an emulated graph; inductor's code would round otherwise."""
     monkeypatch.setattr(stage, "compile_encoders", lambda *_: None)
-    keys = [ON_GPU, "deterministic=true", "max_steps=9", "epochs=5", "precision=bf16", SMALL_FRAMEWORKS[name], BOTH]
+    replays: list[StepGraph] = []
+    original = StepGraph.replay
+    monkeypatch.setattr(StepGraph, "replay", lambda graph: (replays.append(graph), original(graph)))
+    keys = [ON_GPU, "deterministic=true", "max_steps=12", "epochs=5", "precision=bf16", *RECORDED[name]]
     plain, recorded = (plan(config, tmp_path / str(value), *keys, f"compile={value}") for value in ("false", "true"))
     stage.run(plain)
     stage.run(recorded)
     assert "is not recorded" not in capfd.readouterr().err
+    assert len(replays) >= 4
+    ours, theirs = load_file(recorded.backbone_file), load_file(plain.backbone_file)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_compiled_run_resumes(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "compile_encoders", lambda *_: None)
+    keys = [ON_GPU, "deterministic=true", "compile=true", "max_steps=12", "epochs=5", BOTH]
+    whole, broken = (plan(config, tmp_path / where, *keys) for where in ("whole", "broken"))
+    stage.run(whole)
+    original = RecordedSteps.__call__
+
+    def failing(steps: RecordedSteps, backward: Backward, batch: Batch, step: int, diagnosed: bool) -> Values:
+        if step == 7:
+            raise KeyboardInterrupt
+        return original(steps, backward, batch, step, diagnosed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedSteps, "__call__", failing)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(broken)
+    stage.run(broken)
+    ours, theirs = load_file(whole.backbone_file), load_file(broken.backbone_file)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_recording_that_fails_leaves_a_run_that_goes_on(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage, "compile_encoders", lambda *_: None)
+    original = MoCo.loss
+
+    def waits(model: MoCo, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            query.sum().item()
+        return original(model, query, key)
+
+    monkeypatch.setattr(MoCo, "loss", waits)
+    keys = [ON_GPU, "deterministic=true", "max_steps=8", "epochs=5", BOTH]
+    plain, recorded = (plan(config, tmp_path / str(value), *keys, f"compile={value}") for value in ("false", "true"))
+    stage.run(plain)
+    stage.run(recorded)
+    assert "the step is not recorded as a CUDA graph" in capfd.readouterr().err
     ours, theirs = load_file(recorded.backbone_file), load_file(plain.backbone_file)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

@@ -75,7 +75,6 @@ class MoCo(Framework):
             (N, dim) unit vectors, in the order of ``images``, without gradient.
         """
         everyone = gather(images)
-
         num = len(everyone)
 
         def orders() -> Tensor:
@@ -122,6 +121,12 @@ class MoCo(Framework):
     @override
     def settle(self) -> None:
         fold_statistics(self.split)
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        for layer in self.split:
+            layer.apart = None
 
     @override
     def before_step(self) -> None:
