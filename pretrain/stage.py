@@ -306,7 +306,7 @@ def _train(plan: PretrainPlan, model: Framework, data: dict[str, Any]) -> dict[s
         logged = (step + 1) % recipe.log_every == 0 or step + 1 == plan.num_steps
         if recorded is not None:
             return recorded(backward, batch, step, logged)
-        return backward(batch_parts(model, recipe, batch, step, logged))
+        return backward(batch_parts(model, recipe, batch, step, diagnosed=logged))
 
     started = time.monotonic()
     result = train_by(job, batches, passes)

@@ -119,7 +119,7 @@ def others() -> list[Record]:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(range(len(others()))), min_size=1, max_size=4, unique=True), st.sampled_from(IDS))
 def test_a_run_of_another_protocol_never_changes_a_cell(added: list[int], id: str) -> None:
     before, more = laboratory(), others()
@@ -140,7 +140,7 @@ def test_a_run_of_another_protocol_has_a_line_and_a_footnote_of_its_own(number: 
 
 
 @pytest.mark.slow
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(IDS))
 def test_the_order_of_runs_does_not_matter(seed: int, id: str) -> None:
     shuffled = laboratory()

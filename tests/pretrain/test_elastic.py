@@ -46,7 +46,7 @@ from mixmask.pretrain import stage, step
 from tests.pretrain.small_runs import plan
 
 torch.set_num_threads(1)
-part_of, terms_of = Batch.part, step.step_terms
+part_of, prepare_of, terms_of = Batch.part, step.prepare, step.terms_of
 present, pixels = [], {}
 
 def part(batch, number, parts):
@@ -57,16 +57,19 @@ def note(what, images):
     for row, values in zip(present[0].rows, images.double().sum((2, 3)).tolist(), strict=True):
         pixels.setdefault(f"{present[0].step} {row}", []).append([what, values])
 
-def terms(framework, mix, views, *others):
-    query = framework.query
-    framework.query = lambda images: (note("mixed", images), query(images))[1]
+def prepare(framework, mix, views, *others):
     for cut, view in zip(present[0].views, views):
         note("cut", cut)
         note("view", view)
-    yield from terms_of(framework, mix, views, *others)
+    return prepare_of(framework, mix, views, *others)
+
+def terms(framework, *others):
+    query = framework.query
+    framework.query = lambda images: (note("mixed", images), query(images))[1]
+    yield from terms_of(framework, *others)
     del framework.query
 
-Batch.part, step.step_terms = part, terms
+Batch.part, step.prepare, step.terms_of = part, prepare, terms
 config, out, jobs = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 with distributed.session() as world:
     for name, overrides in jobs.items():

@@ -64,7 +64,7 @@ def test_every_kind_of_state_is_restored(config: Path, tmp_path: Path) -> None:
     whole = plan(config, tmp_path / "whole", *resident)
     stage.run(whole)
     expected, _ = load_backbone(whole.backbone_file)
-    for stop in (1, 2, 5):
+    for stop in (1, 5):
         broken = plan(config, tmp_path / f"stop{stop}", *resident, "checkpoint_every=1")
 
         interrupt_at(stop, broken)
