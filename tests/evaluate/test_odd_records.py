@@ -72,7 +72,8 @@ SHOWN: dict[str, Callable[[Document], None]] = {
 }
 
 
-def folder_with(change: Callable[[Document], None], root: Path) -> Path:
+def folder_with(root: Path, *changes: Callable[[Document], None]) -> Path:
+    """Three sound runs, and an odd one for every change."""
     of = backbone()
     sound = [
         of,
@@ -80,16 +81,18 @@ def folder_with(change: Callable[[Document], None], root: Path) -> Path:
         transfer(backbone(method="vanilla"), "knn", {"knn/top1": 40.0}),
     ]
     write(sound, root)
-    document = transfer(backbone(seed=3), "knn", {"knn/top1": 60.0}).model_dump(by_alias=True, mode="json")
-    change(document)
-    (root / "transfer" / "odd").mkdir()
-    (root / "transfer" / "odd" / "record.json").write_text(json.dumps(document))
-    (root / "transfer" / "odd" / "recipe.yaml").write_bytes(b"\xff\xfe: [")
+    for number, change in enumerate(changes):
+        document = transfer(backbone(seed=3 + number), "knn", {"knn/top1": 60.0}).model_dump(by_alias=True, mode="json")
+        change(document)
+        odd = root / "transfer" / f"odd{number}"
+        odd.mkdir()
+        (odd / "record.json").write_text(json.dumps(document))
+        (odd / "recipe.yaml").write_bytes(b"\xff\xfe: [")
     return root
 
 
-def use(root: Path, out: Path) -> None:
-    """Everything that reads a folder of runs."""
+def use(root: Path, out: Path, drawn: bool = True) -> None:
+    """Everything that reads a folder of runs; plots and pages only if they are to be drawn."""
     collection = collect(root)
     runs = collection.distinct
     table = frame(runs, per_class=True)
@@ -99,8 +102,10 @@ def use(root: Path, out: Path) -> None:
     tables = [build(layout, results_of(runs)) for layout in choose(None, ())]
     for form in SUFFIXES.values():
         render_all(tables, form).encode()
-    write_plots(plots_of(runs), out / "plots")
-    write_report(collection, out / "report")
+    plots = plots_of(runs)
+    if drawn:
+        write_plots(plots, out / "plots")
+        write_report(collection, out / "report")
     expectations(collection)
     by_method = {method: [run for run in runs if run.record.method == method] for method in ("mixmask", "vanilla")}
     compare(by_method["mixmask"], by_method["vanilla"])
@@ -109,22 +114,30 @@ def use(root: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_records_that_make_no_sense_are_left_out(name: str, tmp_path: Path) -> None:
-    root = folder_with(LEFT_OUT[name], tmp_path / "runs")
-    assert [path.parent.name for path, _ in collect(root).damaged] == ["odd"]
+    root = folder_with(tmp_path / "runs", LEFT_OUT[name])
+    assert [path.parent.name for path, _ in collect(root).damaged] == ["odd0"]
     assert len(collect(root).runs) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_odd_records_are_shown(name: str, tmp_path: Path) -> None:
-    root = folder_with(SHOWN[name], tmp_path / "runs")
+    root = folder_with(tmp_path / "runs", SHOWN[name])
+    assert collect(root).damaged == ()
+    use(root, tmp_path, drawn=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(2))
+def test_odd_records_are_drawn(start: int, tmp_path: Path) -> None:
+    root = folder_with(tmp_path / "runs", *[*SHOWN.values()][start::2])
     assert collect(root).damaged == ()
     use(root, tmp_path)
 
 
 @pytest.mark.slow
 def test_odd_logs_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
-    root = folder_with(lambda document: None, tmp_path / "runs")
+    root = folder_with(tmp_path / "runs", lambda document: None)
     lines = [
         '{"step": 1, "of": null, "loss": 2.0}',
         '{"step": 2, "of": "x", "loss": 1e308}',
