@@ -12,6 +12,7 @@ import pytest
 
 from mixmask.engine.errors import UserError
 from mixmask.transfer.zoo.references import locate_checkpoint
+from tests import zygote
 
 HUB = r"""
 import base64, hashlib, http.server, json, sys
@@ -82,14 +83,9 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def mixmask(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mixmask", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    started = zygote.start(["-m", "mixmask", *arguments], environment)
+    out, err = started.communicate(timeout=200)
+    return subprocess.CompletedProcess(arguments, started.wait(), out, err)
 
 
 @pytest.mark.slow

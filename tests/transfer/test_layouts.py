@@ -83,8 +83,8 @@ def test_other_number_formats_and_memory_layouts_are_read(resnet18: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_every_layout_is_recognised_and_accounted_for(resnet50: Path, tmp_path: Path) -> None:
-    state, _ = load_backbone(resnet50)
+def test_every_layout_is_recognised_and_accounted_for(resnet18: Path, tmp_path: Path) -> None:
+    state, _ = load_backbone(resnet18)
     for name, (layout, framework, content) in in_the_wild(state).items():
         path = tmp_path / name
         if path.suffix == ".pkl":
@@ -95,7 +95,7 @@ def test_every_layout_is_recognised_and_accounted_for(resnet50: Path, tmp_path: 
         tensor_report = source.tensor_report
         assert tensor_report.layout.startswith(f"{layout}: "), (name, tensor_report.layout)
         assert source.info.framework == framework, name
-        assert source.info.arch == "resnet50"
+        assert source.info.arch == "resnet18"
         assert bool(tensor_report.warnings) == (layout == "detectron2")
         for key in state:
             if not key.endswith(COUNTER):
