@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 
 from mixmask.engine.backbones import BackboneRecipe
 from mixmask.engine.errors import ConfigError, UserError
-from mixmask.launch.bench import benchmark
-from mixmask.launch.bench.machine import Machine
+from mixmask.launch.bench import benchmark, training_step
+from mixmask.launch.bench.machine import Call, Machine, Timing
 from mixmask.launch.bench.part import PARTS, LeftOut, Row
-from mixmask.launch.bench.parts import arithmetic, frozen, lightly, loader, pretraining
+from mixmask.launch.bench.parts import arithmetic, frozen, lightly, loader, options, pretraining
 from mixmask.launch.bench.parts.options import Options
 from mixmask.launch.bench.setups import SETUPS, Setup
 from mixmask.launch.bench.training_step import covered
 from mixmask.launch.estimate.speeds import measured
+from mixmask.pretrain import compiling
+from tests.emulated_graph import EmulatedGraph
 
 CPU = torch.device("cpu")
 TINY = Setup("tiny, 32 pixels", ("cifar100_",), BackboneRecipe(arch="resnet18", stem="cifar"), 32, ((512, 0),), 8)
@@ -154,3 +156,26 @@ def test_what_ends_a_part_is_said_and_the_others_go_on(tmp_path: Path, monkeypat
 def test_an_unknown_part_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--only: there is no part of the benchmark 'loaders'; valid: loader, "):
         benchmark.run_benchmark(tmp_path, "cpu", 0.1, ["loaders"], False, "mixmask bench")
+
+
+class Measured(Machine):
+    """A machine that says it has a GPU, and takes no time."""
+
+    is_gpu = True
+
+    def time(self, call: Call, **_: object) -> Timing:
+        call()
+        return Timing(1.0, 1.0, 1.0, 1)
+
+
+@pytest.mark.slow
+def test_the_options_are_measured_on_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Setup("tiny", ("cifar100_",), TINY.backbone, 32, ((16, 0),), 16)
+    monkeypatch.setattr(options, "SETUPS", (small,))
+    monkeypatch.setattr(training_step, "compile_encoders", lambda *_: None)
+    here = Measured(CPU, time.monotonic() + 60)
+    EmulatedGraph.replays = 0
+    monkeypatch.setattr(compiling, "graphs_of", lambda device: EmulatedGraph)
+    found = [*Options().measure(here, {})]
+    assert [one.name for one in found if isinstance(one, Row)] == ["tiny: deterministic: true", "tiny: compile: true"]
+    assert EmulatedGraph.replays >= 2
