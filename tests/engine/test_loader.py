@@ -171,6 +171,7 @@ print(before, "torchvision" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_workers_inherit_torchvision(shapes: Path) -> None:
     """A worker that had to import it would do so in every pass, which takes seconds."""
     done = subprocess.run(

@@ -16,6 +16,8 @@ from mixmask.engine.ownership import TAKEN_OVER, Owner, cluster_job, describe_ow
 from mixmask.engine.storage import RunDirectory
 from tests import zygote
 
+pytestmark = pytest.mark.xdist_group("zygote")  # one worker: each would start a zygote of its own
+
 HOLD = """
 import sys, time
 from pathlib import Path
