@@ -231,6 +231,7 @@ with distributed.session() as world:
 """
 
 
+@pytest.mark.slow
 def test_the_gradients_of_all_parts_on_all_processes_are_averaged(tmp_path: Path) -> None:
     script = tmp_path / "parts.py"
     script.write_text(PARTS)
