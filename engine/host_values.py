@@ -80,9 +80,7 @@ class HostValues:
         if self.recording:
             self.makes.append(make)
             if len(self.makes) > len(self.there):
-                raise RuntimeError(
-                    f"the step takes more than {len(self.there)} tensors from the host, as it did before"
-                )
+                raise RuntimeError(f"the step takes more tensors from the host than the {len(self.there)} before")
             return self.there[len(self.makes) - 1]
         found = to_device(make(), device)
         self.there.append(found)

@@ -18,7 +18,7 @@ Run = Callable[[Sequence[Tensor], Sequence[torch.Generator]], T]
 
 REHEARSALS = 3  # steps before one is recorded: libraries choose their algorithms, compilers compile, and memory settles
 RECORDINGS = 4  # in one run; a run that needs more gains nothing by recording
-PATIENCE = 20  # rehearsals of one form after which no two steps in a row had the same shapes often enough
+PATIENCE = 20  # rehearsals of one form without enough steps of the same shapes in a row
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ SMALL_FRAMEWORKS = {
     ),
 }
 
+BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
+SMALL_MIXTURES = {
+    "plain": ["mix={kind: none}"],
+    "masks per image": ["mix={kind: mixmask, grid: 4, mask_per: sample}"],
+    "erased": ["mix={kind: erase, grid: 4, fill: noise, extra_crops: 1, extra_crop: 16}"],
+}
+
 
 def plan(config: Path, where: Path, *overrides: str) -> stage.PretrainPlan:
     return stage.plan(load_recipe(PretrainRecipe, config, overrides), where)

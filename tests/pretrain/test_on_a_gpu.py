@@ -31,12 +31,11 @@ from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.recorded_step import RecordedSteps
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 from mixmask.pretrain.step import batch_parts
-from tests.pretrain.small_runs import SMALL_FRAMEWORKS, interrupt_at, plan
+from tests.pretrain.small_runs import BOTH, SMALL_FRAMEWORKS, interrupt_at, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")
 ON_GPU = "device=cuda"
-BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
 
 
 def steps(recipe: PretrainRecipe, num: int) -> None:

@@ -25,15 +25,12 @@ from mixmask.pretrain.recipe import PretrainRecipe
 from mixmask.pretrain.recorded_step import RecordedSteps, Samples, Values
 from mixmask.pretrain.step import batch_parts, sum_of
 from tests.pretend_gpu import GPU, Blocked, Pretend, images, moved, pretend
-from tests.pretrain.small_runs import CONFIG, SMALL_FRAMEWORKS
+from tests.pretrain.small_runs import BOTH, CONFIG, SMALL_FRAMEWORKS, SMALL_MIXTURES
 
-BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
 STEPS = {
     **{name: [framework, BOTH] for name, framework in SMALL_FRAMEWORKS.items()},
-    "plain": ["mix={kind: none}"],
     "unmix": ["mix={kind: unmix, mask_groups: 2}"],
-    "masks per image": ["mix={kind: mixmask, grid: 4, mask_per: sample}"],
-    "erased": ["mix={kind: erase, grid: 4, fill: noise, extra_crops: 1, extra_crop: 16}"],
+    **SMALL_MIXTURES,
     "accumulated": [SMALL_FRAMEWORKS["byol"], "accumulate=2"],
     "grey": ["backbone.in_channels=1", "augment.hue=0", "augment.saturation=0", "augment.grayscale_probability=0"],
 }

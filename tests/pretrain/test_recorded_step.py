@@ -17,16 +17,13 @@ from mixmask.pretrain.frameworks.moco.network import MoCo
 from mixmask.pretrain.recorded_step import RecordedSteps, Values
 from mixmask.pretrain.split_batch_norm import SplitBatchNorm2d
 from tests.emulated_graph import EmulatedGraph
-from tests.pretrain.small_runs import SMALL_FRAMEWORKS, plan
+from tests.pretrain.small_runs import BOTH, SMALL_FRAMEWORKS, SMALL_MIXTURES, plan
 
-BOTH = "mix={kind: mixmask+unmix, grid: 4, mask_groups: 2}"
 CASES = {
     **{name: [framework, BOTH] for name, framework in SMALL_FRAMEWORKS.items() if name != "densecl"},
     "mocov2": ["mix={kind: mixmask, grid: 4}"],
     "unmix": ["mix={kind: unmix}"],
-    "plain": ["mix={kind: none}"],
-    "masks per image": ["mix={kind: mixmask, grid: 4, mask_per: sample}"],
-    "erased": ["mix={kind: erase, grid: 4, fill: noise, extra_crops: 1, extra_crop: 16}"],
+    **SMALL_MIXTURES,
     "erased SimSiam": [SMALL_FRAMEWORKS["simsiam"], "mix={kind: erase, grid: 4}"],
     "bf16": ["precision=bf16", "optimizer={kind: lars, lr: 0.1}", "clip_norm=1"],
 }
@@ -36,7 +33,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "compile_encoders", lambda *_: None)
     monkeypatch.setattr(stage, "compile_encoders", lambda *_: None)
     monkeypatch.setattr(compiling, "graphs_of", lambda device: EmulatedGraph)
     EmulatedGraph.made = EmulatedGraph.replays = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch._dynamo.utils import counters
@@ -13,7 +13,7 @@ from mixmask.engine.determinism import deterministic_kernels
 from mixmask.engine.recording import REHEARSALS
 from mixmask.launch.bench.machine import Machine
 from mixmask.launch.bench.part import LeftOut, Part, Row
-from mixmask.launch.bench.setups import SETUPS
+from mixmask.launch.bench.setups import SETUPS, Setup
 from mixmask.launch.bench.training_step import TrainingStep, recipe_of
 from mixmask.pretrain.compiling import obstacle
 
@@ -32,29 +32,34 @@ class Options(Part):
             yield LeftOut("compile and deterministic", "they are options for GPUs")
             return
         for setup in SETUPS:
-            config = next(name for kind, name in setup.recipes().items() if kind.startswith("moco"))
-            gc.collect()  # the graph of the setup before holds much memory
-            step = TrainingStep(machine, recipe_of(setup, config, "none", machine))
-            torch.compiler.reset()  # what was compiled for the setup before counts towards a limit
-            plain = machine.time(step).seconds
-            with deterministic_kernels(True):
-                yield _row(setup.title, "deterministic: true", machine.time(step).seconds, plain)
-            why = obstacle(machine.device)
-            if why is not None:
-                yield LeftOut(f"{setup.title}: compile: true", why)
-                continue
-            step.compile()
-            for _ in range(REHEARSALS + 2):  # compiles, warms up, and records
-                step()
-            if step.recorded is None or step.recorded.recorder.recording is None:
-                yield LeftOut(f"{setup.title}: compile: true", "the step was not recorded as a CUDA graph")
-                continue
-            before_it = counters["stats"]["unique_graphs"]
-            seconds = machine.time(step).seconds
-            if counters["stats"]["unique_graphs"] > before_it:
-                yield LeftOut(f"{setup.title}: compile: true", "it was compiled again while it was measured")
-                continue
-            yield _row(setup.title, "compile: true", seconds, plain)
+            yield from _of(setup, machine)
+
+
+def _of(setup: Setup, machine: Machine) -> Iterator[Row | LeftOut]:
+    # The step and its graph are dropped with this call, before those of the next setup are made.
+    config = next(name for kind, name in setup.recipes().items() if kind.startswith("moco"))
+    step = TrainingStep(machine, recipe_of(setup, config, "none", machine))
+    torch.compiler.reset()  # what was compiled for the setup before counts towards a limit
+    plain = machine.time(step).seconds
+    with deterministic_kernels(True):
+        yield _row(setup.title, "deterministic: true", machine.time(step).seconds, plain)
+    left_out = partial(LeftOut, f"{setup.title}: compile: true")
+    why = obstacle(machine.device)
+    if why is not None:
+        yield left_out(why)
+        return
+    step.compile()
+    for _ in range(REHEARSALS + 2):  # compiles, warms up, and records
+        step()
+    if step.recorded is None or step.recorded.recorder.recording is None:
+        yield left_out("the step was not recorded as a CUDA graph")
+        return
+    before_it = counters["stats"]["unique_graphs"]
+    seconds = machine.time(step).seconds
+    if counters["stats"]["unique_graphs"] > before_it:
+        yield left_out("it was compiled again while it was measured")
+        return
+    yield _row(setup.title, "compile: true", seconds, plain)
 
 
 def _row(title: str, option: str, seconds: float, plain: float) -> Row:
