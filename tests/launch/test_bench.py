@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,7 +176,15 @@ def test_the_options_are_measured_on_recorded_steps(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training_step, "compile_encoders", lambda *_: None)
     here = Measured(CPU, time.monotonic() + 60)
     EmulatedGraph.replays = 0
-    monkeypatch.setattr(compiling, "graphs_of", lambda device: EmulatedGraph)
+    made: list[weakref.ref[EmulatedGraph]] = []
+
+    def new_graph() -> EmulatedGraph:
+        graph = EmulatedGraph()
+        made.append(weakref.ref(graph))
+        return graph
+
+    monkeypatch.setattr(compiling, "graphs_of", lambda device: new_graph)
     found = [*Options().measure(here, {})]
     assert [one.name for one in found if isinstance(one, Row)] == ["tiny: deterministic: true", "tiny: compile: true"]
     assert EmulatedGraph.replays >= 2
+    assert [graph() for graph in made] == [None]  # no cycle keeps its memory until the next setup
